@@ -1,0 +1,108 @@
+"""Train one head per frozen encoder on the clean images of a task: all that a new task costs.
+
+What it is: the downstream stage of ZePAD. Every encoder is frozen, sees each image once, and gets its own head
+(the paper's MLP, or a linear one). The undefended baseline is the public encoder with such a head: list it too.
+
+Run first: recipes/tune_mpae.py and recipes/tune_bmp.py, whose --out folders are named under encoders; source strings
+such as open_clip:embedded or timm:resnet18.a1_in1k do as well, untuned.
+
+Leaves in --out: NAME.safetensors per encoder, and heads.json with the accuracies on validation.
+
+    CPU:              python recipes/train_heads.py --config recipes/configs/smoke/train_heads.yaml
+    one GPU:          python recipes/train_heads.py --config recipes/configs/train_heads.yaml
+    8 GPUs:           accelerate launch --multi_gpu --num_processes 8 recipes/train_heads.py --config ... --processes 8
+                      (each encodes an eighth of the images)
+    2 nodes, on each: accelerate launch --multi_gpu --num_machines 2 --num_processes 16 --machine_rank RANK
+                      --main_process_ip HOST --main_process_port 29500 recipes/train_heads.py --config ...
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from zepad_mm.config import Config
+from zepad_mm.data import load_data
+from zepad_mm.defences import Student
+from zepad_mm.files import write_json
+from zepad_mm.training import (
+    HeadSettings,
+    fresh_head,
+    load_encoder_or_tuned,
+    make_accelerator,
+    provenance,
+    train_head,
+    validate,
+    write_head,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data(Config):
+    """The task, held in memory."""
+
+    source: str = "embedded"  # "embedded", a folder of parquet files or class folders, or a name on the Hub
+    train_split: str = "train"
+    validation_split: str = "validation"
+    image_size: int = 64  # side in pixels that pictures are stored at; the encoder resizes inside
+    n_train: int | None = None  # None: all
+    n_validation: int | None = None  # None: all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Config):
+    """Configuration of recipes/train_heads.py."""
+
+    out: str  # folder of the result
+    encoders: dict[str, str]  # name -> source string or folder of a tuned encoder
+    head: str = "mlp"  # "mlp" or "linear"
+    data: Data = field(default_factory=Data)
+    settings: HeadSettings = field(default_factory=HeadSettings)
+    processes: int | None = None  # how many processes are expected; another number is an error
+
+
+def parse(args: list[str] | None = None) -> Recipe:
+    """The configuration from a YAML file and options; unknown keys are refused."""
+    parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--config", action="config", help="YAML file; options after it override it")
+    parser.add_class_arguments(Recipe)
+    values = parser.parse_args(args).as_dict()
+    values.pop("config")
+    return Recipe.from_dict(values)
+
+
+def main(recipe: Recipe) -> None:
+    """Train and write."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    accelerator = make_accelerator(recipe.processes)
+    data, seed, out = recipe.data, recipe.settings.seed, Path(recipe.out)
+    train = load_data(data.source, data.train_split, data.image_size, data.n_train, seed)
+    validation = load_data(data.source, data.validation_split, data.image_size, data.n_validation, seed)
+    rows: dict[str, Any] = {}
+    for name, source in recipe.encoders.items():
+        encoder = load_encoder_or_tuned(source).to(accelerator.device)
+        head = fresh_head(recipe.head, encoder.feature_dim, len(train.class_names), seed)
+        result = train_head(encoder, head, train, recipe.settings, accelerator)
+        figures = validate(Student(encoder, head), validation, accelerator, epsilon=0.0)
+        rows[name] = {
+            "source": source,
+            "train_accuracy": result.train_accuracy,
+            "validation_accuracy": figures.clean,
+            "n_validation": figures.n,
+            "losses": list(result.losses),
+        }
+        if accelerator.is_main_process:
+            write_head(out / f"{name}.safetensors", head, train.class_names)
+            print(f"{name}: {figures.clean:.1%} of {figures.n} validation images")
+    if accelerator.is_main_process:
+        about = {"recipe": recipe.to_dict(), **provenance(), "heads": rows}
+        write_json(out / "heads.json", about)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(parse())

@@ -1,0 +1,110 @@
+"""Tune the encoder of ZePAD's BMP branch: on local clean data, never on an attacked image.
+
+What it is: plain supervised tuning of an encoder the attacker has not seen, all of it or a LoRA adapter, under a
+zero-shot or a fresh head. For the branch to differ from the MPAE encoders start from other public weights than they
+do. Weights are selected by clean accuracy on a validation split that is not the test split.
+
+Run first: nothing. Afterwards: recipes/train_heads.py for the heads of a task.
+
+Leaves in --out: tuned.json (the record), encoder.safetensors or adapter/ (peft), head.safetensors if a head was
+trained along, run/ (metrics.jsonl, checkpoint). Killed, it resumes where it was when started again the same way.
+
+    CPU:              python recipes/tune_bmp.py --config recipes/configs/smoke/tune_bmp.yaml
+    2 CPU processes:  accelerate launch --multi_gpu --num_processes 2 recipes/tune_bmp.py --config ... --processes 2
+    one GPU:          python recipes/tune_bmp.py --config recipes/configs/tune_bmp_resnet18.yaml
+    8 GPUs:           accelerate launch --multi_gpu --num_processes 8 recipes/tune_bmp.py --config ... --processes 8
+    2 nodes, on each: accelerate launch --multi_gpu --num_machines 2 --num_processes 16 --machine_rank RANK
+                      --main_process_ip HOST --main_process_port 29500 recipes/tune_bmp.py --config ... --processes 16
+                      (--out on a disk that both see)
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from zepad_mm.config import Config
+from zepad_mm.data import load_data
+from zepad_mm.defences import Clean
+from zepad_mm.encoders import LoraSettings
+from zepad_mm.training import TrainSettings, build_student, fit, make_accelerator, write_head, write_tuned
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data(Config):
+    """What to tune on, held in memory."""
+
+    source: str = "embedded"  # "embedded", a folder of parquet files or class folders, or a name on the Hub
+    train_split: str = "train"
+    validation_split: str = "validation"
+    image_size: int = 64  # side in pixels that pictures are stored at; the encoder resizes inside
+    n_train: int | None = None  # None: all
+    n_validation: int | None = 512  # None: all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Config):
+    """Configuration of recipes/tune_bmp.py."""
+
+    out: str  # folder of the result
+    source: str = "open_clip:embedded"  # the encoder to start from
+    adaptation: str = "full"  # "full" or "lora"
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    head: str = "auto"  # zero_shot, mlp, linear; auto: zero_shot for CLIPs, else mlp
+    prompts: str = "photo"  # prompt set or template of the zero-shot head
+    data: Data = field(default_factory=Data)
+    settings: TrainSettings = field(
+        default_factory=lambda: TrainSettings(augment="flip_shift", selection="clean", validation_epsilon=0.0)
+    )
+    processes: int | None = None  # how many processes are expected; another number is an error
+    mixed_precision: str = "no"  # "no", "bf16" or "fp16"
+
+
+def parse(args: list[str] | None = None) -> Recipe:
+    """The configuration from a YAML file and options; unknown keys are refused."""
+    parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--config", action="config", help="YAML file; options after it override it")
+    parser.add_class_arguments(Recipe)
+    values = parser.parse_args(args).as_dict()
+    values.pop("config")
+    return Recipe.from_dict(values)
+
+
+def main(recipe: Recipe) -> None:
+    """Tune and write."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    accelerator = make_accelerator(recipe.processes, recipe.mixed_precision)
+    data, seed = recipe.data, recipe.settings.seed
+    train = load_data(data.source, data.train_split, data.image_size, data.n_train, seed)
+    validation = load_data(data.source, data.validation_split, data.image_size, data.n_validation, seed)
+    student = build_student(
+        recipe.source, train, recipe.adaptation, recipe.head, prompts=recipe.prompts, lora=recipe.lora, seed=seed
+    )
+    out = Path(recipe.out)
+    result = fit(student, train, validation, Clean(), recipe.settings, out=out / "run", accelerator=accelerator)
+    if accelerator.is_main_process:
+        if any(parameter.requires_grad for parameter in student.head.parameters()):
+            write_head(out / "head.safetensors", student.head, train.class_names)
+        figures = result.validation.to_dict() if result.validation else None
+        record = {
+            "branch": "bmp",
+            "recipe": recipe.to_dict(),
+            "defence": {"name": "clean"},
+            "data": {"name": train.name, "n_train": len(train), "n_validation": len(validation)},
+            "class_names": list(train.class_names),
+            "steps": result.steps,
+            "best_step": result.best_step,
+            "validation": figures,
+            "seconds": round(result.seconds, 1),
+            "processes": accelerator.num_processes,
+        }
+        write_tuned(out, student.encoder, record)
+        print(f"{out}: step {result.best_step} of {result.steps} selected, validation {figures}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(parse())

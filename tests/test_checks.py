@@ -1,0 +1,89 @@
+"""Every error says what came, what was expected and how to write it right."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from zepad_mm.checks import check_epsilon, check_images, check_labels, check_names
+
+GOOD = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "says"),
+    [
+        (np.zeros((2, 3, 4, 4), np.float32), TypeError, "to_tensor"),
+        ([GOOD], TypeError, "torch.Tensor"),
+        (GOOD[0], ValueError, r"images\[None\]"),
+        (GOOD[:, :1], ValueError, "expand"),
+        (torch.cat([GOOD, GOOD[:, :1]], 1), ValueError, r"images\[:, :3\]"),
+        (GOOD.permute(0, 2, 3, 1), ValueError, r"permute\(0, 3, 1, 2\)"),
+        ((GOOD * 255).byte(), ValueError, r"images.float\(\) / 255"),
+        (GOOD > 0.5, ValueError, "torch.bool"),
+        (GOOD * 255, ValueError, "images / 255"),
+        (GOOD * 2 - 1, ValueError, "raw pixels"),
+        (GOOD.clone().index_fill_(0, torch.tensor(1), float("nan")), ValueError, "NaN"),
+        (GOOD.clone().index_fill_(0, torch.tensor(1), float("inf")), ValueError, "infinity"),
+        (GOOD.clone().index_fill_(0, torch.tensor(1), -float("inf")), ValueError, "infinity"),
+    ],
+)
+def test_bad_images_are_refused_with_the_fix(images, error, says):
+    with pytest.raises(error, match=says):
+        check_images(images)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_good_images_pass_untouched(dtype):
+    images = GOOD.to(dtype)
+    assert check_images(images) is images
+    assert check_images(images[:0]).shape == (0, 3, 4, 4)
+
+
+def test_rounding_of_a_resize_is_tolerated():
+    check_images(torch.full((1, 3, 2, 2), 1 + 5e-7))
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        (None, "true labels"),
+        ([0, 1], "torch.as_tensor"),
+        (torch.tensor([0]), r"\(2,\) integer"),
+        (torch.tensor([[0], [1]]), r"\(2,\) integer"),
+        (torch.tensor([0.0, 1.0]), "float32"),
+        (torch.tensor([True, False]), "bool"),
+        (torch.tensor([0, -1]), "at least 0"),
+    ],
+)
+def test_bad_labels(labels, says):
+    with pytest.raises(ValueError, match=says):
+        check_labels(labels, GOOD)
+
+
+def test_labels_of_any_integer_type_become_indices():
+    assert check_labels(torch.tensor([0, 3], dtype=torch.uint8), GOOD).dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("names", "says"), [("cat", r"\['cat'\]"), ([], "empty"), (["cat", " "], "non-empty"), (["cat", "cat"], "cat")]
+)
+def test_bad_names(names, says):
+    with pytest.raises(ValueError, match=says):
+        check_names(names)
+
+
+def test_good_names_come_back_as_a_list():
+    assert check_names(("cat", "dog")) == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("epsilon", [8, -0.1, float("nan"), float("inf"), "8/255", None, True])
+def test_bad_epsilon(epsilon):
+    with pytest.raises(ValueError, match="8/255, not 8"):
+        check_epsilon(epsilon)
+
+
+@pytest.mark.parametrize("epsilon", [0, 0.5, 1, np.float64(0.1)])
+def test_good_epsilon(epsilon):
+    assert check_epsilon(epsilon) == float(epsilon)

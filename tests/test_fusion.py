@@ -1,0 +1,123 @@
+"""Every fusion rule and detection score honours the same contract."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from zepad_mm import detection
+from zepad_mm.fusion import RULES, build, rfdm_weights
+
+BENIGN = (False, False, True)
+
+
+def logits(scale: float = 3.0, seed: int = 0, branches: int = 3, n: int = 5, classes: int = 4) -> torch.Tensor:
+    return scale * torch.randn(branches, n, classes, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_weights_sum_to_one_and_branches_may_be_reordered(rule: str) -> None:
+    z = logits()
+    decision = build(rule, BENIGN)(z)
+    torch.testing.assert_close(decision.weights.sum(0), torch.ones(5))
+    assert (decision.weights >= 0).all()
+    order = torch.tensor([2, 0, 1])
+    moved = build(rule, [BENIGN[i] for i in order])(z[order])
+    torch.testing.assert_close(moved.logits, decision.logits)
+    torch.testing.assert_close(moved.weights, decision.weights[order])
+    torch.testing.assert_close(moved.dae_score, decision.dae_score)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("benign", [(True,), (False,)])
+def test_one_branch_is_itself(rule: str, benign: tuple[bool, ...]) -> None:
+    z = logits(branches=1)
+    torch.testing.assert_close(build(rule, benign)(z).logits, z[0])
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("benign", [(True, True), (False, False)])
+def test_branches_of_one_kind_only(rule: str, benign: tuple[bool, ...]) -> None:
+    decision = build(rule, benign)(logits(branches=2))
+    torch.testing.assert_close(decision.weights.sum(0), torch.ones(5))
+    assert torch.isfinite(decision.logits).all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1e4])
+def test_finite_for_extreme_logits(rule: str, scale: float) -> None:
+    z = logits(scale).requires_grad_(True)
+    decision = build(rule, BENIGN)(z)
+    assert torch.isfinite(decision.logits).all()
+    (gradient,) = torch.autograd.grad(decision.logits.sum(), z)
+    assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_gradient_reaches_every_branch(rule: str) -> None:
+    z = logits(1.0).requires_grad_(True)
+    fused = build(rule, BENIGN)(z).logits
+    (gradient,) = torch.autograd.grad((fused[:, 0] - fused[:, 1]).sum(), z)
+    assert (gradient.abs().sum((1, 2)) > 1e-4).all()
+
+
+def test_rfdm_is_the_papers_formula() -> None:
+    """c = m exp(3 (m - 1/2)); the method text computes 0.5 -> 0.5, 0.95 -> 3.67, 1 -> 4.48."""
+    for confidence, expected in ((0.5, 0.5), (0.6, 0.81), (0.95, 3.67), (0.999999, 4.48)):
+        assert confidence * math.exp(3 * (confidence - 0.5)) == pytest.approx(expected, abs=6e-3)
+    odds = torch.tensor([0.99, 0.6, 0.6])
+    z = torch.stack([odds.log(), (1 - odds).log()], -1).unsqueeze(1)
+    weights = rfdm_weights(z, 3.0)[:, 0]
+    torch.testing.assert_close(weights, torch.tensor([0.73, 0.135, 0.135]), atol=1e-2, rtol=0)
+    fused = build("rfdm", BENIGN)(z).logits[0]
+    torch.testing.assert_close(fused, (weights.unsqueeze(1) * z[:, 0]).sum(0))
+
+
+def test_a_bounded_benign_branch_cannot_overturn_a_sure_robust_answer() -> None:
+    z = torch.zeros(3, 1, 4)
+    z[:2, 0, 1] = 6.0  # both robust branches: class 1
+    for other in (10.0, 1e3, 1e6):
+        z[2] = 0.0
+        z[2, 0, 3] = other  # the benign branch shouts class 3
+        assert build("bounded_benign", BENIGN, params={"benign_weight": 0.3})(z).logits.argmax(-1).item() == 1
+        assert build("equal", BENIGN)(z).logits.argmax(-1).item() == (1 if other < 12 else 3)
+
+
+def test_the_cap_holds() -> None:
+    z = torch.zeros(3, 1, 4)
+    z[2, 0, 0] = 50.0
+    weights = build("capped_rfdm", BENIGN, params={"cap": 0.25})(z).weights
+    assert weights[2, 0] <= 0.25 + 1e-6
+
+
+@pytest.mark.parametrize("score", detection.SCORES)
+def test_scores_rise_with_disagreement(score: str) -> None:
+    agree, differ = torch.zeros(3, 1, 4), torch.zeros(3, 1, 4)
+    agree[..., 0] = 4.0
+    differ[:2, ..., 0] = 4.0
+    differ[2, ..., 1] = 2.0
+    function = detection.SCORES.get(score)
+    assert function(differ, BENIGN).item() > function(agree, BENIGN).item() + 1e-3
+    assert function(agree, BENIGN).item() == pytest.approx(0, abs=1e-5)
+    assert torch.isfinite(function(differ * 1e4, BENIGN)).all()
+
+
+def test_the_threshold_keeps_its_false_positive_rate() -> None:
+    scores = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    for rate in (0.0, 0.01, 0.05):
+        assert (scores > detection.threshold_at(scores, rate)).float().mean() <= rate
+    with pytest.raises(ValueError, match="got none"):
+        detection.threshold_at(torch.empty(0), 0.05)
+
+
+def test_errors_name_the_fix() -> None:
+    with pytest.raises(ValueError, match="did you mean 'rfdm'"):
+        build("rfdmm", BENIGN)
+    with pytest.raises(ValueError, match="no key 'benign_wieght'; did you mean 'benign_weight'"):
+        build("bounded_benign", BENIGN, params={"benign_wieght": 0.1})
+    with pytest.raises(ValueError, match=r"expected \(3, B, C\)"):
+        build("rfdm", BENIGN)(logits(branches=2))
+    with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+        build("bounded_benign", BENIGN, params={"benign_weight": 2.0})(logits())

@@ -1,0 +1,157 @@
+"""Auto-PGD (Croce and Hein 2020): momentum, and a step size that halves where the ascent stalls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from zepad_mm.attacks.base import ATTACKS, Attack, Model, project, random_delta, steepest
+from zepad_mm.attacks.losses import FEATURE_LOSSES, LOGIT_LOSSES
+from zepad_mm.attacks.objective import Objective, Worst, input_gradient, strongest_rivals
+
+TARGETED = "targeted"
+
+
+@ATTACKS.register("apgd")
+@dataclass(frozen=True, kw_only=True)
+class APGD(Attack):
+    """Auto-PGD with random starts; keeps each sample's worst iterate and drops samples once they are wrong.
+
+    ``loss="targeted"`` runs once for each of the strongest wrong classes, with the targeted logit ratio where there are
+    at least 4 classes and the plain difference of logits below.
+    """
+
+    loss: str = "margin"  # "targeted", or of LOGIT_LOSSES or FEATURE_LOSSES; "dlr" needs 3 classes
+    steps: int = 50  # gradient steps per restart and target
+    restarts: int = 1  # the worst over all of them counts
+    targets: int = 9  # wrong classes tried by "targeted", at most the number of classes less one
+    stop_when_wrong: bool = True  # False spends all steps on every sample
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss not in FEATURE_LOSSES and self.loss != TARGETED:
+            LOGIT_LOSSES.get(self.loss)
+        if self.steps < 1 or self.restarts < 1 or self.targets < 1:
+            raise ValueError(
+                "APGD: expected steps, restarts and targets of at least 1, "
+                f"got {self.steps}, {self.restarts} and {self.targets}"
+            )
+
+    def run(self, model: Model, images: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
+        objective = Objective.make("margin" if self.loss == TARGETED else self.loss, model, images, labels)
+        worst = Worst(images)
+        objectives = [objective]
+        if not objective.on_features:
+            outputs = worst.look_at_clean(model, objective, self.stop_when_wrong)
+            if self.loss == TARGETED:
+                rivals = strongest_rivals(outputs, objective.target, self.targets)
+                objectives = [replace(objective, rivals=column) for column in rivals.unbind(-1)]
+        for current in objectives * self.restarts:
+            if len(worst.alive):
+                self._climb(model, images[worst.alive], current, worst, generator)
+        return worst.images
+
+    def _climb(
+        self, model: Model, clean: Tensor, objective: Objective, worst: Worst, generator: torch.Generator
+    ) -> None:
+        """One run over the samples alive, noted in ``worst``; algorithm 1 of the paper, with a step size per sample."""
+        start = (clean + random_delta(clean, self.epsilon, self.norm, generator)).clamp(0, 1)
+        loss, gradient, keep = self._look(model, start, objective, worst)
+        walk = _Walk.begin(clean, start, loss, gradient, 2 * self.epsilon).only(keep)
+        checks = checkpoints(self.steps)
+        since = 0
+        for step in range(1, self.steps + 1):
+            if len(worst.alive) == 0:
+                return
+            moved = self._inside(walk.clean, walk.current + walk.step * steepest(walk.gradient, self.norm))
+            if step > 1:
+                moved = walk.current + 0.75 * (moved - walk.current) + 0.25 * (walk.current - walk.previous)
+                moved = self._inside(walk.clean, moved)
+            loss, gradient, keep = self._look(model, moved, objective, worst)
+            walk = walk.moved(moved, loss, gradient).only(keep)
+            if step in checks:
+                walk = walk.checked(step - since)
+                since = step
+
+    def _look(self, model: Model, current: Tensor, objective: Objective, worst: Worst) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses (b,), gradients and who stays alive, at iterates of the samples alive."""
+        current = current.detach().requires_grad_(True)
+        outputs = model(current)
+        objective.check(outputs, len(current), classes=False)
+        losses = objective(outputs, worst.alive)
+        gradient = input_gradient(losses, current)
+        right = objective.still_right(outputs.detach(), worst.alive) if self.stop_when_wrong else None
+        return losses.detach(), gradient, worst.record(current, objective.untargeted(outputs, worst.alive), right)
+
+    def _inside(self, clean: Tensor, moved: Tensor) -> Tensor:
+        return (clean + project(moved - clean, self.epsilon, self.norm)).clamp(0, 1)
+
+
+def checkpoints(steps: int) -> set[int]:
+    """The steps at which progress is judged (equation in section 3.1 of the paper), the last one included."""
+    before, at, found = 0.0, 0.22, {steps}
+    while at < 1:
+        found.add(max(1, round(at * steps)))
+        before, at = at, at + max(at - before - 0.03, 0.06)
+    return found
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """The state of one run, first axis: sample."""
+
+    clean: Tensor
+    current: Tensor
+    previous: Tensor
+    loss: Tensor
+    gradient: Tensor
+    step: Tensor  # (b, 1, 1, 1)
+    best: Tensor
+    best_loss: Tensor
+    best_gradient: Tensor
+    checked_loss: Tensor  # best loss at the last checkpoint
+    rises: Tensor  # steps since then that raised the loss
+    halved: Tensor  # was the step halved at the last checkpoint?
+
+    @classmethod
+    def begin(cls, clean: Tensor, start: Tensor, loss: Tensor, gradient: Tensor, step: float) -> _Walk:
+        steps = torch.full((len(clean), 1, 1, 1), step, dtype=clean.dtype, device=clean.device)
+        rises = torch.zeros(len(clean), dtype=torch.long, device=clean.device)
+        return cls(clean, start, start, loss, gradient, steps, start, loss, gradient, loss, rises, rises > 0)
+
+    def only(self, keep: Tensor) -> _Walk:
+        """The samples that stay alive."""
+        return self if bool(keep.all()) else _Walk(*(getattr(self, field.name)[keep] for field in fields(self)))
+
+    def moved(self, current: Tensor, loss: Tensor, gradient: Tensor) -> _Walk:
+        """After one step."""
+        better = loss > self.best_loss
+        wide = better[:, None, None, None]
+        return replace(
+            self,
+            previous=self.current,
+            current=current,
+            loss=loss,
+            gradient=gradient,
+            best=torch.where(wide, current, self.best),
+            best_gradient=torch.where(wide, gradient, self.best_gradient),
+            best_loss=torch.where(better, loss, self.best_loss),
+            rises=self.rises + (loss > self.loss),
+        )
+
+    def checked(self, steps: int) -> _Walk:
+        """After a checkpoint: stalled samples halve their step and go on from their best picture."""
+        stalled = (self.rises < 0.75 * steps) | (~self.halved & (self.checked_loss >= self.best_loss))
+        wide = stalled[:, None, None, None]
+        return replace(
+            self,
+            step=torch.where(wide, self.step / 2, self.step),
+            current=torch.where(wide, self.best, self.current),
+            gradient=torch.where(wide, self.best_gradient, self.gradient),
+            loss=torch.where(stalled, self.best_loss, self.loss),
+            checked_loss=self.best_loss,
+            rises=torch.zeros_like(self.rises),
+            halved=stalled,
+        )

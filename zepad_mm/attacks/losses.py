@@ -1,0 +1,91 @@
+"""What an attacker maximises, per sample. One table serves every gradient attack.
+
+Losses on logits take ``(..., B, C)``: leading axes are branches, whose losses are summed, so that the same attack
+strikes one branch, a pair, or all of them. Losses on features ``(..., B, D)`` compare with the clean features; what
+they give keeps its leading axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zepad_mm.registry import Registry
+
+# name -> loss(outputs, target) -> (B,), higher is worse for the defender
+LOGIT_LOSSES: Registry[Callable[[Tensor, Tensor], Tensor]] = Registry("loss on logits")
+FEATURE_LOSSES: Registry[Callable[[Tensor, Tensor], Tensor]] = Registry("loss on features")
+
+
+@LOGIT_LOSSES.register("ce")
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy; saturates where the model is sure, as CLIP at its logit scale is."""
+    return _sum_branches(-logits.log_softmax(-1).gather(-1, _index(logits, labels)).squeeze(-1))
+
+
+@LOGIT_LOSSES.register("margin")
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """Best wrong logit minus the true one (Carlini and Wagner): positive exactly when the answer is wrong."""
+    return _sum_branches(_margins(logits, labels))
+
+
+@LOGIT_LOSSES.register("dlr")
+def difference_of_logits_ratio(logits: Tensor, labels: Tensor) -> Tensor:
+    """Margin over the gap of first to third logit (Croce and Hein 2020): blind to the scale. Needs 3 classes."""
+    if logits.shape[-1] < 3:
+        raise ValueError(f"the dlr loss needs at least 3 classes, got {logits.shape[-1]}; use loss='margin'")
+    ordered = logits.sort(-1).values
+    gap = (ordered[..., -1] - ordered[..., -3]).clamp_min(1e-12)
+    return _sum_branches(_margins(logits, labels) / gap)
+
+
+def targeted(logits: Tensor, labels: Tensor, rivals: Tensor) -> Tensor:
+    """Targeted logit ratio (Croce and Hein 2020), higher where ``rivals`` (B,) wins; below 4 classes not divided."""
+    gain = (logits.gather(-1, _index(logits, rivals)) - logits.gather(-1, _index(logits, labels))).squeeze(-1)
+    if logits.shape[-1] >= 4:
+        ordered = logits.sort(-1).values
+        gain = gain / (ordered[..., -1] - (ordered[..., -3] + ordered[..., -4]) / 2).clamp_min(1e-12)
+    return _sum_branches(gain)
+
+
+@FEATURE_LOSSES.register("feature_l2")
+def feature_l2(features: Tensor, clean: Tensor) -> Tensor:
+    """Squared distance to the clean features (the attack that FARE trains against)."""
+    return (features - clean).square().sum(-1)
+
+
+@FEATURE_LOSSES.register("feature_cosine")
+def feature_cosine(features: Tensor, clean: Tensor) -> Tensor:
+    """One minus the cosine to the clean features (X-Transfer's loss)."""
+    return 1 - F.cosine_similarity(features, clean, dim=-1)
+
+
+@FEATURE_LOSSES.register("info_nce")
+def info_nce(features: Tensor, clean: Tensor, temperature: float = 0.1) -> Tensor:
+    """AdvEncoder's contrastive loss: the clean image shall look like anybody's attacked image but its own.
+
+    Cosine logits; positive: own attacked feature; negatives: the other attacked features of the batch.
+    """
+    if features.shape[-2] < 2:
+        raise ValueError("info_nce contrasts the images of a batch: expected at least 2, got 1; use 'feature_cosine'")
+    logits = F.normalize(clean, dim=-1) @ F.normalize(features, dim=-1).transpose(-1, -2) / temperature
+    return -logits.log_softmax(-1).diagonal(dim1=-2, dim2=-1)
+
+
+def _margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """Best wrong logit minus the true one, per branch."""
+    if logits.shape[-1] < 2:
+        raise ValueError(f"model: expected logits of at least 2 classes, got {logits.shape[-1]}")
+    index = _index(logits, labels)
+    return logits.scatter(-1, index, -torch.inf).amax(-1) - logits.gather(-1, index).squeeze(-1)
+
+
+def _index(logits: Tensor, labels: Tensor) -> Tensor:
+    return labels.expand(logits.shape[:-1]).unsqueeze(-1)
+
+
+def _sum_branches(per_branch: Tensor) -> Tensor:
+    return per_branch.flatten(0, -2).sum(0) if per_branch.ndim > 1 else per_branch

@@ -1,0 +1,131 @@
+"""What a per-sample attack drives up, and the record of the worst picture found for each sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from zepad_mm.attacks.base import Model
+from zepad_mm.attacks.losses import FEATURE_LOSSES, LOGIT_LOSSES, targeted
+from zepad_mm.checks import check_labels
+
+# An answer counts as wrong once the margin is this part of the largest logit: thinner ones flip back when the picture
+# is scored again in another batch, where sums are taken in another order.
+CLEARLY_WRONG = 1e-5
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss and what it compares with.
+
+    Attributes:
+        loss: (outputs, target) -> (B,), higher is worse for the defender.
+        target: true classes (B,), or clean features (..., B, D).
+        on_features: which of the two.
+        rivals: (B,) wrong classes to drive towards; then the targeted loss takes the place of ``loss``.
+    """
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+    target: Tensor
+    on_features: bool
+    rivals: Tensor | None = None
+
+    @classmethod
+    def make(cls, name: str, model: Model, images: Tensor, labels: Tensor | None) -> Objective:
+        """The loss called ``name`` for these images. Raises ValueError for an unknown name or missing labels."""
+        if name not in FEATURE_LOSSES:
+            return cls(LOGIT_LOSSES.get(name), check_labels(labels, images), False)
+        with torch.no_grad():
+            return cls(FEATURE_LOSSES.get(name), model(images), True)
+
+    def __call__(self, outputs: Tensor, index: Tensor) -> Tensor:
+        """Losses of the samples at ``index``, whose outputs are given: (b,), summed over branches."""
+        target = self._target(index)
+        losses = self.loss(outputs, target) if self.rivals is None else targeted(outputs, target, self.rivals[index])
+        return losses.flatten(0, -2).sum(0) if losses.ndim > 1 else losses
+
+    def untargeted(self, outputs: Tensor, index: Tensor) -> Tensor:
+        """The loss without the rivals, (b,): what iterates of runs with other rivals can be compared by."""
+        return replace(self, rivals=None)(outputs, index)
+
+    def still_right(self, outputs: Tensor, index: Tensor) -> Tensor | None:
+        """(b,): does any branch still answer right? None for losses on features, which do not know."""
+        if self.on_features:
+            return None
+        own = self._target(index).expand(outputs.shape[:-1]).unsqueeze(-1)
+        margin = outputs.scatter(-1, own, -torch.inf).amax(-1) - outputs.gather(-1, own).squeeze(-1)
+        right = ~(margin > CLEARLY_WRONG * outputs.abs().amax(-1))  # NaN is no success
+        return right if right.ndim == 1 else right.flatten(0, -2).any(0)
+
+    def check(self, outputs: Tensor, samples: int, classes: bool = True) -> None:
+        """Raises ValueError when the model's outputs do not fit the samples or, with ``classes``, their labels."""
+        if not isinstance(outputs, Tensor) or outputs.ndim < 2 or outputs.shape[-2] != samples:
+            got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise ValueError(f"model: expected outputs of shape ({samples}, C) for {samples} images, got {got}")
+        if self.on_features or not classes:
+            return
+        width, largest = outputs.shape[-1], int(self.target.max())
+        if width < 2:
+            raise ValueError(f"model: expected logits of at least 2 classes, got {width}")
+        if largest >= width:
+            raise ValueError(f"labels: expected classes below {width}, as the model puts out, got {largest}")
+
+    def _target(self, index: Tensor) -> Tensor:
+        return self.target.index_select(-2, index) if self.on_features else self.target[index]
+
+
+class Worst:
+    """The worst picture of each sample so far, and the samples still worth attacking.
+
+    Attributes:
+        images: (B, 3, H, W).
+        losses: (B,), of those pictures.
+        alive: (b,) indices of the samples not yet beaten.
+    """
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images.clone()
+        self.losses = torch.full((len(images),), -torch.inf, device=images.device)
+        self.alive = torch.arange(len(images), device=images.device)
+
+    def look_at_clean(self, model: Model, objective: Objective, stop_when_wrong: bool = True) -> Tensor:
+        """Outputs at the pictures as they are; samples that are wrong without an attack leave at once."""
+        with torch.no_grad():
+            outputs = model(self.images)
+        objective.check(outputs, len(self.images))
+        right = objective.still_right(outputs, self.alive) if stop_when_wrong else None
+        self.record(self.images, objective(outputs, self.alive), right)
+        return outputs
+
+    def record(self, current: Tensor, losses: Tensor, right: Tensor | None) -> Tensor:
+        """Take note of iterates of the samples alive; returns the mask (b,) of those that stay alive.
+
+        Args:
+            current: (b, 3, H, W).
+            losses: (b,); the higher one is kept.
+            right: (b,) still answered right; the others leave with this picture, whatever their loss. None: all stay.
+        """
+        losses = losses.detach().to(self.losses.dtype)
+        keep = torch.ones_like(self.alive, dtype=torch.bool) if right is None else right
+        take = (losses > self.losses[self.alive]) | ~keep
+        self.images[self.alive[take]] = current.detach()[take]
+        self.losses[self.alive[take]] = losses[take]
+        self.alive = self.alive[keep]
+        return keep
+
+
+def input_gradient(losses: Tensor, current: Tensor) -> Tensor:
+    """Gradient of each sample's loss with respect to its picture, without touching ``.grad``; zero where it is NaN."""
+    (gradient,) = torch.autograd.grad(losses.sum(), current)
+    return gradient.nan_to_num(0.0)
+
+
+def strongest_rivals(outputs: Tensor, labels: Tensor, count: int) -> Tensor:
+    """(B, min(count, C - 1)): the likeliest wrong classes of each sample, by mean log-probability over branches."""
+    scores = outputs.log_softmax(-1)
+    scores = scores.flatten(0, -3).mean(0) if scores.ndim > 2 else scores
+    scores = scores.scatter(-1, labels[:, None], -torch.inf)
+    return scores.topk(min(count, outputs.shape[-1] - 1), dim=-1).indices

@@ -1,0 +1,27 @@
+"""Defences: one file per tuning objective. Each is a frozen configuration that crafts and scores one batch."""
+
+from zepad_mm.defences import clean as _clean
+from zepad_mm.defences import fare as _fare
+from zepad_mm.defences import gen_af as _gen_af
+from zepad_mm.defences import tecoa as _tecoa
+from zepad_mm.defences.base import DEFENCES, Batch, Defence, LossParts, Student, make_defence
+from zepad_mm.defences.clean import Clean
+from zepad_mm.defences.fare import FARE
+from zepad_mm.defences.gen_af import GenAF, GenAFReleased, topology_loss
+from zepad_mm.defences.tecoa import TeCoA
+
+__all__ = [
+    "DEFENCES",
+    "FARE",
+    "Batch",
+    "Clean",
+    "Defence",
+    "GenAF",
+    "GenAFReleased",
+    "LossParts",
+    "Student",
+    "TeCoA",
+    "make_defence",
+    "topology_loss",
+]
+del _clean, _fare, _gen_af, _tecoa

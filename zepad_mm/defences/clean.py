@@ -1,0 +1,30 @@
+"""Benign tuning: cross-entropy on clean images, for the branch that never sees an attack (method, section 2: BMP)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zepad_mm.defences.base import DEFENCES, AttackLoss, Batch, Defence, LossParts, Student
+
+
+@DEFENCES.register("clean")
+@dataclass(frozen=True, kw_only=True)
+class Clean(Defence):
+    """Cross-entropy on the batch as it is. ``epsilon`` is used by the validation attack alone."""
+
+    name: ClassVar[str] = "clean"
+
+    def craft(self, student: Student, batch: Batch, epsilon: float, generator: torch.Generator) -> Tensor:
+        return batch.images
+
+    def attack_loss(self, student: Student, batch: Batch) -> AttackLoss:
+        raise ValueError("the defence 'clean' trains without an attack")
+
+    def loss(self, student: Student, batch: Batch, attacked: Tensor) -> LossParts:
+        loss = F.cross_entropy(student(batch.images)[1], batch.labels)
+        return LossParts(loss, {"ce": loss.detach()})

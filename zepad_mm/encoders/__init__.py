@@ -1,0 +1,22 @@
+"""How any backbone becomes an :class:`Encoder`."""
+
+from zepad_mm.encoders import open_clip as _open_clip
+from zepad_mm.encoders import timm as _timm
+from zepad_mm.encoders.base import ENCODERS, Encoder, Preprocess, load_encoder
+from zepad_mm.encoders.lora import LoraSettings, add_lora, has_lora, load_lora, merge_lora
+from zepad_mm.encoders.open_clip import TextEncoder, load_clip
+
+__all__ = [
+    "ENCODERS",
+    "Encoder",
+    "LoraSettings",
+    "Preprocess",
+    "TextEncoder",
+    "add_lora",
+    "has_lora",
+    "load_clip",
+    "load_encoder",
+    "load_lora",
+    "merge_lora",
+]
+del _open_clip, _timm

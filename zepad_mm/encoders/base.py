@@ -1,0 +1,130 @@
+"""The contract every backbone is brought to: pixels in [0, 1] go in, one feature vector per image comes out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zepad_mm.checks import check_images
+from zepad_mm.config import Config
+from zepad_mm.registry import Registry
+
+RESIZE_MODES = ("squash", "shortest")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess(Config):
+    """Differentiable resize and normalisation, applied inside the encoder so that attacks see the true network."""
+
+    image_size: int  # side of the square picture the backbone wants, in pixels
+    mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
+    std: tuple[float, ...]  # per channel, of pixels in [0, 1]
+    interpolation: str = "bicubic"  # "bilinear" or "bicubic", always antialiased
+    resize_mode: str = "squash"  # "squash" changes the aspect; "shortest" resizes the shorter side and crops the centre
+
+    def __post_init__(self) -> None:
+        if self.resize_mode not in RESIZE_MODES:
+            raise ValueError(f"resize_mode: expected one of {RESIZE_MODES}, got {self.resize_mode!r}")
+
+    def resize(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) to (B, 3, image_size, image_size), still in [0, 1]; a picture of the right size is untouched."""
+        height, width = images.shape[-2:]
+        if (height, width) == (self.image_size, self.image_size):
+            return images
+        target = (self.image_size, self.image_size)
+        if self.resize_mode == "shortest":
+            scale = self.image_size / min(height, width)
+            target = (max(self.image_size, int(height * scale)), max(self.image_size, int(width * scale)))
+        images = F.interpolate(images, target, mode=self.interpolation, antialias=True, align_corners=False)
+        top, left = ((size - self.image_size) // 2 for size in target)
+        images = images[..., top : top + self.image_size, left : left + self.image_size]
+        return images.clamp(0, 1)  # bicubic overshoots
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] to what the backbone was trained on."""
+        mean = torch.tensor(self.mean, device=images.device, dtype=images.dtype).view(1, -1, 1, 1)
+        std = torch.tensor(self.std, device=images.device, dtype=images.dtype).view(1, -1, 1, 1)
+        return (self.resize(images) - mean) / std
+
+
+class Encoder(nn.Module):
+    """Any backbone behind one interface.
+
+    Args:
+        backbone: maps normalised (B, 3, S, S) to features (B, D).
+        preprocess: what happens to pixels in [0, 1] before.
+        feature_dim: D.
+        source: where the weights come from, e.g. ``"open_clip:ViT-B-32/laion2b_s34b_b79k"``.
+    """
+
+    def __init__(self, backbone: nn.Module, preprocess: Preprocess, feature_dim: int, source: str) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.preprocess = preprocess
+        self.feature_dim = feature_dim
+        self.source = source
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) pixels in [0, 1], any size, to features (B, D). Raises ValueError for other ranges or shapes."""
+        return self.backbone(self.preprocess(check_images(images)))
+
+    def extra_repr(self) -> str:
+        return f"source={self.source!r}, feature_dim={self.feature_dim}, image_size={self.preprocess.image_size}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parsed source string ``kind:rest``."""
+
+    kind: str
+    rest: str
+
+
+# kind -> loader(rest, pretrained) -> Encoder
+ENCODERS: Registry[Any] = Registry("encoder kind")
+
+
+def parse_source(source: str) -> Source:
+    """Split ``"kind:rest"``. Raises ValueError that shows how a source is written."""
+    kind, separator, rest = str(source).partition(":")
+    if not separator or not rest:
+        raise ValueError(
+            f"encoder source {source!r}: expected KIND:NAME with KIND one of {', '.join(ENCODERS)}, "
+            "e.g. 'open_clip:embedded', 'open_clip:ViT-B-32/laion2b_s34b_b79k' or 'timm:resnet18.a1_in1k'"
+        )
+    ENCODERS.get(kind)
+    return Source(kind, rest)
+
+
+def load_encoder(source: str, pretrained: bool = True) -> Encoder:
+    """Load any backbone as an :class:`Encoder`, in eval mode.
+
+    Args:
+        source: ``open_clip:NAME/TAG``, ``open_clip:hf-hub:org/repo``, ``open_clip:local-dir:PATH``,
+            ``open_clip:embedded``, ``timm:NAME`` or ``timm:local-dir:PATH``.
+        pretrained: load the weights; False builds the architecture alone, randomly initialised.
+
+    Raises:
+        ValueError: unknown kind or model; FileNotFoundError: the local folder is missing.
+    """
+    parsed = parse_source(source)
+    encoder: Encoder = ENCODERS.get(parsed.kind)(parsed.rest, pretrained)
+    encoder.source = source
+    return encoder.eval()
+
+
+def feature_dim_of(backbone: nn.Module, image_size: int) -> int:
+    """Width of what the backbone puts out, found by asking it. Raises ValueError when that is not one vector."""
+    parameter = next(backbone.parameters())
+    was_training = backbone.training
+    backbone.eval()
+    with torch.no_grad():
+        features = backbone(torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype))
+    backbone.train(was_training)
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        raise ValueError(f"{type(backbone).__name__} gives {features!r:.80}; expected one (B, D) tensor of features")
+    return int(features.shape[1])

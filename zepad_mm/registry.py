@@ -1,0 +1,50 @@
+"""One way to name things: attacks, defences, fusion rules, losses, prompt sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """A named table that refuses duplicates and answers an unknown name with the nearest known one.
+
+    Args:
+        kind: what the table holds, in words, for the error messages ("attack", "fusion rule").
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator that stores what it decorates under ``name``. Raises ValueError when the name is taken."""
+
+        def store(entry: T) -> T:
+            if name in self._entries:
+                raise ValueError(f"the {self.kind} {name!r} is registered already, as {self._entries[name]!r}")
+            self._entries[name] = entry
+            return entry
+
+        return store
+
+    def get(self, name: str) -> T:
+        """The entry called ``name``. Raises ValueError that lists the names and suggests the nearest."""
+        if name in self._entries:
+            return self._entries[name]
+        near = get_close_matches(str(name), self._entries, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown {self.kind} {name!r}{hint} Known: {', '.join(self.names())}")
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        return sorted(self._entries)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries

@@ -1,0 +1,32 @@
+"""Training: one resumable loop for every tuning objective, heads on frozen features, and what they leave on disk."""
+
+from zepad_mm.training.heads import HeadResult, HeadSettings, fresh_head, train_head, train_head_on_features
+from zepad_mm.training.loop import FitResult, fit
+from zepad_mm.training.processes import encode_images, make_accelerator
+from zepad_mm.training.settings import TrainSettings
+from zepad_mm.training.students import ADAPTATIONS, build_student, load_encoder_or_tuned
+from zepad_mm.training.tuned import load_head, load_tuned, provenance, write_head, write_tuned
+from zepad_mm.training.validation import Validation, validate
+
+__all__ = [
+    "ADAPTATIONS",
+    "FitResult",
+    "HeadResult",
+    "HeadSettings",
+    "TrainSettings",
+    "Validation",
+    "build_student",
+    "encode_images",
+    "fit",
+    "fresh_head",
+    "load_encoder_or_tuned",
+    "load_head",
+    "load_tuned",
+    "make_accelerator",
+    "provenance",
+    "train_head",
+    "train_head_on_features",
+    "validate",
+    "write_head",
+    "write_tuned",
+]

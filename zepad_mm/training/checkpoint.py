@@ -1,0 +1,144 @@
+"""Checkpoints of a run: one safetensors file that is either the old one or the new one, JSON in its metadata.
+
+Only what training changes is kept: trainable parameters, buffers, the optimiser's tensors. There is no state of random
+generators or schedules, because both follow from the settings and the step.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zepad_mm.files import read_tensors, write_tensors
+
+FORMAT = "zepad-mm training 1"
+CHECKPOINT = "checkpoint.safetensors"
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run is: optimiser steps done, and the best validation so far."""
+
+    step: int
+    best_step: int | None
+    best: dict[str, Any] | None
+    seconds: float
+
+
+def trained_state(student: nn.Module) -> dict[str, Tensor]:
+    """Trainable parameters and persistent buffers by name."""
+    trainable = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+    parameters = {name for name, _ in student.named_parameters()}
+    return {
+        name: tensor for name, tensor in student.state_dict().items() if name in trainable or name not in parameters
+    }
+
+
+def load_state(student: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Copy ``state`` into the student. Raises ValueError unless it is exactly what :func:`trained_state` gives."""
+    own = trained_state(student)
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unknown:
+        raise ValueError(f"{path} does not fit this student: it lacks {missing[:3]}, and has unknown {unknown[:3]}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if tensor.shape != state[name].shape:
+                raise ValueError(f"{path}: {name} has shape {tuple(state[name].shape)}, expected {tuple(tensor.shape)}")
+            tensor.copy_(state[name])
+
+
+def best_path(out: Path, step: int) -> Path:
+    """Where the weights selected at ``step`` are: a name per step, so that a checkpoint never points at newer ones."""
+    return out / f"best-{step}.safetensors"
+
+
+def save_best(out: Path, student: nn.Module, step: int) -> None:
+    """Write the selected weights."""
+    write_tensors(best_path(out, step), dict(trained_state(student)), {"format": FORMAT, "step": str(step)})
+
+
+def load_best(out: Path, student: nn.Module, step: int) -> None:
+    """Read the selected weights."""
+    state, _ = read_tensors(best_path(out, step))
+    load_state(student, state, best_path(out, step))
+
+
+def save_checkpoint(
+    out: Path, student: nn.Module, optimizer: Any, position: Position, identity: dict[str, Any]
+) -> None:
+    """Write the checkpoint, then remove selected weights that it no longer points at."""
+    tensors = {f"model.{name}": tensor for name, tensor in trained_state(student).items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value)
+    about = {"position": vars(position), "identity": identity}
+    write_tensors(out / CHECKPOINT, tensors, {"format": FORMAT, "about": json.dumps(about, allow_nan=False)})
+    for path in out.glob("best-*.safetensors"):
+        if position.best_step is None or path != best_path(out, position.best_step):
+            path.unlink(missing_ok=True)
+
+
+def load_checkpoint(out: Path, student: nn.Module, optimizer: Any, identity: dict[str, Any]) -> Position:
+    """Put the checkpoint of ``out`` into student and optimiser.
+
+    Raises:
+        ValueError: damaged, of another format, or of a run with other settings; the message names the first one.
+    """
+    path = out / CHECKPOINT
+    tensors, metadata = read_tensors(path)
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} has the format {metadata.get('format')!r}, expected {FORMAT!r}; give another folder")
+    about = json.loads(metadata["about"])
+    check_identity(about["identity"], identity, path)
+    model = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+    load_state(student, model, path)
+    states: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".", 2)
+            states.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+    return Position(**about["position"])
+
+
+def check_identity(saved: dict[str, Any], given: dict[str, Any], path: Path) -> None:
+    """Raise ValueError that names the first key in which the run that was saved differs from the one that is asked."""
+    saved, given = _flat(json.loads(json.dumps(saved))), _flat(json.loads(json.dumps(given)))
+    for key in sorted(saved.keys() | given.keys()):
+        if saved.get(key) != given.get(key):
+            raise ValueError(
+                f"{path} belongs to a run with {key} = {saved.get(key)!r}, now {key} = {given.get(key)!r}; "
+                "put it back to resume, or give another output folder to start anew"
+            )
+
+
+def crc_of(module: nn.Module, only_frozen: bool = False) -> int:
+    """A checksum of parameters and persistent buffers, to tell whether a resumed run starts from the same ones.
+
+    Args:
+        only_frozen: leave out what requires a gradient.
+    """
+    trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    crc = 0
+    for name, tensor in sorted(module.state_dict().items()):
+        if only_frozen and name in trainable:
+            continue
+        crc = zlib.crc32(name.encode(), crc)
+        crc = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
+    return crc
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

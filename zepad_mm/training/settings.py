@@ -1,0 +1,86 @@
+"""How a run is made: everything that is no part of the objective."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from zepad_mm.checks import check_epsilon
+from zepad_mm.config import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(Config):
+    """Settings of :func:`zepad_mm.training.fit`. The defaults suit full tuning of a small tower on a CPU."""
+
+    epochs: int = 20  # passes over the training images; ignored when steps is given
+    steps: int | None = None  # optimiser steps in all
+    batch_size: int = 128  # images per optimiser step over all processes together
+    optimizer: Literal["adam", "adamw"] = "adamw"  # adam adds weight decay to the gradient, as the released code
+    lr_encoder: float = 1e-4  # highest learning rate of the encoder, or of its adapter
+    lr_head: float = 5e-3  # highest learning rate of a head that trains along
+    weight_decay: float = 1e-4
+    schedule: Literal["cosine", "exponential", "constant"] = "cosine"  # after the warm-up of the rate
+    gamma: float = 0.96  # factor per epoch of the exponential schedule
+    lr_warmup_steps: int = 0  # linear from 0
+    epsilon_warmup_steps: int = 0  # linear from 0 to the defence's epsilon
+    augment: Literal["none", "flip", "flip_shift"] = "none"  # flip_shift: also moved by up to an eighth of the side
+    bn_mode: Literal["eval", "train"] = "eval"  # eval keeps the running statistics as they are
+    grad_clip: float | None = 1.0  # largest norm of the gradient; None: no clipping
+    channels_last: bool = False  # faster convolutions on many CPUs and on tensor cores
+    seed: int = 0
+    validation_every: int = 0  # steps; 0: after each epoch. The untuned student is validated too
+    validation_attack_steps: int = 5  # PGD on cross-entropy
+    validation_epsilon: float | None = None  # None: the defence's
+    validation_batch_size: int = 256
+    selection: Literal["mean", "clean", "robust", "last"] = "mean"  # of clean and robust accuracy on validation
+    checkpoint_every: int = 200  # steps
+    log_every: int = 10  # steps
+    resume: Literal["auto", "never"] = "auto"  # never refuses a folder that holds a run
+
+    def __post_init__(self) -> None:
+        for name in (
+            "epochs", "batch_size", "validation_attack_steps", "validation_batch_size", "checkpoint_every", "log_every"
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in (
+            "lr_encoder", "lr_head", "weight_decay", "lr_warmup_steps", "epsilon_warmup_steps", "validation_every"
+        ):  # fmt: skip
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps: expected at least 1 or none, got {self.steps}")
+        if self.grad_clip is not None and not self.grad_clip > 0:
+            raise ValueError(f"grad_clip: expected a positive norm or none, got {self.grad_clip}")
+        if self.validation_epsilon is not None:
+            check_epsilon(self.validation_epsilon)
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+
+    def lr_factor(self, step: int, total: int, per_epoch: int) -> float:
+        """What the highest rate is multiplied by at ``step`` (from 0): a pure function, so nothing to save."""
+        if step < self.lr_warmup_steps:
+            return (step + 1) / self.lr_warmup_steps
+        if self.schedule == "exponential":
+            return self.gamma ** (step // per_epoch)
+        if self.schedule == "cosine":
+            done = (step - self.lr_warmup_steps) / max(1, total - self.lr_warmup_steps)
+            return 0.5 * (1 + math.cos(math.pi * done))
+        return 1.0
+
+    def epsilon_factor(self, step: int) -> float:
+        """What the budget is multiplied by at ``step`` (from 0)."""
+        return min(1.0, (step + 1) / self.epsilon_warmup_steps) if self.epsilon_warmup_steps else 1.0
+
+
+_CHOICES = {
+    "optimizer": ("adam", "adamw"),
+    "schedule": ("cosine", "exponential", "constant"),
+    "augment": ("none", "flip", "flip_shift"),
+    "bn_mode": ("eval", "train"),
+    "selection": ("mean", "clean", "robust", "last"),
+    "resume": ("auto", "never"),
+}

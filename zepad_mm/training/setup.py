@@ -1,0 +1,128 @@
+"""Before the first step: is this run possible, what identifies it, what trains."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zepad_mm.checks import check_images
+from zepad_mm.data import LabelledImages
+from zepad_mm.defences.base import Batch, Defence, Student
+from zepad_mm.encoders import has_lora
+from zepad_mm.training.checkpoint import CHECKPOINT, crc_of
+from zepad_mm.training.settings import TrainSettings
+
+# settings that change neither the weights nor which of them are kept, and may differ on resume
+_FREE = ("checkpoint_every", "log_every", "resume")
+
+
+class Objective(nn.Module):
+    """Student and defence as one module: whatever forwards the defence makes, the distributed wrapper sees one."""
+
+    def __init__(self, student: Student, defence: Defence) -> None:
+        super().__init__()
+        self.student = student
+        self.defence = defence
+
+    def forward(
+        self, images: Tensor, labels: Tensor, indices: Tensor, original: Tensor | None, attacked: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one share of a batch, and its parts."""
+        loss = self.defence.loss(self.student, Batch(images, labels, indices, original), attacked)
+        return loss.total, loss.parts
+
+
+def check_run(
+    student: Student,
+    train: LabelledImages,
+    validation: LabelledImages | None,
+    defence: Defence,
+    settings: TrainSettings,
+) -> None:
+    """Raise ValueError that names what makes this run impossible, before an hour is spent on it."""
+    if len(train) < settings.batch_size:
+        raise ValueError(f"batch_size: {settings.batch_size} is more than the {len(train)} training images; lower it")
+    classes = _num_classes(student)
+    for data, what in ((train, "train"), (validation, "validation")):
+        if data is None:
+            continue
+        if len(data) == 0:
+            raise ValueError(f"{what}: the data set is empty")
+        low, high = int(data.labels.min()), int(data.labels.max())
+        if (defence.trains_head or data is validation) and (low < 0 or high >= classes):
+            raise ValueError(f"{what}: labels from {low} to {high} for a head of {classes} classes")
+        check_images(data.images[: settings.batch_size])
+    if has_lora(student.encoder) and settings.bn_mode == "train":
+        raise ValueError("bn_mode: a LoRA adapter does not hold BN statistics; use bn_mode='eval' with LoRA")
+    heads = student.head.parameters() if defence.trains_head else ()
+    if not any(parameter.requires_grad for parameter in (*student.encoder.parameters(), *heads)):
+        raise ValueError("nothing to train: no parameter of the student requires a gradient")
+
+
+def check_folder(out: Path, settings: TrainSettings, world: int) -> None:
+    """Raise ValueError when the folder holds a run that shall not be resumed, or the batch does not split."""
+    if settings.batch_size % world:
+        raise ValueError(f"batch_size: {settings.batch_size} images do not split over {world} processes")
+    if (out / CHECKPOINT).exists() and settings.resume == "never":
+        raise ValueError(f"{out} holds a run already; use resume='auto' or give another folder")
+
+
+def identity_of(
+    student: Student,
+    train: LabelledImages,
+    validation: LabelledImages | None,
+    defence: Defence,
+    settings: TrainSettings,
+) -> dict[str, Any]:
+    """What must be the same for a run to be resumed."""
+    return {
+        "defence": {"name": defence.name, **defence.to_dict()},
+        "settings": {key: value for key, value in settings.to_dict().items() if key not in _FREE},
+        "train": _identity_of_data(train),
+        "validation": None if validation is None else _identity_of_data(validation),
+        "source": student.encoder.source,
+        # what starts at random is in the checkpoint: an adapter, a head that trains along
+        "encoder_checksum": crc_of(student.encoder, only_frozen=has_lora(student.encoder)),
+        "head_checksum": crc_of(student.head, only_frozen=True),
+    }
+
+
+def make_optimizer(student: Student, settings: TrainSettings) -> torch.optim.Optimizer:
+    """One optimiser over what requires a gradient, with a rate for the encoder and one for the head."""
+    groups = [
+        {"params": [p for p in module.parameters() if p.requires_grad], "lr": rate}
+        for module, rate in ((student.encoder, settings.lr_encoder), (student.head, settings.lr_head))
+    ]
+    kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
+    return kind([group for group in groups if group["params"]], weight_decay=settings.weight_decay)
+
+
+def training_mode(student: Student, bn_mode: str) -> None:
+    """Train mode for what trains; batch normalisation by its running statistics unless asked otherwise."""
+    student.train()
+    for module in (student.encoder, student.head):
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            module.eval()
+    if bn_mode == "eval":
+        for module in student.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+
+@torch.no_grad()
+def _num_classes(student: Student) -> int:
+    parameter = next(student.encoder.parameters())
+    features = torch.zeros(1, student.encoder.feature_dim, device=parameter.device)
+    was_training = student.head.training
+    classes = student.head.eval().to(parameter.device)(features).shape[-1]
+    student.head.train(was_training)
+    return int(classes)
+
+
+def _identity_of_data(data: LabelledImages) -> dict[str, Any]:
+    labels = zlib.crc32(data.labels.cpu().contiguous().numpy().data)
+    return {"name": data.name, "n": len(data), "shape": list(data.images.shape[1:]), "labels_checksum": labels}
