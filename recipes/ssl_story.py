@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 import re
 import time
 from collections.abc import Callable
@@ -34,7 +33,6 @@ import pretrain_ssl
 import torch
 from accelerate import Accelerator
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from tqdm import tqdm
 
@@ -43,8 +41,9 @@ from zepad_mm.attacks import PGD, UNIVERSAL_ATTACKS, Perturbation
 from zepad_mm.branch import Branch, BranchConfig
 from zepad_mm.data import LabelledImages, load_data
 from zepad_mm.defences import make_defence
-from zepad_mm.detection import PAPER_GAP, SCORES, threshold_at
+from zepad_mm.detection import SCORES
 from zepad_mm.encoders import Encoder, load_encoder
+from zepad_mm.evaluation.metrics import detect, fooling_rate, paper_rule_accuracy, share
 from zepad_mm.files import read_json, write_json, write_text
 from zepad_mm.model import ZePAD, ZePADConfig
 from zepad_mm.provenance import provenance
@@ -61,6 +60,12 @@ from zepad_mm.training import (
 
 BENIGN = (False, False, True)
 DEFENDED = ("victim_tuned", "adv_au_tuned", "bmp")
+WARNINGS = (
+    "one seed",
+    "small encoders, briefly pre-trained: compare rows with each other, not with papers",
+    "T2 is one PGD run through each row plus all rows' examples, no APGD and no Square: an upper bound",
+    "wall_s is that of the last start; pretraining and tuning have their own",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,9 +256,10 @@ class Bench:
         return line.fuse(torch.stack([logits[name] for name in line.members])).argmax(-1)
 
     def record(self, model: str, attack: str, threat: str, epsilon: float, right: Tensor, **more: Any) -> None:
-        low, high = wilson(int(right.sum()), len(right))
+        found = share(right)
+        low, high = found.interval
         row = {"model": model, "attack": attack, "threat": threat, "epsilon": epsilon, "norm": "linf"}
-        row |= {"dataset": self.test.name, "n": len(right), "accuracy": float(right.float().mean())}
+        row |= {"dataset": self.test.name, "n": found.n, "accuracy": found.value}
         self.rows.append(row | {"ci_low": low, "ci_high": high, "seconds": None} | more)
 
     def universal(self, perturbations: dict[tuple[str, str], Perturbation]) -> None:
@@ -266,7 +272,7 @@ class Bench:
             seconds = perturbation.provenance["wall_s"]
             for model in self.lines:
                 answers = self.answer(model, attacked)
-                changed = float((answers != self.answer(model, self.clean)).float().mean())
+                changed = fooling_rate(self.answer(model, self.clean), answers)
                 epsilon, right = self.config.universal_epsilon, answers == labels
                 self.record(model, name, threat, epsilon, right, seconds=seconds, asr=changed)
             self.detect(threat, name, self.clean, attacked)
@@ -307,22 +313,11 @@ class Bench:
                 SCORES.get(name)(torch.stack([logits[key] for key in DEFENDED]), BENIGN)
                 for logits in (clean, attacked, self.reference)
             )
-            truth = torch.cat([torch.zeros(len(before)), torch.ones(len(after))])
+            found = detect(reference, before, after)
             row: dict[str, Any] = {"model": "zepad", "score": name, "threat": threat, "attack": attack}
-            row["auroc"] = float(roc_auc_score(truth, torch.cat([before, after])))
-            for rate, key in ((0.01, "tpr_at_fpr1"), (0.05, "tpr_at_fpr5")):
-                row[key] = float((after > threshold_at(reference, rate)).float().mean())
-            paper = torch.cat([before <= PAPER_GAP, after > PAPER_GAP]).float().mean()
-            row["accuracy_paper_rule"] = float(paper) if name == "confidence_gap" else None
-            self.detection.append(row | {"n": len(truth), "dataset": self.test.name})
-
-
-def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a share."""
-    share, width = right / n, z * z / n
-    middle = (share + width / 2) / (1 + width)
-    half = z * math.sqrt(share * (1 - share) / n + width / (4 * n)) / (1 + width)
-    return max(0.0, middle - half), min(1.0, middle + half)
+            row |= {key: getattr(found, key) for key in ("auroc", "tpr_at_fpr1", "tpr_at_fpr5")}
+            row["accuracy_paper_rule"] = paper_rule_accuracy(before, after) if name == "confidence_gap" else None
+            self.detection.append(row | {"n": len(before) + len(after), "dataset": self.test.name})
 
 
 def markdown(report: dict[str, Any]) -> str:

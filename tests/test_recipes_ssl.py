@@ -142,12 +142,6 @@ def test_story_from_end_to_end(tmp_path: Path):
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, len(model.class_names))
 
 
-def test_wilson_interval():
-    low, high = ssl_story.wilson(50, 100)
-    assert (round(low, 3), round(high, 3)) == (0.404, 0.596)
-    assert ssl_story.wilson(0, 10)[0] == 0.0
-
-
 def test_records_name_no_folders():
     record = {
         "data": "/srv/x/cifar10",

@@ -1,0 +1,108 @@
+"""What an evaluation runs, as data: threat models, budgets, attack strengths; and the two presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from zepad_mm.attacks import UNIVERSAL_ATTACKS
+from zepad_mm.checks import check_epsilon
+from zepad_mm.config import Config
+from zepad_mm.fusion import RULES
+from zepad_mm.registry import Registry
+
+# What each threat model lets the attacker know.
+THREATS = {
+    "clean": "no attack",
+    "T1": "one perturbation for all pictures, made on the public encoder (the paper's setting)",
+    "T1b": "the same, made on the defence's own encoders: the attacker knows the family",
+    "T2": "white box: everything is known, every picture is attacked through the whole defence",
+    "T3": "white box that also evades the detector: counts when the answer is wrong and not flagged",
+}
+OWN_ATTACKS = ("pgd", "apgd", "apgd_targeted", "square")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings(Config):
+    """All of an evaluation but the model and the pictures."""
+
+    threats: tuple[str, ...] = ("clean", "T1", "T1b", "T2")  # of clean, T1, T1b, T2, T3; clean is always run
+    n: int | None = None  # test pictures, drawn by the seed; None: all
+    seed: int = 0  # of pictures, attacks and their order
+    n_validation: int | None = 400  # clean pictures that fix the detector's threshold; None: all
+    n_surrogate: int | None = 2000  # the attacker's own pictures; None: all
+    image_size: int = 64  # side that pictures of a named data set are brought to
+    test_split: str = "test"  # what is reported on
+    validation_split: str = "validation"  # falls back to half of "train"
+    surrogate_split: str = "surrogate"  # falls back to the other half of "train"
+    batch_size: int = 64  # pictures per forward pass
+
+    epsilon_universal: float = 10 / 255  # L-inf budget of T1 and T1b, in pixels of [0, 1]
+    universal: tuple[str, ...] = ("adv_encoder", "feature_uap")  # T1: made on the public encoder
+    universal_family: tuple[str, ...] = ("feature_uap",)  # T1b: made on each branch's encoder, and on all at once
+    universal_steps: dict[str, int] = field(default_factory=dict)  # per attack; missing ones take its default
+
+    epsilon: float = 4 / 255  # L-inf budget of T2 and T3, in pixels of [0, 1]
+    rules: tuple[str, ...] = ()  # fusion rules that get a row and an attack of their own; empty: all
+    steps: int = 20  # gradient steps of every T2 attack: the same for branches and for fused models
+    restarts: int = 2  # of each model's own attack, on the pictures that survived the shared pool
+    own_attacks: tuple[str, ...] = ("pgd",)  # each model's own: "pgd", "apgd", "apgd_targeted", "square"
+    frozen_weights: bool = True  # also attack the fusion with its weights held constant in each step
+    square_queries: int = 1000  # forward passes per picture of "square"
+    detector_steps: int = 20  # gradient steps of each T3 attack
+
+    diagnostics_n: int = 48  # pictures that the evaluation doubts itself on; 0 skips those checks
+    diagnostics_factor: int = 3  # how many times more steps the doubting attack gets
+
+    def __post_init__(self) -> None:
+        table: Registry[str] = Registry("threat")
+        for name, meaning in THREATS.items():
+            table.register(name)(meaning)
+        for name in self.threats:
+            table.get(name)
+        for name in (*self.universal, *self.universal_family, *self.universal_steps):
+            UNIVERSAL_ATTACKS.get(name)
+        for name in self.rules:
+            RULES.get(name)
+        for name in self.own_attacks:
+            if name not in OWN_ATTACKS:
+                raise ValueError(f"own_attacks: expected names of {', '.join(OWN_ATTACKS)}, got {name!r}")
+        for budget in (self.epsilon, self.epsilon_universal):
+            if check_epsilon(budget) == 0:
+                raise ValueError("epsilon: expected a positive budget; for no attack write threats=('clean',)")
+        for key in ("n", "n_validation", "n_surrogate"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise ValueError(f"{key}: expected a positive number of pictures or None, got {getattr(self, key)}")
+        for key in ("batch_size", "steps", "restarts", "detector_steps", "diagnostics_factor"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}: expected at least 1, got {getattr(self, key)}")
+        if self.diagnostics_n < 0:
+            raise ValueError(f"diagnostics_n: expected at least 0, got {self.diagnostics_n}")
+
+
+# name -> settings; "demo" takes minutes on two CPU cores, "full" wants a GPU or a night
+PRESETS: Registry[EvalSettings] = Registry("evaluation preset")
+PRESETS.register("demo")(
+    EvalSettings(
+        n_surrogate=1000,
+        universal_steps={"adv_encoder": 20, "feature_uap": 80},
+        steps=10,
+        restarts=1,
+        frozen_weights=False,
+        detector_steps=10,
+    )
+)
+PRESETS.register("full")(
+    EvalSettings(
+        threats=("clean", "T1", "T1b", "T2", "T3"),
+        n_validation=None,
+        n_surrogate=None,
+        universal_family=("adv_encoder", "feature_uap"),
+        universal_steps={"adv_encoder": 300, "feature_uap": 600},
+        steps=50,
+        restarts=5,
+        own_attacks=OWN_ATTACKS,
+        square_queries=5000,
+        detector_steps=100,
+        diagnostics_n=200,
+    )
+)

@@ -1,0 +1,263 @@
+"""The threat models, from weak to strong. Each adds attacked examples to the session; nothing is judged here.
+
+All rows are judged on all examples (a shared pool): an attack made for one fusion rule is tried on every other, which
+is what uncovers a rule that merely hides its gradients.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from zepad_mm.attacks import APGD, PGD, UNIVERSAL_ATTACKS, Attack, Perturbation, Square
+from zepad_mm.evaluation.session import UNDEFENDED, Example, Fused, Row, Session, Through
+from zepad_mm.files import replacing
+from zepad_mm.fusion import Fusion
+
+log = logging.getLogger(__name__)
+
+
+def run_clean(session: Session) -> None:
+    """The pictures as they are."""
+    found = session.stage("clean", lambda: {"logits": session.score(session.images)})
+    everything = torch.zeros(len(session.labels), dtype=torch.bool)
+    session.add(Example("clean", "none", 0.0, found["logits"], everything, float(found["seconds"])))
+
+
+def run_noise(session: Session) -> None:
+    """The control: random signs of T1's size, one pattern for all pictures. An attack must beat this."""
+    budget = session.settings.epsilon_universal
+
+    def work() -> dict[str, Tensor]:
+        shape = session.images.shape[1:]
+        signs = torch.randint(2, shape, generator=session.generator("noise")) * 2.0 - 1
+        return {"logits": session.score((session.images + budget * signs).clamp(0, 1))}
+
+    found = session.stage("T1 random_noise", work)
+    session.add(_of_all(session, "T1", "random_noise", budget, found, control=True))
+
+
+def run_universal(session: Session, threat: str) -> None:
+    """T1: perturbations made on the public encoder; T1b: on each branch's encoder, and on all of them at once."""
+    if threat == "T1":
+        run_noise(session)
+    settings = session.settings
+    names = settings.universal if threat == "T1" else settings.universal_family
+    for name in names:
+        for where in universal_targets(session, threat):
+            _universal(session, threat, name, where)
+
+
+def universal_targets(session: Session, threat: str) -> list[str]:
+    """The encoders that T1 or T1b perturbations are made on; "family" is all branches at once."""
+    if threat == "T1":
+        return [UNDEFENDED]
+    branches = [row.name for row in session.branch_rows]
+    return [*branches, "family"] if len(branches) > 1 else branches
+
+
+def _universal(session: Session, threat: str, name: str, where: str) -> None:
+    settings, model = session.settings, session.model
+    made = f"{name}@{where}"
+    attack = UNIVERSAL_ATTACKS.get(name)(
+        epsilon=settings.epsilon_universal, image_size=session.images.shape[-1], seed=settings.seed
+    )
+    attack = replace(attack, steps=settings.universal_steps.get(name, attack.steps))
+    encoders = {row.name: model.branch(row.name.removeprefix("branch:")).encoder for row in session.branch_rows}
+    encoders[UNDEFENDED] = model.undefended.encoder
+
+    def work() -> dict[str, Tensor]:
+        chosen = encoders if where == "family" else {where: encoders[where]}
+        chosen = {key: encoder for key, encoder in chosen.items() if where != "family" or key != UNDEFENDED}
+        surrogate = session.data.surrogate.images.to(session.device)
+        perturbation = attack.fit(chosen, surrogate, generator=session.generator("craft", made))
+        if session.out is not None:
+            folder = session.out / "perturbations"
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(folder / f"{made.replace(':', '_')}.safetensors") as path:
+                perturbation.save(path)
+        return {"delta": perturbation.delta, "logits": session.score(perturbation(session.images))}
+
+    found = session.stage(f"{threat} {made}", work)
+    session.deltas[made] = found["delta"]
+    session.add(_of_all(session, threat, made, settings.epsilon_universal, found))
+
+
+def run_white_box(session: Session) -> None:
+    """T2: first a pool that strikes the parts, then each row's own attack on what survived the pool."""
+    for made, delta in session.deltas.items():
+        _rescaled(session, made, delta)
+    fused = session.fused_rows
+    robust = tuple(i for i, benign in enumerate(session.model.benign) if not benign)
+    everyone = tuple(range(len(session.branch_rows)))
+    for row in session.branch_rows:
+        if session.twins(row) is None:
+            _pool(session, f"pgd@{row.name}", Through(session.parts(row.members), None), [row, *fused])
+    if 1 < len(robust) < len(everyone):
+        _pool(session, "pgd@robust_branches", Through(session.parts(robust), None), fused)
+    if len(everyone) > 1:
+        _pool(session, "pgd@all_branches", Through(session.parts(everyone), None), fused)
+        if session.settings.frozen_weights:
+            frozen = Through(session.parts(everyone), FrozenWeights(session.model.fusion))
+            _pool(session, "pgd_frozen_weights@zepad", frozen, fused)
+    for row in session.rows:
+        if session.twins(row) is None:
+            for kind in session.settings.own_attacks:
+                _own(session, row, kind)
+
+
+class FrozenWeights:
+    """A fusion whose weights count as constants to the gradient: the attacker strikes the answers, not the weighing."""
+
+    def __init__(self, fusion: Fusion) -> None:
+        self.fusion = fusion
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        weights = self.fusion(logits).weights.detach()
+        return (logits.log_softmax(-1) + weights.clamp_min(1e-12).log().unsqueeze(-1)).logsumexp(0)
+
+
+def own_attack(session: Session, kind: str, *, steps: int | None = None, epsilon: float | None = None) -> Attack:
+    """The attack that a row faces on its own, by name of ``OWN_ATTACKS``."""
+    settings = session.settings
+    budget = settings.epsilon if epsilon is None else epsilon
+    count, restarts = steps or settings.steps, settings.restarts
+    made: dict[str, Callable[[], Attack]] = {
+        "pgd": lambda: PGD(epsilon=budget, steps=count, restarts=restarts, loss="margin"),
+        "apgd": lambda: APGD(epsilon=budget, steps=count, restarts=restarts, loss="margin"),
+        "apgd_targeted": lambda: APGD(epsilon=budget, steps=count, restarts=1, loss="targeted"),
+        "square": lambda: Square(epsilon=budget, queries=settings.square_queries),
+    }
+    return made[kind]()
+
+
+def strike(session: Session, attack: Attack, target: Through, index: Tensor, purpose: str) -> Tensor:
+    """Attacked versions of the test pictures at ``index`` (k,), in batches: (k, 3, H, W)."""
+    struck = []
+    for batch, rows in enumerate(index.split(session.settings.batch_size) if len(index) else ()):
+        images, labels = session.images[rows].to(session.device), session.labels[rows].to(session.device)
+        struck.append(attack(target, images, labels, generator=session.generator(purpose, batch)).cpu())
+    return torch.cat(struck) if struck else session.images[:0]
+
+
+def _strike_and_score(session: Session, attack: Attack, target: Through, mask: Tensor, name: str) -> dict[str, Tensor]:
+    struck = strike(session, attack, target, mask.nonzero()[:, 0], name)
+    return {"logits": session.score(struck, mask), "attacked": mask}
+
+
+def _pool(session: Session, name: str, target: Through, rows: list[Row]) -> None:
+    """A pool member, run to its end on every picture that one of these rows still gets right."""
+    settings = session.settings
+    mask = torch.stack([session.still_right(row) for row in rows]).any(0)
+    attack = PGD(epsilon=settings.epsilon, steps=settings.steps, loss="margin", stop_when_wrong=False)
+    found = session.stage(f"T2 {name}", lambda: _strike_and_score(session, attack, target, mask, name))
+    session.add(_of_some(session, "T2", name, settings.epsilon, found))
+
+
+def _own(session: Session, row: Row, kind: str) -> None:
+    """A row's own attack, on the pictures that it got right so far."""
+    name, settings = f"{kind}@{row.name}:own", session.settings
+    if row.fused:
+        name = f"{kind}@{row.name}"
+    mask = session.still_right(row)
+    attack, target = own_attack(session, kind), session.through(row)
+    found = session.stage(f"T2 {name}", lambda: _strike_and_score(session, attack, target, mask, name))
+    session.add(_of_some(session, "T2", name, settings.epsilon, found))
+
+
+def _rescaled(session: Session, made: str, delta: Tensor) -> None:
+    """A universal perturbation at T2's budget, as a pool member: what transfers must not beat what is white-box."""
+    settings = session.settings
+    perturbation = Perturbation(delta, settings.epsilon_universal).rescaled(settings.epsilon)
+    found = session.stage(f"T2 {made}", lambda: {"logits": session.score(perturbation(session.images))})
+    session.add(_of_all(session, "T2", made, settings.epsilon, found))
+
+
+def run_detector_aware(session: Session, threshold: float) -> None:
+    """T3: wrong and not flagged. Two attacks on the pictures for which no example so far does that."""
+    for kind in ("selective", "lagrangian"):
+        broken = torch.zeros(len(session.labels), dtype=torch.bool)
+        for example in session.examples:
+            if example.threat in ("clean", "T2", "T3"):
+                broken |= evaded(session, example.logits, threshold)
+        _evade(session, kind, ~broken, threshold)
+
+
+def evaded(session: Session, logits: Tensor, threshold: float) -> Tensor:
+    """(n,) bool: the model as it ships is wrong, and its score does not exceed the threshold."""
+    row = session.default
+    decision = session.model.fusion(logits[list(row.members)])
+    return (decision.logits.argmax(-1) != session.labels) & (decision.dae_score <= threshold)
+
+
+def _evade(session: Session, kind: str, mask: Tensor, threshold: float) -> None:
+    settings, fusion = session.settings, session.model.fusion
+    attack = PGD(epsilon=settings.epsilon, steps=settings.detector_steps, stop_when_wrong=False)
+    parts = session.parts(session.default.members)
+    clean = fusion(session.clean.logits[list(session.default.members)])
+    spread = max(float(clean.dae_score.std()) if len(session.labels) > 1 else 0.0, 1e-6)
+
+    def work() -> dict[str, Tensor]:
+        struck = [session.images[:0]]
+        for batch, rows in enumerate(mask.nonzero()[:, 0].split(settings.batch_size) if bool(mask.any()) else ()):
+            labels = session.labels[rows].to(session.device)
+            aim = Evasion(fusion, labels, threshold, spread, kind == "selective")
+            images, nobody = session.images[rows].to(session.device), torch.zeros_like(labels)
+            generator = session.generator("evade", kind, batch)
+            struck.append(attack(Through(parts, aim), images, nobody, generator=generator).cpu())
+        return {"logits": session.score(torch.cat(struck), mask), "attacked": mask}
+
+    name = f"{kind}@zepad"
+    found = session.stage(f"T3 {name}", work)
+    session.add(_of_some(session, "T3", name, settings.epsilon, found))
+
+
+class Evasion:
+    """Two made-up logits [0, J] whose margin J is what a detector-aware attacker raises; to be used with label 0.
+
+    ``selective``: the smaller of margin and distance below the threshold, so that J > 0 exactly for a success;
+    else margin minus a penalty on what the score exceeds the threshold by (the Lagrangian of Carlini and Wagner).
+    """
+
+    def __init__(self, fusion: Fusion, labels: Tensor, threshold: float, spread: float, selective: bool) -> None:
+        self.fusion, self.labels, self.threshold = fusion, labels, threshold
+        self.spread, self.selective = spread, selective
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """(N, B, C) to (B, 2)."""
+        decision = self.fusion(logits)
+        index = self.labels.unsqueeze(-1)
+        rival = decision.logits.scatter(-1, index, -torch.inf).amax(-1)
+        margin = rival - decision.logits.gather(-1, index).squeeze(-1)
+        below = (self.threshold - decision.dae_score) / self.spread
+        aim = torch.minimum(margin, below) if self.selective else margin + below.clamp_max(0)
+        return torch.stack([torch.zeros_like(aim), aim], -1)
+
+
+def _of_all(
+    session: Session, threat: str, attack: str, epsilon: float, found: dict[str, Tensor], control: bool = False
+) -> Example:
+    everything = torch.ones(len(session.labels), dtype=torch.bool)
+    return Example(threat, attack, epsilon, found["logits"], everything, float(found["seconds"]), control)
+
+
+def _of_some(session: Session, threat: str, attack: str, epsilon: float, found: dict[str, Tensor]) -> Example:
+    return Example(threat, attack, epsilon, found["logits"], found["attacked"].bool(), float(found["seconds"]))
+
+
+__all__ = [
+    "Evasion",
+    "Fused",
+    "evaded",
+    "own_attack",
+    "run_clean",
+    "run_detector_aware",
+    "run_universal",
+    "run_white_box",
+    "strike",
+    "universal_targets",
+]
