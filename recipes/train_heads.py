@@ -29,12 +29,12 @@ from zepad_mm.config import Config
 from zepad_mm.data import load_data
 from zepad_mm.defences import Student
 from zepad_mm.files import write_json
+from zepad_mm.provenance import origin
 from zepad_mm.training import (
     HeadSettings,
     fresh_head,
     load_encoder_or_tuned,
     make_accelerator,
-    provenance,
     train_head,
     validate,
     write_head,
@@ -99,7 +99,7 @@ def main(recipe: Recipe) -> None:
             write_head(out / f"{name}.safetensors", head, train.class_names)
             print(f"{name}: {figures.clean:.1%} of {figures.n} validation images")
     if accelerator.is_main_process:
-        about = {"recipe": recipe.to_dict(), **provenance(), "heads": rows}
+        about = {"recipe": recipe.to_dict(), **origin(), "heads": rows}
         write_json(out / "heads.json", about)
     accelerator.end_training()
 

@@ -35,8 +35,8 @@ QUALITY = 85
 
 CARD = """# Clothing photos
 
-Photos of ten kinds of clothes at 64 x 64 pixels, JPEG quality {quality}. From the *Clothing dataset* collected by Alexey
-Grigorev and contributors, dedicated to the public domain (CC0 1.0).
+Photos of ten kinds of clothes at 64 x 64 pixels, JPEG quality {quality}. From the *Clothing dataset* collected by
+Alexey Grigorev and contributors, dedicated to the public domain (CC0 1.0).
 
 | part | pictures | who sees it |
 |---|---|---|

@@ -61,7 +61,7 @@ def make_zepad(source: str, fusion: str = "bounded_benign") -> ZePAD:
         with torch.no_grad():
             for key, parameter in encoder.named_parameters():
                 if (adaptation == "full") or "lora_B" in key:
-                    parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+                    parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
         config = BranchConfig(name=name, role=role, source=source, adaptation=adaptation)
         branches.append(Branch(config, encoder, zero_shot_head(text, CLASSES, "single")))
         configs.append(config)

@@ -21,7 +21,7 @@ def kick_adapter(encoder: nn.Module, scale: float = 0.1) -> None:
     with torch.no_grad():
         for name, parameter in encoder.named_parameters():
             if "lora_B" in name:
-                parameter += scale * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
 
 
 def test_open_clip_parity_with_the_librarys_own_preprocessing(clip_source: str) -> None:
@@ -202,5 +202,5 @@ def test_text_embeddings_are_unit_length_and_kept(clip_source: str) -> None:
     assert text.class_embeddings(["cat"], ["a {}.", "the {}."]).shape == (1, 24)
     with pytest.raises(ValueError, match="the list is empty"):
         text.class_embeddings([])
-    with pytest.raises(ValueError, match="no CLIP|expected a source of kind open_clip"):
+    with pytest.raises(ValueError, match="expected a source of kind open_clip"):
         load_clip("timm:resnet10t")

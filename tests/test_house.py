@@ -75,9 +75,14 @@ def test_configs_are_strict() -> None:
 def test_a_file_is_the_old_or_the_new_one(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_json(path, {"a": 1})
-    with pytest.raises(RuntimeError), replacing(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError("killed here")
+
+    def killed() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("killed here")
+
+    with pytest.raises(RuntimeError):
+        killed()
     assert read_json(path) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(ValueError, match="JSON"):

@@ -218,7 +218,7 @@ def test_bad_pictures(attack, spoil, says, encoder, surrogate):
         ("open_clip:embedded", "callable"),
         (None, "callable"),
         (lambda images: images.mean((1, 2, 3)), r"features of shape \(16, D\)"),
-        (lambda images: images, r"features of shape \(16, D\)"),
+        (lambda images: images[:, :, :5], r"features of shape \(16, D\)"),
         (lambda images: {"features": images}, "got dict"),
     ],
 )
@@ -296,5 +296,5 @@ def test_the_generator_is_the_published_one():
     assert shapes == [(100, 1024, 4, 4), (1024, 512, 4, 4), (512, 256, 4, 4), (256, 128, 4, 4), (128, 3, 4, 4)]
     assert [tuple(mix.weight.shape) for mix in network.mix] == [(1, 4, 3, 3)] * 3
     assert network(torch.randn(4, 100, 1, 1)).shape == (3, 64, 64)
-    assert abs(float(network.draw[3].weight.std()) - 0.02) < 1e-3
+    assert abs(float(network.draw[3].weight.detach().std()) - 0.02) < 1e-3
     assert all(bool((mix.bias == 0).all()) for mix in network.mix)

@@ -58,6 +58,11 @@ def versions() -> dict[str, str]:
     return found
 
 
+def origin() -> dict[str, Any]:
+    """Commit, hardware and versions, for records that hold their configuration elsewhere."""
+    return {"commit": commit(), "hardware": hardware(), "versions": versions()}
+
+
 def provenance(*, seed: int, config: dict[str, Any]) -> dict[str, Any]:
     """All of it, as it stands in every result file under ``meta``."""
-    return {"commit": commit(), "config": config, "seed": seed, "hardware": hardware(), "versions": versions()}
+    return {**origin(), "config": config, "seed": seed}

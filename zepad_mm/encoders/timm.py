@@ -15,8 +15,8 @@ def _load(rest: str, pretrained: bool) -> Encoder:
         folder = Path(rest.removeprefix("local-dir:"))
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder}/config.json does not exist; expected a folder by timm's save_for_hf")
-    elif not rest.startswith("hf-hub:") and not timm.is_model(rest.split(".")[0]):
-        near = timm.list_models(f"*{rest.split('_')[0].split('.')[0]}*")[:5]
+    elif not rest.startswith("hf-hub:") and not timm.is_model(rest.split(".", maxsplit=1)[0]):
+        near = timm.list_models(f"*{rest.split('_', maxsplit=1)[0].split('.', maxsplit=1)[0]}*")[:5]
         raise ValueError(f"timm has no model {rest!r}; near: {', '.join(near) or 'none'}. See timm.list_models()")
     try:
         backbone = timm.create_model(rest, pretrained=pretrained, num_classes=0)

@@ -146,7 +146,7 @@ class Session:
 
     def through(self, row: Row) -> Through:
         """A row as one differentiable module."""
-        return Through(self.parts(row.members), row.combine if row.fused else lambda logits: logits[0])
+        return Through(self.parts(row.members), row.combine)
 
     def parts(self, members: tuple[int, ...]) -> list[nn.Module]:
         """The networks at these indices."""

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from zepad_mm.attacks import APGD, PGD, UNIVERSAL_ATTACKS, Attack, Perturbation, Square
-from zepad_mm.evaluation.session import UNDEFENDED, Example, Fused, Row, Session, Through
-from zepad_mm.files import replacing
+from zepad_mm.evaluation.session import UNDEFENDED, Example, Row, Session, Through
 from zepad_mm.fusion import Fusion
 
 log = logging.getLogger(__name__)
@@ -76,10 +75,7 @@ def _universal(session: Session, threat: str, name: str, where: str) -> None:
         surrogate = session.data.surrogate.images.to(session.device)
         perturbation = attack.fit(chosen, surrogate, generator=session.generator("craft", made))
         if session.out is not None:
-            folder = session.out / "perturbations"
-            folder.mkdir(parents=True, exist_ok=True)
-            with replacing(folder / f"{made.replace(':', '_')}.safetensors") as path:
-                perturbation.save(path)
+            perturbation.save(session.out / "perturbations" / f"{made.replace(':', '_')}.safetensors")
         return {"delta": perturbation.delta, "logits": session.score(perturbation(session.images))}
 
     found = session.stage(f"{threat} {made}", work)
@@ -248,16 +244,3 @@ def _of_all(
 def _of_some(session: Session, threat: str, attack: str, epsilon: float, found: dict[str, Tensor]) -> Example:
     return Example(threat, attack, epsilon, found["logits"], found["attacked"].bool(), float(found["seconds"]))
 
-
-__all__ = [
-    "Evasion",
-    "Fused",
-    "evaded",
-    "own_attack",
-    "run_clean",
-    "run_detector_aware",
-    "run_universal",
-    "run_white_box",
-    "strike",
-    "universal_targets",
-]

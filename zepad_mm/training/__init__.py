@@ -5,7 +5,7 @@ from zepad_mm.training.loop import FitResult, fit
 from zepad_mm.training.processes import encode_images, make_accelerator
 from zepad_mm.training.settings import TrainSettings
 from zepad_mm.training.students import ADAPTATIONS, build_student, load_encoder_or_tuned
-from zepad_mm.training.tuned import load_head, load_tuned, provenance, write_head, write_tuned
+from zepad_mm.training.tuned import load_head, load_tuned, write_head, write_tuned
 from zepad_mm.training.validation import Validation, validate
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "load_head",
     "load_tuned",
     "make_accelerator",
-    "provenance",
     "train_head",
     "train_head_on_features",
     "validate",

@@ -3,39 +3,24 @@
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zepad_mm import __version__
 from zepad_mm.attacks.base import frozen
 from zepad_mm.encoders import Encoder, has_lora, load_encoder, load_lora
 from zepad_mm.files import read_json, read_tensors, write_json, write_tensors
 from zepad_mm.heads import HEADS
+from zepad_mm.provenance import origin
 
 FORMAT = "zepad-mm tuned encoder 1"
 HEAD_FORMAT = "zepad-mm head 1"
 TUNED = "tuned.json"
 WEIGHTS = "encoder.safetensors"
 ADAPTER = "adapter"
-
-
-def provenance() -> dict[str, Any]:
-    """Commit, versions and machine, for records."""
-    versions = {"zepad-mm": __version__, "python": platform.python_version()}
-    for name in ("torch", "timm", "open-clip-torch", "peft", "accelerate"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "absent"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {"commit": _commit(), "versions": versions, "hardware": device}
 
 
 def write_tuned(folder: str | Path, encoder: Encoder, record: dict[str, Any]) -> None:
@@ -61,7 +46,7 @@ def write_tuned(folder: str | Path, encoder: Encoder, record: dict[str, Any]) ->
         "source": encoder.source,
         "adaptation": "lora" if adapted else "full",
         "fingerprint": _fingerprint(encoder),
-        **provenance(),
+        **origin(),
         **record,
     }
     write_json(folder / TUNED, about)
@@ -143,14 +128,3 @@ def _fingerprint(encoder: Encoder) -> list[float]:
     with frozen(encoder):
         features = encoder(image[None].to(next(encoder.parameters()).device))
     return [round(float(value), 6) for value in features[0, :16]]
-
-
-def _commit() -> str:
-    """The commit of the code, "+" when files differ from it; "unknown" outside a repository."""
-    here = Path(__file__).parent
-    try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")

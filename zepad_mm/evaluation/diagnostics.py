@@ -1,0 +1,177 @@
+"""The evaluation doubts itself: signs that an attack was too weak, so that the robustness shown is too high."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zepad_mm.attacks import PGD, frozen
+from zepad_mm.evaluation.records import Records
+from zepad_mm.evaluation.session import Session, Through
+from zepad_mm.evaluation.threats import own_attack, strike
+
+SWEEP = (8 / 255, 16 / 255, 64 / 255)  # at the last, nothing can hold
+MOVED = 0.01  # accuracy that more steps may cost before the attack counts as unfinished
+VANISHED = 0.02  # accuracy at the last budget of the sweep that still counts as none
+FLAT = 0.05  # share of zero gradients that still counts as none
+
+
+@dataclass(frozen=True)
+class Check:
+    """One doubt.
+
+    Attributes:
+        name: what was looked at.
+        passed: nothing suspicious.
+        detail: the figures, in words.
+        values: the figures.
+    """
+
+    name: str
+    passed: bool
+    detail: str
+    values: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def run_checks(session: Session, records: Records) -> list[Check]:
+    """All checks that the threats which ran allow."""
+    checks = [_finite(session), _not_above_clean(records)]
+    threats = {example.threat for example in session.examples}
+    if "T1" in threats:
+        checks.append(_noise(records))
+    if session.settings.diagnostics_n:
+        checks.append(_flat_gradients(session))
+        if "T2" in threats:
+            checks += [_more_steps(session), _sweep(session), _transfer(session)]
+    return checks
+
+
+def _finite(session: Session) -> Check:
+    broken = sum(int((~torch.isfinite(example.logits)).sum()) for example in session.examples)
+    return Check("finite", broken == 0, f"{broken} answers are NaN or infinite", {"broken": float(broken)})
+
+
+def _not_above_clean(records: Records) -> Check:
+    """A single attack may not raise the accuracy by more than chance does."""
+    above: list[str] = []
+    for row in records.rows():
+        if row["threat"] in ("T1", "T1b", "T2") and not row["control"]:
+            clean = float((records.predictions[row["model"], records.attempts[0].key] == records.labels).float().mean())
+            if row["accuracy"] > clean + 2 * math.sqrt(max(clean * (1 - clean), 0.01) / row["n"]):
+                above.append(f"{row['model']} under {row['threat']} {row['attack']}")
+    detail = f"more accurate under attack than without: {', '.join(above)}" if above else "no model gains from an attack"
+    return Check("robust_not_above_clean", not above, detail, {"cases": float(len(above))})
+
+
+def _noise(records: Records) -> Check:
+    """Random signs of the same size must hurt the undefended model less than an attack made on it."""
+    model = "undefended"
+    noise = next(attempt for attempt in records.attempts if attempt.control)
+    attacks = [attempt for attempt in records.attempts if attempt.threat == "T1" and not attempt.control]
+    under_noise = float(records.right(model, noise).float().mean())
+    under_attack = min(float(records.right(model, attempt).float().mean()) for attempt in attacks)
+    detail = f"undefended: {100 * under_noise:.1f} % under random noise, {100 * under_attack:.1f} % under T1"
+    passed = under_attack < under_noise or under_noise == 0
+    return Check("noise_weaker_than_t1", passed, detail, {"noise": under_noise, "attack": under_attack})
+
+
+def _flat_gradients(session: Session) -> Check:
+    """Share of pictures on which the loss of a branch, or of the fused answer, has no input gradient at all."""
+    index = _some(session, torch.ones(len(session.labels), dtype=torch.bool), "gradients")
+    values = {}
+    for row in [*session.branch_rows, session.default]:
+        target = session.through(row)
+        with torch.enable_grad(), frozen(target):
+            images = session.images[index].to(session.device).requires_grad_()
+            margins = _margins(target(images), session.labels[index].to(session.device))
+            (gradient,) = torch.autograd.grad(margins.sum(), images)
+        flat = ~(gradient.flatten(1).abs().amax(1) > 1e-20)  # NaN is flat too
+        values[row.name] = float(flat.float().mean())
+    passed = all(share <= FLAT for share in values.values())
+    shown = ", ".join(f"{name} {100 * share:.0f} %" for name, share in values.items())
+    return Check("gradients", passed, f"pictures without any input gradient: {shown}", values)
+
+
+def _more_steps(session: Session) -> Check:
+    """More steps on pictures that survived T2 must not bring the accuracy down noticeably."""
+    settings, row = session.settings, session.default
+    survivors = session.still_right(row)
+    held = float(survivors.float().mean())
+    index = _some(session, survivors, "more steps")
+    steps = settings.steps * settings.diagnostics_factor
+    attack = own_attack(session, "pgd", steps=steps)
+    broken = _wrong(session, lambda: strike(session, attack, session.through(row), index, "more steps"), index)
+    moved = held * float(broken.float().mean()) if len(index) else 0.0
+    # on a sample, a single picture may weigh more than a point: only what exceeds chance counts
+    passed = moved <= MOVED or int(broken.sum()) <= 1
+    detail = f"{settings.diagnostics_factor} times the steps take {100 * moved:.1f} points more from zepad under T2"
+    return Check("more_steps", passed, detail, {"moved": moved, "steps": float(steps), "n": float(len(index))})
+
+
+def _sweep(session: Session) -> Check:
+    """With a growing budget the accuracy must go to zero, or the attack does not see through the defence."""
+    row, everybody = session.default, torch.ones(len(session.labels), dtype=torch.bool)
+    index = _some(session, everybody, "sweep")
+    values = {}
+    alive = index
+    for epsilon in sorted({session.settings.epsilon, *SWEEP}):
+        attack = own_attack(session, "pgd", epsilon=epsilon)
+        wrong = _wrong(session, lambda a=attack, i=alive: strike(session, a, session.through(row), i, "sweep"), alive)
+        alive = alive[~wrong]  # what a smaller budget broke, a larger one breaks
+        values[f"{epsilon * 255:g}/255"] = len(alive) / len(index)
+    last = list(values.values())[-1]
+    shown = ", ".join(f"{100 * held:.0f} % at {name}" for name, held in values.items())
+    return Check("budget_sweep", last <= VANISHED, f"zepad with a growing budget: {shown}", values)
+
+
+def _transfer(session: Session) -> Check:
+    """Examples made on parts must not break more than the attack through the whole, on the same pictures."""
+    row = session.default
+    index = _some(session, session.still_right(row, threats=()), "transfer")
+    if len(index) == 0:
+        return Check("transfer_not_stronger", True, "no picture is right without an attack", {})
+    settings = session.settings
+    attack = PGD(epsilon=settings.epsilon, steps=settings.steps, restarts=settings.restarts, loss="margin")
+    own = _wrong(session, lambda: strike(session, attack, session.through(row), index, "transfer"), index)
+    best, name = 0.0, "none"
+    for example in session.examples:
+        if example.threat == "T2" and bool(example.attacked[index].any()) and not example.attack.endswith("@zepad"):
+            wrong = row.answer(example.logits).argmax(-1) != session.labels
+            if float(wrong[index].float().mean()) > best:
+                best, name = float(wrong[index].float().mean()), example.attack
+    share = float(own.float().mean())
+    passed = best <= share + MOVED or (best - share) * len(index) <= 1
+    detail = f"on the same pictures {name} breaks {100 * best:.1f} %, the attack through zepad {100 * share:.1f} %"
+    return Check("transfer_not_stronger", passed, detail, {"transfer": best, "white_box": share})
+
+
+def _some(session: Session, mask: Tensor, purpose: str) -> Tensor:
+    """At most ``diagnostics_n`` indices of a (n,) mask, drawn by the seed."""
+    index = mask.nonzero()[:, 0]
+    order = torch.randperm(len(index), generator=session.generator("diagnostics", purpose))
+    return index[order[: session.settings.diagnostics_n]].sort().values
+
+
+@torch.no_grad()
+def _wrong(session: Session, attack: Callable[[], Tensor], index: Tensor) -> Tensor:
+    """(k,) bool: the model as it ships is wrong about the attacked pictures at ``index``."""
+    if len(index) == 0:
+        return torch.zeros(0, dtype=torch.bool)
+    target: Through = session.through(session.default)
+    attacked = attack()
+    parts = attacked.split(session.settings.batch_size)
+    answers = torch.cat([target(part.to(session.device)).argmax(-1).cpu() for part in parts])
+    return answers != session.labels[index]
+
+
+def _margins(logits: Tensor, labels: Tensor) -> Tensor:
+    index = labels.unsqueeze(-1)
+    return logits.scatter(-1, index, -torch.inf).amax(-1) - logits.gather(-1, index).squeeze(-1)

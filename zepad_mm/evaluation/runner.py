@@ -1,0 +1,157 @@
+"""``evaluate``: run the threat models, doubt the outcome, write the report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from zepad_mm.attacks import frozen
+from zepad_mm.evaluation.data import EvalData
+from zepad_mm.evaluation.detectors import deployed_threshold, detection_rows, score_validation
+from zepad_mm.evaluation.diagnostics import Check, run_checks
+from zepad_mm.evaluation.records import Records
+from zepad_mm.evaluation.report import Report, acceptance
+from zepad_mm.evaluation.session import Session, Through
+from zepad_mm.evaluation.settings import PRESETS, EvalSettings
+from zepad_mm.evaluation.threats import run_clean, run_detector_aware, run_universal, run_white_box, universal_targets
+from zepad_mm.model import ZePAD
+from zepad_mm.provenance import provenance
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(
+    model: ZePAD | str,
+    *,
+    data: str | EvalData = "embedded",
+    settings: EvalSettings | str = "demo",
+    threats: Sequence[str] | None = None,
+    epsilon: float | None = None,
+    n: int | None = None,
+    seed: int | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    baselines: Mapping[str, nn.Module] | None = None,
+) -> Report:
+    """Judge a defended model against the undefended one, its own branches and every other fusion rule.
+
+    Args:
+        model: the defence, or a name for ``ZePAD.from_pretrained``; a named one is pointed at the data's classes.
+        data: a data set by name or folder, or the pictures themselves.
+        settings: a preset ("demo": minutes on two CPU cores; "full") or settings of your own.
+        threats: of clean, T1, T1b, T2, T3; overrides the settings, as the next three do.
+        epsilon: L-inf budget of T2 and T3, in pixels of [0, 1].
+        n: number of test pictures.
+        seed: of everything random.
+        out: folder for ``report.json``, ``report.md``, ``records.parquet``, ``perturbations/`` and ``cache/``.
+        resume: take up an earlier run in ``out`` that was cut off; only its unfinished stages are done again.
+        baselines: further models for comparison, each from images in [0, 1] to logits; listed as ``baseline:<name>``.
+
+    Raises:
+        ValueError: unknown threat, budget out of range, classes that do not match, a cache of another run.
+        FileNotFoundError: no such model or data.
+    """
+    started = time.perf_counter()
+    settings = PRESETS.get(settings) if isinstance(settings, str) else settings
+    changes: dict[str, Any] = {"epsilon": epsilon, "n": n, "seed": seed}
+    changes["threats"] = None if threats is None else (threats,) if isinstance(threats, str) else tuple(threats)
+    settings = replace(settings, **{key: value for key, value in changes.items() if value is not None})
+    pictures = EvalData.load(data, settings) if isinstance(data, str) else data.limited(settings)
+    source = str(model) if isinstance(model, str) else ""
+    if isinstance(model, str):
+        model = ZePAD.from_pretrained(model)
+        if all(branch.head == "zero_shot" for branch in model.config.branches):
+            model.set_classes(pictures.test.class_names)
+    pictures.check(model.class_names)
+    folder = None if out is None else Path(out)
+    with torch.inference_mode(False):
+        session = Session(model, pictures, settings, baselines or {}, folder, resume)
+        with frozen(Through(list(session.members.values()), None)):
+            records, detection, checks = _run(session)
+    described = {"model": model.config.to_dict(), "source": source, "data": pictures.test.name}
+    meta = provenance(seed=settings.seed, config={"evaluation": settings.to_dict(), **described})
+    meta["wall_s"] = round(time.perf_counter() - started, 2)
+    meta["diagnostics"] = [check.to_dict() for check in checks]
+    doubts = [f"likely overestimated ({check.name}): {check.detail}" for check in checks if not check.passed]
+    report = Report(meta={**meta, "warnings": doubts}, rows=records.rows(), detection=detection)
+    report.meta["warnings"] += [f"acceptance: {failure}" for failure in acceptance(report)]
+    if folder is not None:
+        records.save(folder)
+        report.save(folder)
+    for warning in report.meta["warnings"]:
+        log.warning(warning)
+    return report
+
+
+def _run(session: Session) -> tuple[Records, list[dict[str, Any]], list[Check]]:
+    threats = session.settings.threats
+    _announce(session)
+    run_clean(session)
+    validation = score_validation(session)
+    threshold = deployed_threshold(session, validation)
+    for threat in ("T1", "T1b"):
+        if threat in threats:
+            run_universal(session, threat)
+    if "T2" in threats:
+        run_white_box(session)
+    if "T3" in threats:
+        run_detector_aware(session, threshold)
+    records = Records.of(session, threshold)
+    checks = run_checks(session, records)
+    session.bar.close()
+    return records, detection_rows(session, validation), checks
+
+
+def _announce(session: Session) -> None:
+    """Log what is to come and about how long it takes, from one batch through every member; size the bar."""
+    settings, n = session.settings, len(session.labels)
+    size = min(settings.batch_size, n)
+    forward = backward = 0.0
+    for member in session.members.values():
+        images = session.images[:size].to(session.device)
+        with torch.no_grad():
+            member(images)
+        images.requires_grad_()
+        began = time.perf_counter()
+        outputs = member(images)
+        middle = time.perf_counter()
+        torch.autograd.grad(outputs.sum(), images)
+        forward += (middle - began) / size
+        backward += (time.perf_counter() - began) / size
+    per_member = backward / len(session.members)
+    stages, seconds = 2, forward * (n + len(session.data.validation))
+    for threat in ("T1", "T1b"):
+        if threat in settings.threats:
+            names = settings.universal if threat == "T1" else settings.universal_family
+            targets = universal_targets(session, threat)
+            stages += len(names) * len(targets) + (threat == "T1")
+            crafted = sum(settings.universal_steps.get(name, 300) for name in names)
+            pictures = crafted * min(64, len(session.data.surrogate))
+            networks = len(targets) - 1 + len(session.branch_rows) if "family" in targets else len(targets)
+            seconds += pictures * networks * per_member + forward * n * len(names) * len(targets)
+    if "T2" in settings.threats:
+        branches, fused = len(session.branch_rows), len(session.fused_rows)
+        passes = branches + (2 + settings.frozen_weights) * branches * 0.7  # the pool
+        passes += fused * branches * 0.2 * settings.restarts * len(settings.own_attacks)  # what survived it
+        seconds += n * settings.steps * passes * per_member
+        stages += branches + 2 + settings.frozen_weights + len(session.rows) * len(settings.own_attacks)
+    if "T3" in settings.threats:
+        seconds += 2 * n * settings.detector_steps * len(session.branch_rows) * per_member * 0.5
+        stages += 2
+    session.bar.total = stages
+    log.info(
+        "%d pictures of %s, threats %s, %d models: about %.0f s on %s",
+        n,
+        session.data.test.name,
+        ", ".join(settings.threats),
+        len(session.rows),
+        seconds,
+        session.device,
+    )
