@@ -99,6 +99,8 @@ def test_the_seed_decides_and_the_global_generator_is_left_alone(attack, encoder
     assert not torch.equal(first, replace(attack, seed=1).fit(encoder, surrogate).delta)
     by_hand = attack.fit(encoder, surrogate, generator=torch.Generator().manual_seed(attack.seed)).delta
     assert torch.equal(first, by_hand)
+    other = attack.fit(encoder, surrogate, generator=torch.Generator().manual_seed(77))
+    assert other.provenance["seed"] == 77
 
 
 @every_attack

@@ -157,7 +157,7 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.branches.values())).encoder.backbone.parameters().__next__().device  # type: ignore[union-attr]
+        return next(self.parameters()).device
 
     def set_classes(self, class_names: Sequence[str], prompts: str | Sequence[str] | None = None) -> ZePAD:
         """Point the zero-shot heads at other classes, in place: another task without any training.

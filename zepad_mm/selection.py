@@ -151,9 +151,7 @@ def select_detector(
         thresholds[name] = threshold_at(score(clean, model.benign), false_positive_rate)
         caught[name] = float((score(attacked, model.benign) > thresholds[name]).float().mean())
     best = max(caught, key=lambda name: caught[name])
-    model.set_detector(
-        DetectorConfig(score=best, threshold=thresholds[best], false_positive_rate=false_positive_rate)
-    )
+    model.set_detector(DetectorConfig(score=best, threshold=thresholds[best], false_positive_rate=false_positive_rate))
     return caught
 
 
@@ -175,9 +173,7 @@ def _with_own_attack(
 
     attacked = _attack_in_batches(attack, through, images[alive], labels[alive], generator)
     held = fusion(_branch_logits(model, attacked)).logits.argmax(-1) == labels[alive]
-    return Candidate(
-        candidate.rule, candidate.params, candidate.clean, candidate.pool, float(held.sum()) / len(labels)
-    )
+    return Candidate(candidate.rule, candidate.params, candidate.clean, candidate.pool, float(held.sum()) / len(labels))
 
 
 def _attack_in_batches(

@@ -4,6 +4,17 @@ from zepad_mm.evaluation.data import EvalData
 from zepad_mm.evaluation.records import Records
 from zepad_mm.evaluation.report import Report, acceptance
 from zepad_mm.evaluation.runner import evaluate
+from zepad_mm.evaluation.session import read_stage
 from zepad_mm.evaluation.settings import PRESETS, THREATS, EvalSettings
 
-__all__ = ["PRESETS", "THREATS", "EvalData", "EvalSettings", "Records", "Report", "acceptance", "evaluate"]
+__all__ = [
+    "PRESETS",
+    "THREATS",
+    "EvalData",
+    "EvalSettings",
+    "Records",
+    "Report",
+    "acceptance",
+    "evaluate",
+    "read_stage",
+]

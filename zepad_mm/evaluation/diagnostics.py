@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zepad_mm.attacks import PGD, frozen
+from zepad_mm.attacks import Attack, frozen
 from zepad_mm.evaluation.records import Records
-from zepad_mm.evaluation.session import Session, Through
+from zepad_mm.evaluation.session import Session
 from zepad_mm.evaluation.threats import own_attack, strike
 
 SWEEP = (8 / 255, 16 / 255, 64 / 255)  # at the last, nothing can hold
@@ -67,7 +66,9 @@ def _not_above_clean(records: Records) -> Check:
             clean = float((records.predictions[row["model"], records.attempts[0].key] == records.labels).float().mean())
             if row["accuracy"] > clean + 2 * math.sqrt(max(clean * (1 - clean), 0.01) / row["n"]):
                 above.append(f"{row['model']} under {row['threat']} {row['attack']}")
-    detail = f"more accurate under attack than without: {', '.join(above)}" if above else "no model gains from an attack"
+    detail = (
+        f"more accurate under attack than without: {', '.join(above)}" if above else "no model gains from an attack"
+    )
     return Check("robust_not_above_clean", not above, detail, {"cases": float(len(above))})
 
 
@@ -108,7 +109,7 @@ def _more_steps(session: Session) -> Check:
     index = _some(session, survivors, "more steps")
     steps = settings.steps * settings.diagnostics_factor
     attack = own_attack(session, "pgd", steps=steps)
-    broken = _wrong(session, lambda: strike(session, attack, session.through(row), index, "more steps"), index)
+    broken = _wrong(session, attack, index, "more steps")
     moved = held * float(broken.float().mean()) if len(index) else 0.0
     # on a sample, a single picture may weigh more than a point: only what exceeds chance counts
     passed = moved <= MOVED or int(broken.sum()) <= 1
@@ -118,13 +119,13 @@ def _more_steps(session: Session) -> Check:
 
 def _sweep(session: Session) -> Check:
     """With a growing budget the accuracy must go to zero, or the attack does not see through the defence."""
-    row, everybody = session.default, torch.ones(len(session.labels), dtype=torch.bool)
+    everybody = torch.ones(len(session.labels), dtype=torch.bool)
     index = _some(session, everybody, "sweep")
     values = {}
     alive = index
     for epsilon in sorted({session.settings.epsilon, *SWEEP}):
         attack = own_attack(session, "pgd", epsilon=epsilon)
-        wrong = _wrong(session, lambda a=attack, i=alive: strike(session, a, session.through(row), i, "sweep"), alive)
+        wrong = _wrong(session, attack, alive, "sweep")
         alive = alive[~wrong]  # what a smaller budget broke, a larger one breaks
         values[f"{epsilon * 255:g}/255"] = len(alive) / len(index)
     last = list(values.values())[-1]
@@ -138,9 +139,8 @@ def _transfer(session: Session) -> Check:
     index = _some(session, session.still_right(row, threats=()), "transfer")
     if len(index) == 0:
         return Check("transfer_not_stronger", True, "no picture is right without an attack", {})
-    settings = session.settings
-    attack = PGD(epsilon=settings.epsilon, steps=settings.steps, restarts=settings.restarts, loss="margin")
-    own = _wrong(session, lambda: strike(session, attack, session.through(row), index, "transfer"), index)
+    attack = own_attack(session, "pgd")
+    own = _wrong(session, attack, index, "transfer")
     best, name = 0.0, "none"
     for example in session.examples:
         if example.threat == "T2" and bool(example.attacked[index].any()) and not example.attack.endswith("@zepad"):
@@ -160,15 +160,15 @@ def _some(session: Session, mask: Tensor, purpose: str) -> Tensor:
     return index[order[: session.settings.diagnostics_n]].sort().values
 
 
-@torch.no_grad()
-def _wrong(session: Session, attack: Callable[[], Tensor], index: Tensor) -> Tensor:
-    """(k,) bool: the model as it ships is wrong about the attacked pictures at ``index``."""
+def _wrong(session: Session, attack: Attack, index: Tensor, purpose: str) -> Tensor:
+    """(k,) bool: this attack on the model as it ships makes it wrong about the pictures at ``index``."""
     if len(index) == 0:
         return torch.zeros(0, dtype=torch.bool)
-    target: Through = session.through(session.default)
-    attacked = attack()
-    parts = attacked.split(session.settings.batch_size)
-    answers = torch.cat([target(part.to(session.device)).argmax(-1).cpu() for part in parts])
+    target = session.through(session.default)
+    attacked = strike(session, attack, target, index, purpose)
+    with torch.no_grad():
+        parts = attacked.split(session.settings.batch_size)
+        answers = torch.cat([target(part.to(session.device)).argmax(-1).cpu() for part in parts])
     return answers != session.labels[index]
 
 

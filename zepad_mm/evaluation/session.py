@@ -211,7 +211,7 @@ class Session:
 
     def stage(self, name: str, work: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What ``work`` gives, with its ``seconds``; taken from the cache where an earlier run finished it."""
-        path = None if self.out is None else self.out / "cache" / f"{_file_name(name)}.safetensors"
+        path = None if self.out is None else _stage_file(self.out, name)
         self.bar.set_postfix_str(name)
         if path is not None and path.is_file():
             log.info("%s: taken from %s", name, path)
@@ -300,5 +300,14 @@ def _rows(model: ZePAD, members: Mapping[str, nn.Module], settings: EvalSettings
     return rows
 
 
-def _file_name(stage: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_@." else "_" for letter in stage)
+def read_stage(out: str | Path, threat: str, attack: str) -> dict[str, Tensor]:
+    """What a finished evaluation kept of one attack: ``logits`` (M, n, C) of the branches, then the other members.
+
+    Raises FileNotFoundError when the stage was not run, or ValueError when its file is damaged.
+    """
+    return read_tensors(_stage_file(Path(out), f"{threat} {attack}"))[0]
+
+
+def _stage_file(out: Path, stage: str) -> Path:
+    name = "".join(letter if letter.isalnum() or letter in "-_@." else "_" for letter in stage)
+    return out / "cache" / f"{name}.safetensors"

@@ -57,26 +57,27 @@ class EvalSettings(Config):
         table: Registry[str] = Registry("threat")
         for name, meaning in THREATS.items():
             table.register(name)(meaning)
-        for name in self.threats:
-            table.get(name)
-        for name in (*self.universal, *self.universal_family, *self.universal_steps):
-            UNIVERSAL_ATTACKS.get(name)
-        for name in self.rules:
-            RULES.get(name)
+        for registry, names in (
+            (table, self.threats),
+            (UNIVERSAL_ATTACKS, (*self.universal, *self.universal_family, *self.universal_steps)),
+            (RULES, self.rules),
+        ):
+            for name in names:
+                registry.get(name)
         for name in self.own_attacks:
             if name not in OWN_ATTACKS:
                 raise ValueError(f"own_attacks: expected names of {', '.join(OWN_ATTACKS)}, got {name!r}")
         for budget in (self.epsilon, self.epsilon_universal):
             if check_epsilon(budget) == 0:
                 raise ValueError("epsilon: expected a positive budget; for no attack write threats=('clean',)")
-        for key in ("n", "n_validation", "n_surrogate"):
-            if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise ValueError(f"{key}: expected a positive number of pictures or None, got {getattr(self, key)}")
-        for key in ("batch_size", "steps", "restarts", "detector_steps", "diagnostics_factor"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}: expected at least 1, got {getattr(self, key)}")
-        if self.diagnostics_n < 0:
-            raise ValueError(f"diagnostics_n: expected at least 0, got {self.diagnostics_n}")
+        if not self.universal and "T1" in self.threats:
+            raise ValueError("universal: expected at least one attack for T1, got none")
+        least = {"batch_size": 1, "steps": 1, "restarts": 1, "detector_steps": 1, "diagnostics_factor": 1}
+        least |= {"n": 1, "n_validation": 1, "n_surrogate": 1, "square_queries": 1, "diagnostics_n": 0}
+        for key, smallest in least.items():
+            value = getattr(self, key)
+            if value is not None and value < smallest:
+                raise ValueError(f"{key}: expected at least {smallest}, got {value}")
 
 
 # name -> settings; "demo" takes minutes on two CPU cores, "full" wants a GPU or a night

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 def run_clean(session: Session) -> None:
     """The pictures as they are."""
-    found = session.stage("clean", lambda: {"logits": session.score(session.images)})
+    found = session.stage("clean none", lambda: {"logits": session.score(session.images)})
     everything = torch.zeros(len(session.labels), dtype=torch.bool)
     session.add(Example("clean", "none", 0.0, found["logits"], everything, float(found["seconds"])))
 
@@ -243,4 +243,3 @@ def _of_all(
 
 def _of_some(session: Session, threat: str, attack: str, epsilon: float, found: dict[str, Tensor]) -> Example:
     return Example(threat, attack, epsilon, found["logits"], found["attacked"].bool(), float(found["seconds"]))
-

@@ -178,7 +178,8 @@ class UniversalAttack(ABC):
             raw = self.run(surrogate, generator).detach()
         delta = project(raw.float().cpu().nan_to_num(0.0), self.epsilon, self.norm)
         log.info("%r: loss %.4f after %d steps", self, surrogate.last_loss, surrogate.steps_done)
-        return Perturbation(delta, self.epsilon, self.norm, self._provenance(surrogate, encoder, seconds))
+        about = self._provenance(surrogate, encoder, seconds) | {"seed": generator.initial_seed()}
+        return Perturbation(delta, self.epsilon, self.norm, about)
 
     @abstractmethod
     def run(self, surrogate: Surrogate, generator: torch.Generator) -> Tensor:
@@ -192,7 +193,6 @@ class UniversalAttack(ABC):
             "images": len(surrogate.images),
             "steps": surrogate.steps_done,
             "final_loss": final if math.isfinite(final) else None,
-            "seed": self.seed,
             "seconds_limit": seconds,
             "wall_s": round(surrogate.seconds_spent, 3),
             "torch": str(torch.__version__),

@@ -1,0 +1,97 @@
+"""Every recipe runs on the embedded default by its smoke config; the README's code and table are what they say."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SMOKE = ROOT / "recipes" / "configs" / "smoke"
+OWN_TESTS = {"pretrain_ssl", "ssl_story"}  # run in test_recipes_ssl.py
+
+
+def run(*command: str, cwd: Path = ROOT, timeout: int = 280) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_every_recipe_has_a_smoke_config_and_every_config_a_launch_line() -> None:
+    recipes = {path.stem for path in (ROOT / "recipes").glob("*.py")}
+    assert recipes == {path.stem for path in SMOKE.glob("*.yaml")}
+    for config in (ROOT / "recipes" / "configs").rglob("*.yaml"):
+        text = config.read_text()
+        assert text.startswith("#"), config
+        assert re.search(rf"^# .*recipes/\w+\.py --config recipes/configs/.*{config.stem}", text, re.M), config
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in SMOKE.glob("*.yaml") if path.stem not in OWN_TESTS))
+def test_smoke(recipe: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(sys.executable, f"recipes/{recipe}.py", "--config", f"recipes/configs/smoke/{recipe}.yaml", "--out", str(out))
+    assert any(out.rglob("*.json")) or any(out.rglob("*.safetensors"))
+
+
+def test_an_unknown_key_is_named(tmp_path: Path) -> None:
+    config = tmp_path / "wrong.yaml"
+    config.write_text("out: somewhere\nepsilom: 0.1\n")
+    done = subprocess.run(
+        [sys.executable, "recipes/craft_dae.py", "--config", str(config)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode != 0
+    assert "epsilom" in done.stderr
+
+
+def test_the_python_of_the_readme_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert blocks
+    for block in blocks:
+        run(sys.executable, "-c", block)
+
+
+def test_the_readme_names_only_what_is_there() -> None:
+    text = (ROOT / "README.md").read_text()
+    for path in re.findall(r"`((?:recipes|scripts|zepad_mm|docs)/[\w./]*)`", text):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"\]\(([\w./]+)\)", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_readme_table_comes_from_the_committed_report() -> None:
+    before = (ROOT / "README.md").read_text()
+    done = run(sys.executable, "scripts/update_readme.py", "--check")
+    assert "up to date" in done.stdout
+    assert (ROOT / "README.md").read_text() == before
+
+
+def test_the_embedded_assets_are_small_and_licensed() -> None:
+    assets = ROOT / "zepad_mm" / "assets"
+    files = [path for path in assets.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 30 * 2**20
+    assert (assets / "clip" / "open_clip_model.safetensors").stat().st_size <= 16e6
+    for folder in ("clip", "clothing", "zepad"):
+        assert (assets / folder / "README.md").read_text().strip()
+    goals = {row["data"]: row for row in json.loads((assets / "clip" / "build.json").read_text())["rows"]}
+    assert goals["imagenet20 test, 20 names"]["accuracy"] >= 0.75
+    assert goals["clothing test, 10 names"]["accuracy"] >= 0.65
+
+
+def test_no_pickle_is_read_and_no_remote_code_is_run() -> None:
+    for path in (ROOT / "zepad_mm").rglob("*.py"):
+        text = path.read_text()
+        assert "trust_remote_code" not in text, path
+        assert "import pickle" not in text, path
+        for call in re.findall(r"torch\.load\([^)]*\)", text):
+            assert "weights_only=True" in call, path
