@@ -66,18 +66,19 @@ def words(report: dict[str, Any]) -> list[str]:
     lost = 1 - two["accuracy"] / clean["accuracy"]
     n, meta = clean["n"], report["meta"]
     return [
-        f"n = {n} clothing photos that no training and no choice has seen, zero-shot over ten names, one seed, the small "
-        "embedded CLIP; every cell is the worst case per picture over all attacks of its column.",
+        f"n = {n} clothing photos that no training and no choice has seen, zero-shot over ten names, one seed, the "
+        "small embedded CLIP; every cell is the worst case per picture over all attacks of its column.",
         "",
         f"**A white-box attacker still wins often**: knowing everything and changing no pixel by more than "
         f"{255 * two['epsilon']:.0f}/255, he takes {100 * lost:.0f} % of the answers that ZePAD gets right on clean "
-        f"pictures ({100 * clean['accuracy']:.1f} to {100 * two['accuracy']:.1f} %). Against one perturbation made on the "
-        f"public encoder the undefended CLIP falls from {100 * plain['accuracy']:.1f} to {100 * open_one['accuracy']:.1f} %, "
-        f"ZePAD to {100 * one['accuracy']:.1f} %. The default rule is not the paper's: under the same white-box attacker "
-        f"the paper's rule keeps {100 * paper['accuracy']:.1f} %, since a benign branch that was fooled outvotes the "
-        f"others by its confidence. The rule was chosen on validation pictures (`zepad_mm/assets/zepad/build.json`).",
+        f"pictures ({100 * clean['accuracy']:.1f} to {100 * two['accuracy']:.1f} %). Against one perturbation made on "
+        f"the public encoder the undefended CLIP falls from {100 * plain['accuracy']:.1f} to "
+        f"{100 * open_one['accuracy']:.1f} %, ZePAD to {100 * one['accuracy']:.1f} %. The default rule is not the "
+        f"paper's: under the same white-box attacker the paper's rule keeps {100 * paper['accuracy']:.1f} %. The rule "
+        "was chosen on validation pictures (`zepad_mm/assets/zepad/build.json`).",
         "",
-        f"Measured by `scripts/demo` at commit {meta['commit']} on {meta['hardware']} in {meta['wall_s'] / 60:.1f} minutes.",
+        f"Measured by `scripts/demo` at commit {meta['commit']} in {meta['wall_s'] / 60:.1f} minutes, on "
+        f"{meta['hardware']}.",
     ]
 
 
