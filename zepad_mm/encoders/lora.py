@@ -53,7 +53,11 @@ def add_lora(encoder: Encoder, settings: LoraSettings | None = None) -> Encoder:
     unfuse_attention(encoder.backbone)
     targets = list(settings.targets) or lora_targets(encoder.backbone)
     config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets, bias="none"
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # declared int, used as a number
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+        bias="none",
     )
     adapted: Any = get_peft_model(encoder.backbone, config)  # type: ignore[arg-type]
     # peft writes null for modules that are not transformers'; the file shall say what it adapts
