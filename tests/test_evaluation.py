@@ -77,6 +77,11 @@ def trained(name: str, role: str, seed: int, epsilon: float) -> Branch:
     return branch.eval()
 
 
+def undefend(model: ZePAD, branch: Branch) -> None:
+    """Give the model its public encoder; a property setter does not work on an nn.Module."""
+    model._lazy["undefended"] = branch
+
+
 @pytest.fixture(scope="module")
 def model() -> ZePAD:
     branches = [
@@ -86,7 +91,7 @@ def model() -> ZePAD:
     ]
     configs = tuple(branch.config for branch in branches)
     defended = ZePAD(ZePADConfig(public_source="toy:public", branches=configs, class_names=CLASSES), branches)
-    defended.undefended = trained("public", "bmp", 4, 0.0)
+    undefend(defended, trained("public", "bmp", 4, 0.0))
     return defended
 
 
@@ -201,7 +206,7 @@ def test_the_detector_faces_an_attacker_who_knows_it(finished: tuple[Report, Pat
     ).all(0)
     assert report.accuracy("zepad", "T3") < float(t2_only.float().mean())  # the adaptive attacks add something
     adaptive = {row["score"]: row for row in report.detection if row["threat"] == "T3" and row["attack"] == "worst"}
-    plain = {row["score"]: row for row in report.detection if row["attack"] == "pgd@branch:benign"}
+    plain = {row["score"]: row for row in report.detection if row["attack"] == "first_success"}
     assert adaptive["jensen_shannon"]["auroc"] < plain["jensen_shannon"]["auroc"]
     assert adaptive["jensen_shannon"]["adaptive"]
 
@@ -226,7 +231,8 @@ def test_a_killed_run_redoes_only_what_is_unfinished(
     monkeypatch.setattr(runner_module, "run_universal", _killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, data=data, settings=SETTINGS, out=again)
-    assert [path.stem for path in (again / "cache").glob("*.safetensors")] == ["clean_none"] or len(kept) > 2
+    # without resume a run starts afresh: nothing stale is left to be taken for its own
+    assert sorted(path.stem for path in (again / "cache").glob("*.safetensors")) == ["clean_none", "validation"]
 
 
 def _killed(*_: object) -> None:
@@ -262,7 +268,7 @@ def test_a_defence_that_hides_its_gradients_is_found_out(model: ZePAD, data: Eva
     config = BranchConfig(name="hidden", role="bmp", source="toy:hidden", head="linear")
     branch = Branch(config, hidden, model.branch("benign").head)
     masked = ZePAD(ZePADConfig(public_source="toy:public", branches=(config,), class_names=CLASSES), [branch]).eval()
-    masked.undefended = model.undefended
+    undefend(masked, model.undefended)
     settings = replace(SETTINGS, threats=("T1", "T2"), rules=("equal",))
     report = evaluate(masked, data=data, settings=settings)
     found = {check["name"]: check["passed"] for check in report.meta["diagnostics"]}
@@ -296,7 +302,9 @@ def test_more_baselines_and_fewer_threats(model: ZePAD, data: EvalData) -> None:
     assert report.threats == ["clean", "T2"]
     assert report.accuracy("baseline:public_twin", "T2") == report.accuracy("undefended", "T2")
     assert report.row("zepad")["n"] == 20
-    assert not any(row["attack"].startswith("pgd@baseline:public_twin") for row in report.rows)  # one network, one attack
+    assert not any(
+        row["attack"].startswith("pgd@baseline:public_twin") for row in report.rows
+    )  # one network, one attack
     clean = evaluate(model, data=data, settings=settings, threats="clean", n=20)
     assert "No white-box attack was run" in clean.markdown()
 

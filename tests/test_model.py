@@ -177,3 +177,21 @@ def test_bad_images_are_told_how_to_be_good(zepad: ZePAD, images: torch.Tensor, 
     for call in (zepad, zepad.decide):
         with pytest.raises(ValueError, match=message):
             call(bad(images))  # type: ignore[operator]
+
+
+def test_the_shipped_model_is_right_more_often_than_the_undefended_one_under_attack() -> None:
+    """Both see the same few-step perturbation made on the public encoder; the full figures are in the report."""
+    from zepad_mm.attacks import FeatureUAP
+    from zepad_mm.data import load_embedded
+
+    model = ZePAD.from_pretrained("embedded")
+    images, labels = load_embedded("test", n=128)
+    surrogate, _ = load_embedded("surrogate", n=128)
+    made = FeatureUAP(epsilon=10 / 255, steps=30, batch_size=32).fit(model.undefended.encoder, surrogate)
+
+    def accuracy(logits: torch.Tensor) -> float:
+        return float((logits.argmax(-1) == labels).float().mean())
+
+    with torch.no_grad():
+        assert accuracy(model(images)) >= accuracy(model.undefended(images)) - 0.05
+        assert accuracy(model(made(images))) >= accuracy(model.undefended(made(images))) + 0.1

@@ -57,6 +57,20 @@ def test_an_unknown_key_is_named(tmp_path: Path) -> None:
     assert "epsilom" in done.stderr
 
 
+def test_the_demo_writes_its_report_and_figures(tmp_path: Path) -> None:
+    """The script behind scripts/demo, with the weakest attacks; twice, since it is rerunnable."""
+    for _ in range(2):
+        run(sys.executable, "scripts/demo.py", "--preset", "smoke", "--out", str(tmp_path))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {"commit", "config", "seed", "hardware", "versions", "wall_s", "warnings"} <= set(report["meta"])
+    assert {row["threat"] for row in report["rows"]} == {"clean", "T1", "T1b", "T2", "T3"}
+    models = {row["model"] for row in report["rows"]}
+    assert {"undefended", "zepad", "zepad:rfdm", "baseline:equal", "branch:tecoa"} <= models
+    assert {row["score"] for row in report["detection"]} >= {"confidence_gap", "jensen_shannon"}
+    for name in ("confidence", "contact_sheet", "accuracy"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
 def test_the_python_of_the_readme_runs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert blocks
@@ -77,6 +91,15 @@ def test_the_readme_table_comes_from_the_committed_report() -> None:
     done = run(sys.executable, "scripts/update_readme.py", "--check")
     assert "up to date" in done.stdout
     assert (ROOT / "README.md").read_text() == before
+
+
+def test_the_committed_report_is_of_the_shipped_model_and_keeps_what_the_readme_says() -> None:
+    report = json.loads((ROOT / "recipes" / "results" / "demo" / "report.json").read_text())
+    shipped = json.loads((ROOT / "zepad_mm" / "assets" / "zepad" / "config.json").read_text())
+    measured = report["meta"]["config"]["model"]
+    assert {k: measured[k] for k in ("fusion", "fusion_params")} == {k: shipped[k] for k in ("fusion", "fusion_params")}
+    assert measured["detector"] == shipped["detector"]
+    assert min(row["n"] for row in report["rows"] if row["threat"] == "clean") >= 500
 
 
 def test_the_embedded_assets_are_small_and_licensed() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zepad_mm.detection import PAPER_GAP, SCORES, threshold_at
+from zepad_mm.detection import SCORES, threshold_at
 from zepad_mm.evaluation.metrics import detect, paper_rule_accuracy
 from zepad_mm.evaluation.session import Session
 
@@ -29,61 +30,56 @@ def deployed_threshold(session: Session, validation: Tensor) -> float:
 
 
 def detection_rows(session: Session, validation: Tensor) -> list[dict[str, Any]]:
-    """The detection rows of report.json: each score on each attack, and on the worst case of T2 and T3.
+    """The detection rows of report.json.
 
-    ``worst`` and the T3 attacks hold only the pictures for which the attacker found a wrong answer: of several he
-    shows, for each picture, the one whose score is lowest. That is the adaptive figure.
+    T1 and T1b hold each attack on all pictures. T2 and T3 hold the pictures for which some attack found a wrong
+    answer: ``first_success`` shows the first that did, made without a thought of the detector; ``worst`` shows, for each
+    picture, the least suspicious of them, and with T3's attacks among them that is the adaptive figure.
     """
-    branches = list(session.default.members)
-    clean = session.clean.logits[branches]
-    groups: list[tuple[str, str, Tensor, Tensor]] = []
-    for example in session.examples[1:]:
-        if bool(example.attacked.any()) and not example.control:
-            groups.append((example.threat, example.attack, example.logits[branches], example.attacked))
+    model, branches = session.model, list(session.default.members)
+    attacked = [example for example in session.examples[1:] if not example.control]
+    wrong = {example.key: _wrong(session, example.logits[branches]) for example in attacked}
     rows = []
     for name in SCORES:
         score = SCORES.get(name)
-        known = [score(logits, session.model.benign) for logits in (validation, clean)]
-        found = [
-            (threat, attack, score(logits, session.model.benign)[attacked], wrong[attacked])
-            for threat, attack, logits, attacked in groups
-            for wrong in [_wrong(session, logits)]
-        ]
+        calm = [score(logits, model.benign) for logits in (validation, session.clean.logits[branches])]
+        scores = {example.key: score(example.logits[branches], model.benign) for example in attacked}
+        found = [(e.threat, e.attack, scores[e.key], wrong[e.key]) for e in attacked if e.threat in ("T1", "T1b")]
         for threat, included in (("T2", ("T2",)), ("T3", ("T2", "T3"))):
-            if any(group[0] == threat for group in groups):
-                lowest = _lowest(session, name, [logits for kind, _, logits, _ in groups if kind in included])
-                found.append((threat, "worst", lowest, torch.ones_like(lowest, dtype=torch.bool)))
-        for threat, attack, scores, wrong in found:
-            if len(scores):
-                figures = asdict(detect(known[0], known[1], scores))
-                successful = detect(known[0], known[1], scores[wrong]).auroc if bool(wrong.any()) else None
-                paper = paper_rule_accuracy(known[1], scores) if name == "confidence_gap" else None
-                rows.append(
-                    {
-                        "model": "zepad",
-                        "score": name,
-                        "threat": threat,
-                        "attack": attack,
-                        **figures,
-                        "accuracy_paper_rule": paper,
-                        "n": len(scores),
-                        "auroc_successful": successful,
-                        "n_successful": int(wrong.sum()),
-                        "adaptive": threat == "T3",
-                        "paper_gap": PAPER_GAP,
-                    }
-                )
+            keys = [example.key for example in attacked if example.threat in included]
+            if any(example.threat == threat for example in attacked):
+                for attack in ("first_success", "worst") if threat == "T2" else ("worst",):
+                    chosen = _successes([scores[key] for key in keys], [wrong[key] for key in keys], attack == "worst")
+                    found.append((threat, attack, chosen, torch.ones_like(chosen, dtype=torch.bool)))
+        rows += [_row(name, *group, calm) for group in found if len(group[2])]
     return rows
 
 
-def _wrong(session: Session, logits: Tensor) -> Tensor:
-    return session.model.fusion(logits).logits.argmax(-1) != session.labels
+def _row(name: str, threat: str, attack: str, scores: Tensor, wrong: Tensor, calm: Sequence[Tensor]) -> dict[str, Any]:
+    """One row from the scores (m,) of attacked pictures and those of clean validation and clean test pictures."""
+    successful = detect(calm[0], calm[1], scores[wrong]).auroc if bool(wrong.any()) else None
+    return {
+        "model": "zepad",
+        "score": name,
+        "threat": threat,
+        "attack": attack,
+        **asdict(detect(calm[0], calm[1], scores)),
+        "accuracy_paper_rule": paper_rule_accuracy(calm[1], scores) if name == "confidence_gap" else None,
+        "n": len(scores),
+        "auroc_successful": successful,
+        "n_successful": int(wrong.sum()),
+        "adaptive": threat == "T3",
+    }
 
 
-def _lowest(session: Session, name: str, candidates: list[Tensor]) -> Tensor:
-    """(k,) lowest score of each picture among the examples (N, n, C) that make the model wrong."""
-    best = torch.full((len(session.labels),), torch.inf)
-    for logits in candidates:
-        scores = SCORES.get(name)(logits, session.model.benign)
-        best = torch.where(_wrong(session, logits), torch.minimum(best, scores), best)
+def _wrong(session: Session, branch_logits: Tensor) -> Tensor:
+    return session.model.fusion(branch_logits).logits.argmax(-1) != session.labels
+
+
+def _successes(scores: Sequence[Tensor], wrong: Sequence[Tensor], least_suspicious: bool) -> Tensor:
+    """(k,) score of one successful example of each picture that has any: the lowest, or that of the first attack."""
+    best = torch.full_like(scores[0], torch.inf)
+    for score, mask in zip(scores, wrong, strict=True):
+        take = mask & (score < best) if least_suspicious else mask & best.isinf()
+        best = torch.where(take, score, best)
     return best[best.isfinite()]

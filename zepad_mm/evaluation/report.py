@@ -135,13 +135,16 @@ class Report:
                 str(row["n"]),
             ]
             for row in self.detection
-            if row["attack"] == "worst" or row["threat"] == "T1"
+            if row["threat"] != "T1b"
         ]
         if not lines:
             return ""
         head = ["score", "attack", "AUROC", "TPR at 1 % FPR", "at 5 % (FPR paid)", "paper's rule", "n"]
-        note = "Thresholds come from clean validation pictures. T2 and T3 `worst` face an attacker who picks the least "
-        return f"## Detection (advisory)\n\n{note}suspicious of his successes.\n\n" + _table(head, lines)
+        note = "Thresholds come from clean validation pictures. T2 and T3 hold the attacker's "
+        note += (
+            "successes alone; in `worst` he shows the least suspicious of them, in T3 after aiming at the detector too."
+        )
+        return f"## Detection (advisory)\n\n{note}\n\n" + _table(head, lines)
 
     def words(self) -> list[str]:
         """Short sentences, written from the figures alone: what was won, and what an attacker still does."""

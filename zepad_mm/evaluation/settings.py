@@ -80,8 +80,21 @@ class EvalSettings(Config):
                 raise ValueError(f"{key}: expected at least {smallest}, got {value}")
 
 
-# name -> settings; "demo" takes minutes on two CPU cores, "full" wants a GPU or a night
+# name -> settings; "smoke" shows that everything runs, "demo" takes minutes on two CPU cores, "full" a GPU or a night
 PRESETS: Registry[EvalSettings] = Registry("evaluation preset")
+PRESETS.register("smoke")(
+    EvalSettings(
+        n=24,
+        n_validation=48,
+        n_surrogate=64,
+        universal_steps={"adv_encoder": 2, "feature_uap": 3},
+        steps=2,
+        restarts=1,
+        frozen_weights=False,
+        detector_steps=2,
+        diagnostics_n=0,
+    )
+)
 PRESETS.register("demo")(
     EvalSettings(
         n_surrogate=1000,

@@ -128,8 +128,8 @@ class UniversalAttack(ABC):
     norm: str = "linf"  # "linf" or "l2"
     image_size: int = 64  # side of the perturbation; it is resized to pictures of another size
     loss: str = "feature_cosine"  # of FEATURE_LOSSES
-    steps: int = 300  # optimiser steps
-    batch_size: int = 64  # pictures per step
+    steps: int = 150  # optimiser steps
+    batch_size: int = 16  # pictures per step; more and smaller steps beat fewer and larger ones
     seed: int = 0  # of everything random, when no generator is handed in
 
     def __post_init__(self) -> None:
