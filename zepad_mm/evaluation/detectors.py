@@ -33,8 +33,8 @@ def detection_rows(session: Session, validation: Tensor) -> list[dict[str, Any]]
     """The detection rows of report.json.
 
     T1 and T1b hold each attack on all pictures. T2 and T3 hold the pictures for which some attack found a wrong
-    answer: ``first_success`` shows the first that did, made without a thought of the detector; ``worst`` shows, for each
-    picture, the least suspicious of them, and with T3's attacks among them that is the adaptive figure.
+    answer: ``first_success`` shows the first that did, made without a thought of the detector; ``worst`` shows, for
+    each picture, the least suspicious of them, and with T3's attacks among them that is the adaptive figure.
     """
     model, branches = session.model, list(session.default.members)
     attacked = [example for example in session.examples[1:] if not example.control]

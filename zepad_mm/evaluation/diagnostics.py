@@ -59,16 +59,17 @@ def _finite(session: Session) -> Check:
 
 
 def _not_above_clean(records: Records) -> Check:
-    """A single attack may not raise the accuracy by more than chance does."""
+    """No attack may put more answers right than wrong, beyond what chance does (three sigma of the changed ones)."""
     above: list[str] = []
-    for row in records.rows():
-        if row["threat"] in ("T1", "T1b", "T2") and not row["control"]:
-            clean = float((records.predictions[row["model"], records.attempts[0].key] == records.labels).float().mean())
-            if row["accuracy"] > clean + 2 * math.sqrt(max(clean * (1 - clean), 0.01) / row["n"]):
-                above.append(f"{row['model']} under {row['threat']} {row['attack']}")
-    detail = (
-        f"more accurate under attack than without: {', '.join(above)}" if above else "no model gains from an attack"
-    )
+    for model in records.models:
+        clean = records.right(model, records.attempts[0])
+        for attempt in records.attempts[1:]:
+            if attempt.threat in ("T1", "T1b", "T2") and not attempt.control:
+                attacked = records.right(model, attempt)
+                gained, lost = int((attacked & ~clean).sum()), int((clean & ~attacked).sum())
+                if gained - lost > 3 * math.sqrt(gained + lost):
+                    above.append(f"{model} under {attempt.threat} {attempt.attack}")
+    detail = f"more accurate under attack than without: {', '.join(above)}" if above else "no model gains from an attack"
     return Check("robust_not_above_clean", not above, detail, {"cases": float(len(above))})
 
 
