@@ -23,7 +23,7 @@ THREATS = ("clean", "T1", "T1b", "T2", "T3")
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/demo", description="A real CLIP attacked, defended and measured.")
     parser.add_argument("--out", type=Path, default=ROOT / "demo-out", help="folder of the report and the figures")
-    parser.add_argument("--n", type=int, default=None, help="test pictures (default: all that ship)")
+    parser.add_argument("--n", type=int, default=None, help="test pictures (default: the preset's; 632 ship)")
     parser.add_argument("--preset", choices=PRESETS.names(), default="demo", help="how hard the attacks are")
     parser.add_argument("--retune", action="store_true", help="tune the branches again first (about 70 minutes)")
     args = parser.parse_args()

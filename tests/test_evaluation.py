@@ -30,7 +30,7 @@ SETTINGS = EvalSettings(
     n_surrogate=64,
     batch_size=64,
     epsilon=4 / 255,
-    universal_steps={"adv_encoder": 2, "feature_uap": 15},
+    universal_steps={"adv_encoder": 2, "feature_uap": 60},
     universal=("feature_uap",),
     steps=6,
     restarts=1,
@@ -87,13 +87,13 @@ def undefend(model: ZePAD, branch: Branch) -> None:
 @pytest.fixture(scope="module")
 def model() -> ZePAD:
     branches = [
-        trained("robust_a", "mpae", 1, 8 / 255),
-        trained("robust_b", "mpae", 2, 8 / 255),
+        trained("robust_a", "mpae", 1, 6 / 255),
+        trained("robust_b", "mpae", 2, 6 / 255),
         trained("benign", "bmp", 3, 0.0),
     ]
     configs = tuple(branch.config for branch in branches)
     defended = ZePAD(ZePADConfig(public_source="toy:public", branches=configs, class_names=CLASSES), branches)
-    undefend(defended, trained("public", "bmp", 4, 0.0))
+    undefend(defended, trained("public", "bmp", 8, 0.0))
     return defended
 
 
@@ -135,8 +135,10 @@ def test_the_report_has_the_form_that_stands(finished: tuple[Report, Path], mode
 def test_the_figures_are_what_such_models_must_show(finished: tuple[Report, Path]) -> None:
     report, _ = finished
     assert report.accuracy("undefended") > 0.9
-    assert report.accuracy("undefended", "T2") < 0.2
-    assert report.accuracy("branch:robust_a", "T2") > report.accuracy("branch:benign", "T2") + 0.2
+    assert report.accuracy("branch:benign", "T2") < 0.2
+    assert report.accuracy("branch:robust_a", "T2") > 0.5
+    # the prototypes' order: a bounded benign weight keeps what the robust branches hold, confidence weights lose it
+    assert report.accuracy("zepad:rfdm", "T2") + 0.1 < report.accuracy("zepad", "T2")
     assert report.accuracy("undefended", "T1") < report.accuracy("undefended", "T1", "random_noise")
     # a rule is never better than under one attack of the pool
     pool = [row for row in report.rows if row["model"] == "zepad" and row["threat"] == "T2"]

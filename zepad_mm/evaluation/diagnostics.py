@@ -69,7 +69,9 @@ def _not_above_clean(records: Records) -> Check:
                 gained, lost = int((attacked & ~clean).sum()), int((clean & ~attacked).sum())
                 if gained - lost > 3 * math.sqrt(gained + lost):
                     above.append(f"{model} under {attempt.threat} {attempt.attack}")
-    detail = f"more accurate under attack than without: {', '.join(above)}" if above else "no model gains from an attack"
+    detail = (
+        f"more accurate under attack than without: {', '.join(above)}" if above else "no model gains from an attack"
+    )
     return Check("robust_not_above_clean", not above, detail, {"cases": float(len(above))})
 
 

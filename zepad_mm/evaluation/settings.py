@@ -97,12 +97,15 @@ PRESETS.register("smoke")(
 )
 PRESETS.register("demo")(
     EvalSettings(
+        n=500,
         n_surrogate=1000,
-        universal_steps={"adv_encoder": 20, "feature_uap": 80},
+        universal_steps={"adv_encoder": 20, "feature_uap": 60},
         steps=10,
         restarts=1,
         frozen_weights=False,
-        detector_steps=10,
+        detector_steps=6,
+        diagnostics_n=32,
+        diagnostics_factor=2,
     )
 )
 PRESETS.register("full")(
