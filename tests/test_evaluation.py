@@ -239,6 +239,14 @@ def test_a_killed_run_redoes_only_what_is_unfinished(
     assert sorted(path.stem for path in (again / "cache").glob("*.safetensors")) == ["clean_none", "validation"]
 
 
+def test_a_folder_of_somebody_elses_is_left_alone(model: ZePAD, data: EvalData, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "theirs.safetensors").write_bytes(b"precious")
+    with pytest.raises(ValueError, match="something else than stages"):
+        evaluate(model, data=data, settings=SETTINGS, threats="clean", out=tmp_path)
+    assert (tmp_path / "cache" / "theirs.safetensors").read_bytes() == b"precious"
+
+
 def _killed(*_: object) -> None:
     raise KeyboardInterrupt
 

@@ -55,6 +55,7 @@ def test_detection_thresholds_come_from_validation() -> None:
     pairs = [(a > c) + 0.5 * (a == c) for a in attacked.tolist() for c in clean.tolist()]
     assert found.auroc == pytest.approx(sum(pairs) / len(pairs))
     assert auroc(torch.zeros(3), torch.zeros(5)) == pytest.approx(0.5)
+    assert auroc(torch.zeros(2), torch.tensor([torch.nan, torch.inf])) == pytest.approx(0.5)
 
 
 def test_the_papers_rule_weighs_both_kinds_alike() -> None:

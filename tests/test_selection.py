@@ -30,7 +30,7 @@ def test_the_choice_follows_from_what_was_measured(
     zepad: ZePAD, labelled: LabelledImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(selection, "GRIDS", {"equal": {}, "bounded_benign": {"benign_weight": (0.0, 0.4)}})
-    result = select_fusion(zepad, labelled, epsilon=2 / 255, steps=3)
+    result = select_fusion(zepad, labelled, epsilon=2 / 255, steps=3, tolerance=0.0)
     assert (zepad.config.fusion, zepad.config.fusion_params) == (result.chosen.rule, result.chosen.params)
     assert len(result.tried) == 3
     assert all(candidate.pool <= candidate.clean for candidate in result.tried)
@@ -40,6 +40,7 @@ def test_the_choice_follows_from_what_was_measured(
     if holding:
         assert result.chosen in holding
         assert result.chosen.clean == max(c.clean for c in holding)
+    assert any(c.own is not None for c in result.tried)
     assert result.to_dict()["n"] == 24
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
@@ -76,10 +76,10 @@ class Detection:
 
 
 def auroc(clean: Tensor, attacked: Tensor) -> float:
-    """Area under the ROC curve of (n,) and (m,) scores; attacked ones should be higher."""
+    """Area under the ROC curve of (n,) and (m,) scores; attacked ones should be higher. NaN counts as unsuspicious."""
     truth = [0] * len(clean) + [1] * len(attacked)
-    scores: Sequence[float] = [*clean.double().tolist(), *attacked.double().tolist()]
-    return float(roc_auc_score(truth, scores))
+    scores = torch.cat([clean, attacked]).double()
+    return float(roc_auc_score(truth, scores.nan_to_num(nan=-1e30, posinf=1e30, neginf=-1e30).tolist()))
 
 
 def detect(validation: Tensor, clean: Tensor, attacked: Tensor) -> Detection:

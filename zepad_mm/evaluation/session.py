@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -244,8 +243,10 @@ class Session:
                     "give another out folder, or leave resume off to start afresh"
                 )
             return
-        if folder.is_dir():
-            shutil.rmtree(folder)
+        if folder.is_dir() and any(folder.iterdir()) and not known.is_file():
+            raise ValueError(f"{folder} holds something else than stages of an evaluation; give another out folder")
+        for stale in folder.glob("*.safetensors"):
+            stale.unlink()
         write_json(known, identity)
 
     def _identity(self) -> dict[str, str]:

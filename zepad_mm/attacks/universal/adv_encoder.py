@@ -27,11 +27,11 @@ class AdvEncoder(UniversalAttack):
     """
 
     loss: str = "info_nce"
-    steps: int = 100  # optimiser steps
+    steps: int = 60  # optimiser steps; 20 epochs as published
     batch_size: int = 32  # pictures per step; 256 as published
     maps: int = 16  # noise vectors, mixed into one map by a convolution per colour; 256 as published
     width: int = 256  # channels of the generator's first layer, halved by each further one; 1024 as published
-    learning_rate: float = 1e-3  # of Adam with betas (0.5, 0.999); 2e-4 as published
+    learning_rate: float = 3e-4  # of Adam with betas (0.5, 0.999); 2e-4 as published
     adversarial_weight: float = 5.0  # of the feature loss against the two terms on the look of the picture
     high_pass_radius: float = 8.0  # radius of the removed centred disc of frequencies
 
