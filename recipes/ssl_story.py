@@ -14,8 +14,8 @@ Run first: ``pip install 'zepad-mm[ssl]'``. ``victim``, ``adv_au`` and ``bmp`` a
                     recipes/ssl_story.py --config ...
 
 Pre-training, tuning and encoding are shared by all processes; attacks and the table are the first one's. What is done
-stays done: a killed run goes on where it was. Writes ``result.json``, ``result.md``, and under ``out`` the encoders,
-the tuning runs, the perturbations, and one ``ZePAD`` model per task (``ZePAD.from_pretrained(OUT/zepad-NAME)``).
+stays done, task by task: a killed run goes on where it was. Writes ``result.json``, ``result.md``, and under ``out``
+the encoders, the tuning runs, the perturbations, and one ``ZePAD`` model per task, for ``ZePAD.from_pretrained``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from zepad_mm.branch import Branch, BranchConfig
 from zepad_mm.data import LabelledImages, load_data
 from zepad_mm.defences import make_defence
 from zepad_mm.detection import SCORES
-from zepad_mm.encoders import Encoder, load_encoder
+from zepad_mm.encoders import Encoder, load_encoder, streamlined
 from zepad_mm.evaluation.metrics import detect, fooling_rate, paper_rule_accuracy, share
 from zepad_mm.files import read_json, write_json, write_text
 from zepad_mm.model import ZePAD, ZePADConfig
@@ -239,7 +239,8 @@ class Bench:
     """One task: its branches, its test images, and the rows found so far."""
 
     def __init__(self, config: Settings, branches: dict[str, Branch], validation: LabelledImages, test: LabelledImages):
-        self.config, self.branches, self.validation, self.test = config, branches, validation, test
+        self.config, self.validation, self.test = config, validation, test
+        self.branches = {name: streamlined(branch, config.image_size) for name, branch in branches.items()}
         self.device = next(branches["bmp"].parameters()).device
         self.lines, self.rows, self.detection = lineup(config), [], []
         self.clean = self.logits(test.images)
@@ -320,6 +321,19 @@ class Bench:
             self.detection.append(row | {"n": len(before) + len(after), "dataset": self.test.name})
 
 
+def assemble(config: Settings, public: str, branches: dict[str, Branch], test: LabelledImages) -> None:
+    """Save the defence of one task as a model of its own."""
+    parts = [copy.copy(branches[name]) for name in DEFENDED]
+    about = ZePADConfig(
+        public_source=public,
+        branches=tuple(part.config for part in parts),
+        class_names=test.class_names,
+        fusion=config.rule,
+        fusion_params=config.rule_options,
+    )
+    ZePAD(about, parts).save_pretrained(Path(config.out) / f"zepad-{test.name}")
+
+
 def markdown(report: dict[str, Any]) -> str:
     """The record as tables: one per task, and one for the detectors."""
     meta = report["meta"]
@@ -367,25 +381,24 @@ def run(config: Settings) -> dict[str, Any]:
         encoder.to(accelerator.device).eval().requires_grad_(False)
     perturbations = craft(config, encoders, accelerator.device) if accelerator.is_main_process else {}
     report: dict[str, Any] = {"meta": {}, "rows": [], "detection": []}
+    identity = without_folders({**asdict(config), "result": "", "threads": 0, "downstream": []})
     for source in config.downstream:
-        train, validation, test = task_data(config, source)
-        branches = fit_branches(config, encoders, train, accelerator)
-        if not accelerator.is_main_process:
-            continue
-        bench = Bench(config, branches, validation, test)
-        bench.universal(perturbations)
-        bench.white_box()
-        report["rows"] += bench.rows
-        report["detection"] += bench.detection
-        parts = [copy.copy(branches[name]) for name in DEFENDED]
-        about = ZePADConfig(
-            public_source=sources["victim"],
-            branches=tuple(part.config for part in parts),
-            class_names=test.class_names,
-            fusion=config.rule,
-            fusion_params=config.rule_options,
-        )
-        ZePAD(about, parts).save_pretrained(Path(config.out) / f"zepad-{test.name}")
+        finished = Path(config.out) / f"task-{re.sub(r'[^A-Za-z0-9]+', '-', Path(source).name)}.json"
+        known = read_json(finished) if finished.is_file() else {}
+        if known.get("identity") != identity:
+            train, validation, test = task_data(config, source)
+            branches = fit_branches(config, encoders, train, accelerator)
+            if accelerator.is_main_process:
+                bench = Bench(config, branches, validation, test)
+                bench.universal(perturbations)
+                bench.white_box()
+                assemble(config, sources["victim"], branches, test)
+                known = {"identity": identity, "rows": bench.rows, "detection": bench.detection}
+                write_json(finished, known)
+            accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            report["rows"] += known["rows"]
+            report["detection"] += known["detection"]
     if not accelerator.is_main_process:
         return {}
     pretraining = {
@@ -397,10 +410,7 @@ def run(config: Settings) -> dict[str, Any]:
         {
             **provenance(seed=config.seed, config=asdict(config)),
             "wall_s": round(time.time() - began, 1),
-            "warnings": [
-                "one seed",
-                "small encoders, briefly pre-trained: compare rows with each other, not with papers",
-            ],
+            "warnings": WARNINGS,
             "pretraining": pretraining,
             "tuning": tunings,
         }

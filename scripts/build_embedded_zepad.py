@@ -50,7 +50,7 @@ def main() -> None:
     validation, surrogate = load_data("embedded", "validation"), load_data("embedded", "surrogate")
     selection = select_fusion(model, validation, epsilon=args.epsilon)
     chosen = selection.chosen
-    print(f"fusion: {chosen.rule} {chosen.params}: clean {chosen.clean:.3f}, white box {chosen.own or chosen.pool:.3f}")
+    print(f"fusion: {chosen.rule} {chosen.params}: clean {chosen.clean:.3f}, white box {chosen.shared:.3f}")
     perturbation = FeatureUAP(epsilon=10 / 255).fit(model.undefended.encoder, surrogate.images)
     caught = select_detector(model, validation, perturbation(validation.images))
     print(f"detector: {model.config.detector}")

@@ -10,9 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from zepad_mm.encoders import LoraSettings, add_lora, has_lora, load_clip, load_encoder, load_lora, merge_lora
+from zepad_mm.encoders import (
+    LoraSettings,
+    add_lora,
+    has_lora,
+    load_clip,
+    load_encoder,
+    load_lora,
+    merge_lora,
+    streamlined,
+)
 from zepad_mm.encoders.attention import SeparateAttention, unfuse_attention
-from zepad_mm.encoders.base import Preprocess
+from zepad_mm.encoders.base import Encoder, Preprocess
 
 
 def kick_adapter(encoder: nn.Module, scale: float = 0.1) -> None:
@@ -204,3 +213,51 @@ def test_text_embeddings_are_unit_length_and_kept(clip_source: str) -> None:
         text.class_embeddings([])
     with pytest.raises(ValueError, match="expected a source of kind open_clip"):
         load_clip("timm:resnet10t")
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "resnet18", "convnext_atto"])
+def test_a_streamlined_network_is_the_same_network(name: str) -> None:
+    torch.manual_seed(0)
+    encoder = load_encoder(f"timm:{name}", pretrained=False)
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    before = {key: tensor.clone() for key, tensor in encoder.state_dict().items()}
+    lighter = streamlined(encoder)
+    pixels = torch.rand(3, 3, 64, 64)
+    assert torch.allclose(lighter(pixels), encoder(pixels), rtol=1e-3, atol=1e-4 * float(encoder(pixels).abs().max()))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in encoder.state_dict().items())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in lighter.modules())
+    assert (lighter is encoder) == (name == "convnext_atto")  # nothing to fold: not copied either
+
+
+def test_streamlining_folds_adapters(clip_source: str, images: torch.Tensor) -> None:
+    encoder = add_lora(load_encoder(clip_source), LoraSettings(rank=2))
+    kick_adapter(encoder)
+    lighter = streamlined(encoder, 32)
+    assert has_lora(encoder)
+    assert not has_lora(lighter)
+    assert torch.allclose(lighter(images), encoder(images), atol=1e-5)
+
+
+def test_a_norm_used_twice_is_not_folded() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            once = self.norm(self.convolution(images))
+            return self.norm(self.convolution(once)).flatten(1)
+
+    backbone = Twice().eval()
+    encoder = Encoder(backbone, Preprocess(image_size=8, mean=(0, 0, 0), std=(1, 1, 1)), 192, "twice")
+    assert streamlined(encoder, 8) is encoder
+
+
+def test_a_loaded_architecture_does_not_warn_of_random_weights(
+    clip_source: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_encoder(clip_source, pretrained=False)
+    assert "No pretrained weights" not in caplog.text

@@ -14,7 +14,7 @@ from PIL import Image
 import zepad_mm
 from zepad_mm.config import Config
 from zepad_mm.data import LabelledImages, load_data, load_embedded, to_tensor
-from zepad_mm.files import read_json, replacing, write_json
+from zepad_mm.files import read_json, read_tensors, replacing, write_json, write_tensors
 from zepad_mm.prompts import clean_name, templates_of
 from zepad_mm.registry import Registry
 
@@ -54,16 +54,19 @@ class Outer(Config):
     sizes: tuple[int, ...] = (1,)
     inner: Inner = field(default_factory=Inner)
     limit: float | None = None
+    layers: int | str | None = None
 
 
 def test_configs_are_strict() -> None:
     config = Outer(name="a", sizes=(1, 2), inner=Inner(rate=1.0), limit=3.0)
     assert Outer.from_dict(config.to_dict()) == config
     assert Outer.from_dict({"name": "a", "inner": {"rate": 1}}).inner.rate == 1.0
+    assert [Outer.from_dict({"name": "a", "layers": v}).layers for v in (3, "last", None)] == [3, "last", None]
     for bad, message in (
         ({"name": "a", "inner": {"raet": 1}}, "Inner has no key 'raet'; did you mean 'rate'"),
         ({}, "lacks the keys 'name'"),
         ({"name": 3}, "wants str"),
+        ({"name": "a", "layers": 1.5}, "wants int"),
         ({"name": "a", "sizes": "12"}, "wants a list"),
         ({"name": "a", "inner": {"rate": "1e-3"}}, "wants float"),
         ({"name": "a", "inner": 3}, "wants a dictionary"),
@@ -88,6 +91,17 @@ def test_a_file_is_the_old_or_the_new_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         write_json(path, {"a": float("nan")})
     assert read_json(path) == {"a": 1}
+
+
+def test_tensors_that_share_memory_are_written_whole(tmp_path: Path) -> None:
+    row = torch.arange(4.0)
+    write_tensors(tmp_path / "a.safetensors", {"row": row, "same": row, "slice": row[1:3]})
+    read, _ = read_tensors(tmp_path / "a.safetensors")
+    assert {key: tensor.tolist() for key, tensor in read.items()} == {
+        "row": [0, 1, 2, 3],
+        "same": [0, 1, 2, 3],
+        "slice": [1, 2],
+    }
 
 
 def test_prompts() -> None:

@@ -128,6 +128,11 @@ def test_story_from_end_to_end(tmp_path: Path):
     command += ["--out", str(out), "--result", str(result)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=240)
+    first = json.loads(result.with_suffix(".json").read_text())
+    finished = {path: path.stat().st_mtime_ns for path in out.glob("task-*.json")}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=240)
+    assert finished == {path: path.stat().st_mtime_ns for path in out.glob("task-*.json")} != {}
+    assert json.loads(result.with_suffix(".json").read_text())["rows"] == first["rows"]
     report = json.loads(result.with_suffix(".json").read_text())
     assert str(tmp_path) not in json.dumps(report)
     assert {row["threat"] for row in report["rows"]} == {"clean", "T1", "T1b", "T2"}

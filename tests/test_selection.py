@@ -34,13 +34,14 @@ def test_the_choice_follows_from_what_was_measured(
     assert (zepad.config.fusion, zepad.config.fusion_params) == (result.chosen.rule, result.chosen.params)
     assert len(result.tried) == 3
     assert all(candidate.pool <= candidate.clean for candidate in result.tried)
-    assert all(c.own is None or c.own <= c.pool + 1e-9 for c in result.tried)
-    floor = max(result.branches[name]["pool"] for name in ("full", "lora"))
-    holding = [c for c in result.tried if c.own is not None and c.own >= floor]
-    if holding:
-        assert result.chosen in holding
+    assert all(candidate.shared <= candidate.pool for candidate in result.tried)
+    assert result.chosen.attacked
+    floor = max(result.branches[name]["shared"] for name in ("full", "lora"))
+    holding = [c for c in result.tried if c.shared >= floor]
+    if holding:  # the most accurate that holds was attacked before it was taken
         assert result.chosen.clean == max(c.clean for c in holding)
-    assert any(c.own is not None for c in result.tried)
+    else:
+        assert result.chosen.shared == max(c.shared for c in result.tried if c.attacked)
     assert result.to_dict()["n"] == 24
 
 

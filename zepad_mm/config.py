@@ -31,7 +31,7 @@ class Config:
                 near = get_close_matches(key, fields, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ValueError(
-                    f"{cls.__name__} has no key {key!r}{hint} Known keys: {', '.join(fields)}. "
+                    f"{cls.__name__} has no key {key!r}{hint}. Known keys: {', '.join(fields)}. "
                     "If the file comes from a newer zepad-mm, upgrade."
                 )
         missing = [
@@ -46,12 +46,25 @@ class Config:
         return cls(**{key: _convert(hints[key], value, f"{cls.__name__}.{key}") for key, value in values.items()})
 
 
+def _convert_to_one_of(options: tuple[Any, ...], value: Any, where: str) -> Any:
+    """The first of a union's types that takes the value."""
+    if value is None and type(None) in options:
+        return None
+    errors = []
+    for option in options:
+        if option is not type(None):
+            try:
+                return _convert(option, value, where)
+            except ValueError as error:
+                errors.append(error)
+    raise errors[0]
+
+
 def _convert(hint: Any, value: Any, where: str) -> Any:
     """``value`` in the shape that ``hint`` asks for: nested configs, tuples for lists, scalars checked."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
-        options = [option for option in get_args(hint) if option is not type(None)]
-        return None if value is None else _convert(options[0], value, where)
+        return _convert_to_one_of(get_args(hint), value, where)
     if isinstance(hint, type) and issubclass(hint, Config):
         return value if isinstance(value, hint) else hint.from_dict(value)
     if origin is tuple:

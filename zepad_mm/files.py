@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -58,8 +59,11 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
     from safetensors.torch import save_file
 
     with replacing(path) as temporary:
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata=metadata)
+        # safetensors refuses tensors that share memory, and slices of a larger one would be written whole
+        alone = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+        }
+        save_file(alone, temporary, metadata=metadata)
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -132,13 +132,13 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
     def undefended(self) -> Branch:
         """The public encoder with its own head, as it was before the defence: what a T1 attacker knows.
 
-        Raises ValueError for a model without zero-shot heads until one is assigned.
+        Raises ValueError for a model without zero-shot heads until :meth:`set_undefended`.
         """
         if "undefended" not in self._lazy:
             if any(branch.head != "zero_shot" for branch in self.config.branches):
                 raise ValueError(
-                    "the undefended encoder has no head for this task; assign one: "
-                    "model.undefended = Branch(BranchConfig(name='undefended', ...), encoder, head)"
+                    "the undefended encoder has no head for this task; give one: "
+                    "model.set_undefended(Branch(BranchConfig(name='undefended', ...), encoder, head))"
                 )
             encoder, text = self._clip()
             config = BranchConfig(name="undefended", role="bmp", source=self.config.public_source)
@@ -146,9 +146,10 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
             self._lazy["undefended"] = Branch(config, encoder, head).eval().to(self.device)
         return self._lazy["undefended"]
 
-    @undefended.setter
-    def undefended(self, branch: Branch) -> None:
-        self._lazy["undefended"] = branch
+    def set_undefended(self, branch: Branch) -> ZePAD:
+        """Say what the undefended model is, in place: for models whose heads were trained."""
+        self._lazy["undefended"] = branch.eval().to(self.device)
+        return self
 
     @property
     def text(self) -> TextEncoder:

@@ -37,7 +37,7 @@ class Registry(Generic[T]):
             return self._entries[name]
         near = get_close_matches(str(name), self._entries, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown {self.kind} {name!r}{hint} Known: {', '.join(self.names())}")
+        raise ValueError(f"unknown {self.kind} {name!r}{hint}. Known: {', '.join(self.names())}")
 
     def names(self) -> list[str]:
         """All names, sorted."""

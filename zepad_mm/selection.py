@@ -1,15 +1,17 @@
 """Which fusion rule, with which constants? Decided on validation pictures, by attack, never on test pictures.
 
 The trade is measured, not assumed: a rule that trusts the benign branch more is right more often on clean pictures and
-falls sooner to an attacker who knows everything. Among the rules that hold, under a pool of examples shared by all of
-them and under their own attack, within ``tolerance`` of the best single robust branch, the one with the highest clean
-accuracy is taken.
+falls sooner to an attacker who knows everything. First all rules are scored on a pool of examples made on the branches.
+Then the most promising ones are attacked through their own output, and what that finds joins the pool, so that a rule
+which merely hides its gradients is judged on what was found through the others. Of those that are no less robust on
+all of it than the best single robust branch, the one with the highest clean accuracy is taken.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -20,7 +22,8 @@ from tqdm import tqdm
 from zepad_mm.attacks import PGD
 from zepad_mm.data import LabelledImages
 from zepad_mm.detection import SCORES, threshold_at
-from zepad_mm.fusion import build
+from zepad_mm.encoders import streamlined
+from zepad_mm.fusion import Fusion, build
 from zepad_mm.model import DetectorConfig, ZePAD
 
 GRIDS: dict[str, dict[str, Sequence[float]]] = {
@@ -28,11 +31,12 @@ GRIDS: dict[str, dict[str, Sequence[float]]] = {
     "rfdm_probability": {"k": (0.0, 1.0, 3.0)},
     "equal": {},
     "entropy": {},
-    "bounded_benign": {"benign_weight": (0.0, 0.1, 0.15, 0.2, 0.25, 0.35), "sharpness": (1.0, 2.0)},
+    "bounded_benign": {"benign_weight": (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.35), "sharpness": (1.0, 1.5, 2.0)},
     "capped_rfdm": {"cap": (0.15, 0.25, 0.35)},
     "mixed_nuts": {"benign_weight": (0.2, 0.35, 0.45), "power": (1.0, 2.0), "scale": (2.0, 4.0)},
 }
-OWN_ATTACKS = 6  # about as many candidates are attacked through their own output
+FINALISTS = 8  # so many candidates, from the most accurate to the most robust, are attacked through their own output
+CONTENDERS = 8  # and at most so many more, the most accurate first, while the others' examples do not break them
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,22 @@ class Candidate:
 
     Attributes:
         clean: accuracy on clean pictures.
-        pool: accuracy on the worst of the shared adversarial examples; ``own``: and of its own attack, where run.
+        pool: accuracy on the worst of the examples made on the branches.
+        shared: accuracy on the worst of these and of what was found through every finalist; NaN before that is known.
+        attacked: was it a finalist, that is, attacked through its own output?
     """
 
     rule: str
     params: dict[str, float]
     clean: float
     pool: float
-    own: float | None = None
+    shared: float = math.nan
+    attacked: bool = False
+
+    @property
+    def key(self) -> str:
+        """The rule with its constants, as text."""
+        return f"{self.rule} {self.params}"
 
 
 @dataclass(frozen=True)
@@ -56,10 +68,12 @@ class Selection:
     """What was chosen, against what, and everything that was tried."""
 
     chosen: Candidate
-    branches: dict[str, dict[str, float]]  # name -> clean and pool accuracy of each branch alone
-    tried: list[Candidate] = field(default_factory=list)
-    n: int = 0
-    epsilon: float = 0.0
+    branches: dict[str, dict[str, float]]  # name -> clean, pool and shared accuracy of each branch alone
+    tried: list[Candidate]
+    n: int
+    epsilon: float
+    steps: int
+    tolerance: float
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary, ready for JSON."""
@@ -72,7 +86,7 @@ def select_fusion(
     *,
     epsilon: float = 4 / 255,
     steps: int = 10,
-    tolerance: float = 0.02,
+    tolerance: float = 0.0,
     seed: int = 0,
 ) -> Selection:
     """Try every rule of :data:`GRIDS` on validation data and set the best on ``model``, in place.
@@ -88,47 +102,59 @@ def select_fusion(
     Raises:
         ValueError: the model has no robust branch to hold on to.
     """
-    names = list(model.branches)
     robust = [index for index, benign in enumerate(model.benign) if not benign]
     if not robust:
         raise ValueError("select_fusion: the model has no mpae branch, so there is no robustness to keep")
-    images, labels = data.images, data.labels
-    generator = torch.Generator().manual_seed(seed)
-    views: dict[str, Callable[[Tensor], Tensor]] = {name: model.branch(name) for name in names}
-    views["robust branches"] = lambda x: torch.stack([model.branch(names[i])(x) for i in robust])
-    views["all branches"] = model.branch_logits
-    attack = PGD(epsilon=epsilon, steps=steps, loss="margin")
-    logits = [_branch_logits(model, images)]
+    field = _Field(model, data, PGD(epsilon=epsilon, steps=steps, loss="margin"), seed)
+    views: dict[str, Callable[[Tensor], Tensor]] = dict(zip(model.branches, field.branches, strict=True))
+    views["robust branches"] = lambda x: torch.stack([field.branches[index](x) for index in robust])
+    views["all branches"] = field.logits_of
     for name, view in (bar := tqdm(views.items(), desc="validation attacks", leave=False)):
         bar.set_postfix_str(name)
-        logits.append(_branch_logits(model, _attack_in_batches(attack, view, images, labels, generator)))
-    clean, pool = logits[0], logits  # the clean picture is an example too: robust means right on it as well
-
-    branches = {
-        name: {"clean": _accuracy(clean[i], labels), "pool": _worst([z[i] for z in pool], labels)}
-        for i, name in enumerate(names)
-    }
-    tried = []
+        field.strike(view)
+    answers, tried = {}, []
     for rule, grid in GRIDS.items():
         for values in product(*grid.values()):
             params = dict(zip(grid, values, strict=True))
-            fusion = build(rule, model.benign, params=params)
-            fused = [fusion(z).logits for z in pool]
-            tried.append(Candidate(rule, params, _accuracy(fused[0], labels), _worst(fused, labels)))
-    floor = max(branches[names[i]]["pool"] for i in robust) - tolerance
-    holding = sorted((c for c in tried if c.pool >= floor), key=lambda c: (c.clean, c.pool), reverse=True)
-    # neighbours on this list fall together, so a few spread over all of it are attacked, the most accurate first
-    finalists = holding[:: max(1, len(holding) // OWN_ATTACKS)] or [max(tried, key=lambda c: c.pool)]
-    chosen = finalists[-1]
-    for candidate in tqdm(finalists, desc="own attacks of the best", leave=False):
-        chosen = _with_own_attack(model, candidate, pool, (images, labels), attack, generator)
-        tried[tried.index(candidate)] = chosen
-        if chosen.own is not None and chosen.own >= floor:
-            break
-    else:
-        chosen = max((c for c in tried if c.own is not None), key=lambda c: c.own or 0.0)
+            answer = _answer(build(rule, model.benign, params=params))
+            tried.append(Candidate(rule, params, field.clean(answer), field.worst(answer)))
+            answers[tried[-1].key] = answer
+    alone = [_only(index) for index in range(len(field.branches))]
+    branches = {
+        name: {"clean": field.clean(answer), "pool": field.worst(answer)}
+        for name, answer in zip(model.branches, alone, strict=True)
+    }
+    chosen, tried = _contest(field, tried, answers, [alone[index] for index in robust], tolerance)
+    for name, answer in zip(model.branches, alone, strict=True):
+        branches[name]["shared"] = field.worst(answer)
     model.set_fusion(chosen.rule, **chosen.params)
-    return Selection(chosen, branches, tried, len(data), epsilon)
+    return Selection(chosen, branches, tried, len(data), epsilon, steps, tolerance)
+
+
+def _contest(
+    field: _Field, tried: list[Candidate], answers: dict[str, Answer], robust: list[Answer], tolerance: float
+) -> tuple[Candidate, list[Candidate]]:
+    """Attack the promising candidates until the most accurate one that still holds has been attacked itself."""
+
+    def floor() -> float:
+        return max(field.worst(answer) for answer in robust) - tolerance
+
+    waiting = _spread(tried, floor())
+    attacked: set[str] = set()
+    with tqdm(total=len(waiting) + CONTENDERS, desc="attacks through the finalists", leave=False) as bar:
+        while True:
+            for candidate in waiting:
+                field.strike_through(answers[candidate.key])
+                attacked.add(candidate.key)
+                bar.update()
+            tried = [replace(c, shared=field.worst(answers[c.key]), attacked=c.key in attacked) for c in tried]
+            best = sorted((c for c in tried if c.shared >= floor()), key=lambda c: (c.clean, c.shared), reverse=True)
+            # who was not attacked yet must show that it holds before it may be taken
+            if not best or best[0].attacked or bar.n >= bar.total:
+                break
+            waiting = best[:1]
+    tested = [c for c in tried if c.attacked]
+    return next((c for c in best if c.attacked), max(tested, key=lambda c: c.shared)), tried
 
 
 def select_detector(
@@ -143,7 +169,7 @@ def select_detector(
     Returns:
         the share caught by each score.
     """
-    clean, attacked = _branch_logits(model, validation.images), _branch_logits(model, suspicious)
+    clean, attacked = _in_parts(model.branch_logits, validation.images), _in_parts(model.branch_logits, suspicious)
     caught, thresholds = {}, {}
     for name in SCORES:
         score = SCORES.get(name)
@@ -154,44 +180,66 @@ def select_detector(
     return caught
 
 
-def _with_own_attack(
-    model: ZePAD,
-    candidate: Candidate,
-    pool: list[Tensor],
-    data: tuple[Tensor, Tensor],
-    attack: PGD,
-    generator: torch.Generator,
-) -> Candidate:
-    """The candidate after an attack through its own fused output on what the pool left standing."""
-    images, labels = data
-    fusion = build(candidate.rule, model.benign, params=candidate.params)
-    alive = torch.stack([fusion(z).logits.argmax(-1) == labels for z in pool]).all(0).nonzero().squeeze(1)
-
-    def through(x: Tensor) -> Tensor:
-        return fusion(model.branch_logits(x)).logits
-
-    attacked = _attack_in_batches(attack, through, images[alive], labels[alive], generator)
-    held = fusion(_branch_logits(model, attacked)).logits.argmax(-1) == labels[alive]
-    return Candidate(candidate.rule, candidate.params, candidate.clean, candidate.pool, float(held.sum()) / len(labels))
+Answer = Callable[[Tensor], Tensor]  # branch logits (N, B, C) to the answer (B, C)
 
 
-def _attack_in_batches(
-    attack: PGD, view: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, generator: torch.Generator
-) -> Tensor:
-    parts = [attack(view, x, y, generator=generator) for x, y in zip(images.split(128), labels.split(128), strict=True)]
-    return torch.cat(parts) if parts else images
+class _Field:
+    """Validation pictures under attack: the branch logits of every example found so far, the clean ones first."""
+
+    def __init__(self, model: ZePAD, data: LabelledImages, attack: PGD, seed: int) -> None:
+        self.images, self.labels, self.attack = data.images, data.labels, attack
+        self.branches = [streamlined(model.branch(name), data.images.shape[-1]) for name in model.branches]
+        self.generator = torch.Generator().manual_seed(seed)
+        self.examples = [_in_parts(self.logits_of, self.images)]
+
+    def logits_of(self, images: Tensor) -> Tensor:
+        return torch.stack([branch(images) for branch in self.branches])
+
+    def clean(self, answer: Answer) -> float:
+        return float(self._right(answer, 1).float().mean())
+
+    def worst(self, answer: Answer) -> float:
+        """Accuracy where every example counts; the clean picture is one of them."""
+        return float(self._right(answer, len(self.examples)).float().mean())
+
+    def strike(self, view: Callable[[Tensor], Tensor]) -> None:
+        """Attack all pictures through ``view`` and keep what every branch says to the result."""
+        self._add(view, torch.arange(len(self.labels)))
+
+    def strike_through(self, answer: Answer) -> None:
+        """Attack what this rule still gets right, through its own output."""
+        alive = self._right(answer, len(self.examples)).nonzero().squeeze(1)
+        self._add(lambda images: answer(self.logits_of(images)), alive)
+
+    def _add(self, view: Callable[[Tensor], Tensor], index: Tensor) -> None:
+        found = self.examples[0].clone()
+        for rows in index.split(64):
+            attacked = self.attack(view, self.images[rows], self.labels[rows], generator=self.generator)
+            found[:, rows] = _in_parts(self.logits_of, attacked)
+        self.examples.append(found)
+
+    def _right(self, answer: Answer, count: int) -> Tensor:
+        return torch.stack([answer(z).argmax(-1) == self.labels for z in self.examples[:count]]).all(0)
+
+
+def _spread(tried: list[Candidate], floor: float) -> list[Candidate]:
+    """Those that hold on the pool, a few spread from the most accurate to the most robust."""
+    best = sorted((c for c in tried if c.pool >= floor), key=lambda c: (c.clean, c.pool), reverse=True)
+    if not best:
+        return sorted(tried, key=lambda c: c.pool, reverse=True)[:FINALISTS]
+    places = torch.linspace(0, len(best) - 1, min(FINALISTS, len(best))).round().int().tolist()
+    return [best[place] for place in places]
+
+
+def _only(index: int) -> Answer:
+    return lambda logits: logits[index]
+
+
+def _answer(fusion: Fusion) -> Answer:
+    return lambda logits: fusion(logits).logits
 
 
 @torch.no_grad()
-def _branch_logits(model: ZePAD, images: Tensor) -> Tensor:
-    if len(images) == 0:
-        return torch.zeros(len(model.branches), 0, len(model.class_names))
-    return torch.cat([model.branch_logits(part) for part in images.split(256)], dim=1)
-
-
-def _accuracy(logits: Tensor, labels: Tensor) -> float:
-    return float((logits.argmax(-1) == labels).float().mean())
-
-
-def _worst(logits: list[Tensor], labels: Tensor) -> float:
-    return float(torch.stack([z.argmax(-1) == labels for z in logits]).all(0).float().mean())
+def _in_parts(view: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Branch logits (N, B, C) of many pictures."""
+    return torch.cat([view(part) for part in images.split(128)], dim=1)

@@ -5,6 +5,7 @@ from zepad_mm.encoders import timm as _timm
 from zepad_mm.encoders.base import ENCODERS, Encoder, Preprocess, load_encoder
 from zepad_mm.encoders.lora import LoraSettings, add_lora, has_lora, load_lora, merge_lora
 from zepad_mm.encoders.open_clip import TextEncoder, load_clip
+from zepad_mm.encoders.streamline import streamlined
 
 __all__ = [
     "ENCODERS",
@@ -18,5 +19,6 @@ __all__ = [
     "load_encoder",
     "load_lora",
     "merge_lora",
+    "streamlined",
 ]
 del _open_clip, _timm

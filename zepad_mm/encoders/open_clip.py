@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def _create(rest: str, pretrained: bool) -> tuple[Any, Callable[[list[str]], Ten
     name, tag = _name_and_tag(rest)
     if name.startswith("local-dir:") and not Path(name.removeprefix("local-dir:")).is_dir():
         raise FileNotFoundError(f"{name.removeprefix('local-dir:')!r} is no folder; expected one with open_clip files")
-    with _clear_errors(rest):
+    with _clear_errors(rest), nullcontext() if pretrained else _no_warning_of_random_weights():
         clip = open_clip.create_model(
             name, pretrained=tag, precision="fp32", load_weights=pretrained, weights_only=True
         )
@@ -133,6 +134,20 @@ def _name_and_tag(rest: str) -> tuple[str, str | None]:
             "Write open_clip:NAME/TAG as in open_clip.list_pretrained(), hf-hub:org/repo or local-dir:PATH"
         )
     return name, tag or None
+
+
+@contextmanager
+def _no_warning_of_random_weights() -> Iterator[None]:
+    """open_clip warns that weights are random where that is what was asked for."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return "No pretrained weights loaded" not in record.getMessage()
+
+    logging.getLogger().addFilter(wanted)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeFilter(wanted)
 
 
 @contextmanager

@@ -46,6 +46,8 @@ def run_checks(session: Session, records: Records) -> list[Check]:
     threats = {example.threat for example in session.examples}
     if "T1" in threats:
         checks.append(_noise(records))
+    if {"T1", "T1b"} <= threats:
+        checks.append(_public_attack_strong(records))
     if session.settings.diagnostics_n:
         checks.append(_flat_gradients(session))
         if "T2" in threats:
@@ -87,6 +89,22 @@ def _noise(records: Records) -> Check:
     return Check("noise_weaker_than_t1", passed, detail, {"noise": under_noise, "attack": under_attack})
 
 
+def _public_attack_strong(records: Records) -> Check:
+    """Made on the public encoder itself, a perturbation must hit it harder than one that was made on its kin."""
+    model = "undefended"
+    best = {
+        threat: min(
+            float(records.right(model, attempt).float().mean())
+            for attempt in records.attempts
+            if attempt.threat == threat and not attempt.control
+        )
+        for threat in ("T1", "T1b")
+    }
+    passed = best["T1"] <= best["T1b"] + 2 * MOVED
+    detail = f"undefended: {100 * best['T1']:.1f} % under the best T1 attack, {100 * best['T1b']:.1f} % under T1b's"
+    return Check("t1_not_weaker_than_t1b", passed, detail, best)
+
+
 def _flat_gradients(session: Session) -> Check:
     """Share of pictures on which the loss of a branch, or of the fused answer, has no input gradient at all."""
     index = _some(session, torch.ones(len(session.labels), dtype=torch.bool), "gradients")
@@ -123,11 +141,11 @@ def _more_steps(session: Session) -> Check:
 def _sweep(session: Session) -> Check:
     """With a growing budget the accuracy must go to zero, or the attack does not see through the defence."""
     everybody = torch.ones(len(session.labels), dtype=torch.bool)
-    index = _some(session, everybody, "sweep")
+    index, settings = _some(session, everybody, "sweep"), session.settings
     values = {}
     alive = index
-    for epsilon in sorted({session.settings.epsilon, *SWEEP}):
-        attack = own_attack(session, "pgd", epsilon=epsilon)
+    for epsilon in sorted({settings.epsilon, *SWEEP}):
+        attack = own_attack(session, "apgd", epsilon=epsilon, steps=settings.steps * settings.diagnostics_factor)
         wrong = _wrong(session, attack, alive, "sweep")
         alive = alive[~wrong]  # what a smaller budget broke, a larger one breaks
         values[f"{epsilon * 255:g}/255"] = len(alive) / len(index)

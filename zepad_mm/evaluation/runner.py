@@ -20,7 +20,14 @@ from zepad_mm.evaluation.records import Records
 from zepad_mm.evaluation.report import Report, acceptance
 from zepad_mm.evaluation.session import Session, Through
 from zepad_mm.evaluation.settings import PRESETS, EvalSettings
-from zepad_mm.evaluation.threats import run_clean, run_detector_aware, run_universal, run_white_box, universal_targets
+from zepad_mm.evaluation.threats import (
+    run_clean,
+    run_detector_aware,
+    run_universal,
+    run_white_box,
+    universal_attack,
+    universal_targets,
+)
 from zepad_mm.model import ZePAD
 from zepad_mm.provenance import provenance
 
@@ -132,8 +139,8 @@ def _announce(session: Session) -> None:
             names = settings.universal if threat == "T1" else settings.universal_family
             targets = universal_targets(session, threat)
             stages += len(names) * len(targets) + (threat == "T1")
-            crafted = sum(settings.universal_steps.get(name, 300) for name in names)
-            pictures = crafted * min(64, len(session.data.surrogate))
+            crafting = [universal_attack(session, name) for name in names]
+            pictures = sum(attack.steps * min(attack.batch_size, len(session.data.surrogate)) for attack in crafting)
             networks = len(targets) - 1 + len(session.branch_rows) if "family" in targets else len(targets)
             seconds += pictures * networks * per_member + forward * n * len(names) * len(targets)
     if "T2" in settings.threats:

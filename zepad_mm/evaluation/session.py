@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from zepad_mm.branch import Branch
+from zepad_mm.encoders import Encoder, streamlined
 from zepad_mm.evaluation.data import EvalData
 from zepad_mm.evaluation.settings import EvalSettings
 from zepad_mm.files import read_json, read_tensors, write_json, write_tensors
@@ -113,11 +115,13 @@ class Session:
         resume: bool,
     ) -> None:
         self.model, self.data, self.settings, self.out = model, data, settings, out
-        self.members: dict[str, nn.Module] = {
+        members: dict[str, nn.Module] = {
             **{f"branch:{name}": branch for name, branch in model.branches.items()},
             UNDEFENDED: model.undefended,
             **{f"baseline:{name}": module for name, module in baselines.items()},
         }
+        side = data.test.images.shape[-1]
+        self.members = {name: streamlined(member, side) for name, member in members.items()}
         self.rows = _rows(model, self.members, settings)
         self.device = model.device
         self.images, self.labels = data.test.images, data.test.labels
@@ -151,6 +155,12 @@ class Session:
         """The networks at these indices."""
         modules = list(self.members.values())
         return [modules[index] for index in members]
+
+    def encoder(self, name: str) -> Encoder:
+        """The encoder of a branch, or of the undefended model."""
+        branch = self.members[name]
+        assert isinstance(branch, Branch)
+        return branch.encoder
 
     def twins(self, row: Row) -> Row | None:
         """An earlier row that gives the same answers to everything, so that it needs no attack of its own."""

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from zepad_mm.attacks import APGD, PGD, UNIVERSAL_ATTACKS, Attack, Perturbation, Square
+from zepad_mm.attacks import APGD, PGD, UNIVERSAL_ATTACKS, Attack, Perturbation, Square, UniversalAttack
 from zepad_mm.evaluation.session import UNDEFENDED, Example, Row, Session, Through
 from zepad_mm.fusion import Fusion
 
@@ -59,19 +59,21 @@ def universal_targets(session: Session, threat: str) -> list[str]:
     return [*branches, "family"] if len(branches) > 1 else branches
 
 
+def universal_attack(session: Session, name: str) -> UniversalAttack:
+    """A registered attack in the size and strength that the settings ask for."""
+    settings, side = session.settings, session.images.shape[-1]
+    attack = UNIVERSAL_ATTACKS.get(name)(epsilon=settings.epsilon_universal, image_size=side, seed=settings.seed)
+    return replace(attack, steps=settings.universal_steps.get(name, attack.steps))
+
+
 def _universal(session: Session, threat: str, name: str, where: str) -> None:
-    settings, model = session.settings, session.model
+    settings = session.settings
     made = f"{name}@{where}"
-    attack = UNIVERSAL_ATTACKS.get(name)(
-        epsilon=settings.epsilon_universal, image_size=session.images.shape[-1], seed=settings.seed
-    )
-    attack = replace(attack, steps=settings.universal_steps.get(name, attack.steps))
-    encoders = {row.name: model.branch(row.name.removeprefix("branch:")).encoder for row in session.branch_rows}
-    encoders[UNDEFENDED] = model.undefended.encoder
+    attack = universal_attack(session, name)
+    targets = [row.name for row in session.branch_rows] if where == "family" else [where]
 
     def work() -> dict[str, Tensor]:
-        chosen = encoders if where == "family" else {where: encoders[where]}
-        chosen = {key: encoder for key, encoder in chosen.items() if where != "family" or key != UNDEFENDED}
+        chosen = {name: session.encoder(name) for name in targets}
         surrogate = session.data.surrogate.images.to(session.device)
         perturbation = attack.fit(chosen, surrogate, generator=session.generator("craft", made))
         if session.out is not None:
