@@ -121,3 +121,32 @@ def test_errors_name_the_fix() -> None:
         build("rfdm", BENIGN)(logits(branches=2))
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):
         build("bounded_benign", BENIGN, params={"benign_weight": 2.0})(logits())
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_no_benign_answer_changes_a_certified_one(rule: str) -> None:
+    """The attacker sets the benign branch freely: any class, any confidence, any size of logits."""
+    z = logits(4.0, n=400)
+    fusion = build(rule, BENIGN)
+    certified = fusion.certified(z)
+    if certified is None:
+        assert rule in ("rfdm", "equal", "entropy")
+        return
+    before = fusion(z).logits.argmax(-1)
+    changed = torch.zeros(400, dtype=torch.bool)
+    for target in range(4):
+        for size in (0.0, 0.5, 2.0, 8.0, 1e3):
+            free = z.clone()
+            free[2] = size * torch.nn.functional.one_hot(torch.tensor(target), 4)
+            changed |= fusion(free).logits.argmax(-1) != before
+    assert 0 < int(certified.sum()) < 400
+    assert not bool((changed & certified).any())
+    if rule == "bounded_benign":  # and there the certificate is tight: who lacks it can be changed
+        robust = build(rule, BENIGN[:2])(z[:2]).logits.argmax(-1)
+        assert bool((changed | certified | (robust != before)).all())
+
+
+def test_nothing_is_certified_without_a_robust_branch() -> None:
+    certified = build("bounded_benign", (True, True)).certified(logits(branches=2))
+    assert certified is not None
+    assert not certified.any()

@@ -49,6 +49,13 @@ class Rule(Config, ABC):
     def __call__(self, branch_logits: Tensor, benign: Tensor) -> tuple[Tensor, Tensor]:
         """(N, B, C) logits and (N,) mask to fused logits (B, C) and weights (N, B)."""
 
+    def benign_bound(self, branch_logits: Tensor, benign: Tensor) -> Tensor | None:
+        """(B,) the largest share of the fused probabilities that the benign branches can take, whatever they answer.
+
+        None where the rule has no such bound, as when it mixes logits, whose size a branch is free to choose.
+        """
+        return None
+
 
 def rfdm_weights(branch_logits: Tensor, k: float) -> Tensor:
     """The paper's confidence weights: c = m exp(k (m - 1/2)) of each max softmax m, normalised over branches."""
@@ -76,6 +83,12 @@ class RFDMProbability(Rule):
 
     def __call__(self, branch_logits: Tensor, benign: Tensor) -> tuple[Tensor, Tensor]:
         return _mix_probabilities(branch_logits, rfdm_weights(branch_logits, self.k))
+
+    def benign_bound(self, branch_logits: Tensor, benign: Tensor) -> Tensor:
+        surest = 1.0 if self.k >= -1 else -1 / self.k  # where m exp(k (m - 1/2)) is largest for m in (0, 1]
+        most = benign.sum() * surest * math.exp(self.k * (surest - 0.5))
+        confidence = branch_logits[~benign].softmax(-1).amax(-1)
+        return most / (most + (confidence * (self.k * (confidence - 0.5)).exp()).sum(0))
 
 
 @RULES.register("equal")
@@ -114,6 +127,9 @@ class BoundedBenign(Rule):
         factor = torch.where(benign, 1.0, self.sharpness).view(-1, 1, 1).to(branch_logits.dtype)
         return _mix_probabilities(branch_logits * factor, weights)
 
+    def benign_bound(self, branch_logits: Tensor, benign: Tensor) -> Tensor:
+        return _role_weights(branch_logits, benign, self.benign_weight)[benign].sum(0)
+
 
 @RULES.register("capped_rfdm")
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +147,10 @@ class CappedRFDM(Rule):
         kept = self.cap * torch.tanh(share / self.cap)  # below the cap almost the share itself, never above
         scale = torch.where(benign.view(-1, 1), kept / share, (1 - kept) / (1 - share).clamp_min(1e-12))
         return _mix_probabilities(branch_logits, weights * scale)
+
+    def benign_bound(self, branch_logits: Tensor, benign: Tensor) -> Tensor:
+        bound = float(benign.all()) if benign.all() or not benign.any() else min(1.0, self.cap)
+        return branch_logits.new_full(branch_logits.shape[1:2], bound)
 
 
 @RULES.register("mixed_nuts")
@@ -155,6 +175,9 @@ class MixedNUTS(Rule):
         clamped = F.gelu(standard + self.shift)
         sharp = self.scale * clamped.abs().clamp_min(1e-12).pow(self.power) * clamped.sign()
         return _mix_probabilities(torch.where(benign.view(-1, 1, 1), branch_logits, sharp), weights)
+
+    def benign_bound(self, branch_logits: Tensor, benign: Tensor) -> Tensor:
+        return _role_weights(branch_logits, benign, self.benign_weight)[benign].sum(0)
 
 
 @dataclass(frozen=True)
@@ -182,6 +205,22 @@ class Fusion:
             logits, weights = self.rule(branch_logits, benign)
         confidences = branch_logits.softmax(-1).amax(-1)
         return Decision(logits, weights, confidences, SCORES.get(self.score)(branch_logits, self.benign))
+
+    def certified(self, branch_logits: Tensor) -> Tensor | None:
+        """(B,) bool: whatever the benign branches had said, this input would get the same answer.
+
+        With s the largest share they can take and d the gap of the two likeliest classes among the robust branches
+        alone: they can turn at most s of the probability against the first class, so (1 - s) d > s is enough (as in
+        adaptive smoothing, Bai et al. 2023). It says nothing of an attacker who moves the robust branches. None where
+        the rule has no bound.
+        """
+        benign = torch.tensor(self.benign, device=branch_logits.device)
+        bound = self.rule.benign_bound(branch_logits, benign)
+        if bound is None or bool(benign.all()):
+            return None if bound is None else torch.zeros(branch_logits.shape[1], dtype=torch.bool)
+        robust, _ = self.rule(branch_logits[~benign], benign[~benign])
+        likeliest = robust.softmax(-1).topk(2, dim=-1).values
+        return (1 - bound) * (likeliest[:, 0] - likeliest[:, 1]) > bound + 1e-6  # room for rounding
 
 
 def build(

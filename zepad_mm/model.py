@@ -366,7 +366,8 @@ def _save_adapter(branch: Branch, folder: Path, dtype: torch.dtype) -> None:
     if not has_lora(branch.encoder):
         raise ValueError(f"branch {branch.name!r} is declared as LoRA but its encoder has no adapter")
     backbone: Any = branch.encoder.backbone
-    backbone.save_pretrained(str(folder), safe_serialization=True)
+    # save_embedding_layers: there are none, and "auto" asks the Hub for a text model's vocabulary
+    backbone.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty template
     weights = folder / "adapter_model.safetensors"
     tensors, metadata = read_tensors(weights)

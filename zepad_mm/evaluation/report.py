@@ -179,6 +179,12 @@ class Report:
                 f"Against him the fusion {verdict}{size} beside its best branch `{name}` ({_percent(best)} %, "
                 f"{_percent(self.accuracy(name))} % without an attack)."
             )
+        if self.meta.get("certificate"):
+            shares = " and ".join(
+                f"{_percent(share)} % {'without an attack' if threat == 'clean' else 'against all examples of T2'}"
+                for threat, share in self.meta["certificate"].items()
+            )
+            lines.append(f"Right, and certified so whatever the benign branch might say: {shares}.")
         if "T3" in self.threats:
             held, cost = self.accuracy("zepad", "T3"), self.accuracy("zepad", "T3", "none")
             lines.append(

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from zepad_mm.attacks import frozen
+from zepad_mm.evaluation.certificate import certified_shares
 from zepad_mm.evaluation.data import EvalData
 from zepad_mm.evaluation.detectors import deployed_threshold, detection_rows, score_validation
 from zepad_mm.evaluation.diagnostics import Check, run_checks
@@ -82,9 +83,11 @@ def evaluate(
         session = Session(model, pictures, settings, baselines or {}, folder, resume)
         with frozen(Through(list(session.members.values()), None)):
             records, detection, checks = _run(session)
+            certificate = certified_shares(session)
     described = {"model": model.config.to_dict(), "source": source, "data": pictures.test.name}
     meta = provenance(seed=settings.seed, config={"evaluation": settings.to_dict(), **described})
     meta["wall_s"] = round(time.perf_counter() - started, 2)
+    meta["certificate"] = certificate
     meta["diagnostics"] = [check.to_dict() for check in checks]
     doubts = [f"likely overestimated ({check.name}): {check.detail}" for check in checks if not check.passed]
     report = Report(meta={**meta, "warnings": doubts}, rows=records.rows(), detection=detection)

@@ -99,7 +99,7 @@ PRESETS.register("demo")(
     EvalSettings(
         n=500,
         n_surrogate=1000,
-        universal_steps={"adv_encoder": 20, "feature_uap": 60},
+        universal_steps={"adv_encoder": 40, "feature_uap": 100},
         steps=10,
         restarts=1,
         frozen_weights=False,

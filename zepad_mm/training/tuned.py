@@ -38,7 +38,8 @@ def write_tuned(folder: str | Path, encoder: Encoder, record: dict[str, Any]) ->
     adapted = has_lora(encoder)
     if adapted:
         backbone: Any = encoder.backbone
-        backbone.save_pretrained(str(folder / ADAPTER), safe_serialization=True)
+        # save_embedding_layers: "auto" would ask the Hub for a text model's vocabulary
+        backbone.save_pretrained(str(folder / ADAPTER), safe_serialization=True, save_embedding_layers=False)
     else:
         write_tensors(folder / WEIGHTS, dict(encoder.state_dict()), {"format": FORMAT, "source": encoder.source})
     about = {
