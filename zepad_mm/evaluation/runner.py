@@ -148,10 +148,11 @@ def _announce(session: Session) -> None:
             seconds += pictures * networks * per_member + forward * n * len(names) * len(targets)
     if "T2" in settings.threats:
         branches, fused = len(session.branch_rows), len(session.fused_rows)
-        passes = branches + (2 + settings.frozen_weights) * branches * 0.7  # the pool
+        together = len(set(settings.pools) - {"branch"})
+        passes = branches * (("branch" in settings.pools) + 0.7 * together)  # the pool
         passes += fused * branches * 0.2 * settings.restarts * len(settings.own_attacks)  # what survived it
         seconds += n * settings.steps * passes * per_member
-        stages += branches + 2 + settings.frozen_weights + len(session.rows) * len(settings.own_attacks)
+        stages += branches * ("branch" in settings.pools) + together + len(session.rows) * len(settings.own_attacks)
     if "T3" in settings.threats:
         seconds += 2 * n * settings.detector_steps * len(session.branch_rows) * per_member * 0.5
         stages += 2

@@ -19,6 +19,8 @@ THREATS = {
     "T3": "white box that also evades the detector: counts when the answer is wrong and not flagged",
 }
 OWN_ATTACKS = ("pgd", "apgd", "apgd_targeted", "square")
+# each branch; the robust ones at once; all at once; the default rule with its weights held constant in each step
+POOLS = ("branch", "robust_branches", "all_branches", "frozen_weights")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,7 @@ class EvalSettings(Config):
     steps: int = 20  # gradient steps of every T2 attack: the same for branches and for fused models
     restarts: int = 2  # of each model's own attack, on the pictures that survived the shared pool
     own_attacks: tuple[str, ...] = ("pgd",)  # each model's own: "pgd", "apgd", "apgd_targeted", "square"
-    frozen_weights: bool = True  # also attack the fusion with its weights held constant in each step
+    pools: tuple[str, ...] = POOLS  # what T2's shared pool is made on; see POOLS
     square_queries: int = 1000  # forward passes per picture of "square"
     detector_steps: int = 20  # gradient steps of each T3 attack
 
@@ -64,9 +66,10 @@ class EvalSettings(Config):
         ):
             for name in names:
                 registry.get(name)
-        for name in self.own_attacks:
-            if name not in OWN_ATTACKS:
-                raise ValueError(f"own_attacks: expected names of {', '.join(OWN_ATTACKS)}, got {name!r}")
+        for key, known in (("own_attacks", OWN_ATTACKS), ("pools", POOLS)):
+            for name in getattr(self, key):
+                if name not in known:
+                    raise ValueError(f"{key}: expected names of {', '.join(known)}, got {name!r}")
         for budget in (self.epsilon, self.epsilon_universal):
             if check_epsilon(budget) == 0:
                 raise ValueError("epsilon: expected a positive budget; for no attack write threats=('clean',)")
@@ -90,7 +93,7 @@ PRESETS.register("smoke")(
         universal_steps={"adv_encoder": 2, "feature_uap": 3},
         steps=2,
         restarts=1,
-        frozen_weights=False,
+        pools=("branch",),
         detector_steps=2,
         diagnostics_n=0,
     )
@@ -102,7 +105,8 @@ PRESETS.register("demo")(
         universal_steps={"adv_encoder": 40, "feature_uap": 100},
         steps=10,
         restarts=1,
-        frozen_weights=False,
+        rules=("rfdm", "equal", "bounded_benign", "mixed_nuts"),
+        pools=("branch", "robust_branches"),
         detector_steps=6,
         diagnostics_n=32,
         diagnostics_factor=2,

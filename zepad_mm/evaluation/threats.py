@@ -92,16 +92,17 @@ def run_white_box(session: Session) -> None:
     fused = session.fused_rows
     robust = tuple(i for i, benign in enumerate(session.model.benign) if not benign)
     everyone = tuple(range(len(session.branch_rows)))
+    pools = session.settings.pools
     for row in session.branch_rows:
-        if session.twins(row) is None:
+        if "branch" in pools and session.twins(row) is None:
             _pool(session, f"pgd@{row.name}", Through(session.parts(row.members), None), [row, *fused])
-    if 1 < len(robust) < len(everyone):
+    if "robust_branches" in pools and 1 < len(robust) < len(everyone):
         _pool(session, "pgd@robust_branches", Through(session.parts(robust), None), fused)
-    if len(everyone) > 1:
+    if "all_branches" in pools and len(everyone) > 1:
         _pool(session, "pgd@all_branches", Through(session.parts(everyone), None), fused)
-        if session.settings.frozen_weights:
-            frozen = Through(session.parts(everyone), FrozenWeights(session.model.fusion))
-            _pool(session, "pgd_frozen_weights@zepad", frozen, fused)
+    if "frozen_weights" in pools and len(everyone) > 1:
+        frozen = Through(session.parts(everyone), FrozenWeights(session.model.fusion))
+        _pool(session, "pgd_frozen_weights@zepad", frozen, fused)
     for row in session.rows:
         if session.twins(row) is None:
             for kind in session.settings.own_attacks:
