@@ -31,6 +31,7 @@ SETTINGS = EvalSettings(
     batch_size=64,
     epsilon=4 / 255,
     universal_steps={"adv_encoder": 2, "feature_uap": 60},
+    family_steps={"feature_uap": 60},
     universal=("feature_uap",),
     steps=6,
     restarts=1,

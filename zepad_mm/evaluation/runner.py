@@ -142,7 +142,7 @@ def _announce(session: Session) -> None:
             names = settings.universal if threat == "T1" else settings.universal_family
             targets = universal_targets(session, threat)
             stages += len(names) * len(targets) + (threat == "T1")
-            crafting = [universal_attack(session, name) for name in names]
+            crafting = [universal_attack(session, threat, name) for name in names]
             pictures = sum(attack.steps * min(attack.batch_size, len(session.data.surrogate)) for attack in crafting)
             networks = len(targets) - 1 + len(session.branch_rows) if "family" in targets else len(targets)
             seconds += pictures * networks * per_member + forward * n * len(names) * len(targets)

@@ -41,7 +41,8 @@ class EvalSettings(Config):
     epsilon_universal: float = 10 / 255  # L-inf budget of T1 and T1b, in pixels of [0, 1]
     universal: tuple[str, ...] = ("adv_encoder", "feature_uap")  # T1: made on the public encoder
     universal_family: tuple[str, ...] = ("feature_uap",)  # T1b: made on each branch's encoder, and on all at once
-    universal_steps: dict[str, int] = field(default_factory=dict)  # per attack; missing ones take its default
+    universal_steps: dict[str, int] = field(default_factory=dict)  # T1, per attack; missing ones take its default
+    family_steps: dict[str, int] = field(default_factory=dict)  # T1b, the same
 
     epsilon: float = 4 / 255  # L-inf budget of T2 and T3, in pixels of [0, 1]
     rules: tuple[str, ...] = ()  # fusion rules that get a row and an attack of their own; empty: all
@@ -61,7 +62,7 @@ class EvalSettings(Config):
             table.register(name)(meaning)
         for registry, names in (
             (table, self.threats),
-            (UNIVERSAL_ATTACKS, (*self.universal, *self.universal_family, *self.universal_steps)),
+            (UNIVERSAL_ATTACKS, (*self.universal, *self.universal_family, *self.universal_steps, *self.family_steps)),
             (RULES, self.rules),
         ):
             for name in names:
@@ -91,6 +92,7 @@ PRESETS.register("smoke")(
         n_validation=48,
         n_surrogate=64,
         universal_steps={"adv_encoder": 2, "feature_uap": 3},
+        family_steps={"feature_uap": 3},
         steps=2,
         restarts=1,
         pools=("branch",),
@@ -102,7 +104,8 @@ PRESETS.register("demo")(
     EvalSettings(
         n=500,
         n_surrogate=1000,
-        universal_steps={"adv_encoder": 40, "feature_uap": 100},
+        universal_steps={"adv_encoder": 40, "feature_uap": 300},
+        family_steps={"feature_uap": 80},
         steps=10,
         restarts=1,
         rules=("rfdm", "equal", "bounded_benign", "mixed_nuts"),
@@ -118,7 +121,8 @@ PRESETS.register("full")(
         n_validation=None,
         n_surrogate=None,
         universal_family=("adv_encoder", "feature_uap"),
-        universal_steps={"adv_encoder": 300, "feature_uap": 600},
+        universal_steps={"adv_encoder": 300, "feature_uap": 1000},
+        family_steps={"adv_encoder": 300, "feature_uap": 600},
         steps=50,
         restarts=5,
         own_attacks=OWN_ATTACKS,

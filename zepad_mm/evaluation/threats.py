@@ -59,17 +59,18 @@ def universal_targets(session: Session, threat: str) -> list[str]:
     return [*branches, "family"] if len(branches) > 1 else branches
 
 
-def universal_attack(session: Session, name: str) -> UniversalAttack:
+def universal_attack(session: Session, threat: str, name: str) -> UniversalAttack:
     """A registered attack in the size and strength that the settings ask for."""
     settings, side = session.settings, session.images.shape[-1]
     attack = UNIVERSAL_ATTACKS.get(name)(epsilon=settings.epsilon_universal, image_size=side, seed=settings.seed)
-    return replace(attack, steps=settings.universal_steps.get(name, attack.steps))
+    steps = settings.universal_steps if threat == "T1" else settings.family_steps
+    return replace(attack, steps=steps.get(name, attack.steps))
 
 
 def _universal(session: Session, threat: str, name: str, where: str) -> None:
     settings = session.settings
     made = f"{name}@{where}"
-    attack = universal_attack(session, name)
+    attack = universal_attack(session, threat, name)
     targets = [row.name for row in session.branch_rows] if where == "family" else [where]
 
     def work() -> dict[str, Tensor]:
