@@ -308,6 +308,24 @@ def test_honest_models_pass_the_checks(finished: tuple[Report, Path]) -> None:
         assert found[name]["passed"], found[name]
 
 
+def test_a_rule_that_is_behind_already_gets_an_upper_bound(
+    finished: tuple[Report, Path], model: ZePAD, data: EvalData, tmp_path: Path
+) -> None:
+    full, _ = finished
+    report = evaluate(model, data=data, settings=replace(SETTINGS, skip_settled=True, diagnostics_n=0), out=tmp_path)
+    bounds = {name: report.row(name, "T2")["upper_bound"] for name in report.models}
+    assert any(bounds.values())
+    assert not bounds["zepad"]
+    own = {row["attack"] for row in report.rows if row["threat"] == "T2"}
+    for name, bounded in bounds.items():
+        assert report.accuracy(name, "T2") >= full.accuracy(name, "T2")
+        if bounded:
+            assert f"pgd@{name}" not in own
+            assert report.accuracy(name, "T2") < report.accuracy("zepad", "T2")
+    assert "<= " in report.markdown()
+    assert set(Records.load(tmp_path).settled) == {name for name, bounded in bounds.items() if bounded}
+
+
 def test_more_baselines_and_fewer_threats(model: ZePAD, data: EvalData) -> None:
     settings = replace(SETTINGS, diagnostics_n=0, rules=("equal",))
     report = evaluate(

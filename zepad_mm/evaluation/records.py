@@ -49,6 +49,7 @@ class Records:
         attempts: the attacks; the clean pictures come first.
         predictions: (model, attempt key) -> (n,) classes.
         flagged: attempt key -> (n,) bool, what the detector of the model as it ships says.
+        settled: models whose T2 figure is an upper bound, since they were not attacked themselves.
     """
 
     dataset: str
@@ -57,6 +58,7 @@ class Records:
     attempts: Sequence[Attempt]
     predictions: dict[tuple[str, str], Tensor]
     flagged: dict[str, Tensor]
+    settled: Sequence[str] = ()
 
     @classmethod
     def of(cls, session: Session, threshold: float) -> Records:
@@ -78,7 +80,8 @@ class Records:
             decision = session.model.fusion(example.logits[list(session.default.members)])
             flagged[example.key] = decision.dae_score > threshold
         pictures = [hashlib.blake2b(image.numpy().tobytes(), digest_size=8).hexdigest() for image in session.images]
-        return cls(session.data.test.name, pictures, session.labels, attempts, predictions, flagged)
+        name, settled = session.data.test.name, tuple(session.settled)
+        return cls(name, pictures, session.labels, attempts, predictions, flagged, settled)
 
     @property
     def models(self) -> list[str]:
@@ -140,6 +143,7 @@ class Records:
             "asr_correct": share(wrong[right]).value if bool(right.any()) else None,
             "attacked": len(self.labels),
             "control": False,
+            "upper_bound": threat == "T2" and model in self.settled,
         }
 
     def _clean_with_rejection(self, model: str) -> dict[str, Any]:
@@ -177,7 +181,8 @@ class Records:
         for key, mask in self.flagged.items():
             columns[f"flagged|{key}"] = mask.tolist()
         arrays = {name: pyarrow.array(list(values)) for name, values in columns.items()}
-        about = {"dataset": self.dataset, "attempts": [vars(attempt) for attempt in self.attempts]}
+        attempts = [vars(attempt) for attempt in self.attempts]
+        about = {"dataset": self.dataset, "attempts": attempts, "settled": list(self.settled)}
         table = pyarrow.table(arrays).replace_schema_metadata({"zepad-mm": json.dumps(about)})
         with replacing(Path(folder) / FILE) as path:
             pyarrow.parquet.write_table(table, path)
@@ -205,4 +210,5 @@ class Records:
             elif key:
                 predictions[first, key] = torch.tensor(values)
         attempts = [Attempt(**attempt) for attempt in about["attempts"]]
-        return cls(about["dataset"], columns["picture"], torch.tensor(columns["label"]), attempts, predictions, flagged)
+        labels, settled = torch.tensor(columns["label"]), tuple(about["settled"])
+        return cls(about["dataset"], columns["picture"], labels, attempts, predictions, flagged, settled)

@@ -86,7 +86,8 @@ class Report:
         ]
         parts.append(
             "Accuracy in %, with its 95 % Wilson interval. `worst`: a picture counts only if it is answered right "
-            "without an attack and under every attack of that threat."
+            "without an attack and under every attack of that threat. `<=`: not attacked through its own output, since "
+            "the others' examples put it below the default already."
         )
         parts += [self._table(threat) for threat in self.threats if threat in ("T1", "T1b", "T2")]
         if self.threats == ["clean"]:
@@ -228,7 +229,8 @@ def _percent(share: float) -> str:
 
 
 def _cell(row: dict[str, Any]) -> str:
-    return f"{_percent(row['accuracy'])} ({_percent(row['ci_low'])}-{_percent(row['ci_high'])})"
+    at_most = "<= " if row.get("upper_bound") else ""
+    return f"{at_most}{_percent(row['accuracy'])} ({_percent(row['ci_low'])}-{_percent(row['ci_high'])})"
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

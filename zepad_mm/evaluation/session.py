@@ -126,6 +126,7 @@ class Session:
         self.device = model.device
         self.images, self.labels = data.test.images, data.test.labels
         self.examples: list[Example] = []
+        self.settled: list[str] = []  # rows that were not attacked themselves, being behind the default already
         self.deltas: dict[str, Tensor] = {}  # universal perturbations by "attack@where", (3, H, W)
         self.bar = tqdm(total=0, disable=None, unit="stage", desc="evaluate")
         self._twins: dict[int, int] = {}  # member -> an earlier one that is the same network

@@ -105,9 +105,19 @@ def run_white_box(session: Session) -> None:
         frozen = Through(session.parts(everyone), FrozenWeights(session.model.fusion))
         _pool(session, "pgd_frozen_weights@zepad", frozen, fused)
     for row in session.rows:
-        if session.twins(row) is None:
-            for kind in session.settings.own_attacks:
-                _own(session, row, kind)
+        if session.twins(row) is not None:
+            continue
+        if session.settings.skip_settled and row.fused and _below_the_default(session, row):
+            session.settled.append(row.name)
+            continue
+        for kind in session.settings.own_attacks:
+            _own(session, row, kind)
+
+
+def _below_the_default(session: Session, row: Row) -> bool:
+    """Whether a rule is behind already: attacks of its own could only put it further back."""
+    held, best = (int(session.still_right(which).sum()) for which in (row, session.default))
+    return held < best
 
 
 class FrozenWeights:
