@@ -216,7 +216,7 @@ def test_adv_clip_takes_texts(surrogate):
 
 
 def test_on_the_whole_defence(zepad, images):
-    encoders = {branch.name: branch.encoder for branch in zepad.branches}
+    encoders = {name: branch.encoder for name, branch in zepad.branches.items()}
     for attack in (SSP(image_size=32, steps=2), XTransfer(image_size=32, steps=3), UAPGD(image_size=32, steps=2)):
         assert attack.fit(encoders, images).provenance["encoders"] == ["full", "lora", "benign"]
 

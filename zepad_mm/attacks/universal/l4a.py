@@ -17,10 +17,11 @@ from zepad_mm.attacks.universal.layers import Activations, Layer, mean_square
 class L4ABase(SignAscent):
     """L4A-base: makes the activations of one low layer large (equation 3), mean square in place of the sum.
 
-    As published: first stage of a ResNet or first block of a transformer, plain sign steps of 2e-4.
+    As published: first stage of a ResNet or first block of a transformer (``layer=0.0``), plain sign steps of 2e-4. On
+    the encoder that ships, whose 16 blocks are finer than those stages, a little deeper was stronger.
     """
 
-    layer: Layer = 0.0  # depth from 0 to 1 among the blocks, or the dotted name of a module
+    layer: Layer = 0.2  # depth from 0 to 1 among the blocks, or the dotted name of a module
 
     def run(self, surrogate: Surrogate, generator: torch.Generator) -> Tensor:
         with Activations(surrogate.encoders, self.layers()) as taken:
@@ -44,7 +45,7 @@ class L4ABase(SignAscent):
 class L4AFuse(L4ABase):
     """L4A-fuse: base on two layers at once, the second weighed (equation 4)."""
 
-    second_layer: Layer = 0.2  # as ``layer``
+    second_layer: Layer = 0.4  # as ``layer``
     second_weight: float = 1.0  # lambda of the paper
 
     def layers(self) -> tuple[Layer, ...]:
