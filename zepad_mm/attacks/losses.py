@@ -64,10 +64,11 @@ def feature_cosine(features: Tensor, clean: Tensor) -> Tensor:
 
 
 @FEATURE_LOSSES.register("feature_kl")
-def feature_kl(features: Tensor, clean: Tensor) -> Tensor:
-    """Divergence of the softmax over the features from the clean one (ETU's loss)."""
-    before = clean.log_softmax(-1)
-    return (before.exp() * (before - features.log_softmax(-1))).sum(-1)
+def feature_kl(features: Tensor, clean: Tensor, temperature: float = 0.1) -> Tensor:
+    """Divergence of the softmax over unit-length features from the clean one (ETU's loss)."""
+    before = (F.normalize(clean, dim=-1) / temperature).log_softmax(-1)
+    now = (F.normalize(features, dim=-1) / temperature).log_softmax(-1)
+    return (before.exp() * (before - now)).sum(-1)
 
 
 @FEATURE_LOSSES.register("info_nce")
