@@ -98,8 +98,9 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         f"Threat T1: each perturbation was made on the undefended public encoder alone, from {config['n_surrogate']} "
         f"unlabelled pictures; the defence was not attacked itself. Accuracy in % on {config['n']} test pictures with "
-        f"95 % Wilson intervals, seed {report['meta']['seed']}. L-inf budget {255 * config['epsilon']:.3g}/255; patches cover "
-        "at most their share of the area. Noise is one random pattern of the same budget, on the undefended CLIP.",
+        f"95 % Wilson intervals, seed {report['meta']['seed']}. L-inf budget {255 * config['epsilon']:.3g}/255; "
+        "patches cover at most their share of the area. Noise is one random pattern of the same budget, on the "
+        "undefended CLIP.",
         "",
         "| attack | budget | undefended CLIP | noise | ZePAD as shipped | crafting, s |",
         "|---|---|---|---|---|---|",
