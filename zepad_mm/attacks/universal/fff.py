@@ -24,7 +24,7 @@ class FFF(SignAscent):
 
     batch_size: int = 8  # noise pictures per step
     depth: float = 1.0  # layers from the first to this depth among the blocks count; 1: all
-    noise_std: float = 0.2  # of the noise around 0.5, in pixels of [0, 1]
+    noise_std: float = 0.05  # of the noise around 0.5, in pixels of [0, 1]
 
     def __post_init__(self) -> None:
         super().__post_init__()
