@@ -1,7 +1,7 @@
 """Craft a downstream-agnostic perturbation on any encoder, without a label, and save it with its provenance.
 
-What it is: the attacker's side. One perturbation for all pictures (adv_encoder, feature_uap), made on one encoder or on
-several at once, from unlabelled surrogate pictures.
+What it is: the attacker's side. One perturbation for all pictures, by any of UNIVERSAL_ATTACKS, made on one encoder
+or on several at once, from unlabelled surrogate pictures.
 
 Run first: nothing. Afterwards: zepad evaluate, or your own test with Perturbation.load(path)(images).
 
@@ -37,7 +37,7 @@ class Recipe(Config):
     out: str  # folder of the result
     sources: tuple[str, ...] = ("open_clip:embedded",)  # encoders it is made on; several: the losses are averaged
     attack: str = "feature_uap"  # a name of zepad_mm.attacks.UNIVERSAL_ATTACKS
-    epsilon: float = 10 / 255  # L-inf budget in pixels of [0, 1]
+    epsilon: float | None = None  # budget in pixels of [0, 1], of a patch its share of the area; None: the attack's
     steps: int | None = None  # optimiser steps; None: the attack's default
     data: str = "embedded"  # the attacker's pictures; labels are not used
     split: str = "surrogate"
@@ -60,9 +60,9 @@ def main(recipe: Recipe) -> Path:
     """Craft and write; returns the path of the perturbation."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    attack = UNIVERSAL_ATTACKS.get(recipe.attack)(
-        epsilon=recipe.epsilon, image_size=recipe.image_size, seed=recipe.seed
-    )
+    attack = UNIVERSAL_ATTACKS.get(recipe.attack)(image_size=recipe.image_size, seed=recipe.seed)
+    if recipe.epsilon is not None:
+        attack = replace(attack, epsilon=recipe.epsilon)
     if recipe.steps is not None:
         attack = replace(attack, steps=recipe.steps)
     encoders = {source: load_encoder(source).to(device) for source in recipe.sources}
@@ -72,7 +72,9 @@ def main(recipe: Recipe) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{recipe.attack}.safetensors"
     perturbation.save(path)
-    save_image(0.5 + perturbation.delta / (2 * recipe.epsilon), out / f"{recipe.attack}.png")
+    delta = perturbation.delta
+    shown = delta if attack.norm == "patch" else 0.5 + delta / (2 * attack.epsilon)
+    save_image(shown, out / f"{recipe.attack}.png")
     print(f"{path}: {dict(perturbation.provenance)}")
     return path
 

@@ -95,10 +95,10 @@ def _parser() -> Any:
 
     attack = _command("Make a universal perturbation on an encoder, for tests of your own.")
     attack.add_argument("encoder", type=str, help="a source, e.g. open_clip:embedded or timm:resnet18.a1_in1k")
-    attack.add_argument("--attack", type=str, default="feature_uap", help="feature_uap or adv_encoder")
+    attack.add_argument("--attack", type=str, default="feature_uap", help="its name; an unknown one lists all")
     attack.add_argument("--data", type=str, default="embedded", help='"embedded", a folder, or a name on the Hub')
     attack.add_argument("--split", type=str, default=None, help='default "surrogate" for embedded, else "train"')
-    attack.add_argument("--eps", type=str, default="10/255", help="L-inf budget")
+    attack.add_argument("--eps", type=str, default=None, help="budget; of a patch the area (default: the attack's)")
     attack.add_argument("--n", type=int, default=1000, help="pictures to make it on")
     attack.add_argument("--steps", type=int, default=None, help="optimiser steps (default: the attack's)")
     attack.add_argument("--image-size", type=int, default=64, help="side of the perturbation in pixels")
@@ -180,15 +180,15 @@ def _attack(options: Any) -> int:
     from zepad_mm.data import load_data
     from zepad_mm.encoders import load_encoder
 
-    epsilon = budget(options.eps)
-    made = UNIVERSAL_ATTACKS.get(options.attack)(epsilon=epsilon, image_size=options.image_size, seed=options.seed)
+    made = UNIVERSAL_ATTACKS.get(options.attack)(image_size=options.image_size, seed=options.seed)
+    made = made if options.eps is None else replace(made, epsilon=budget(options.eps))
     made = made if options.steps is None else replace(made, steps=options.steps)
     encoder = load_encoder(options.encoder)
     split = options.split or ("surrogate" if options.data == "embedded" else "train")
     pictures = load_data(options.data, split, options.image_size, options.n, options.seed)
     perturbation = made.fit(encoder, pictures.images, progress=not options.quiet)
     perturbation.save(options.out)
-    about = {"out": options.out, "epsilon": epsilon, **perturbation.provenance}
+    about = {"out": options.out, "epsilon": perturbation.epsilon, **perturbation.provenance}
     print(json.dumps(about) if options.json else f"Written: {options.out} ({perturbation!r})")
     return 0
 

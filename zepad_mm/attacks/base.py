@@ -32,7 +32,7 @@ def frozen(model: Model) -> Iterator[None]:
     Works on modules, on bound methods of modules, and on functions and partials that refer to modules by name. Modules
     hidden deeper (in lists, in attributes of other objects) are left as they are.
     """
-    roots = _modules_of(model)
+    roots = modules_of(model)
     modes = [(child, child.training) for root in roots for child in root.modules()]
     trainable = [parameter for root in roots for parameter in root.parameters() if parameter.requires_grad]
     try:
@@ -48,13 +48,13 @@ def frozen(model: Model) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _modules_of(model: Model) -> list[nn.Module]:
+def modules_of(model: Model) -> list[nn.Module]:
     """The modules that a callable runs, as far as it shows them."""
     if isinstance(model, nn.Module):
         return [model]
     if isinstance(model, functools.partial):
         given = [part for part in (*model.args, *model.keywords.values()) if isinstance(part, nn.Module)]
-        return _modules_of(model.func) + given
+        return modules_of(model.func) + given
     owner = getattr(model, "__self__", None)
     if isinstance(owner, nn.Module):
         return [owner]
@@ -65,7 +65,12 @@ def _modules_of(model: Model) -> list[nn.Module]:
 
 
 def project(delta: Tensor, epsilon: float, norm: str) -> Tensor:
-    """The nearest perturbation inside the budget; ``delta`` (..., 3, H, W), L2 over the last three axes."""
+    """The nearest perturbation inside the budget; ``delta`` (..., 3, H, W), L2 over the last three axes.
+
+    A patch holds pixels, so that its pixels are brought to [0, 1]; its area is kept where it is pasted.
+    """
+    if norm == "patch":
+        return delta.clamp(0, 1)
     if norm == "linf":
         return delta.clamp(-epsilon, epsilon)
     length = delta.flatten(-3).norm(dim=-1)[..., None, None, None]
@@ -89,10 +94,13 @@ def fit_delta(delta: Tensor, size: tuple[int, int], epsilon: float, norm: str) -
 
 
 def check_budget(epsilon: float, norm: str) -> None:
-    """Raises ValueError for an unknown norm, or an epsilon outside [0, 1] (L-inf) or below 0 (L2)."""
-    if norm not in NORMS:
-        raise ValueError(f"norm: expected one of {NORMS}, got {norm!r}")
-    if norm == "linf":
+    """Raises ValueError for an unknown norm, or an epsilon outside [0, 1] (L-inf, patch) or below 0 (L2)."""
+    if norm not in (*NORMS, "patch"):
+        raise ValueError(f"norm: expected one of {NORMS}, or 'patch' for universal attacks, got {norm!r}")
+    if norm == "patch":
+        if not isinstance(epsilon, int | float) or not 0 <= epsilon <= 1:
+            raise ValueError(f"epsilon: expected the patch's share of the area in [0, 1], e.g. 0.03, got {epsilon!r}")
+    elif norm == "linf":
         check_epsilon(epsilon)
     elif not isinstance(epsilon, int | float) or not 0 <= epsilon < math.inf:
         raise ValueError(f"epsilon: expected a finite L2 length of at least 0 in pixels of [0, 1], got {epsilon!r}")

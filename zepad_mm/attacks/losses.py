@@ -63,6 +63,14 @@ def feature_cosine(features: Tensor, clean: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(features, clean, dim=-1)
 
 
+@FEATURE_LOSSES.register("feature_kl")
+def feature_kl(features: Tensor, clean: Tensor, temperature: float = 0.1) -> Tensor:
+    """Divergence of the softmax over unit-length features from the clean one (ETU's loss)."""
+    before = (F.normalize(clean, dim=-1) / temperature).log_softmax(-1)
+    now = (F.normalize(features, dim=-1) / temperature).log_softmax(-1)
+    return (before.exp() * (before - now)).sum(-1)
+
+
 @FEATURE_LOSSES.register("info_nce")
 def info_nce(features: Tensor, clean: Tensor, temperature: float = 0.1) -> Tensor:
     """AdvEncoder's contrastive loss: the clean image shall look like anybody's attacked image but its own.

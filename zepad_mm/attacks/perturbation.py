@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from zepad_mm.attacks.base import check_budget, fit_delta, project
+from zepad_mm.attacks.patch import check_place, paste
 from zepad_mm.checks import check_images
 from zepad_mm.files import read_tensors, write_tensors
 
@@ -23,25 +24,36 @@ class Perturbation:
     """One perturbation for every image.
 
     Attributes:
-        delta: (3, H, W) float32 on the CPU, inside the budget.
-        epsilon: the budget in pixels of [0, 1].
-        norm: "linf" or "l2".
+        delta: (3, H, W) float32 on the CPU, inside the budget: what is added, or the pixels of a patch in [0, 1].
+        epsilon: the budget in pixels of [0, 1]; of a patch the share of the area that it may cover.
+        norm: "linf", "l2" or "patch".
         provenance: how it was made: attack, encoder, data, seed, steps. JSON-able.
+        place: where a patch goes, "lower_right" or "random" (per picture); additive ones leave it as it is.
     """
 
     delta: Tensor
     epsilon: float
     norm: str = "linf"
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    place: str = "lower_right"
 
     def __post_init__(self) -> None:
         check_budget(self.epsilon, self.norm)
+        check_place(self.place)
         if self.delta.ndim != 3 or self.delta.shape[0] != 3 or self.delta.numel() == 0:
             raise ValueError(f"perturbation: expected delta of shape (3, H, W), got {tuple(self.delta.shape)}")
         if not torch.isfinite(self.delta).all():
             raise ValueError("perturbation: delta holds NaN or infinity")
         object.__setattr__(self, "delta", self.delta.detach().float().cpu().clone())
         object.__setattr__(self, "provenance", dict(self.provenance))
+        if self.norm == "patch":
+            low, high = (float(bound) for bound in self.delta.aminmax())
+            if low < 0 or high > 1:
+                raise ValueError(
+                    f"perturbation: a patch holds pixels in [0, 1], got values from {low:.4g} to {high:.4g}; "
+                    "write delta / 255 for bytes, or Perturbation.fit_budget(delta, area, 'patch')"
+                )
+            return
         length = float(self.delta.abs().max() if self.norm == "linf" else self.delta.double().norm())
         if length > self.epsilon + 1e-6 * max(1.0, self.epsilon):
             raise ValueError(
@@ -58,15 +70,23 @@ class Perturbation:
         return cls(project(delta.detach().float().cpu(), epsilon, norm), epsilon, norm, provenance or {})
 
     def rescaled(self, epsilon: float) -> Perturbation:
-        """The same pattern at another budget: delta * epsilon / own epsilon."""
+        """The same pattern at another budget: delta * epsilon / own epsilon; a patch keeps its pixels."""
         if self.epsilon == 0:
             raise ValueError("perturbation: one of budget 0 has no pattern to rescale")
         note = {**self.provenance, "rescaled_from": self.epsilon}
+        if self.norm == "patch":
+            return Perturbation(self.delta, epsilon, self.norm, note, self.place)
         return Perturbation.fit_budget(self.delta * (epsilon / self.epsilon), epsilon, self.norm, note)
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Attacked images, clamped to [0, 1]; the delta is resized to them and projected into its budget again."""
+    def __call__(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Attacked images, clamped to [0, 1]; the delta is resized to them and projected into its budget again.
+
+        Args:
+            generator: draws the places of a patch with place "random"; seed 0 when None. Otherwise nothing is drawn.
+        """
         images = check_images(images)
+        if self.norm == "patch":
+            return paste(images, self.delta.to(images), self.epsilon, self.place, generator)
         delta = fit_delta(self.delta, (images.shape[-2], images.shape[-1]), self.epsilon, self.norm)
         return (images + delta.to(images)).clamp(0, 1)
 
@@ -76,7 +96,9 @@ class Perturbation:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with the budget and the provenance in its metadata."""
-        about = {"epsilon": self.epsilon, "norm": self.norm, "provenance": dict(self.provenance)}
+        about: dict[str, Any] = {"epsilon": self.epsilon, "norm": self.norm, "provenance": dict(self.provenance)}
+        if self.norm == "patch":
+            about["place"] = self.place
         try:
             text = json.dumps(about, allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -98,12 +120,18 @@ class Perturbation:
             raise ValueError(f"{path} is no perturbation of zepad-mm: it holds {sorted(tensors)} and {metadata}"[:300])
         try:
             about = json.loads(metadata["perturbation"])
-            loaded = cls(tensors["delta"], about["epsilon"], about["norm"], about["provenance"])
+            place = about.get("place", "lower_right")
+            loaded = cls(tensors["delta"], about["epsilon"], about["norm"], about["provenance"], place)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is a damaged perturbation file: {error!r}; fetch or craft it again") from error
         if epsilon is not None and abs(loaded.epsilon - epsilon) > 1e-9:
+            given, expected = (
+                (f"{loaded.epsilon:.4g} of the area", f"{epsilon:.4g}")
+                if loaded.norm == "patch"
+                else (f"{loaded.epsilon * 255:.4g}/255", f"{epsilon * 255:.4g}/255")
+            )
             raise ValueError(
-                f"{path} was made for epsilon {loaded.epsilon * 255:.4g}/255, expected {epsilon * 255:.4g}/255; "
+                f"{path} was made for epsilon {given}, expected {expected}; "
                 "use Perturbation.load(path).rescaled(epsilon) if that is meant"
             )
         return loaded

@@ -6,22 +6,32 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from zepad_mm.attacks.base import Model, check_attackable, check_budget, check_generator, fit_delta, frozen, project
+from zepad_mm.attacks.base import (
+    NORMS,
+    Model,
+    check_attackable,
+    check_budget,
+    check_generator,
+    fit_delta,
+    frozen,
+    project,
+)
 from zepad_mm.attacks.losses import FEATURE_LOSSES
 from zepad_mm.attacks.perturbation import Perturbation
 from zepad_mm.registry import Registry
 
 log = logging.getLogger(__name__)
 
+FeatureLoss = Callable[[Tensor, Tensor], Tensor]  # as FEATURE_LOSSES holds them
 Encoders = Model | Sequence[Model] | Mapping[str, Model]
 
 # name -> universal attack class
@@ -34,10 +44,10 @@ class Surrogate:
     Args:
         encoders: callables from images to features (..., B, D).
         images: (N, 3, H, W) in [0, 1].
-        attack: its loss, batch size and number of steps are used.
+        attack: its budget, batch size and number of steps are used.
         seconds: wall-clock budget in place of the number of steps.
         progress: show a progress bar.
-        generator: draws the order of the pictures.
+        generator: draws the order of the pictures, and places of patches.
     """
 
     def __init__(
@@ -50,12 +60,11 @@ class Surrogate:
         progress: bool,
         generator: torch.Generator,
     ) -> None:
+        self.encoders = tuple(encoders)
         self.images = images
         self.steps_done = 0
         self.last_loss = math.nan
-        self._encoders = encoders
         self._attack = attack
-        self._criterion = FEATURE_LOSSES.get(attack.loss)
         self._seconds = seconds
         self._progress = progress
         self._generator = generator
@@ -88,25 +97,43 @@ class Surrogate:
                 self.steps_done += 1
                 bar.update()
 
-    def loss(self, delta: Tensor, batch: Tensor) -> Tensor:
-        """How far ``delta`` (3, H, W) drives the features of a batch away; a scalar, averaged over the encoders."""
-        images = self.images[batch.to(self.images.device)]
-        delta = fit_delta(delta, (images.shape[-2], images.shape[-1]), self._attack.epsilon, self._attack.norm)
-        attacked = (images + delta).clamp(0, 1)
-        losses = [
-            self._criterion(encoder(attacked), self._clean_features(which, batch)).mean()
-            for which, encoder in enumerate(self._encoders)
-        ]
-        loss = torch.stack(losses).mean()
+    def pictures(self, batch: Tensor) -> Tensor:
+        """The pictures at ``batch`` (B,), (B, 3, H, W)."""
+        return self.images[batch.to(self.images.device)]
+
+    def attacked(self, delta: Tensor, batch: Tensor) -> Tensor:
+        """The pictures at ``batch`` (B,) with ``delta`` (3, h, w) on them, in the budget and in [0, 1]."""
+        return self._attack.apply(self.pictures(batch), delta, self._generator)
+
+    def loss(self, delta: Tensor, batch: Tensor, criterion: FeatureLoss, which: Sequence[int] | None = None) -> Tensor:
+        """How far ``delta`` (3, h, w) drives the features of a batch away; a scalar.
+
+        Args:
+            criterion: (attacked features (..., B, D), clean ones) to losses; higher is worse for the defender.
+            which: indices of the encoders to average over; None: all.
+        """
+        attacked = self.attacked(delta, batch)
+        chosen = range(len(self.encoders)) if which is None else which
+        losses = [criterion(self.encoders[i](attacked), self.clean_features(i, batch)).mean() for i in chosen]
+        return self.note(torch.stack(losses).mean())
+
+    def note(self, loss: Tensor) -> Tensor:
+        """The loss, kept as the last one for the provenance."""
         self.last_loss = float(loss.detach())
         return loss
 
-    def _clean_features(self, which: int, batch: Tensor) -> Tensor:
-        """Features of the pictures as they are; each is encoded once in the whole run."""
+    def all_features(self, which: int) -> Tensor:
+        """Features of all pictures as they are, (..., N, D)."""
+        for batch in torch.arange(len(self.images)).split(self._attack.batch_size):
+            self.clean_features(which, batch)
+        return self._clean[which]
+
+    def clean_features(self, which: int, batch: Tensor) -> Tensor:
+        """Features of the pictures as they are, (..., B, D); each is encoded once in the whole run."""
         new = batch[~self._known[which, batch]]
         if len(new):
             with torch.no_grad():
-                features = self._encoders[which](self.images[new.to(self.images.device)])
+                features = self.encoders[which](self.pictures(new))
             if not isinstance(features, Tensor) or features.ndim < 2 or features.shape[-2] != len(new):
                 got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
                 raise ValueError(
@@ -124,22 +151,32 @@ class Surrogate:
 class UniversalAttack(ABC):
     """One perturbation for all images, without a label. Immutable; its repr goes into the provenance."""
 
+    norms: ClassVar[tuple[str, ...]] = NORMS  # the norms it knows
+
     epsilon: float = 10 / 255  # budget in pixels of [0, 1]
     norm: str = "linf"  # "linf" or "l2"
     image_size: int = 64  # side of the perturbation; it is resized to pictures of another size
-    loss: str = "feature_cosine"  # of FEATURE_LOSSES
     steps: int = 150  # optimiser steps
     batch_size: int = 16  # pictures per step; more and smaller steps beat fewer and larger ones
     seed: int = 0  # of everything random, when no generator is handed in
 
     def __post_init__(self) -> None:
         check_budget(self.epsilon, self.norm)
-        FEATURE_LOSSES.get(self.loss)
+        if self.norm not in self.norms:
+            raise ValueError(f"{type(self).__name__}: expected a norm of {self.norms}, got {self.norm!r}")
         for name in ("image_size", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.loss == "info_nce" and self.batch_size < 2:
-            raise ValueError("batch_size: info_nce contrasts pictures with each other and needs at least 2, got 1")
+        if self.least > self.batch_size:
+            raise ValueError(
+                f"batch_size: {type(self).__name__} contrasts pictures with each other (as info_nce does) and needs at "
+                f"least {self.least}, got {self.batch_size}"
+            )
+
+    @property
+    def least(self) -> int:
+        """The fewest pictures of a batch."""
+        return 1
 
     def fit(
         self,
@@ -166,9 +203,8 @@ class UniversalAttack(ABC):
         models = _models(encoder)
         with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
             images = check_attackable(images)
-            least = 2 if self.loss == "info_nce" else 1
-            if len(images) < least:
-                raise ValueError(f"images: expected at least {least} picture(s) to craft on, got {len(images)}")
+            if len(images) < self.least:
+                raise ValueError(f"images: expected at least {self.least} picture(s) to craft on, got {len(images)}")
             if seconds is not None and not 0 < seconds < math.inf:
                 raise ValueError(f"seconds: expected a positive number, got {seconds}")
             generator = check_generator(generator, self.seed)
@@ -179,11 +215,20 @@ class UniversalAttack(ABC):
         delta = project(raw.float().cpu().nan_to_num(0.0), self.epsilon, self.norm)
         log.info("%r: loss %.4f after %d steps", self, surrogate.last_loss, surrogate.steps_done)
         about = self._provenance(surrogate, encoder, seconds) | {"seed": generator.initial_seed()}
-        return Perturbation(delta, self.epsilon, self.norm, about)
+        return self.pack(delta, about)
 
     @abstractmethod
     def run(self, surrogate: Surrogate, generator: torch.Generator) -> Tensor:
         """The attack itself: (3, image_size, image_size); what it returns is projected again."""
+
+    def apply(self, images: Tensor, delta: Tensor, generator: torch.Generator) -> Tensor:
+        """Pictures (B, 3, H, W) with ``delta`` (3, h, w) on them, as the perturbation will later be applied."""
+        size = (images.shape[-2], images.shape[-1])
+        return (images + fit_delta(delta, size, self.epsilon, self.norm)).clamp(0, 1)
+
+    def pack(self, delta: Tensor, provenance: Mapping[str, Any]) -> Perturbation:
+        """The finished perturbation from a delta inside the budget."""
+        return Perturbation(delta, self.epsilon, self.norm, provenance)
 
     def _provenance(self, surrogate: Surrogate, encoder: Encoders, seconds: float | None) -> dict[str, object]:
         final = surrogate.last_loss
@@ -197,6 +242,26 @@ class UniversalAttack(ABC):
             "wall_s": round(surrogate.seconds_spent, 3),
             "torch": str(torch.__version__),
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureAttack(UniversalAttack):
+    """A universal attack that maximises one of ``FEATURE_LOSSES`` between clean and attacked features."""
+
+    loss: str = "feature_cosine"  # of FEATURE_LOSSES
+
+    def __post_init__(self) -> None:
+        FEATURE_LOSSES.get(self.loss)
+        super().__post_init__()
+
+    @property
+    def least(self) -> int:
+        return 2 if self.loss == "info_nce" else 1
+
+    @property
+    def criterion(self) -> FeatureLoss:
+        """The loss as a function."""
+        return FEATURE_LOSSES.get(self.loss)
 
 
 def _models(encoder: Encoders) -> list[Model]:

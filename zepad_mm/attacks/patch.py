@@ -1,0 +1,59 @@
+"""A patch: pixels that replace a part of a picture. Its budget is the share of the area that it covers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zepad_mm.attacks.base import check_generator
+
+PLACES = ("lower_right", "random")
+
+
+def check_place(place: str) -> str:
+    """The place. Raises ValueError for one that is not of ``PLACES``."""
+    if place not in PLACES:
+        raise ValueError(f"place: expected one of {PLACES}, got {place!r}")
+    return place
+
+
+def patch_size(size: tuple[int, int], area: float) -> tuple[int, int]:
+    """(h, w) of a patch on a picture of ``size`` (H, W): the picture's shape, at most ``area`` of its pixels."""
+    side = math.sqrt(area)
+    return int(size[0] * side + 1e-9), int(size[1] * side + 1e-9)  # 1e-9: 0.1 * 10 may come out below 1
+
+
+def paste(
+    images: Tensor, patch: Tensor, area: float, place: str = "lower_right", generator: torch.Generator | None = None
+) -> Tensor:
+    """Pictures with the patch on them; gradients reach both.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+        patch: (3, h, w) in [0, 1]; resized to what ``area`` allows.
+        area: share of the pixels that are replaced at most, in [0, 1]; where that is less than one pixel, none is.
+        place: "lower_right", as AdvEncoder and AdvCLIP do, or "random": a place of its own for each picture.
+        generator: CPU source of random places; seed 0 when None.
+
+    Returns:
+        (B, 3, H, W) in [0, 1].
+    """
+    height, width = images.shape[-2:]
+    rows, columns = patch_size((height, width), area)
+    if rows == 0 or columns == 0:
+        return images + 0 * patch.sum()  # still a function of both, for attacks that ask for its gradient
+    if patch.shape[-2:] != (rows, columns):
+        patch = F.interpolate(patch[None], (rows, columns), mode="bilinear", align_corners=False)[0]
+    attacked = images.clone()
+    if check_place(place) == "lower_right":
+        attacked[..., height - rows :, width - columns :] = patch
+        return attacked
+    generator = check_generator(generator)
+    tops = torch.randint(height - rows + 1, (len(images),), generator=generator).tolist()
+    lefts = torch.randint(width - columns + 1, (len(images),), generator=generator).tolist()
+    for index, (top, left) in enumerate(zip(tops, lefts, strict=True)):
+        attacked[index, :, top : top + rows, left : left + columns] = patch
+    return attacked

@@ -1,0 +1,48 @@
+"""FFF / GD-UAP: a data-free universal perturbation (Mopuri et al., BMVC 2017 and TPAMI 2019)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zepad_mm.attacks.universal.ascent import SignAscent
+from zepad_mm.attacks.universal.base import UNIVERSAL_ATTACKS, Surrogate
+from zepad_mm.attacks.universal.layers import Activations, Layer, mean_square
+
+
+@UNIVERSAL_ATTACKS.register("fff")
+@dataclass(frozen=True, kw_only=True)
+class FFF(SignAscent):
+    """Maximises the log of the activations of every layer (equation 4), on noise: no picture is looked at.
+
+    The input is Gaussian noise around grey (GD-UAP's range prior) under the perturbation; ``noise_std=0`` leaves the
+    perturbation alone on grey, as FFF has it. The paper moves by Adam and halves the delta when it saturates; here
+    sign steps shrink instead, which cannot saturate for good.
+    """
+
+    batch_size: int = 8  # noise pictures per step
+    depth: float = 1.0  # layers from the first to this depth among the blocks count; 1: all
+    noise_std: float = 0.05  # of the noise around 0.5, in pixels of [0, 1]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.depth <= 1 or not self.noise_std >= 0:
+            raise ValueError(f"expected depth in [0, 1] and noise_std >= 0, got {self.depth} and {self.noise_std}")
+
+    def run(self, surrogate: Surrogate, generator: torch.Generator) -> Tensor:
+        device = surrogate.images.device
+        shape = (self.batch_size, 3, self.image_size, self.image_size)
+        with Activations(surrogate.encoders, self.layers()) as taken:
+
+            def objective(delta: Tensor, batch: Tensor) -> Tensor:
+                noise = (0.5 + self.noise_std * torch.randn(shape, generator=generator)).clamp(0, 1)
+                found = taken(self.apply(noise.to(device), delta, generator))
+                return surrogate.note(torch.stack([mean_square(one).clamp_min(1e-20).log() for one in found]).mean())
+
+            return self.ascend(surrogate, generator, objective)
+
+    def layers(self) -> tuple[Layer, ...]:
+        """Depths that name every block up to ``depth``; more of them than an encoder has blocks name some twice."""
+        return tuple(self.depth * step / 15 for step in range(16))

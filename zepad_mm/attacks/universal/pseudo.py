@@ -1,0 +1,86 @@
+"""The attacker's own head: what stands in for class logits when there are only an encoder and unlabelled pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zepad_mm.attacks.universal.base import Surrogate, UniversalAttack
+
+Head = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class CentreHead:
+    """Scaled cosine to cluster centres of centred features: features (..., B, D) to logits (..., B, K).
+
+    Attributes:
+        mean: (..., 1, D), taken off first: what all pictures have in common tells no clusters apart.
+        centres: (..., K, D) of unit length.
+        scale: factor on the cosines.
+    """
+
+    mean: Tensor
+    centres: Tensor
+    scale: float = 10.0
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return self.scale * F.normalize(features - self.mean, dim=-1) @ self.centres.transpose(-1, -2)
+
+
+def cluster(features: Tensor, clusters: int, generator: torch.Generator, rounds: int = 20) -> CentreHead:
+    """Spherical k-means.
+
+    Args:
+        features: (..., N, D); leading axes are clustered each by itself.
+        clusters: K; at most N of them are made.
+        generator: CPU source of the pictures to begin with.
+        rounds: Lloyd's iterations.
+    """
+    mean = features.mean(-2, keepdim=True)
+    points = F.normalize(features - mean, dim=-1)
+    first = torch.randperm(points.shape[-2], generator=generator)[:clusters].to(points.device)
+    centres = points[..., first, :]
+    for _ in range(rounds):
+        nearest = (points @ centres.transpose(-1, -2)).argmax(-1)
+        member = F.one_hot(nearest, centres.shape[-2]).to(points)
+        sums = member.transpose(-1, -2) @ points
+        filled = member.sum(-2)[..., None] > 0  # a cluster that lost all its pictures stays where it was
+        centres = torch.where(filled, F.normalize(sums, dim=-1), centres)
+    return CentreHead(mean, centres)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadedAttack(UniversalAttack):
+    """A universal attack that needs logits: by default of the attacker's own pseudo-classes.
+
+    Those are k-means clusters of the encoder's features of his pictures; no label of any task is used. A ``head`` of
+    his own, any callable from features to logits, takes their place; for a model that gives logits already, hand in
+    the model as the encoder and ``head=torch.nn.Identity()``.
+    """
+
+    clusters: int = 10  # pseudo-classes, where no head is given
+    head: Head | None = None  # features (..., B, D) to logits (..., B, K)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.clusters < 2:
+            raise ValueError(f"clusters: expected at least 2, got {self.clusters}")
+        if self.head is not None and not callable(self.head):
+            raise ValueError(f"head: expected a callable from features to logits, got {self.head!r:.80}")
+
+    @property
+    def least(self) -> int:
+        return 1 if self.head is not None else 2
+
+    def heads(self, surrogate: Surrogate, generator: torch.Generator) -> list[Head]:
+        """One head for each encoder."""
+        if self.head is not None:
+            return [self.head] * len(surrogate.encoders)
+        return [
+            cluster(surrogate.all_features(which), self.clusters, generator) for which in range(len(surrogate.encoders))
+        ]
