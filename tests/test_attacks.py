@@ -352,7 +352,9 @@ class Cheat(Attack):
 
     shift: float = 5.0
 
-    def run(self, model: Any, images: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
+    def run(
+        self, model: Any, images: Tensor, labels: Tensor | None, generator: torch.Generator, start: Tensor | None
+    ) -> Tensor:
         images += self.shift  # in place, too
         images[0, 0, 0, 0] = torch.nan
         return images
@@ -360,7 +362,9 @@ class Cheat(Attack):
 
 @dataclass(frozen=True, kw_only=True)
 class WrongShape(Attack):
-    def run(self, model: Any, images: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
+    def run(
+        self, model: Any, images: Tensor, labels: Tensor | None, generator: torch.Generator, start: Tensor | None
+    ) -> Tensor:
         return images[:1]
 
 
