@@ -61,8 +61,8 @@ def levels(images: Tensor) -> Tensor:
 
 
 def random_resizing(images: Tensor) -> Tensor:
-    """A random shift in steps of pixels and a random resize, drawn anew at each call."""
-    size = int(torch.randint(SIDE - 3, SIDE + 4, (1,)))
+    """A random resize, and noise, drawn anew at each call."""
+    size = int(torch.randint(2 * SIDE, 3 * SIDE, (1,)))
     resized = F.interpolate(images, (size, size), mode="bilinear", align_corners=False)
     noisy = resized + 0.5 * torch.randn_like(resized)
     return undefended(F.interpolate(noisy, (SIDE, SIDE), mode="bilinear", align_corners=False))

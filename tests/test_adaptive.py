@@ -143,7 +143,7 @@ def test_whole_levels(name: str, norm: str, batch: tuple[Tensor, Tensor]) -> Non
         pytest.skip(f"{name} knows no {norm}")
     images, labels = batch
     images = (images * 255).round() / 255
-    attack = ATTACKS.get(name)(epsilon=EPSILON[norm], norm=norm, quantize=True)
+    attack = ATTACKS.get(name)(epsilon=4 * EPSILON[norm], norm=norm, quantize=True)
     attacked = attack(undefended, images, labels)
     assert torch.equal((attacked * 255).round() / 255, attacked)
     assert inside(attacked, images, attack)
