@@ -64,7 +64,7 @@ def random_resizing(images: Tensor) -> Tensor:
     """A random resize, and noise, drawn anew at each call."""
     size = int(torch.randint(2 * SIDE, 3 * SIDE, (1,)))
     resized = F.interpolate(images, (size, size), mode="bilinear", align_corners=False)
-    noisy = resized + 0.5 * torch.randn_like(resized)
+    noisy = resized + 0.3 * torch.randn_like(resized)
     return undefended(F.interpolate(noisy, (SIDE, SIDE), mode="bilinear", align_corners=False))
 
 

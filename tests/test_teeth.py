@@ -63,7 +63,7 @@ def test_a_detached_branch() -> None:
 
 def test_random_resizing() -> None:
     images, labels = zoo.pictures()
-    budget = 3 / 255
+    budget = 6 / 255
 
     def rate(attacked: Tensor) -> float:
         with torch.random.fork_rng():
@@ -73,11 +73,12 @@ def test_random_resizing() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         naive = PGD(loss="ce", epsilon=budget, steps=20)(zoo.random_resizing, images, labels)
-    attack = PGD(loss="margin", epsilon=budget, steps=20)
+    attack = PGD(loss="margin", epsilon=budget, steps=20, stop_when_wrong=False)
     through = attack(eot(zoo.random_resizing, passes=20), images, labels)
-    assert rate(images) > 0.8
-    assert rate(naive) > 0.7
-    assert rate(through) < 0.4
+    rates = {"clean": rate(images), "naive": rate(naive), "through": rate(through)}
+    assert rates["clean"] > 0.7, rates
+    assert rates["naive"] > 0.6, rates
+    assert rates["through"] < 0.3, rates
 
 
 def test_a_detector_that_peeks_at_the_labels() -> None:
