@@ -22,6 +22,7 @@ def test_every_example_is_run() -> None:
     assert {path.stem for path in (ROOT / "recipes" / "examples").glob("*.py")} == set(NEEDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(NEEDS))
 def test_example(name: str) -> None:
     try:
