@@ -352,7 +352,9 @@ class Cheat(Attack):
 
     shift: float = 5.0
 
-    def run(self, model: Any, images: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
+    def run(
+        self, model: Any, images: Tensor, labels: Tensor | None, generator: torch.Generator, start: Tensor | None
+    ) -> Tensor:
         images += self.shift  # in place, too
         images[0, 0, 0, 0] = torch.nan
         return images
@@ -360,7 +362,9 @@ class Cheat(Attack):
 
 @dataclass(frozen=True, kw_only=True)
 class WrongShape(Attack):
-    def run(self, model: Any, images: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
+    def run(
+        self, model: Any, images: Tensor, labels: Tensor | None, generator: torch.Generator, start: Tensor | None
+    ) -> Tensor:
         return images[:1]
 
 
@@ -481,3 +485,20 @@ def test_the_l2_direction_survives_tiny_gradients():
     gradient = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 1e-30
     torch.testing.assert_close(steepest(gradient, "l2").flatten(1).norm(dim=1), torch.ones(2))
     assert torch.equal(steepest(torch.zeros(1, 3, 2, 2), "l2"), torch.zeros(1, 3, 2, 2))
+
+
+def test_a_function_that_refers_to_itself_is_looked_into_once() -> None:
+    network = torch.nn.Linear(2, 2)
+
+    def chain():
+        def first(images):
+            return second(images) if len(images) > 4 else network(images)
+
+        def second(images):
+            return first(images[:4])
+
+        return first
+
+    with frozen(chain()):
+        assert not any(parameter.requires_grad for parameter in network.parameters())
+    assert all(parameter.requires_grad for parameter in network.parameters())

@@ -1,11 +1,15 @@
 """Attacks: per-sample ones on any callable, universal ones on encoders. They never import models."""
 
+from zepad_mm.attacks.adaptive import ADAPTIVE_ATTACKS, FUSED_LOSSES, FusedAttack
 from zepad_mm.attacks.apgd import APGD
 from zepad_mm.attacks.base import ATTACKS, Attack, frozen
+from zepad_mm.attacks.curve import Curve, curve
+from zepad_mm.attacks.detector_aware import MODES, DetectorAware
 from zepad_mm.attacks.gradient import PGD
 from zepad_mm.attacks.losses import FEATURE_LOSSES, LOGIT_LOSSES
 from zepad_mm.attacks.perturbation import Perturbation
 from zepad_mm.attacks.published import load_published
+from zepad_mm.attacks.saved import Attacked, load_attacked, save_attacked
 from zepad_mm.attacks.square import Square
 from zepad_mm.attacks.universal import (
     ETU,
@@ -24,15 +28,19 @@ from zepad_mm.attacks.universal import (
     UniversalAttack,
     XTransfer,
 )
+from zepad_mm.attacks.wrappers import bpda, eot
 
 __all__ = [
+    "ADAPTIVE_ATTACKS",
     "APGD",
     "ATTACKS",
     "ETU",
     "FEATURE_LOSSES",
     "FFF",
+    "FUSED_LOSSES",
     "L4AUGS",
     "LOGIT_LOSSES",
+    "MODES",
     "PGD",
     "SSP",
     "UAP",
@@ -42,13 +50,22 @@ __all__ = [
     "AdvEncoder",
     "AdvEncoderPatch",
     "Attack",
+    "Attacked",
+    "Curve",
+    "DetectorAware",
     "FeatureUAP",
+    "FusedAttack",
     "L4ABase",
     "L4AFuse",
     "Perturbation",
     "Square",
     "UniversalAttack",
     "XTransfer",
+    "bpda",
+    "curve",
+    "eot",
     "frozen",
+    "load_attacked",
     "load_published",
+    "save_attacked",
 ]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from zepad_mm.attacks.base import ATTACKS, Attack, Model, project, random_delta, steepest
+from zepad_mm.attacks.base import ATTACKS, Attack, Model, random_delta, steepest
 from zepad_mm.attacks.losses import FEATURE_LOSSES, LOGIT_LOSSES
-from zepad_mm.attacks.objective import Objective, Worst, input_gradient, strongest_rivals
+from zepad_mm.attacks.objective import Objective, Worst, strongest_rivals
+
+log = logging.getLogger(__name__)
 
 TARGETED = "targeted"
 
@@ -39,25 +44,46 @@ class APGD(Attack):
                 f"got {self.steps}, {self.restarts} and {self.targets}"
             )
 
-    def run(self, model: Model, images: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
+    def run(
+        self, model: Model, images: Tensor, labels: Tensor | None, generator: torch.Generator, start: Tensor | None
+    ) -> Tensor:
         objective = Objective.make("margin" if self.loss == TARGETED else self.loss, model, images, labels)
         worst = Worst(images)
         objectives = [objective]
         if not objective.on_features:
             outputs = worst.look_at_clean(model, objective, self.stop_when_wrong)
             if self.loss == TARGETED:
+                if outputs.shape[-1] < 4:
+                    log.info(
+                        "APGD-T: %d classes; the ratio needs 4 and is dropped, differences remain", outputs.shape[-1]
+                    )
                 rivals = strongest_rivals(outputs, objective.target, self.targets)
                 objectives = [replace(objective, rivals=column) for column in rivals.unbind(-1)]
-        for current in objectives * self.restarts:
-            if len(worst.alive):
-                self._climb(model, images[worst.alive], current, worst, generator)
+        self.ascend(model, images, objectives, worst, generator, start)
         return worst.images
 
-    def _climb(
-        self, model: Model, clean: Tensor, objective: Objective, worst: Worst, generator: torch.Generator
+    def ascend(
+        self,
+        model: Model,
+        images: Tensor,
+        objectives: Sequence[Objective],
+        worst: Worst,
+        generator: torch.Generator,
+        start: Tensor | None = None,
     ) -> None:
+        """Every restart of every objective over the samples alive, noted in ``worst``."""
+        for restart in range(self.restarts):
+            for objective in objectives:
+                if len(worst.alive):
+                    clean = images[worst.alive]
+                    if start is not None and restart == 0:
+                        begin = start[worst.alive]
+                    else:
+                        begin = clean + random_delta(clean, self.epsilon, self.norm, generator)
+                    self._climb(model, clean, begin.clamp(0, 1), objective, worst)
+
+    def _climb(self, model: Model, clean: Tensor, start: Tensor, objective: Objective, worst: Worst) -> None:
         """One run over the samples alive, noted in ``worst``; algorithm 1 of the paper, with a step size per sample."""
-        start = (clean + random_delta(clean, self.epsilon, self.norm, generator)).clamp(0, 1)
         loss, gradient, keep = self._look(model, start, objective, worst)
         walk = _Walk.begin(clean, start, loss, gradient, 2 * self.epsilon).only(keep)
         checks = checkpoints(self.steps)
@@ -65,10 +91,10 @@ class APGD(Attack):
         for step in range(1, self.steps + 1):
             if len(worst.alive) == 0:
                 return
-            moved = self._inside(walk.clean, walk.current + walk.step * steepest(walk.gradient, self.norm))
+            moved = self.inside(walk.clean, walk.current + walk.step * steepest(walk.gradient, self.norm))
             if step > 1:
                 moved = walk.current + 0.75 * (moved - walk.current) + 0.25 * (walk.current - walk.previous)
-                moved = self._inside(walk.clean, moved)
+                moved = self.inside(walk.clean, moved)
             loss, gradient, keep = self._look(model, moved, objective, worst)
             walk = walk.moved(moved, loss, gradient).only(keep)
             if step in checks:
@@ -81,19 +107,15 @@ class APGD(Attack):
         outputs = model(current)
         objective.check(outputs, len(current), classes=False)
         losses = objective(outputs, worst.alive)
-        gradient = input_gradient(losses, current)
-        right = objective.still_right(outputs.detach(), worst.alive) if self.stop_when_wrong else None
-        return losses.detach(), gradient, worst.record(current, objective.untargeted(outputs, worst.alive), right)
-
-    def _inside(self, clean: Tensor, moved: Tensor) -> Tensor:
-        return (clean + project(moved - clean, self.epsilon, self.norm)).clamp(0, 1)
+        gradient = objective.gradient(losses, outputs, worst.alive, current)
+        return losses.detach(), gradient, worst.look(current, outputs, objective, self.stop_when_wrong)
 
 
 def checkpoints(steps: int) -> set[int]:
-    """The steps at which progress is judged (equation in section 3.1 of the paper), the last one included."""
+    """The steps at which progress is judged, ceil(p_j * steps) with p_j of section 3.1 of the paper, and the last."""
     before, at, found = 0.0, 0.22, {steps}
     while at < 1:
-        found.add(max(1, round(at * steps)))
+        found.add(math.ceil(round(at * steps, 9)))  # a sum of decimals must not lift a whole number
         before, at = at, at + max(at - before - 0.03, 0.06)
     return found
 

@@ -6,19 +6,19 @@ import functools
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zepad_mm.attacks.wrappers import Model, bpda
 from zepad_mm.checks import check_epsilon, check_images
 from zepad_mm.registry import Registry
 
-Model = Callable[[Tensor], Tensor]
 NORMS = ("linf", "l2")
 
 # name -> attack class
@@ -48,20 +48,30 @@ def frozen(model: Model) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def modules_of(model: Model) -> list[nn.Module]:
-    """The modules that a callable runs, as far as it shows them."""
+def modules_of(model: object, seen: set[int] | None = None) -> list[nn.Module]:
+    """The modules that a callable runs, as far as it shows them; wrappers around callables are looked into.
+
+    Args:
+        seen: ids of what was looked into already, since functions may refer to themselves and to each other.
+    """
+    seen = set() if seen is None else seen
     if isinstance(model, nn.Module):
         return [model]
-    if isinstance(model, functools.partial):
-        given = [part for part in (*model.args, *model.keywords.values()) if isinstance(part, nn.Module)]
-        return modules_of(model.func) + given
-    owner = getattr(model, "__self__", None)
-    if isinstance(owner, nn.Module):
-        return [owner]
-    if not inspect.isfunction(model):
+    if id(model) in seen:
         return []
-    seen = inspect.getclosurevars(model)
-    return [value for value in (*seen.nonlocals.values(), *seen.globals.values()) if isinstance(value, nn.Module)]
+    seen.add(id(model))
+    held: list[object]
+    if isinstance(model, functools.partial):
+        held = [model.func, *model.args, *model.keywords.values()]
+    elif inspect.ismethod(model):
+        held = [model.__self__]
+    elif inspect.isfunction(model):
+        names = inspect.getclosurevars(model)
+        modules = [value for value in names.globals.values() if isinstance(value, nn.Module)]
+        return modules + [module for value in names.nonlocals.values() for module in modules_of(value, seen)]
+    else:
+        return []
+    return [module for value in held for module in modules_of(value, seen)]
 
 
 def project(delta: Tensor, epsilon: float, norm: str) -> Tensor:
@@ -91,6 +101,40 @@ def fit_delta(delta: Tensor, size: tuple[int, int], epsilon: float, norm: str) -
     if (delta.shape[-2], delta.shape[-1]) == size:
         return delta
     return project(F.interpolate(delta[None], size, mode="bilinear", align_corners=False)[0], epsilon, norm)
+
+
+def _rounded(images: Tensor) -> Tensor:
+    return (images * 255).round() / 255
+
+
+def check_levels(images: Tensor) -> None:
+    """Raises ValueError for pictures that are not of whole levels k / 255."""
+    off = float((images * 255 - (images * 255).round()).abs().max()) if images.numel() else 0.0
+    if off > 1e-3:
+        raise ValueError(
+            f"images: expected whole levels k / 255, as 8-bit pictures have, got values {off:.2g} levels beside; "
+            "write (images * 255).round() / 255 first"
+        )
+
+
+def to_levels(images: Tensor, moved: Tensor, epsilon: float, norm: str) -> Tensor:
+    """``moved`` on whole levels k / 255 and inside the budget around ``images``, which are of whole levels.
+
+    L2 perturbations that rounding carried outside are shrunk, by bisection, until what is rounded fits.
+    """
+    clean = (images * 255).round()
+    delta = project(moved - images, epsilon, norm) * 255
+    if norm == "linf":
+        whole = math.floor(epsilon * 255 + 1e-4)
+        return (clean + delta.round().clamp(-whole, whole)).clamp(0, 255) / 255
+    low, high = torch.zeros_like(delta[:, :1, :1, :1]), torch.ones_like(delta[:, :1, :1, :1])
+    shrink = high
+    for _ in range(24):
+        length = (delta * shrink).round().flatten(1).norm(dim=1).view_as(low)
+        fits = length <= epsilon * 255
+        low, high = torch.where(fits, shrink, low), torch.where(fits, high, shrink)
+        shrink = (low + high) / 2
+    return (clean + (delta * low).round()).clamp(0, 255) / 255
 
 
 def check_budget(epsilon: float, norm: str) -> None:
@@ -147,6 +191,7 @@ class Attack(ABC):
 
     epsilon: float = 4 / 255  # budget in pixels of [0, 1]
     norm: str = "linf"  # "linf" or "l2"
+    quantize: bool = False  # True: pictures of whole levels k / 255 only, as a file of 8 bits holds them
 
     def __post_init__(self) -> None:
         check_budget(self.epsilon, self.norm)
@@ -160,6 +205,7 @@ class Attack(ABC):
         labels: Tensor | None = None,
         *,
         generator: torch.Generator | None = None,
+        start: Tensor | None = None,
     ) -> Tensor:
         """Attacked images: same shape, inside the budget and [0, 1], whatever the sub-class did.
 
@@ -168,19 +214,63 @@ class Attack(ABC):
             images: (B, 3, H, W) in [0, 1].
             labels: (B,) true classes, for losses on logits.
             generator: source of all randomness; a fixed seed 0 when None. The global RNG is never touched.
+            start: (B, 3, H, W) pictures to set out from, e.g. transferred ones; brought into the budget first. Further
+                restarts begin at random.
+
+        Raises:
+            ValueError: pictures, labels or outputs of the wrong shape or range; with ``quantize``, pictures of more
+                than 8 bits.
         """
         with torch.inference_mode(False), torch.enable_grad():  # a caller's no_grad must not turn an attack off
             images = check_attackable(images)
+            if self.quantize:
+                check_levels(images)
             if self.epsilon == 0 or len(images) == 0:
                 return images.clone()
             generator = check_generator(generator)
+            inner, seen = self, model
+            if self.quantize:
+                inner, seen = self._on_levels(model)
+                if inner.epsilon == 0:
+                    return images.clone()
+            if start is not None:
+                start = inner.inside(images, _check_start(start, images))
             with frozen(model):
-                attacked = self.run(model, images.clone(), labels, generator).detach()
+                attacked = inner.run(seen, images.clone(), labels, generator, start).detach()
             if attacked.shape != images.shape:
                 raise ValueError(f"{type(self).__name__}.run gave {tuple(attacked.shape)} for {tuple(images.shape)}")
-            delta = project((attacked - images).nan_to_num(0.0), self.epsilon, self.norm)
-            return (images + delta).clamp(0, 1)
+            attacked = images + (attacked - images).nan_to_num(0.0)
+            return (
+                to_levels(images, attacked, self.epsilon, self.norm) if self.quantize else self.inside(images, attacked)
+            )
+
+    def inside(self, images: Tensor, moved: Tensor) -> Tensor:
+        """``moved`` brought back into the budget around ``images`` and into [0, 1]."""
+        return (images + project(moved - images, self.epsilon, self.norm)).clamp(0, 1)
+
+    def holds(self, model: Model, images: Tensor, labels: Tensor) -> Tensor:
+        """(B,) bool: does the defence still stand on these pictures, as this attack counts success?"""
+        with torch.no_grad(), frozen(model):
+            right = model(images).argmax(-1) == labels
+        return right if right.ndim == 1 else right.flatten(0, -2).any(0)
+
+    def _on_levels(self, model: Model) -> tuple[Self, Model]:
+        """The same attack on a model that sees rounded pictures, so that success is judged on what will be stored.
+
+        With an L-inf budget of whole levels, rounding never leaves the budget.
+        """
+        whole = math.floor(self.epsilon * 255 + 1e-4) / 255 if self.norm == "linf" else self.epsilon
+        return replace(self, epsilon=whole, quantize=False), lambda images: model(bpda(_rounded)(images))
 
     @abstractmethod
-    def run(self, model: Model, images: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
+    def run(
+        self, model: Model, images: Tensor, labels: Tensor | None, generator: torch.Generator, start: Tensor | None
+    ) -> Tensor:
         """The attack itself; what it returns is projected again, so a sloppy one cannot cheat."""
+
+
+def _check_start(start: Tensor, images: Tensor) -> Tensor:
+    start = check_attackable(start)
+    if start.shape != images.shape:
+        raise ValueError(f"start: expected one picture for each image, {tuple(images.shape)}, got {tuple(start.shape)}")
+    return start.to(images)

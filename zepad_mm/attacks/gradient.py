@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from zepad_mm.attacks.base import ATTACKS, Attack, Model, project, random_delta, steepest
+from zepad_mm.attacks.base import ATTACKS, Attack, Model, random_delta, steepest
 from zepad_mm.attacks.losses import FEATURE_LOSSES, LOGIT_LOSSES
-from zepad_mm.attacks.objective import Objective, Worst, input_gradient
+from zepad_mm.attacks.objective import Objective, Worst
 
 
 @ATTACKS.register("pgd")
@@ -40,38 +41,57 @@ class PGD(Attack):
         if self.step_size is not None and not self.step_size > 0:
             raise ValueError(f"step_size: expected a positive number or None, got {self.step_size}")
 
-    def run(self, model: Model, images: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
+    def run(
+        self, model: Model, images: Tensor, labels: Tensor | None, generator: torch.Generator, start: Tensor | None
+    ) -> Tensor:
         objective = Objective.make(self.loss, model, images, labels)
         worst = Worst(images)
         if self.stop_when_wrong and not objective.on_features:
             worst.look_at_clean(model, objective)
-        for restart in range(self.restarts):
-            if len(worst.alive):
-                clean = images[worst.alive]
-                noise = random_delta(clean, self.epsilon, self.norm, generator)
-                start = clean + noise if self.random_start or restart else clean
-                self._climb(model, clean, start.clamp(0, 1), objective, worst)
+        self.ascend(model, images, [objective], worst, generator, start)
         return worst.images
 
-    def _climb(self, model: Model, clean: Tensor, current: Tensor, objective: Objective, worst: Worst) -> None:
+    def ascend(
+        self,
+        model: Model,
+        images: Tensor,
+        objectives: Sequence[Objective],
+        worst: Worst,
+        generator: torch.Generator,
+        start: Tensor | None = None,
+    ) -> None:
+        """Every restart of every objective over the samples alive, noted in ``worst``."""
+        for restart in range(self.restarts):
+            for number, objective in enumerate(objectives):
+                if len(worst.alive):
+                    clean = images[worst.alive]
+                    if start is not None and restart == 0:
+                        begin = start[worst.alive]
+                    elif self.random_start or restart:
+                        begin = clean + random_delta(clean, self.epsilon, self.norm, generator)
+                    else:
+                        begin = clean
+                    self._climb(model, clean, begin.clamp(0, 1), objective, worst, first=number == restart == 0)
+
+    def _climb(
+        self, model: Model, clean: Tensor, current: Tensor, objective: Objective, worst: Worst, first: bool
+    ) -> None:
         """One run from ``current`` over the samples alive, noted in ``worst``."""
         for step in range(self.steps + 1):
             looking = step == self.steps  # the last round only looks at the last iterate
             with torch.set_grad_enabled(not looking):
                 outputs = model(current.requires_grad_(not looking))
-                if step == 0:
+                if step == 0 and first:
                     objective.check(outputs, len(current))
                 losses = objective(outputs, worst.alive)
-            gradient = torch.zeros_like(current) if looking else input_gradient(losses, current)
+            gradient = current if looking else objective.gradient(losses, outputs, worst.alive, current)
             current = current.detach()
-            right = objective.still_right(outputs.detach(), worst.alive) if self.stop_when_wrong else None
-            keep = worst.record(current, losses, right)
+            keep = worst.look(current, outputs, objective, self.stop_when_wrong)
             if looking or len(worst.alive) == 0:
                 return
-            if right is not None:
+            if not bool(keep.all()):
                 clean, current, gradient = clean[keep], current[keep], gradient[keep]
-            moved = current + self._step_size() * steepest(gradient, self.norm)
-            current = (clean + project(moved - clean, self.epsilon, self.norm)).clamp(0, 1)
+            current = self.inside(clean, current + self._step_size() * steepest(gradient, self.norm))
 
     def _step_size(self) -> float:
         if self.step_size is not None:

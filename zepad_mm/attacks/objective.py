@@ -16,6 +16,9 @@ from zepad_mm.checks import check_labels
 # is scored again in another batch, where sums are taken in another order.
 CLEARLY_WRONG = 1e-5
 
+# (outputs, labels (b,)) -> what iterates are compared by (b,), and for which samples the defence still stands (b,)
+Judge = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -26,12 +29,17 @@ class Objective:
         target: true classes (B,), or clean features (..., B, D).
         on_features: which of the two.
         rivals: (B,) wrong classes to drive towards; then the targeted loss takes the place of ``loss``.
+        judge: what counts as success where that is not a wrong answer of the outputs themselves.
+        second: another loss whose gradient the steps must not disturb, and which they climb once the first is positive
+            (orthogonal projected gradient descent, Bryniarski et al. 2021).
     """
 
     loss: Callable[[Tensor, Tensor], Tensor]
     target: Tensor
     on_features: bool
     rivals: Tensor | None = None
+    judge: Judge | None = None
+    second: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @classmethod
     def make(cls, name: str, model: Model, images: Tensor, labels: Tensor | None) -> Objective:
@@ -48,17 +56,28 @@ class Objective:
         return losses.flatten(0, -2).sum(0) if losses.ndim > 1 else losses
 
     def untargeted(self, outputs: Tensor, index: Tensor) -> Tensor:
-        """The loss without the rivals, (b,): what iterates of runs with other rivals can be compared by."""
+        """What iterates are compared by, (b,): the judge's value, or the loss without the rivals."""
+        if self.judge is not None:
+            return self.judge(outputs, self._target(index))[0]
         return replace(self, rivals=None)(outputs, index)
 
     def still_right(self, outputs: Tensor, index: Tensor) -> Tensor | None:
         """(b,): does any branch still answer right? None for losses on features, which do not know."""
         if self.on_features:
             return None
-        own = self._target(index).expand(outputs.shape[:-1]).unsqueeze(-1)
-        margin = outputs.scatter(-1, own, -torch.inf).amax(-1) - outputs.gather(-1, own).squeeze(-1)
-        right = ~(margin > CLEARLY_WRONG * outputs.abs().amax(-1))  # NaN is no success
+        if self.judge is not None:
+            return self.judge(outputs, self._target(index))[1]
+        right = not_clearly_wrong(outputs, self._target(index))
         return right if right.ndim == 1 else right.flatten(0, -2).any(0)
+
+    def gradient(self, losses: Tensor, outputs: Tensor, index: Tensor, current: Tensor) -> Tensor:
+        """The direction to step in, like ``current``; ``losses`` are of these ``outputs``."""
+        if self.second is None:
+            return input_gradient(losses, current)
+        first = input_gradient(losses, current, keep_graph=True)
+        other = input_gradient(self.second(outputs, self._target(index)), current)
+        gained = (losses > 0)[:, None, None, None]
+        return torch.where(gained, _without(other, first), _without(first, other))
 
     def check(self, outputs: Tensor, samples: int, classes: bool = True) -> None:
         """Raises ValueError when the model's outputs do not fit the samples or, with ``classes``, their labels."""
@@ -75,6 +94,13 @@ class Objective:
 
     def _target(self, index: Tensor) -> Tensor:
         return self.target.index_select(-2, index) if self.on_features else self.target[index]
+
+
+def not_clearly_wrong(logits: Tensor, labels: Tensor) -> Tensor:
+    """(..., B): is the answer right, or wrong by so little that it may flip back? NaN is no success."""
+    own = labels.expand(logits.shape[:-1]).unsqueeze(-1)
+    margin = logits.scatter(-1, own, -torch.inf).amax(-1) - logits.gather(-1, own).squeeze(-1)
+    return ~(margin > CLEARLY_WRONG * logits.abs().amax(-1))
 
 
 class Worst:
@@ -96,9 +122,14 @@ class Worst:
         with torch.no_grad():
             outputs = model(self.images)
         objective.check(outputs, len(self.images))
-        right = objective.still_right(outputs, self.alive) if stop_when_wrong else None
-        self.record(self.images, objective(outputs, self.alive), right)
+        self.look(self.images, outputs, objective, stop_when_wrong)
         return outputs
+
+    def look(self, current: Tensor, outputs: Tensor, objective: Objective, stop_when_wrong: bool = True) -> Tensor:
+        """Take note of iterates whose outputs are given; returns the mask (b,) of those that stay alive."""
+        outputs = outputs.detach()
+        right = objective.still_right(outputs, self.alive) if stop_when_wrong else None
+        return self.record(current, objective.untargeted(outputs, self.alive), right)
 
     def record(self, current: Tensor, losses: Tensor, right: Tensor | None) -> Tensor:
         """Take note of iterates of the samples alive; returns the mask (b,) of those that stay alive.
@@ -117,10 +148,16 @@ class Worst:
         return keep
 
 
-def input_gradient(losses: Tensor, current: Tensor) -> Tensor:
+def input_gradient(losses: Tensor, current: Tensor, keep_graph: bool = False) -> Tensor:
     """Gradient of each sample's loss with respect to its picture, without touching ``.grad``; zero where it is NaN."""
-    (gradient,) = torch.autograd.grad(losses.sum(), current)
+    (gradient,) = torch.autograd.grad(losses.sum(), current, retain_graph=keep_graph)
     return gradient.nan_to_num(0.0)
+
+
+def _without(gradient: Tensor, other: Tensor) -> Tensor:
+    """``gradient`` less its part along ``other``, per sample; both (b, 3, H, W)."""
+    along = other / other.flatten(1).norm(dim=1).clamp_min(1e-30)[:, None, None, None]
+    return gradient - (gradient * along).flatten(1).sum(1)[:, None, None, None] * along
 
 
 def strongest_rivals(outputs: Tensor, labels: Tensor, count: int) -> Tensor:

@@ -34,7 +34,9 @@ class Square(Attack):
         if self.queries < 1 or not 0 < self.area <= 1:
             raise ValueError(f"Square: expected queries >= 1 and area in (0, 1], got {self.queries} and {self.area}")
 
-    def run(self, model: Model, images: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
+    def run(
+        self, model: Model, images: Tensor, labels: Tensor | None, generator: torch.Generator, start: Tensor | None
+    ) -> Tensor:
         objective = Objective.make(self.loss, model, images, labels)
         worst = Worst(images)
         if not objective.on_features:
@@ -43,7 +45,9 @@ class Square(Attack):
             if len(worst.alive) == 0:
                 break
             clean, current = images[worst.alive], worst.images[worst.alive]
-            if query == 0:  # vertical stripes
+            if query == 0 and start is not None:
+                tried = start[worst.alive]
+            elif query == 0:  # vertical stripes
                 step = self.epsilon * _signs((len(clean), 3, 1, clean.shape[-1]), clean, generator)
                 tried = clean + step
             else:
@@ -53,7 +57,7 @@ class Square(Attack):
                 outputs = model(tried)
             if query == 0:
                 objective.check(outputs, len(tried), classes=False)
-            worst.record(tried, objective(outputs, worst.alive), objective.still_right(outputs, worst.alive))
+            worst.look(tried, outputs, objective)
         return worst.images
 
     def _try_square(self, current: Tensor, spent: float, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,225 @@
+"""Attacks on a fused model that use what it is made of. They see two callables: the branches, and what fuses them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from zepad_mm.attacks.apgd import APGD
+from zepad_mm.attacks.base import Attack, Model, frozen
+from zepad_mm.attacks.gradient import PGD
+from zepad_mm.attacks.losses import cross_entropy, difference_of_logits_ratio, margin
+from zepad_mm.attacks.objective import Objective, Worst, not_clearly_wrong
+from zepad_mm.checks import check_labels
+from zepad_mm.registry import Registry
+
+
+class Fused(Protocol):
+    """What a fusion gives: ``zepad_mm.fusion.Decision`` is one."""
+
+    @property
+    def logits(self) -> Tensor:
+        """(B, C)."""
+
+    @property
+    def weights(self) -> Tensor:
+        """(N, B), of each branch for each picture."""
+
+
+Fuse = Callable[[Tensor], Fused]  # branch logits (N, B, C) to one answer
+Loss = Callable[[Tensor, Tensor], Tensor]  # branch logits (N, B, C) and labels (B,) to what is driven up (B,)
+
+# name -> attack class; a call takes the branches, (B, 3, H, W) to (N, B, C), where other attacks take a model
+ADAPTIVE_ATTACKS: Registry[type[BranchedAttack]] = Registry("adaptive attack")
+
+# name -> losses(fuse, number of branches): each one is a run of its own
+FUSED_LOSSES: Registry[Callable[[Fuse, int], list[Loss]]] = Registry("loss on a fused model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchedAttack(Attack):
+    """Any surrogate losses on the branches; kept and counted is what the fused answer makes of it.
+
+    Raises ValueError, when called, for a model that does not give (N, B, C).
+    """
+
+    fuse: Fuse = field(repr=False)  # (N, B, C) to something with logits (B, C) and weights (N, B)
+    steps: int = 50  # gradient steps per run
+    restarts: int = 1  # the worst over all of them counts
+    driver: str = "apgd"  # "apgd" or "pgd": what chooses the steps
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not callable(self.fuse):
+            raise ValueError(f"fuse: expected a callable on branch logits, e.g. model.fuse, got {self.fuse!r}")
+        if self.driver not in ("apgd", "pgd"):
+            raise ValueError(f"driver: expected 'apgd' or 'pgd', got {self.driver!r}")
+        self.drive()  # checks the steps
+
+    def drive(self) -> APGD | PGD:
+        """The steps, whatever they climb."""
+        kind: type[APGD] | type[PGD] = APGD if self.driver == "apgd" else PGD
+        return kind(epsilon=self.epsilon, norm=self.norm, steps=self.steps, restarts=self.restarts)
+
+    def run(
+        self, model: Model, images: Tensor, labels: Tensor | None, generator: torch.Generator, start: Tensor | None
+    ) -> Tensor:
+        target = check_labels(labels, images)
+        with torch.no_grad():
+            outputs = model(images)
+        check_branches(outputs, len(images))
+        objectives = self.objectives(target, len(outputs))
+        objectives[0].check(outputs, len(images))
+        worst = Worst(images)
+        worst.look(images, outputs, objectives[0])
+        self.drive().ascend(model, images, objectives, worst, generator, start)
+        return worst.images
+
+    def holds(self, model: Model, images: Tensor, labels: Tensor) -> Tensor:
+        with torch.no_grad(), frozen(model):
+            return self.judge(model(images), labels)[1]
+
+    @abstractmethod
+    def objectives(self, labels: Tensor, branches: int) -> list[Objective]:
+        """One for each run."""
+
+    def judge(self, branch_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What pictures are compared by (b,), and for which the defence still stands (b,)."""
+        logits = self.fuse(branch_logits).logits
+        return margin(logits, labels), not_clearly_wrong(logits, labels)
+
+
+def check_branches(outputs: Tensor, samples: int) -> None:
+    """Raises ValueError for outputs that are not (N, B, C)."""
+    if not isinstance(outputs, Tensor) or outputs.ndim != 3 or outputs.shape[1] != samples:
+        got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ValueError(
+            f"model: expected the logits of every branch, (N, {samples}, C), got {got}; "
+            "hand in model.branch_logits, not the fused model"
+        )
+
+
+@ADAPTIVE_ATTACKS.register("fused")
+@dataclass(frozen=True, kw_only=True)
+class FusedAttack(BranchedAttack):
+    """White-box attack on a fused model by one of :data:`FUSED_LOSSES`; success is a wrong fused answer."""
+
+    loss: str = "fused_margin"  # of FUSED_LOSSES
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        FUSED_LOSSES.get(self.loss)
+
+    def objectives(self, labels: Tensor, branches: int) -> list[Objective]:
+        losses = FUSED_LOSSES.get(self.loss)(self.fuse, branches)
+        return [Objective(loss, labels, False, judge=self.judge) for loss in losses]
+
+
+# ---- through the fusion ------------------------------------------------------------------------------------------
+
+
+@FUSED_LOSSES.register("fused_margin")
+def fused_margin(fuse: Fuse, branches: int) -> list[Loss]:
+    """Best wrong fused logit less the true one."""
+    return [lambda logits, labels: margin(fuse(logits).logits, labels)]
+
+
+@FUSED_LOSSES.register("fused_ce")
+def fused_ce(fuse: Fuse, branches: int) -> list[Loss]:
+    """Cross-entropy of the fused logits."""
+    return [lambda logits, labels: cross_entropy(fuse(logits).logits, labels)]
+
+
+@FUSED_LOSSES.register("fused_dlr")
+def fused_dlr(fuse: Fuse, branches: int) -> list[Loss]:
+    """Logit ratio of the fused logits; the plain margin below 3 classes, where there is none."""
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        ratio = difference_of_logits_ratio if logits.shape[-1] >= 3 else margin
+        return ratio(fuse(logits).logits, labels)
+
+    return [loss]
+
+
+@FUSED_LOSSES.register("weight_hijack")
+def weight_hijack(fuse: Fuse, branches: int) -> list[Loss]:
+    """Weighted sum of the branches' margins: grows by making a wrong branch more wrong, and by making it weigh more."""
+    return [lambda logits, labels: (fuse(logits).weights * _margins(logits, labels)).sum(0)]
+
+
+@FUSED_LOSSES.register("weight_hijack_frozen")
+def weight_hijack_frozen(fuse: Fuse, branches: int) -> list[Loss]:
+    """The same with weights that count as constants in each step: for rules whose weights hide the gradient."""
+    return [lambda logits, labels: (fuse(logits).weights.detach() * _margins(logits, labels)).sum(0)]
+
+
+# ---- past the fusion ---------------------------------------------------------------------------------------------
+
+
+@FUSED_LOSSES.register("branch")
+def branch(fuse: Fuse, branches: int) -> list[Loss]:
+    """Each branch alone, in runs of their own."""
+    return [_of_some((index,)) for index in range(branches)]
+
+
+@FUSED_LOSSES.register("pair")
+def pair(fuse: Fuse, branches: int) -> list[Loss]:
+    """Each pair of branches; a single branch where there is no pair."""
+    return [_of_some(two) for two in combinations(range(branches), 2)] or [_of_some((0,))]
+
+
+@FUSED_LOSSES.register("sum_margin")
+def sum_margin(fuse: Fuse, branches: int) -> list[Loss]:
+    """The sum of all margins."""
+    return [_of_some(range(branches))]
+
+
+@FUSED_LOSSES.register("min_margin")
+def min_margin(fuse: Fuse, branches: int) -> list[Loss]:
+    """The smallest margin: raises the branch that holds out longest, until all are wrong."""
+    return [lambda logits, labels: _margins(logits, labels).amin(0)]
+
+
+@FUSED_LOSSES.register("average_logit")
+def average_logit(fuse: Fuse, branches: int) -> list[Loss]:
+    """Margin of the mean logits."""
+    return [lambda logits, labels: margin(logits.mean(0), labels)]
+
+
+@FUSED_LOSSES.register("average_probability")
+def average_probability(fuse: Fuse, branches: int) -> list[Loss]:
+    """Margin of the log of the mean probability."""
+    return [lambda logits, labels: margin(logits.log_softmax(-1).logsumexp(0), labels)]
+
+
+@FUSED_LOSSES.register("mora")
+def mora(fuse: Fuse, branches: int) -> list[Loss]:
+    """Margins re-weighted at each step towards the branches near their border, after MORA's idea (Yu et al. 2022).
+
+    A branch that is wrong for good, or out of reach, takes no part, so that its gradient does not cancel the others'.
+    The weight is the slope of a sigmoid at the branch's margin, in units of the spread of its logits; a constant to
+    the gradient.
+    """
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        margins = _margins(logits, labels)
+        near = (margins / logits.std(-1).clamp_min(1e-12)).detach().sigmoid()
+        slope = near * (1 - near) + 1e-6
+        return (slope / slope.sum(0) * margins).sum(0)
+
+    return [loss]
+
+
+def _margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """(N, B, C) to the margin of each branch (N, B), which :func:`margin` would sum."""
+    return torch.stack([margin(part, labels) for part in logits])
+
+
+def _of_some(members: Sequence[int]) -> Loss:
+    return lambda logits, labels: margin(logits[list(members)], labels)
