@@ -78,7 +78,7 @@ def test_budgets_that_cannot_be_meant(text: str) -> None:
         (["classify", "embedded", "no.png", "--labels", "a,b"], "no.png does not exist"),
         (["classify", "embedded", __file__, "--labels", ","], "--labels: expected names"),
         (["attack", "open_clap:embedded"], "did you mean 'open_clip'"),
-        (["attack", "open_clip:embedded", "--attack", "uap"], "unknown universal attack"),
+        (["attack", "open_clip:embedded", "--attack", "uapp"], "unknown universal attack"),
     ],
 )
 def test_a_users_error_is_one_line(

@@ -120,8 +120,8 @@ class Perturbation:
             raise ValueError(f"{path} is no perturbation of zepad-mm: it holds {sorted(tensors)} and {metadata}"[:300])
         try:
             about = json.loads(metadata["perturbation"])
-            place = about.get("place", "lower_right")
-            loaded = cls(tensors["delta"], about["epsilon"], about["norm"], about["provenance"], place)
+            place = {"place": about["place"]} if "place" in about else {}
+            loaded = cls(tensors["delta"], about["epsilon"], about["norm"], about["provenance"], **place)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is a damaged perturbation file: {error!r}; fetch or craft it again") from error
         if epsilon is not None and abs(loaded.epsilon - epsilon) > 1e-9:

@@ -58,6 +58,21 @@ class EvalSettings(Config):
     diagnostics_factor: int = 3  # how many times more steps the doubting attack gets
 
     def __post_init__(self) -> None:
+        self._check_names()
+        for budget in (self.epsilon, self.epsilon_universal):
+            if check_epsilon(budget) == 0:
+                raise ValueError("epsilon: expected a positive budget; for no attack write threats=('clean',)")
+        if not self.universal and "T1" in self.threats:
+            raise ValueError("universal: expected at least one attack for T1, got none")
+        least = {"batch_size": 1, "steps": 1, "restarts": 1, "detector_steps": 1, "diagnostics_factor": 1}
+        least |= {"n": 1, "n_validation": 1, "n_surrogate": 1, "square_queries": 1, "diagnostics_n": 0}
+        for key, smallest in least.items():
+            value = getattr(self, key)
+            if value is not None and value < smallest:
+                raise ValueError(f"{key}: expected at least {smallest}, got {value}")
+
+    def _check_names(self) -> None:
+        """Everything that is named must be registered, and be of a kind that fits."""
         table: Registry[str] = Registry("threat")
         for name, meaning in THREATS.items():
             table.register(name)(meaning)
@@ -72,17 +87,9 @@ class EvalSettings(Config):
             for name in getattr(self, key):
                 if name not in known:
                     raise ValueError(f"{key}: expected names of {', '.join(known)}, got {name!r}")
-        for budget in (self.epsilon, self.epsilon_universal):
-            if check_epsilon(budget) == 0:
-                raise ValueError("epsilon: expected a positive budget; for no attack write threats=('clean',)")
-        if not self.universal and "T1" in self.threats:
-            raise ValueError("universal: expected at least one attack for T1, got none")
-        least = {"batch_size": 1, "steps": 1, "restarts": 1, "detector_steps": 1, "diagnostics_factor": 1}
-        least |= {"n": 1, "n_validation": 1, "n_surrogate": 1, "square_queries": 1, "diagnostics_n": 0}
-        for key, smallest in least.items():
-            value = getattr(self, key)
-            if value is not None and value < smallest:
-                raise ValueError(f"{key}: expected at least {smallest}, got {value}")
+        for name in (*self.universal, *self.universal_family):
+            if UNIVERSAL_ATTACKS.get(name)().norm == "patch":
+                raise ValueError(f"universal: {name!r} is a patch, whose budget is an area; see scripts/dae_table.py")
 
 
 # name -> settings; "smoke" shows that everything runs, "demo" takes minutes on two CPU cores, "full" a GPU or a night
