@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from zepad_mm.encoders import Encoder, Preprocess
 from zepad_mm.evaluation import PRESETS, EvalData, EvalSettings, Records, Report, acceptance, evaluate, read_stage
 from zepad_mm.evaluation import runner as runner_module
 from zepad_mm.evaluation.records import INCLUDED
+from zepad_mm.evaluation.session import Session
 from zepad_mm.fusion import RULES, build
 from zepad_mm.heads import LinearHead
 from zepad_mm.model import ZePAD, ZePADConfig
@@ -289,6 +292,54 @@ def test_a_defence_that_hides_its_gradients_is_found_out(model: ZePAD, data: Eva
     assert not found["budget_sweep"]
     assert any(text.startswith("likely overestimated (gradients)") for text in report.meta["warnings"])
     assert "likely overestimated" in report.markdown().splitlines()[0]
+
+
+class Killed(BaseException):
+    """As sudden as a kill: nobody catches it."""
+
+
+def test_killed_at_twenty_moments_and_resumed_it_is_the_same(
+    finished: tuple[Report, Path], model: ZePAD, data: EvalData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out = finished
+    forward, moments = Branch.forward, torch.Generator().manual_seed(0)
+    redone: dict[str, int] = {}
+    part = Session.part
+
+    def counted(self: Session, name: str, number: int, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+        def noted() -> torch.Tensor:
+            result = work()
+            redone[f"{name} {number}"] = redone.get(f"{name} {number}", 0) + 1
+            return result
+
+        return part(self, name, number, noted)
+
+    monkeypatch.setattr(Session, "part", counted)
+    for _ in range(20):
+        left = int(torch.randint(40, 160, (), generator=moments))
+
+        def mortal(self: Branch, images: torch.Tensor) -> torch.Tensor:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            return forward(self, images)
+
+        monkeypatch.setattr(Branch, "forward", mortal)
+        with contextlib.suppress(Killed):
+            evaluate(model, data=data, settings=SETTINGS, out=tmp_path, resume=True)
+    monkeypatch.setattr(Branch, "forward", forward)
+    resumed = evaluate(model, data=data, settings=SETTINGS, out=tmp_path, resume=True)
+    drop = ("seconds",)
+    assert [{k: v for k, v in row.items() if k not in drop} for row in resumed.rows] == [
+        {k: v for k, v in row.items() if k not in drop} for row in whole.rows
+    ]
+    before, after = Records.load(out), Records.load(tmp_path)
+    assert before.predictions.keys() == after.predictions.keys()
+    assert all(torch.equal(before.predictions[key], after.predictions[key]) for key in before.predictions)
+    stages = [key for key in redone if not key.startswith(("sweep", "transfer", "more steps"))]
+    assert stages
+    assert all(redone[key] == 1 for key in stages)  # no finished batch was done twice
 
 
 def test_honest_models_pass_the_checks(finished: tuple[Report, Path]) -> None:

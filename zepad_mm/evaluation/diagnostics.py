@@ -146,7 +146,7 @@ def _sweep(session: Session) -> Check:
     alive = index
     for epsilon in sorted({settings.epsilon, *SWEEP}):
         attack = own_attack(session, "apgd", epsilon=epsilon, steps=settings.steps * settings.diagnostics_factor)
-        wrong = _wrong(session, attack, alive, "sweep")
+        wrong = _wrong(session, attack, alive, f"sweep {epsilon * 255:g}")
         alive = alive[~wrong]  # what a smaller budget broke, a larger one breaks
         values[f"{epsilon * 255:g}/255"] = len(alive) / len(index)
     last = list(values.values())[-1]

@@ -115,7 +115,7 @@ def _run(session: Session) -> tuple[Records, list[dict[str, Any]], list[Check]]:
         run_detector_aware(session, threshold)
     records = Records.of(session, threshold)
     checks = run_checks(session, records)
-    session.bar.close()
+    session.finish()
     return records, detection_rows(session, validation), checks
 
 
@@ -152,10 +152,12 @@ def _announce(session: Session) -> None:
         passes = branches * (("branch" in settings.pools) + 0.7 * together)  # the pool
         passes += fused * branches * 0.2 * settings.restarts * len(settings.own_attacks)  # what survived it
         seconds += n * settings.steps * passes * per_member
+        passes += branches * 0.4 * settings.restarts * len(settings.adaptive)
         stages += branches * ("branch" in settings.pools) + together + len(session.rows) * len(settings.own_attacks)
+        stages += len(settings.adaptive)
     if "T3" in settings.threats:
-        seconds += 2 * n * settings.detector_steps * len(session.branch_rows) * per_member * 0.5
-        stages += 2
+        seconds += len(settings.evasion) * n * settings.detector_steps * len(session.branch_rows) * per_member * 0.5
+        stages += len(settings.evasion)
     session.bar.total = stages
     log.info(
         "%d pictures of %s, threats %s, %d models: about %.0f s on %s",

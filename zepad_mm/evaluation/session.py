@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from zepad_mm.model import ZePAD
 log = logging.getLogger(__name__)
 
 UNDEFENDED = "undefended"
+PARTS = "parts"  # folder in the cache for the finished batches of the stage in progress
 
 
 @dataclass(frozen=True)
@@ -233,8 +235,27 @@ class Session:
             log.info("%s: %.1f s", name, float(result["seconds"]))
             if path is not None:
                 write_tensors(path, result, {"stage": name})
+                shutil.rmtree(path.parent / PARTS, ignore_errors=True)  # the whole is there now
         self.bar.update()
         return result
+
+    def part(self, name: str, number: int, work: Callable[[], Tensor]) -> Tensor:
+        """One batch of a stage; taken from the cache where an earlier run, cut off within the stage, finished it."""
+        if self.out is None:
+            return work()
+        path = _stage_file(self.out, f"{name} {number}")
+        path = path.parent / PARTS / path.name
+        if path.is_file():
+            return read_tensors(path)[0]["part"]
+        result = work()
+        write_tensors(path, {"part": result})
+        return result
+
+    def finish(self) -> None:
+        """Close the bar, and drop batches of what is no stage."""
+        self.bar.close()
+        if self.out is not None:
+            shutil.rmtree(self.out / "cache" / PARTS, ignore_errors=True)
 
     def generator(self, *purpose: int | str) -> torch.Generator:
         """A CPU generator for one purpose: the same whatever ran before."""
@@ -258,6 +279,7 @@ class Session:
             raise ValueError(f"{folder} holds something else than stages of an evaluation; give another out folder")
         for stale in folder.glob("*.safetensors"):
             stale.unlink()
+        shutil.rmtree(folder / PARTS, ignore_errors=True)
         write_json(known, identity)
 
     def _identity(self) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from zepad_mm.attacks import UNIVERSAL_ATTACKS
+from zepad_mm.attacks import FUSED_LOSSES, MODES, UNIVERSAL_ATTACKS
 from zepad_mm.checks import check_epsilon
 from zepad_mm.config import Config
 from zepad_mm.fusion import RULES
@@ -18,9 +18,8 @@ THREATS = {
     "T2": "white box: everything is known, every picture is attacked through the whole defence",
     "T3": "white box that also evades the detector: counts when the answer is wrong and not flagged",
 }
-OWN_ATTACKS = ("pgd", "apgd", "apgd_targeted", "square")
-# each branch; the robust ones at once; all at once; the default rule with its weights held constant in each step
-POOLS = ("branch", "robust_branches", "all_branches", "frozen_weights")
+OWN_ATTACKS = ("pgd", "pgd_from_t1", "apgd", "apgd_targeted", "square")
+POOLS = ("branch", "robust_branches", "all_branches")  # each branch; the robust ones at once; all at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +47,12 @@ class EvalSettings(Config):
     rules: tuple[str, ...] = ()  # fusion rules that get a row and an attack of their own; empty: all
     steps: int = 20  # gradient steps of every T2 attack: the same for branches and for fused models
     restarts: int = 2  # of each model's own attack, on the pictures that survived the shared pool
-    own_attacks: tuple[str, ...] = ("pgd",)  # each model's own: "pgd", "apgd", "apgd_targeted", "square"
+    own_attacks: tuple[str, ...] = ("pgd",)  # each model's own, of OWN_ATTACKS
+    adaptive: tuple[str, ...] = ("weight_hijack_frozen", "min_margin")  # losses on the model as it ships
     pools: tuple[str, ...] = POOLS  # what T2's shared pool is made on; see POOLS
     skip_settled: bool = False  # no own attack for a rule that others' examples put below the default: "at most"
     square_queries: int = 1000  # forward passes per picture of "square"
+    evasion: tuple[str, ...] = ("selective", "lagrangian")  # T3: ways around the detector
     detector_steps: int = 20  # gradient steps of each T3 attack
 
     diagnostics_n: int = 48  # pictures that the evaluation doubts itself on; 0 skips those checks
@@ -80,6 +81,8 @@ class EvalSettings(Config):
             (table, self.threats),
             (UNIVERSAL_ATTACKS, (*self.universal, *self.universal_family, *self.universal_steps, *self.family_steps)),
             (RULES, self.rules),
+            (FUSED_LOSSES, self.adaptive),
+            (MODES, self.evasion),
         ):
             for name in names:
                 registry.get(name)
@@ -104,6 +107,7 @@ PRESETS.register("smoke")(
         steps=2,
         restarts=1,
         pools=("branch",),
+        adaptive=("weight_hijack",),
         detector_steps=2,
         diagnostics_n=0,
     )
@@ -118,6 +122,7 @@ PRESETS.register("demo")(
         restarts=1,
         pools=("branch", "robust_branches"),
         skip_settled=True,
+        adaptive=(),
         detector_steps=6,
         diagnostics_n=32,
         diagnostics_factor=2,
@@ -134,6 +139,8 @@ PRESETS.register("full")(
         steps=50,
         restarts=5,
         own_attacks=OWN_ATTACKS,
+        adaptive=tuple(FUSED_LOSSES),
+        evasion=tuple(MODES),
         square_queries=5000,
         detector_steps=100,
         diagnostics_n=200,

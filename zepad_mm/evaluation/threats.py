@@ -13,9 +13,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from zepad_mm.attacks import APGD, PGD, UNIVERSAL_ATTACKS, Attack, Perturbation, Square, UniversalAttack
+from zepad_mm.attacks import (
+    APGD,
+    PGD,
+    UNIVERSAL_ATTACKS,
+    Attack,
+    DetectorAware,
+    FusedAttack,
+    Perturbation,
+    Square,
+    UniversalAttack,
+)
 from zepad_mm.evaluation.session import UNDEFENDED, Example, Row, Session, Through
-from zepad_mm.fusion import Fusion
 
 log = logging.getLogger(__name__)
 
@@ -101,9 +110,6 @@ def run_white_box(session: Session) -> None:
         _pool(session, "pgd@robust_branches", Through(session.parts(robust), None), fused)
     if "all_branches" in pools and len(everyone) > 1:
         _pool(session, "pgd@all_branches", Through(session.parts(everyone), None), fused)
-    if "frozen_weights" in pools and len(everyone) > 1:
-        frozen = Through(session.parts(everyone), FrozenWeights(session.model.fusion))
-        _pool(session, "pgd_frozen_weights@zepad", frozen, fused)
     for row in session.rows:
         if session.twins(row) is not None:
             continue
@@ -111,24 +117,17 @@ def run_white_box(session: Session) -> None:
             session.settled.append(row.name)
             continue
         for kind in session.settings.own_attacks:
-            _own(session, row, kind)
+            if kind != "pgd_from_t1" or session.deltas:
+                _own(session, row, kind)
+        if row is session.default and row.fused:
+            for loss in session.settings.adaptive:
+                _adaptive(session, loss)
 
 
 def _below_the_default(session: Session, row: Row) -> bool:
     """Whether a rule is behind already: attacks of its own could only put it further back."""
     held, best = (int(session.still_right(which).sum()) for which in (row, session.default))
     return held < best
-
-
-class FrozenWeights:
-    """A fusion whose weights count as constants to the gradient: the attacker strikes the answers, not the weighing."""
-
-    def __init__(self, fusion: Fusion) -> None:
-        self.fusion = fusion
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        weights = self.fusion(logits).weights.detach()
-        return (logits.log_softmax(-1) + weights.clamp_min(1e-12).log().unsqueeze(-1)).logsumexp(0)
 
 
 def own_attack(session: Session, kind: str, *, steps: int | None = None, epsilon: float | None = None) -> Attack:
@@ -138,6 +137,7 @@ def own_attack(session: Session, kind: str, *, steps: int | None = None, epsilon
     count, restarts = steps or settings.steps, settings.restarts
     made: dict[str, Callable[[], Attack]] = {
         "pgd": lambda: PGD(epsilon=budget, steps=count, restarts=restarts, loss="margin"),
+        "pgd_from_t1": lambda: PGD(epsilon=budget, steps=count, loss="margin"),
         "apgd": lambda: APGD(epsilon=budget, steps=count, restarts=restarts, loss="margin"),
         "apgd_targeted": lambda: APGD(epsilon=budget, steps=count, restarts=1, loss="targeted"),
         "square": lambda: Square(epsilon=budget, queries=settings.square_queries),
@@ -145,17 +145,35 @@ def own_attack(session: Session, kind: str, *, steps: int | None = None, epsilon
     return made[kind]()
 
 
-def strike(session: Session, attack: Attack, target: Through, index: Tensor, purpose: str) -> Tensor:
-    """Attacked versions of the test pictures at ``index`` (k,), in batches: (k, 3, H, W)."""
-    struck = []
+def strike(
+    session: Session, attack: Attack, target: Through, index: Tensor, purpose: str, start: Perturbation | None = None
+) -> Tensor:
+    """Attacked versions of the test pictures at ``index`` (k,), in batches: (k, 3, H, W).
+
+    Every batch is kept as it is finished, under the name of its ``purpose``, until the stage is.
+    """
+    struck = [session.images[:0]]
     for batch, rows in enumerate(index.split(session.settings.batch_size) if len(index) else ()):
-        images, labels = session.images[rows].to(session.device), session.labels[rows].to(session.device)
-        struck.append(attack(target, images, labels, generator=session.generator(purpose, batch)).cpu())
-    return torch.cat(struck) if struck else session.images[:0]
+
+        def work(batch: int = batch, rows: Tensor = rows) -> Tensor:
+            images, labels = session.images[rows].to(session.device), session.labels[rows].to(session.device)
+            begin = None if start is None else start(images)
+            generator = session.generator(purpose, batch)
+            return attack(target, images, labels, generator=generator, start=begin).cpu()
+
+        struck.append(session.part(purpose, batch, work))
+    return torch.cat(struck)
 
 
-def _strike_and_score(session: Session, attack: Attack, target: Through, mask: Tensor, name: str) -> dict[str, Tensor]:
-    struck = strike(session, attack, target, mask.nonzero()[:, 0], name)
+def _strike_and_score(
+    session: Session,
+    attack: Attack,
+    target: Through,
+    mask: Tensor,
+    name: str,
+    start: Perturbation | None = None,
+) -> dict[str, Tensor]:
+    struck = strike(session, attack, target, mask.nonzero()[:, 0], name, start)
     return {"logits": session.score(struck, mask), "attacked": mask}
 
 
@@ -173,8 +191,22 @@ def _own(session: Session, row: Row, kind: str) -> None:
     name, settings = f"{kind}@{row.name}:own", session.settings
     if row.fused:
         name = f"{kind}@{row.name}"
-    mask = session.still_right(row)
+    mask, start = session.still_right(row), None
+    if kind == "pgd_from_t1":  # the last one was made on the most encoders
+        start = Perturbation(list(session.deltas.values())[-1], settings.epsilon_universal).rescaled(settings.epsilon)
     attack, target = own_attack(session, kind), session.through(row)
+    found = session.stage(f"T2 {name}", lambda: _strike_and_score(session, attack, target, mask, name, start))
+    session.add(_of_some(session, "T2", name, settings.epsilon, found))
+
+
+def _adaptive(session: Session, loss: str) -> None:
+    """An attack that knows what the model as it ships is made of, on what that still gets right."""
+    name, settings, row = f"{loss}@zepad", session.settings, session.default
+    mask = session.still_right(row)
+    attack = FusedAttack(
+        fuse=session.model.fusion, loss=loss, epsilon=settings.epsilon, steps=settings.steps, restarts=settings.restarts
+    )
+    target = Through(session.parts(row.members), None)
     found = session.stage(f"T2 {name}", lambda: _strike_and_score(session, attack, target, mask, name))
     session.add(_of_some(session, "T2", name, settings.epsilon, found))
 
@@ -188,13 +220,13 @@ def _rescaled(session: Session, made: str, delta: Tensor) -> None:
 
 
 def run_detector_aware(session: Session, threshold: float) -> None:
-    """T3: wrong and not flagged. Two attacks on the pictures for which no example so far does that."""
-    for kind in ("selective", "lagrangian"):
+    """T3: wrong and not flagged. Each attack goes on with the pictures for which no example so far does that."""
+    for mode in session.settings.evasion:
         broken = torch.zeros(len(session.labels), dtype=torch.bool)
         for example in session.examples:
             if example.threat in ("clean", "T2", "T3"):
                 broken |= evaded(session, example.logits, threshold)
-        _evade(session, kind, ~broken, threshold)
+        _evade(session, mode, ~broken, threshold)
 
 
 def evaded(session: Session, logits: Tensor, threshold: float) -> Tensor:
@@ -204,48 +236,21 @@ def evaded(session: Session, logits: Tensor, threshold: float) -> Tensor:
     return (decision.logits.argmax(-1) != session.labels) & (decision.dae_score <= threshold)
 
 
-def _evade(session: Session, kind: str, mask: Tensor, threshold: float) -> None:
-    settings, fusion = session.settings, session.model.fusion
-    attack = PGD(epsilon=settings.epsilon, steps=settings.detector_steps, stop_when_wrong=False)
-    parts = session.parts(session.default.members)
-    clean = fusion(session.clean.logits[list(session.default.members)])
-    spread = max(float(clean.dae_score.std()) if len(session.labels) > 1 else 0.0, 1e-6)
-
-    def work() -> dict[str, Tensor]:
-        struck = [session.images[:0]]
-        for batch, rows in enumerate(mask.nonzero()[:, 0].split(settings.batch_size) if bool(mask.any()) else ()):
-            labels = session.labels[rows].to(session.device)
-            aim = Evasion(fusion, labels, threshold, spread, kind == "selective")
-            images, nobody = session.images[rows].to(session.device), torch.zeros_like(labels)
-            generator = session.generator("evade", kind, batch)
-            struck.append(attack(Through(parts, aim), images, nobody, generator=generator).cpu())
-        return {"logits": session.score(torch.cat(struck), mask), "attacked": mask}
-
-    name = f"{kind}@zepad"
-    found = session.stage(f"T3 {name}", work)
+def _evade(session: Session, mode: str, mask: Tensor, threshold: float) -> None:
+    settings, fusion, members = session.settings, session.model.fusion, session.default.members
+    clean = fusion(session.clean.logits[list(members)])
+    attack = DetectorAware(
+        fuse=fusion,
+        score=lambda logits: fusion(logits).dae_score,
+        threshold=threshold,
+        spread=max(float(clean.dae_score.std()) if len(session.labels) > 1 else 0.0, 1e-6),
+        mode=mode,
+        epsilon=settings.epsilon,
+        steps=settings.detector_steps,
+    )
+    name, target = f"{mode}@zepad", Through(session.parts(members), None)
+    found = session.stage(f"T3 {name}", lambda: _strike_and_score(session, attack, target, mask, name))
     session.add(_of_some(session, "T3", name, settings.epsilon, found))
-
-
-class Evasion:
-    """Two made-up logits [0, J] whose margin J is what a detector-aware attacker raises; to be used with label 0.
-
-    ``selective``: the smaller of margin and distance below the threshold, so that J > 0 exactly for a success;
-    else margin minus a penalty on what the score exceeds the threshold by (the Lagrangian of Carlini and Wagner).
-    """
-
-    def __init__(self, fusion: Fusion, labels: Tensor, threshold: float, spread: float, selective: bool) -> None:
-        self.fusion, self.labels, self.threshold = fusion, labels, threshold
-        self.spread, self.selective = spread, selective
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """(N, B, C) to (B, 2)."""
-        decision = self.fusion(logits)
-        index = self.labels.unsqueeze(-1)
-        rival = decision.logits.scatter(-1, index, -torch.inf).amax(-1)
-        margin = rival - decision.logits.gather(-1, index).squeeze(-1)
-        below = (self.threshold - decision.dae_score) / self.spread
-        aim = torch.minimum(margin, below) if self.selective else margin + below.clamp_max(0)
-        return torch.stack([torch.zeros_like(aim), aim], -1)
 
 
 def _of_all(
