@@ -348,6 +348,9 @@ def test_honest_models_pass_the_checks(finished: tuple[Report, Path]) -> None:
     assert set(found) == {
         "finite",
         "robust_not_above_clean",
+        "outputs_are_logits",
+        "no_randomness",
+        "noise_not_stronger_than_t2",
         "noise_weaker_than_t1",
         "t1_not_weaker_than_t1b",
         "gradients",

@@ -17,6 +17,7 @@ from zepad_mm.evaluation.threats import own_attack, strike
 SWEEP = (8 / 255, 16 / 255, 64 / 255)  # at the last, nothing can hold
 MOVED = 0.01  # accuracy that more steps may cost before the attack counts as unfinished
 VANISHED = 0.02  # accuracy at the last budget of the sweep that still counts as none
+NOISE_DRAWS = 10  # random patterns per picture
 FLAT = 0.05  # share of zero gradients that still counts as none
 
 
@@ -42,16 +43,18 @@ class Check:
 
 def run_checks(session: Session, records: Records) -> list[Check]:
     """All checks that the threats which ran allow."""
-    checks = [_finite(session), _not_above_clean(records)]
+    checks = [_finite(session), _not_above_clean(records), _plain_logits(session)]
     threats = {example.threat for example in session.examples}
+    if any(example.attack.startswith("square@") for example in session.examples):
+        checks.append(_square(session))
     if "T1" in threats:
         checks.append(_noise(records))
     if {"T1", "T1b"} <= threats:
         checks.append(_public_attack_strong(records))
     if session.settings.diagnostics_n:
-        checks.append(_flat_gradients(session))
+        checks += [_repeatable(session), _flat_gradients(session)]
         if "T2" in threats:
-            checks += [_more_steps(session), _sweep(session), _transfer(session)]
+            checks += [_noise_within_budget(session), _more_steps(session), _sweep(session), _transfer(session)]
     return checks
 
 
@@ -75,6 +78,59 @@ def _not_above_clean(records: Records) -> Check:
         f"more accurate under attack than without: {', '.join(above)}" if above else "no model gains from an attack"
     )
     return Check("robust_not_above_clean", not above, detail, {"cases": float(len(above))})
+
+
+def _plain_logits(session: Session) -> Check:
+    """Probabilities in place of logits saturate every loss that takes a softmax."""
+    suspects = []
+    for row in session.rows:
+        answers = row.answer(session.clean.logits)
+        if bool((answers >= 0).all()) and bool(((answers.sum(-1) - 1).abs() < 1e-3).all()):
+            suspects.append(row.name)
+    detail = f"probabilities, not logits: {', '.join(suspects)}" if suspects else "every model answers with logits"
+    return Check("outputs_are_logits", not suspects, detail, {"cases": float(len(suspects))})
+
+
+def _repeatable(session: Session) -> Check:
+    """A model that answers the same pictures differently must be attacked in expectation (EOT), which T2 does not."""
+    target = session.through(session.default)
+    index = _some(session, torch.ones(len(session.labels), dtype=torch.bool), "repeat")
+    images = session.images[index].to(session.device)
+    with torch.no_grad(), frozen(target):
+        moved = float((target(images) - target(images)).abs().max())
+    return Check("no_randomness", moved <= 1e-4, f"the same pictures twice: logits differ by {moved:.2g}", {"d": moved})
+
+
+def _square(session: Session) -> Check:
+    """Square sees no gradient and comes last: what it still breaks, the gradient did not show."""
+    row = session.default
+    squares = [example for example in session.examples if example.attack == f"square@{row.name}"]
+    wrong = torch.zeros(len(session.labels), dtype=torch.bool)
+    for example in squares:
+        wrong |= example.attacked & (row.answer(example.logits).argmax(-1) != session.labels)
+    share = float(wrong.float().mean())
+    passed = share <= MOVED or int(wrong.sum()) <= 1
+    detail = f"Square breaks {100 * share:.1f} points more of zepad than all gradient attacks"
+    return Check("square_not_stronger", passed, detail, {"moved": share})
+
+
+def _noise_within_budget(session: Session) -> Check:
+    """What survived the white-box attacks must survive random signs of the same size."""
+    row = session.default
+    survivors = session.still_right(row)
+    index = _some(session, survivors, "noise")
+    target, noise = session.through(row), session.generator("diagnostics", "noise draws")
+    images, labels = session.images[index], session.labels[index]
+    broken = torch.zeros(len(index), dtype=torch.bool)
+    with torch.no_grad(), frozen(target):
+        for _ in range(NOISE_DRAWS if len(index) else 0):
+            signs = torch.randint(2, images.shape, generator=noise) * 2.0 - 1
+            noisy = (images + session.settings.epsilon * signs).clamp(0, 1).to(session.device)
+            broken |= target(noisy).argmax(-1).cpu() != labels
+    moved = float(survivors.float().mean()) * float(broken.float().mean()) if len(index) else 0.0
+    passed = moved <= MOVED or int(broken.sum()) <= 1
+    detail = f"{NOISE_DRAWS} draws of random noise take {100 * moved:.1f} points more from zepad than T2 did"
+    return Check("noise_not_stronger_than_t2", passed, detail, {"moved": moved, "n": float(len(index))})
 
 
 def _noise(records: Records) -> Check:
