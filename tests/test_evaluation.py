@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -83,11 +84,6 @@ def trained(name: str, role: str, seed: int, epsilon: float) -> Branch:
     return branch.eval()
 
 
-def undefend(model: ZePAD, branch: Branch) -> None:
-    """Give the model its public encoder; a property setter does not work on an nn.Module."""
-    model.set_undefended(branch)
-
-
 @pytest.fixture(scope="module")
 def model() -> ZePAD:
     branches = [
@@ -97,7 +93,7 @@ def model() -> ZePAD:
     ]
     configs = tuple(branch.config for branch in branches)
     defended = ZePAD(ZePADConfig(public_source="toy:public", branches=configs, class_names=CLASSES), branches)
-    undefend(defended, trained("public", "bmp", 8, 0.0))
+    defended.set_undefended(trained("public", "bmp", 8, 0.0))
     return defended
 
 
@@ -267,30 +263,62 @@ def test_seeds_fix_everything(model: ZePAD, data: EvalData) -> None:
     assert [row["accuracy"] for row in first.rows] == [row["accuracy"] for row in second.rows]
 
 
-class Masked(nn.Module):
-    """Rounds its input: right under gradient attacks only because it shows them no gradient."""
+class Broken(nn.Module):
+    """A backbone behind a step that makes naive attacks fail."""
 
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, inner: nn.Module, step: Callable[[nn.Module, Tensor], Tensor]) -> None:
         super().__init__()
         self.inner = inner
+        self.step = step
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.inner((images * 64).round() / 64)
+        return self.step(self.inner, images)
 
 
-def test_a_defence_that_hides_its_gradients_is_found_out(model: ZePAD, data: EvalData) -> None:
-    encoder = model.branch("benign").encoder
-    hidden = Encoder(Masked(encoder.backbone), encoder.preprocess, encoder.feature_dim, "toy:hidden")
-    config = BranchConfig(name="hidden", role="bmp", source="toy:hidden", head="linear")
-    branch = Branch(config, hidden, model.branch("benign").head)
-    masked = ZePAD(ZePADConfig(public_source="toy:public", branches=(config,), class_names=CLASSES), [branch]).eval()
-    undefend(masked, model.undefended)
-    settings = replace(SETTINGS, threats=("T1", "T2"), rules=("equal",))
-    report = evaluate(masked, data=data, settings=settings)
+def randomly_shifted(inner: nn.Module, images: Tensor) -> Tensor:
+    """Test-time randomness; normalised pixels."""
+    return inner(images + 0.5 * torch.randn_like(images))
+
+
+# name -> the step, the head's factor, the check that must fail; None: the default attacks must break it
+BROKEN: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], float, str | None]] = {
+    "quantised input": (lambda inner, x: inner((x * 4).round() / 4), 1.0, "gradients"),
+    "hard gate": (lambda inner, x: inner((x > 0).to(x.dtype)), 1.0, "gradients"),
+    "detached": (lambda inner, x: inner(x.detach()) + 0 * x.flatten(1)[:, :1], 1.0, "gradients"),
+    "random": (randomly_shifted, 1.0, "no_randomness"),
+    "saturated": (lambda inner, x: inner(x), 1e6, None),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_defence_that_only_looks_robust_is_broken_or_flagged(
+    name: str, model: ZePAD, data: EvalData, finished: tuple[Report, Path]
+) -> None:
+    step, factor, check = BROKEN[name]
+    benign = model.branch("benign")
+    backbone = Broken(benign.encoder.backbone, step)
+    encoder = Encoder(backbone, benign.encoder.preprocess, benign.encoder.feature_dim, "toy:broken")
+    config = BranchConfig(name="broken", role="bmp", source="toy:broken", head="linear")
+    head = copy.deepcopy(benign.head)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.mul_(factor)
+    branch = Branch(config, encoder, head)
+    broken = ZePAD(ZePADConfig(public_source="toy:public", branches=(config,), class_names=CLASSES), [branch]).eval()
+    broken.set_undefended(model.undefended)
+    with torch.random.fork_rng():
+        report = evaluate(broken, data=data, settings=replace(SETTINGS, threats=("T1", "T2"), rules=("equal",)))
     found = {check["name"]: check["passed"] for check in report.meta["diagnostics"]}
-    assert not found["gradients"]
-    assert not found["budget_sweep"]
-    assert any(text.startswith("likely overestimated (gradients)") for text in report.meta["warnings"])
+    if check is None:
+        naive = PGD(loss="ce", epsilon=SETTINGS.epsilon, steps=SETTINGS.steps, random_start=False)
+        attacked = naive(branch, data.test.images, data.test.labels)
+        assert float((branch(attacked).argmax(-1) == data.test.labels).float().mean()) > 0.5  # what the naive one says
+        at_most = finished[0].accuracy("branch:benign", "T2") + 0.03
+        assert report.accuracy("zepad", "T2") <= at_most or not found["more_steps"]
+        assert report.accuracy("zepad", "T2") < 0.3
+        return
+    assert not found[check], report.meta["diagnostics"]
+    assert any(text.startswith(f"likely overestimated ({check})") for text in report.meta["warnings"])
     assert "likely overestimated" in report.markdown().splitlines()[0]
 
 

@@ -149,9 +149,15 @@ class Worst:
 
 
 def input_gradient(losses: Tensor, current: Tensor, keep_graph: bool = False) -> Tensor:
-    """Gradient of each sample's loss with respect to its picture, without touching ``.grad``; zero where it is NaN."""
-    (gradient,) = torch.autograd.grad(losses.sum(), current, retain_graph=keep_graph)
-    return gradient.nan_to_num(0.0)
+    """Gradient of each sample's loss with respect to its picture, without touching ``.grad``.
+
+    Zero where it is NaN, and where the model cuts it off: such a model is for attacks without gradients, and for the
+    evaluation's doubts, not a reason to stop.
+    """
+    if not losses.requires_grad:
+        return torch.zeros_like(current)
+    (gradient,) = torch.autograd.grad(losses.sum(), current, retain_graph=keep_graph, allow_unused=True)
+    return torch.zeros_like(current) if gradient is None else gradient.nan_to_num(0.0)
 
 
 def _without(gradient: Tensor, other: Tensor) -> Tensor:

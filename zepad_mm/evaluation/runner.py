@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from zepad_mm.attacks import frozen
+from zepad_mm.attacks.objective import input_gradient
 from zepad_mm.evaluation.certificate import certified_shares
 from zepad_mm.evaluation.data import EvalData
 from zepad_mm.evaluation.detectors import deployed_threshold, detection_rows, score_validation
@@ -132,7 +133,7 @@ def _announce(session: Session) -> None:
         began = time.perf_counter()
         outputs = member(images)
         middle = time.perf_counter()
-        torch.autograd.grad(outputs.sum(), images)
+        input_gradient(outputs, images)
         forward += (middle - began) / size
         backward += (time.perf_counter() - began) / size
     per_member = backward / len(session.members)
