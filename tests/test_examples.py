@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -39,3 +40,23 @@ def test_example(name: str) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert 0 <= float(done.stdout.split()[-1]) <= 1
+
+
+@pytest.mark.slow
+def test_the_parity_script_in_small(tmp_path: Path) -> None:
+    for module in ("torchattacks", "adv_lib.attacks.auto_pgd"):
+        pytest.importorskip(module, exc_type=ImportError)
+    small = ["--n", "8", "--whole-n", "4", "--steps", "2", "--queries", "2", "--out", str(tmp_path / "parity.json")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    for _ in range(2):  # the second finds everything done
+        done = subprocess.run(
+            [sys.executable, "scripts/parity.py", *small],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            timeout=200,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "parity.json").read_text())["pgd"]["largest_difference"] == 0
+    assert "whole defence" in (tmp_path / "parity.md").read_text()

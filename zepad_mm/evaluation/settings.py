@@ -38,7 +38,7 @@ class EvalSettings(Config):
     batch_size: int = 64  # pictures per forward pass
 
     epsilon_universal: float = 10 / 255  # L-inf budget of T1 and T1b, in pixels of [0, 1]
-    universal: tuple[str, ...] = ("adv_encoder", "feature_uap")  # T1: made on the public encoder
+    universal: tuple[str, ...] = ("adv_encoder", "feature_uap", "uapgd")  # T1: made on the public encoder
     universal_family: tuple[str, ...] = ("feature_uap",)  # T1b: made on each branch's encoder, and on all at once
     universal_steps: dict[str, int] = field(default_factory=dict)  # T1, per attack; missing ones take its default
     family_steps: dict[str, int] = field(default_factory=dict)  # T1b, the same
@@ -102,6 +102,7 @@ PRESETS.register("smoke")(
         n=24,
         n_validation=48,
         n_surrogate=64,
+        universal=("adv_encoder", "feature_uap"),
         universal_steps={"adv_encoder": 2, "feature_uap": 3},
         family_steps={"feature_uap": 3},
         steps=2,
@@ -133,6 +134,7 @@ PRESETS.register("full")(
         threats=("clean", "T1", "T1b", "T2", "T3"),
         n_validation=None,
         n_surrogate=None,
+        universal=tuple(name for name in UNIVERSAL_ATTACKS if UNIVERSAL_ATTACKS.get(name)().norm != "patch"),
         universal_family=("adv_encoder", "feature_uap"),
         universal_steps={"adv_encoder": 300, "feature_uap": 1000},
         family_steps={"adv_encoder": 300, "feature_uap": 600},
