@@ -408,6 +408,20 @@ def test_a_rule_that_is_behind_already_gets_an_upper_bound(
     assert set(Records.load(tmp_path).settled) == {name for name, bounded in bounds.items() if bounded}
 
 
+def test_the_full_preset_runs_every_attack_there_is(model: ZePAD, data: EvalData) -> None:
+    full = PRESETS.get("full")
+    few = dict.fromkeys(full.universal, 2)
+    settings = replace(
+        full, n=12, steps=2, restarts=1, square_queries=3, detector_steps=2, diagnostics_n=4, n_surrogate=32,
+        universal_steps=few, family_steps=dict.fromkeys(full.universal_family, 2), rules=("rfdm",),
+    )  # fmt: skip
+    report = evaluate(model, data=data, settings=settings)
+    ran = {row["attack"] for row in report.rows}
+    assert {f"{name}@undefended" for name in full.universal} <= ran
+    assert {f"{kind}@zepad" for kind in (*full.own_attacks, *full.adaptive, *full.evasion)} <= ran
+    assert {check["name"] for check in report.meta["diagnostics"]} >= {"square_not_stronger", "no_randomness"}
+
+
 def test_more_baselines_and_fewer_threats(model: ZePAD, data: EvalData) -> None:
     settings = replace(SETTINGS, diagnostics_n=0, rules=("equal",))
     report = evaluate(

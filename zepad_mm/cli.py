@@ -79,7 +79,7 @@ def _parser() -> Any:
     evaluate.add_argument("--n", type=int, default=None, help="test pictures (default: all)")
     evaluate.add_argument("--data", type=str, default="embedded", help='"embedded", a folder, or a name on the Hub')
     evaluate.add_argument("--out", type=str, default="outputs/evaluation", help="folder for report.json and the rest")
-    evaluate.add_argument("--preset", type=str, default="demo", help="demo (minutes on two cores) or full")
+    evaluate.add_argument("--preset", type=str, default="full", help="full (a GPU or a night), or demo (minutes)")
     evaluate.add_argument("--seed", type=int, default=0, help="of everything random")
     evaluate.add_argument("--resume", action="store_true", help="take up a run in --out that was cut off")
     evaluate.add_argument("--no-figures", action="store_true", help="draw nothing")
