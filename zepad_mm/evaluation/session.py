@@ -133,7 +133,7 @@ class Session:
         self.bar = tqdm(total=0, disable=None, unit="stage", desc="evaluate")
         self._twins: dict[int, int] = {}  # member -> an earlier one that is the same network
         if out is not None:
-            self._open_cache(out / "cache", resume)
+            self._open_cache(out / "cache", self._identity(members), resume)
 
     # ---- who and what ----------------------------------------------------------------------------------------
 
@@ -262,9 +262,8 @@ class Session:
         digest = hashlib.blake2b(repr((self.settings.seed, *purpose)).encode(), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
-    def _open_cache(self, folder: Path, resume: bool) -> None:
+    def _open_cache(self, folder: Path, identity: dict[str, str], resume: bool) -> None:
         """Raises ValueError when the stages to resume belong to another model, other pictures or settings."""
-        identity = self._identity()
         known = folder / "identity.json"
         if resume and known.is_file():
             before = read_json(known)
@@ -282,10 +281,10 @@ class Session:
         shutil.rmtree(folder / PARTS, ignore_errors=True)
         write_json(known, identity)
 
-    def _identity(self) -> dict[str, str]:
-        """What a stage depends on, each as a short hash."""
+    def _identity(self, members: Mapping[str, nn.Module]) -> dict[str, str]:
+        """What a stage depends on, each as a short hash; of the members as they are, before folding rounds them."""
         state = hashlib.blake2b(digest_size=16)
-        for name, member in self.members.items():
+        for name, member in members.items():
             for key, tensor in member.state_dict().items():
                 state.update(f"{name}.{key}".encode())
                 state.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
