@@ -1,4 +1,4 @@
-"""Third-party attack libraries run on the whole defence as on any classifier."""
+"""Third-party attack libraries run on the whole defence as on any classifier; and the scripts, in small."""
 
 from __future__ import annotations
 
@@ -75,3 +75,12 @@ def test_the_adaptive_script_in_small(tmp_path: Path) -> None:
         row["accuracy"] for name, row in record["attacks"].items() if name != "apgd_targeted"
     )
     assert "The attack that bites" in (tmp_path / "adaptive_on_rfdm.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_killing_script_in_small(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "scripts/kill_evaluate.py", "--kills", "1", "--out", str(tmp_path / "kill.json")]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=280)
+    found = json.loads((tmp_path / "kill.json").read_text())
+    assert found["evaluation"] == {"kills": 1, "runs": 1, "different": 0}
