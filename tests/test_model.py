@@ -139,6 +139,15 @@ def test_a_save_that_was_cut_off_is_no_model(zepad: ZePAD, tmp_path: Path, monke
         ZePAD.from_pretrained(tmp_path)
 
 
+def test_the_card_is_of_the_model_that_was_saved_last(zepad: ZePAD, tmp_path: Path) -> None:
+    zepad.save_pretrained(tmp_path)
+    zepad.set_fusion("rfdm", k=2.0).save_pretrained(tmp_path)
+    assert "`rfdm` {'k': 2.0}" in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text("my own words")
+    zepad.set_fusion("equal").save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "my own words"
+
+
 def test_other_classes_without_training(zepad: ZePAD, images: torch.Tensor) -> None:
     before = zepad.decide(images).logits
     zepad.set_classes(["cat", "dog", "bird", "fish"], "single")

@@ -60,6 +60,9 @@ class ZePADConfig(Config):
             raise ValueError(f"the model is of format {self.format}, this zepad-mm reads {FORMAT}; upgrade zepad-mm")
 
 
+GENERATED = "<!-- written with the model, and again at each save; remove this line to keep a text of your own -->"
+
+
 class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversarial-robustness", "clip"]):
     """A defended classifier.
 
@@ -261,6 +264,9 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
         return model
 
     def _save_pretrained(self, save_directory: Path) -> None:
+        card = save_directory / "README.md"
+        if card.is_file() and GENERATED in card.read_text(encoding="utf-8"):
+            card.unlink()  # of the model that was here before; the mixin writes none where one lies
         dtype = getattr(torch, self.config.storage_dtype)
         tensors = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in self._trained()}
         for branch in self.branches.values():
@@ -281,7 +287,7 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
         )
         return ModelCard(
             "---\nlibrary_name: zepad-mm\ntags: [adversarial-robustness, clip, zero-shot-image-classification]\n---\n"
-            f"# ZePAD over `{self.config.public_source}`\n\n"
+            f"{GENERATED}\n# ZePAD over `{self.config.public_source}`\n\n"
             "| branch | role | base | adaptation | objective |\n|---|---|---|---|---|\n"
             f"{rows}\n\nFusion: `{self.config.fusion}` {self.config.fusion_params}. "
             f"Detector: `{self.config.detector.score}`, advisory.\n\n"

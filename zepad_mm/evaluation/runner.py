@@ -60,7 +60,7 @@ def evaluate(
         n: number of test pictures.
         seed: of everything random.
         out: folder for ``report.json``, ``report.md``, ``records.parquet``, ``perturbations/`` and ``cache/``.
-        resume: take up an earlier run in ``out`` that was cut off; only its unfinished stages are done again.
+        resume: take up an earlier run in ``out`` that was cut off; at most one batch (or one crafting) is done again.
         baselines: further models for comparison, each from images in [0, 1] to logits; listed as ``baseline:<name>``.
 
     Raises:
