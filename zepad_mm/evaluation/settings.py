@@ -48,7 +48,7 @@ class EvalSettings(Config):
     steps: int = 20  # gradient steps of every T2 attack: the same for branches and for fused models
     restarts: int = 2  # of each model's own attack, on the pictures that survived the shared pool
     own_attacks: tuple[str, ...] = ("pgd",)  # each model's own, of OWN_ATTACKS
-    adaptive: tuple[str, ...] = ("weight_hijack_frozen", "min_margin")  # losses on the model as it ships
+    adaptive: tuple[str, ...] = ("average_logit", "weight_hijack")  # losses on the model as it ships
     pools: tuple[str, ...] = POOLS  # what T2's shared pool is made on; see POOLS
     skip_settled: bool = False  # no own attack for a rule that others' examples put below the default: "at most"
     square_queries: int = 1000  # forward passes per picture of "square"
