@@ -50,7 +50,7 @@ def test_help_and_version_load_nothing_heavy() -> None:
         "assert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True, text=True)
-    for word in ("evaluate", "classify", "attack", "doctor", "--threats", __version__):
+    for word in ("evaluate", "classify", "attack", "report", "doctor", "--threats", __version__):
         assert word in done.stdout
 
 

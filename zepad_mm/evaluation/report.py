@@ -56,6 +56,11 @@ class Report:
         """The threats that ran, weakest first."""
         return list(dict.fromkeys(row["threat"] for row in self.rows))
 
+    @property
+    def doubted(self) -> bool:
+        """Whether the evaluation's own checks found the robustness likely overestimated."""
+        return any(text.startswith("likely overestimated") for text in self.meta["warnings"])
+
     def to_dict(self) -> dict[str, Any]:
         """The form of report.json."""
         return {"meta": self.meta, "rows": self.rows, "detection": self.detection}
@@ -79,10 +84,9 @@ class Report:
     def markdown(self) -> str:
         """The report for people: one table per threat, detection, plain words, warnings."""
         first = self.rows[0]
-        doubted = any(text.startswith("likely overestimated") for text in self.meta["warnings"])
         parts = [
             f"# Robustness on {first['dataset']}, {first['n']} pictures"
-            + (" (likely overestimated: see the warnings)" if doubted else "")
+            + (" (likely overestimated: see the warnings)" if self.doubted else "")
         ]
         parts.append(
             "Accuracy in %, with its 95 % Wilson interval. `worst`: a picture counts only if it is answered right "
