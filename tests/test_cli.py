@@ -50,7 +50,7 @@ def test_help_and_version_load_nothing_heavy() -> None:
         "assert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True, text=True)
-    for word in ("evaluate", "classify", "attack", "doctor", "--threats", __version__):
+    for word in ("evaluate", "classify", "attack", "report", "doctor", "--threats", __version__):
         assert word in done.stdout
 
 
@@ -108,6 +108,7 @@ def test_evaluate_on_pictures_of_ones_own(
     """The model was saved for other classes: it is pointed at those of the folders."""
     out = tmp_path / "out"
     words = ["evaluate", saved, "--data", pictures, "--threats", "T2", "--eps", "2/255", "--n", "5", "--out", str(out)]
+    words += ["--preset", "smoke"]
     assert main([*words, "--json", "--quiet"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((out / "report.json").read_text())

@@ -485,7 +485,7 @@ def test_figures(finished: tuple[Report, Path], model: ZePAD, data: EvalData, tm
     report, out = finished
     shutil.copytree(out, tmp_path / "out")
     paths = write_figures(report, tmp_path / "out", model, data, count=3)
-    assert sorted(path.name for path in paths) == ["accuracy.png", "confidence.png", "contact_sheet.png"]
+    assert sorted(path.name for path in paths) == ["accuracy.png", "budget.png", "confidence.png", "contact_sheet.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
     (panel,) = tradeoff_figure(report).axes
     assert [text.get_text() for text in panel.get_xticklabels()] == report.models

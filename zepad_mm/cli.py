@@ -12,7 +12,14 @@ from typing import Any
 
 from zepad_mm import __version__
 
-USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, IsADirectoryError)
+USER_ERRORS = (
+    ValueError,
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    PermissionError,
+    IsADirectoryError,
+)
 
 
 class UsageError(Exception):
@@ -106,16 +113,23 @@ def _parser() -> Any:
     attack.add_argument("--out", type=str, default="outputs/perturbation.safetensors", help="file to write")
     commands.add_subcommand("attack", attack)
 
+    report = _command("Put reports of several data sets, seeds or models into one table.", json=False)
+    report.add_argument("reports", nargs="+", type=str, help="report.json files, or the folders they are in")
+    report.add_argument("--format", type=str, default="md", help="md, latex (booktabs), csv or json")
+    report.add_argument("--out", type=str, default=None, help="file to write (default: print it)")
+    commands.add_subcommand("report", report)
+
     doctor = _command("Show versions and devices, and what is missing.")
     commands.add_subcommand("doctor", doctor)
     return parser
 
 
-def _command(description: str) -> Any:
+def _command(description: str, json: bool = True) -> Any:
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(description=description, exit_on_error=False)
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    if json:
+        parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     return parser
 
@@ -193,6 +207,27 @@ def _attack(options: Any) -> int:
     return 0
 
 
+def _report(options: Any) -> int:
+    from zepad_mm.evaluation import Report
+    from zepad_mm.evaluation.tables import FORMATS, entries
+    from zepad_mm.files import write_text
+
+    render = FORMATS.get(options.format)
+    reports = {}
+    for given in options.reports:
+        name = str(Path(given).parent if Path(given).name == "report.json" else Path(given))
+        if name in reports:
+            raise UsageError(f"{given} is given twice; expected different reports")
+        reports[name] = Report.load(given)
+    text = render(entries(reports))
+    if options.out is None:
+        print(text, end="")
+    else:
+        write_text(options.out, text)
+        print(f"Written: {options.out}")
+    return 0
+
+
 def _doctor(options: Any) -> int:
     from importlib.metadata import PackageNotFoundError, requires, version
 
@@ -228,7 +263,7 @@ def _doctor(options: Any) -> int:
     return 0 if not missing and all(shipped.values()) else 1
 
 
-COMMANDS = {"evaluate": _evaluate, "classify": _classify, "attack": _attack, "doctor": _doctor}
+COMMANDS = {"evaluate": _evaluate, "classify": _classify, "attack": _attack, "report": _report, "doctor": _doctor}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zepad_mm.attacks import Perturbation
 from zepad_mm.evaluation import EvalData, Records, Report, read_stage
+from zepad_mm.evaluation.metrics import wilson
 from zepad_mm.files import replacing
 from zepad_mm.model import ZePAD
 
@@ -102,11 +103,47 @@ def tradeoff_figure(report: Report) -> Figure:
     panel.set_ylabel("accuracy, %")
     panel.set_ylim(0, 100)
     panel.legend(fontsize=8)
-    doubted = any(text.startswith("likely overestimated") for text in report.meta["warnings"])
     first = report.rows[0]
-    doubt = " (likely overestimated)" if doubted else ""
+    doubt = " (likely overestimated)" if report.doubted else ""
     panel.set_title(f"{first['dataset']}, {first['n']} pictures{doubt}", fontsize=10)
     return figure
+
+
+def budget_figure(report: Report) -> Figure:
+    """Accuracy of the model as it ships against the budget of a white-box attack, with 95 % intervals.
+
+    From the ``budget_sweep`` check, which takes a sample of the pictures; at 0 all of them.
+
+    Raises:
+        ValueError: the report holds no such check; it needs T2 and ``diagnostics_n`` above 0.
+    """
+    held = budget_sweep(report)
+    if not held:
+        raise ValueError("budget_figure: the report has no budget_sweep; run T2 with diagnostics_n of at least 1")
+    clean = report.row("zepad")
+    n = min(report.meta["config"]["evaluation"]["diagnostics_n"], clean["n"])
+    points = [(0.0, clean["accuracy"], clean["ci_low"], clean["ci_high"])]
+    points += [(budget, share, *wilson(round(share * n), n)) for budget, share in sorted(held.items())]
+    figure = _figure(4.6, 3.4)
+    panel = figure.subplots()
+    below, above = [100 * (p[1] - p[2]) for p in points], [100 * (p[3] - p[1]) for p in points]
+    heights, places = [100 * p[1] for p in points], [p[0] for p in points]
+    panel.errorbar(places, heights, yerr=[below, above], marker="o", color=COLOURS[0], capsize=3)
+    panel.set_xticks(places, [f"{place:g}" for place in places], fontsize=8)
+    panel.set_xlabel("budget, / 255 (L-inf)")
+    panel.set_ylabel("accuracy, %")
+    panel.set_ylim(0, 100)
+    panel.set_title(f"{clean['dataset']}, white box, {n} pictures (at 0: {clean['n']})", fontsize=10)
+    return figure
+
+
+def budget_sweep(report: Report) -> dict[float, float]:
+    """Budget in 1/255 -> accuracy in [0, 1] of the model as it ships; empty where the check did not run."""
+    for check in report.meta.get("diagnostics", []):
+        if check["name"] == "budget_sweep":
+            shares = {key.removesuffix("/255"): share for key, share in check["values"].items() if "/255" in key}
+            return {float(budget): share for budget, share in shares.items()}
+    return {}
 
 
 def write_figures(report: Report, out: str | Path, model: ZePAD, data: EvalData, count: int = 8) -> list[Path]:
@@ -131,6 +168,8 @@ def write_figures(report: Report, out: str | Path, model: ZePAD, data: EvalData,
         for attempt in shown
     }
     figures = {"accuracy": tradeoff_figure(report), "confidence": confidence_figure(logits, names, model.benign)}
+    if budget_sweep(report):
+        figures["budget"] = budget_figure(report)
     right = (records.predictions["undefended", records.attempts[0].key] == records.labels).nonzero()[:count, 0]
     test = data.test.sample(len(records.labels), report.meta["seed"])
     if universal and len(right):

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from zepad_mm.detection import PAPER_GAP, threshold_at
 
+FALSE_POSITIVE_RATES = (0.01, 0.05)  # of clean validation pictures, that thresholds are set for
+
 
 @dataclass(frozen=True)
 class Share:
@@ -84,7 +86,7 @@ def auroc(clean: Tensor, attacked: Tensor) -> float:
 
 def detect(validation: Tensor, clean: Tensor, attacked: Tensor) -> Detection:
     """Detection figures of scores (v,) on clean validation, (n,) on clean test and (m,) on attacked test pictures."""
-    thresholds = [threshold_at(validation, rate) for rate in (0.01, 0.05)]
+    thresholds = [threshold_at(validation, rate) for rate in FALSE_POSITIVE_RATES]
     true_rates = [share(attacked > threshold).value for threshold in thresholds]
     false_rates = [share(clean > threshold).value for threshold in thresholds]
     return Detection(auroc(clean, attacked), *true_rates, *false_rates)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ class Report:
     """What :func:`zepad_mm.evaluate` found, in the form of report.json.
 
     Attributes:
-        meta: commit, config, seed, hardware, versions, wall_s, warnings, diagnostics.
+        meta: commit, config, seed, hardware, versions, wall_s, warnings, diagnostics, certificate, false_alarms.
         rows: one for each model, threat and attack; ``worst`` is the per-sample worst case of its threat.
         detection: one for each score, threat and attack.
     """
@@ -56,6 +56,11 @@ class Report:
         """The threats that ran, weakest first."""
         return list(dict.fromkeys(row["threat"] for row in self.rows))
 
+    @property
+    def doubted(self) -> bool:
+        """Whether the evaluation's own checks found the robustness likely overestimated."""
+        return any(text.startswith("likely overestimated") for text in self.meta["warnings"])
+
     def to_dict(self) -> dict[str, Any]:
         """The form of report.json."""
         return {"meta": self.meta, "rows": self.rows, "detection": self.detection}
@@ -79,10 +84,9 @@ class Report:
     def markdown(self) -> str:
         """The report for people: one table per threat, detection, plain words, warnings."""
         first = self.rows[0]
-        doubted = any(text.startswith("likely overestimated") for text in self.meta["warnings"])
         parts = [
             f"# Robustness on {first['dataset']}, {first['n']} pictures"
-            + (" (likely overestimated: see the warnings)" if doubted else "")
+            + (" (likely overestimated: see the warnings)" if self.doubted else "")
         ]
         parts.append(
             "Accuracy in %, with its 95 % Wilson interval. `worst`: a picture counts only if it is answered right "
@@ -91,9 +95,13 @@ class Report:
         )
         parts += [self._table(threat) for threat in self.threats if threat in ("T1", "T1b", "T2")]
         if self.threats == ["clean"]:
-            parts.append(_table(["model", "clean"], [[f"`{name}`", _cell(self.row(name))] for name in self.models]))
+            parts.append(
+                markdown_table(["model", "clean"], [[f"`{name}`", cell(self.row(name))] for name in self.models])
+            )
         if self.detection:
             parts.append(self._detection_table())
+        if self.meta.get("false_alarms"):
+            parts.append(self._false_alarm_table())
         parts.append("## In plain words\n\n" + "\n".join(f"- {line}" for line in self.words()))
         if self.meta["warnings"]:
             parts.append("## Warnings\n\n" + "\n".join(f"- {text}" for text in self.meta["warnings"]))
@@ -112,17 +120,17 @@ class Report:
             shown.insert(0, "random_noise")
         lines = []
         for name in self.models:
-            cells = [_cell(self.row(name)), *(_cell(self.row(name, threat, attack)) for attack in shown)]
+            cells = [cell(self.row(name)), *(cell(self.row(name, threat, attack)) for attack in shown)]
             lines.append([f"`{name}`", *cells])
             if threat == "T2":
                 lowest = min(
                     (row for row in self.rows if row["threat"] == "T2" and row["model"] == name and row["attacked"]),
                     key=lambda row: (row["attack"] == "worst", row["accuracy"]),
                 )
-                lines[-1].append(f"{_percent(lowest['accuracy'])} `{lowest['attack']}`")
+                lines[-1].append(f"{percent(lowest['accuracy'])} `{lowest['attack']}`")
         head = ["model", "clean", *(attack.replace("_", " ") for attack in shown)]
         head += ["strongest single attack"] if threat == "T2" else []
-        return f"## {TITLES[threat]} (L-inf, {epsilon * 255:.3g}/255)\n\n" + _table(head, lines)
+        return f"## {TITLES[threat]} (L-inf, {epsilon * 255:.3g}/255)\n\n" + markdown_table(head, lines)
 
     def _detection_table(self) -> str:
         lines = [
@@ -130,9 +138,9 @@ class Report:
                 f"`{row['score']}`",
                 f"{row['threat']} {row['attack']}",
                 f"{row['auroc']:.3f}",
-                _percent(row["tpr_at_fpr1"]),
-                f"{_percent(row['tpr_at_fpr5'])} ({_percent(row['fpr_at_fpr5'])})",
-                "-" if row["accuracy_paper_rule"] is None else _percent(row["accuracy_paper_rule"]),
+                percent(row["tpr_at_fpr1"]),
+                f"{percent(row['tpr_at_fpr5'])} ({percent(row['fpr_at_fpr5'])})",
+                "-" if row["accuracy_paper_rule"] is None else percent(row["accuracy_paper_rule"]),
                 str(row["n"]),
             ]
             for row in self.detection
@@ -145,12 +153,28 @@ class Report:
         note += (
             "successes alone; in `worst` he shows the least suspicious of them, in T3 after aiming at the detector too."
         )
-        return f"## Detection (advisory)\n\n{note}\n\n" + _table(head, lines)
+        return f"## Detection (advisory)\n\n{note}\n\n" + markdown_table(head, lines)
+
+    def _false_alarm_table(self) -> str:
+        found: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
+        for row in self.meta["false_alarms"]:
+            found.setdefault((row["name"], row["severity"]), []).append(row)
+        lines = []
+        for (name, severity), rows in found.items():
+            first = rows[0]
+            title = "clean" if first["kind"] == "clean" else f"`{name}`" + (f" {severity}" if severity else "")
+            right = "-" if first["accuracy"] is None else interval(first["accuracy"], *first["accuracy_ci"])
+            flagged = [f"{percent(row['flagged_at_fpr1'])} / {percent(row['flagged_at_fpr5'])}" for row in rows]
+            lines.append([title, right, *flagged, str(first["n"])])
+        head = ["pictures", "accuracy", *(f"`{row['score']}`" for row in next(iter(found.values()))), "n"]
+        note = "Share of pictures flagged though nobody attacked them, in %, at the thresholds that 1 % / 5 % of clean "
+        note += "validation pictures exceed. Corruptions with their severity, 1 to 5; the others show no class at all."
+        return f"## False alarms\n\n{note}\n\n" + markdown_table(head, lines)
 
     def words(self) -> list[str]:
         """Short sentences, written from the figures alone: what was won, and what an attacker still does."""
         clean, base = self.accuracy("zepad"), self.accuracy("undefended")
-        lines = [f"Without an attack: {_percent(clean)} % with the defence, {_percent(base)} % without it."]
+        lines = [f"Without an attack: {percent(clean)} % with the defence, {percent(base)} % without it."]
         for threat, who in (
             ("T1", "An attacker who knows only the public encoder"),
             ("T1b", "One who also owns the defence's encoders, but makes one perturbation for all pictures,"),
@@ -160,12 +184,12 @@ class Report:
                 continue
             row, before = self.row("zepad", threat), self.accuracy("undefended", threat)
             lines.append(
-                f"{who} (at {row['epsilon'] * 255:.3g}/255) leaves {_percent(row['accuracy'])} % with the defence, "
-                f"{_percent(before)} % without it"
+                f"{who} (at {row['epsilon'] * 255:.3g}/255) leaves {percent(row['accuracy'])} % with the defence, "
+                f"{percent(before)} % without it"
                 + (
                     "."
                     if row["asr_correct"] is None
-                    else f": {_percent(row['asr_correct'])} % of the right answers are lost."
+                    else f": {percent(row['asr_correct'])} % of the right answers are lost."
                 )
             )
         if "T2" in self.threats:
@@ -177,20 +201,20 @@ class Report:
             verdict = "gains" if gap > 0.005 else "loses" if gap < -0.005 else "neither gains nor loses"
             size = f" {abs(100 * gap):.1f} points" if abs(gap) > 0.005 else ""
             lines.append(
-                f"Against him the fusion {verdict}{size} beside its best branch `{name}` ({_percent(best)} %, "
-                f"{_percent(self.accuracy(name))} % without an attack)."
+                f"Against him the fusion {verdict}{size} beside its best branch `{name}` ({percent(best)} %, "
+                f"{percent(self.accuracy(name))} % without an attack)."
             )
         if self.meta.get("certificate"):
             shares = " and ".join(
-                f"{_percent(share)} % {'without an attack' if threat == 'clean' else 'against all examples of T2'}"
+                f"{percent(share)} % {'without an attack' if threat == 'clean' else 'against all examples of T2'}"
                 for threat, share in self.meta["certificate"].items()
             )
             lines.append(f"Right, and certified so whatever the benign branch might say: {shares}.")
         if "T3" in self.threats:
             held, cost = self.accuracy("zepad", "T3"), self.accuracy("zepad", "T3", "none")
             lines.append(
-                f"With a detector that the attacker knows, {_percent(held)} % end right or flagged; without an attack "
-                f"{_percent(cost)} % are right and not flagged."
+                f"With a detector that the attacker knows, {percent(held)} % end right or flagged; without an attack "
+                f"{percent(cost)} % are right and not flagged."
             )
         if "T2" not in self.threats:
             lines.append("No white-box attack was run: nothing here says that the defence withstands one.")
@@ -207,7 +231,7 @@ def acceptance(report: Report) -> list[str]:
         before, after = report.accuracy("undefended", "T1"), report.accuracy("zepad", "T1")
         if before > 0.6 * base:
             failures.append(
-                f"T1 leaves the undefended model {_percent(before / base if base else 0.0)} % of its clean accuracy "
+                f"T1 leaves the undefended model {percent(before / base if base else 0.0)} % of its clean accuracy "
                 "(at most 60): the attack is weak"
             )
         if after < before + 0.15:
@@ -224,16 +248,23 @@ def _is(name: str, start: str) -> bool:
     return name.startswith(start) if start.endswith(":") else name == start
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """A share in [0, 1] in %, without the sign."""
     return f"{100 * share:.1f}"
 
 
-def _cell(row: dict[str, Any]) -> str:
+def cell(row: Mapping[str, Any]) -> str:
+    """A row's accuracy with its interval, as every table shows it."""
     at_most = "<= " if row.get("upper_bound") else ""
-    return f"{at_most}{_percent(row['accuracy'])} ({_percent(row['ci_low'])}-{_percent(row['ci_high'])})"
+    return at_most + interval(row["accuracy"], row["ci_low"], row["ci_high"])
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def interval(share: float, low: float, high: float) -> str:
+    """A share and its interval in %: "43.1 (40.2-46.0)"."""
+    return f"{percent(share)} ({percent(low)}-{percent(high)})"
+
+
+def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns also line up as plain text."""
     widths = [max(len(row[i]) for row in (head, *lines)) for i in range(len(head))]
     rule = ["-" * width for width in widths]

@@ -18,6 +18,7 @@ from zepad_mm.evaluation.certificate import certified_shares
 from zepad_mm.evaluation.data import EvalData
 from zepad_mm.evaluation.detectors import deployed_threshold, detection_rows, score_validation
 from zepad_mm.evaluation.diagnostics import Check, run_checks
+from zepad_mm.evaluation.false_alarms import false_alarm_rows, false_alarm_stages
 from zepad_mm.evaluation.records import Records
 from zepad_mm.evaluation.report import Report, acceptance
 from zepad_mm.evaluation.session import Session, Through
@@ -83,12 +84,13 @@ def evaluate(
     with torch.inference_mode(False):
         session = Session(model, pictures, settings, baselines or {}, folder, resume)
         with frozen(Through(list(session.members.values()), None)):
-            records, detection, checks = _run(session)
+            records, detection, alarms, checks = _run(session)
             certificate = certified_shares(session)
     described = {"model": model.config.to_dict(), "source": source, "data": pictures.test.name}
     meta = provenance(seed=settings.seed, config={"evaluation": settings.to_dict(), **described})
     meta["wall_s"] = round(time.perf_counter() - started, 2)
     meta["certificate"] = certificate
+    meta["false_alarms"] = alarms
     meta["diagnostics"] = [check.to_dict() for check in checks]
     doubts = [f"likely overestimated ({check.name}): {check.detail}" for check in checks if not check.passed]
     report = Report(meta={**meta, "warnings": doubts}, rows=records.rows(), detection=detection)
@@ -101,7 +103,7 @@ def evaluate(
     return report
 
 
-def _run(session: Session) -> tuple[Records, list[dict[str, Any]], list[Check]]:
+def _run(session: Session) -> tuple[Records, list[dict[str, Any]], list[dict[str, Any]], list[Check]]:
     threats = session.settings.threats
     _announce(session)
     run_clean(session)
@@ -114,10 +116,11 @@ def _run(session: Session) -> tuple[Records, list[dict[str, Any]], list[Check]]:
         run_white_box(session)
     if "T3" in threats:
         run_detector_aware(session, threshold)
+    alarms = false_alarm_rows(session, validation)
     records = Records.of(session, threshold)
     checks = run_checks(session, records)
     session.finish()
-    return records, detection_rows(session, validation), checks
+    return records, detection_rows(session, validation), alarms, checks
 
 
 def _announce(session: Session) -> None:
@@ -159,6 +162,8 @@ def _announce(session: Session) -> None:
     if "T3" in settings.threats:
         seconds += len(settings.evasion) * n * settings.detector_steps * len(session.branch_rows) * per_member * 0.5
         stages += len(settings.evasion)
+    unattacked = len(false_alarm_stages(settings))
+    stages, seconds = stages + unattacked, seconds + forward * n * unattacked
     session.bar.total = stages
     log.info(
         "%d pictures of %s, threats %s, %d models: about %.0f s on %s",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from zepad_mm.attacks import FUSED_LOSSES, MODES, UNIVERSAL_ATTACKS
 from zepad_mm.checks import check_epsilon
 from zepad_mm.config import Config
+from zepad_mm.evaluation.corruptions import CORRUPTIONS, OUT_OF_DISTRIBUTION, SEVERITIES, check_severity
 from zepad_mm.fusion import RULES
 from zepad_mm.registry import Registry
 
@@ -58,6 +59,10 @@ class EvalSettings(Config):
     diagnostics_n: int = 48  # pictures that the evaluation doubts itself on; 0 skips those checks
     diagnostics_factor: int = 3  # how many times more steps the doubting attack gets
 
+    corruptions: tuple[str, ...] = ()  # false alarms on everyday corruptions: names of CORRUPTIONS
+    severities: tuple[int, ...] = SEVERITIES  # of those corruptions, 1 to 5
+    out_of_distribution: tuple[str, ...] = ()  # false alarms on other pictures: names of OUT_OF_DISTRIBUTION
+
     def __post_init__(self) -> None:
         self._check_names()
         for budget in (self.epsilon, self.epsilon_universal):
@@ -72,6 +77,11 @@ class EvalSettings(Config):
             if value is not None and value < smallest:
                 raise ValueError(f"{key}: expected at least {smallest}, got {value}")
 
+        if self.corruptions and not self.severities:
+            raise ValueError("severities: expected at least one of 1 to 5 for the corruptions, got none")
+        for severity in self.severities:
+            check_severity(severity)
+
     def _check_names(self) -> None:
         """Everything that is named must be registered, and be of a kind that fits."""
         table: Registry[str] = Registry("threat")
@@ -83,6 +93,8 @@ class EvalSettings(Config):
             (RULES, self.rules),
             (FUSED_LOSSES, self.adaptive),
             (MODES, self.evasion),
+            (CORRUPTIONS, self.corruptions),
+            (OUT_OF_DISTRIBUTION, self.out_of_distribution),
         ):
             for name in names:
                 registry.get(name)
@@ -111,6 +123,8 @@ PRESETS.register("smoke")(
         adaptive=("weight_hijack",),
         detector_steps=2,
         diagnostics_n=0,
+        corruptions=("gaussian_noise",),
+        severities=(3,),
     )
 )
 PRESETS.register("demo")(
@@ -146,5 +160,7 @@ PRESETS.register("full")(
         square_queries=5000,
         detector_steps=100,
         diagnostics_n=200,
+        corruptions=tuple(CORRUPTIONS),
+        out_of_distribution=tuple(OUT_OF_DISTRIBUTION),
     )
 )
