@@ -138,6 +138,7 @@ PRESETS.register("demo")(
         pools=("branch", "robust_branches"),
         skip_settled=True,
         adaptive=(),
+        evasion=("selective",),
         detector_steps=6,
         diagnostics_n=32,
         diagnostics_factor=2,
