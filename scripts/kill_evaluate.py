@@ -28,7 +28,8 @@ from zepad_mm.files import read_tensors, write_json
 from zepad_mm.provenance import provenance
 
 ZEPAD = [sys.executable, "-c", "import sys; from zepad_mm.cli import main; sys.exit(main())"]
-EVALUATE = ["evaluate", "embedded", "--preset", "smoke", "--threats", "clean,T1,T1b,T2,T3", "--no-figures", "--resume"]
+EVALUATE = ["evaluate", "embedded", "--preset", "smoke", "--threats", "clean,T1,T2,T3", "--n", "12", "--no-figures"]
+EVALUATE += ["--resume"]
 ATTACK = ["attack", "open_clip:embedded", "--attack", "feature_uap", "--steps", "40", "--n", "200"]
 
 
