@@ -131,8 +131,8 @@ PRESETS.register("demo")(
     EvalSettings(
         n=500,
         n_surrogate=1000,
-        universal_steps={"adv_encoder": 40, "feature_uap": 300},
-        family_steps={"feature_uap": 80},
+        universal_steps={"adv_encoder": 40, "feature_uap": 150},
+        family_steps={"feature_uap": 60},
         steps=10,
         restarts=1,
         pools=("branch", "robust_branches"),
