@@ -1,6 +1,6 @@
 """Our attacks beside those of torchattacks and adv-lib: same model, pictures, budget and steps; accuracy and seconds.
 
-    pip install "zepad-mm[attacks]"
+    pip install "zepad-mm[attacks]" && pip install --no-deps torchattacks
     python scripts/parity.py --n 500
 
 Writes recipes/results/parity.json and .md. A run that was cut off goes on where it stopped.

@@ -7,7 +7,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -22,8 +22,8 @@ from zepad_mm.evaluation import PRESETS, EvalData, EvalSettings, Records, Report
 from zepad_mm.evaluation import runner as runner_module
 from zepad_mm.evaluation.records import INCLUDED
 from zepad_mm.evaluation.session import Session
-from zepad_mm.fusion import RULES, build
-from zepad_mm.model import ZePAD, ZePADConfig
+from zepad_mm.fusion import RULES, Decision, Fusion, build
+from zepad_mm.model import DetectorConfig, ZePAD, ZePADConfig
 from zepad_mm.plots import confidence_figure, contact_sheet, tradeoff_figure, write_figures
 
 
@@ -257,6 +257,29 @@ def test_a_defence_that_only_looks_robust_is_broken_or_flagged(
     assert "likely overestimated" in report.markdown().splitlines()[0]
 
 
+@dataclass(frozen=True)
+class Leaking(Fusion):
+    """A detector that peeks at the true labels of the test pictures, by their place in the batch."""
+
+    labels: Tensor = field(default_factory=lambda: torch.empty(0), compare=False)
+
+    def __call__(self, branch_logits: Tensor) -> Decision:
+        decision = super().__call__(branch_logits)
+        wrong = decision.logits.argmax(-1) != self.labels[: branch_logits.shape[1]]
+        return replace(decision, dae_score=wrong.float())
+
+
+def test_a_detector_that_peeks_at_the_labels_is_flagged(data: EvalData) -> None:
+    model = defended().set_detector(DetectorConfig(threshold=0.5))
+    model.fusion = Leaking(model.fusion.rule, model.fusion.benign, labels=data.test.labels)
+    settings = replace(SETTINGS, threats=("T2", "T3"), rules=("equal",), diagnostics_n=0)
+    report = evaluate(model, data=data, settings=settings)
+    assert report.accuracy("zepad", "T3") > report.accuracy("zepad", "T2") + 0.1  # it seems to help
+    assert report.doubted
+    (check,) = [check for check in report.meta["diagnostics"] if check["name"] == "pictures_judged_alone"]
+    assert not check["passed"]
+
+
 class Killed(BaseException):
     """As sudden as a kill: nobody catches it."""
 
@@ -317,6 +340,7 @@ def test_honest_models_pass_the_checks(finished: tuple[Report, Path]) -> None:
         "noise_weaker_than_t1",
         "t1_not_weaker_than_t1b",
         "gradients",
+        "pictures_judged_alone",
         "more_steps",
         "budget_sweep",
         "transfer_not_stronger",

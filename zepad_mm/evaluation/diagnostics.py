@@ -47,7 +47,7 @@ class Check:
 
 def run_checks(session: Session, records: Records) -> list[Check]:
     """All checks that the threats which ran allow."""
-    checks = [_finite(session), _not_above_clean(records), _plain_logits(session)]
+    checks = [_finite(session), _not_above_clean(records), _plain_logits(session), _each_on_its_own(session)]
     threats = {example.threat for example in session.examples}
     if any(example.attack.startswith("square@") for example in session.examples):
         checks.append(_square(session))
@@ -92,6 +92,20 @@ def _plain_logits(session: Session) -> Check:
             suspects.append(row.name)
     detail = f"probabilities, not logits: {', '.join(suspects)}" if suspects else "every model answers with logits"
     return Check("outputs_are_logits", not suspects, detail, {"cases": float(len(suspects))})
+
+
+def _each_on_its_own(session: Session) -> Check:
+    """A fusion or detector that answers by place in the batch peeks: at labels in that order, or at the neighbours."""
+    fusion, members = session.model.fusion, list(session.default.members)
+    order = torch.randperm(len(session.labels), generator=session.generator("diagnostics", "order"))
+    moved = 0.0
+    for example in session.examples:
+        logits = example.logits[members]
+        there, here = fusion(logits[:, order]), fusion(logits)
+        for one, other in ((there.logits, here.logits[order]), (there.dae_score, here.dae_score[order])):
+            moved = max(moved, float((one - other).abs().nan_to_num(0.0).max()))
+    detail = f"the same pictures in another order: fused answers and suspicion scores differ by {moved:.2g}"
+    return Check("pictures_judged_alone", moved <= 1e-3, detail, {"d": moved})
 
 
 def _repeatable(session: Session) -> Check:
