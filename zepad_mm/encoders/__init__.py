@@ -1,13 +1,15 @@
 """How any backbone becomes an :class:`Encoder`."""
 
+from zepad_mm.encoders import hf as _hf
 from zepad_mm.encoders import open_clip as _open_clip
 from zepad_mm.encoders import timm as _timm
 from zepad_mm.encoders.base import ENCODERS, Encoder, Preprocess, load_encoder
+from zepad_mm.encoders.clip import CLIPS, TextEncoder, is_clip, load_clip
 from zepad_mm.encoders.lora import LoraSettings, add_lora, has_lora, load_lora, merge_lora
-from zepad_mm.encoders.open_clip import TextEncoder, load_clip
 from zepad_mm.encoders.streamline import streamlined
 
 __all__ = [
+    "CLIPS",
     "ENCODERS",
     "Encoder",
     "LoraSettings",
@@ -15,10 +17,11 @@ __all__ = [
     "TextEncoder",
     "add_lora",
     "has_lora",
+    "is_clip",
     "load_clip",
     "load_encoder",
     "load_lora",
     "merge_lora",
     "streamlined",
 ]
-del _open_clip, _timm
+del _hf, _open_clip, _timm
