@@ -135,7 +135,7 @@ def _load_clip(rest: str, pretrained: bool) -> tuple[Encoder, TextEncoder]:
 def _has_text(rest: str) -> bool:
     from transformers import MODEL_MAPPING
 
-    model: Any = MODEL_MAPPING.get(type(_config(rest)))
+    model: Any = MODEL_MAPPING.get(type(_config(rest)), None)
     return _is_clip_class(model)
 
 
@@ -200,7 +200,11 @@ def _create(rest: str, pretrained: bool) -> Any:
     config = _config(rest)
     with _clear_errors(rest, "its weights"):
         if not pretrained:
-            return AutoModel.from_config(config, dtype=torch.float32).eval()
+            model = AutoModel.from_config(config, dtype=torch.float32).eval()
+            pooler = getattr(model, "pooler", None)
+            if pooler is not None and pooler.state_dict() and not _publishes_pooler(config):
+                model.pooler = None  # as below: with and without weights it is the same architecture
+            return model
         model, report = AutoModel.from_pretrained(
             name, revision=revision, config=config, dtype=torch.float32, output_loading_info=True
         )
@@ -220,6 +224,18 @@ def _create(rest: str, pretrained: bool) -> Any:
     if unexpected:
         log.warning("hf:%s: left out %s, unknown to %s", rest, summary(unexpected), type(model).__name__)
     return model.eval()
+
+
+def _publishes_pooler(config: Any) -> bool:
+    """Whether the class that wrote the weights has a pooler, told without reading them."""
+    import transformers
+
+    for name in config.architectures or ():
+        with torch.device("meta"):
+            writer = getattr(transformers, name)(config)
+        if not any("pooler." in key for key in writer.state_dict()):
+            return False
+    return True
 
 
 def _name_and_revision(rest: str) -> tuple[str, str]:
@@ -247,6 +263,8 @@ def _clear_errors(rest: str, what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise FileNotFoundError(f"hf:{rest}: {what} cannot be had: {_first_line(error)}") from error
+    except ImportError as error:  # SigLIP's tokenizer wants sentencepiece
+        raise ImportError(f"hf:{rest}: {what} needs another package: {_first_line(error)}") from error
     except (SafetensorError, RuntimeError, ValueError, KeyError, EOFError) as error:
         raise ValueError(f"hf:{rest}: {what} cannot be read: {_first_line(error)}") from error
 
