@@ -68,8 +68,9 @@ def markdown(rows: list[Row]) -> str:
   feature; and how many layers are adapted. Every adapter gets a gradient.
 - **save/load**: an encoder tuned in full, an adapter (loaded by us and by peft alone), and a ZePAD of both and the
   untouched base come back bit for bit.
-- **gradient checkpointing**: the adapters' gradients are the same with it; "none that runs": the library has no
-  switch for this backbone, or one that fails (open_clip 3.3 for blocks of type "custom"), and an error says so.
+- **gradient checkpointing**: the backward pass recomputes, and the adapters' gradients are the same; "none that runs":
+  the library has no switch for this backbone, or one that fails (open_clip 3.3, blocks of type "custom") or does
+  nothing (its ModifiedResNet), and `set_gradient_checkpointing` says so.
 - **zero-shot or probe**: largest difference of class probabilities to the library's own; for encoders without text the
   held-out accuracy of a linear probe on two kinds of synthetic pictures.
 """

@@ -173,6 +173,32 @@ def test_streamlined(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(streamlined(encoder, 40)(images), encoder(images), atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("open_clip: ModifiedResNet", "of ModifiedResNet recomputes nothing"),
+        ("open_clip: ViT, fused in_proj, q/k norm", "does not run"),
+        ("hf: ResNet", "ResNetModel has no gradient checkpointing"),
+    ],
+)
+def test_gradient_checkpointing_that_is_none_says_so(name: str, message: str, tmp_path: Path) -> None:
+    encoder = load_encoder(zoo.ZOO[name](tmp_path).source)
+    with pytest.raises(ValueError, match=message):
+        set_gradient_checkpointing(encoder)
+    with torch.no_grad():
+        assert encoder(pictures(32, 32)).shape == (2, encoder.feature_dim)
+
+
+def test_gradient_checkpointing_leaves_no_trace(tmp_path: Path) -> None:
+    encoder = load_encoder(zoo.ZOO["timm: ResNet"](tmp_path).source)
+    before, state = {k: v.clone() for k, v in encoder.state_dict().items()}, torch.get_rng_state()
+    set_gradient_checkpointing(encoder)
+    assert not encoder.backbone.training
+    assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+    assert torch.equal(state, torch.get_rng_state())
+
+
 def test_warnings_are_no_noise(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A model that is read whole says nothing at all."""
     made = zoo.ZOO["hf: DINOv2"](tmp_path)

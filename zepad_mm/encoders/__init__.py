@@ -5,6 +5,7 @@ from zepad_mm.encoders import open_clip as _open_clip
 from zepad_mm.encoders import ssl as _ssl
 from zepad_mm.encoders import timm as _timm
 from zepad_mm.encoders.base import ENCODERS, Encoder, Preprocess, load_encoder
+from zepad_mm.encoders.checkpointing import set_gradient_checkpointing
 from zepad_mm.encoders.clip import CLIPS, TextEncoder, is_clip, load_clip
 from zepad_mm.encoders.lora import (
     LoraSettings,
@@ -13,7 +14,6 @@ from zepad_mm.encoders.lora import (
     has_lora,
     load_lora,
     merge_lora,
-    set_gradient_checkpointing,
 )
 from zepad_mm.encoders.streamline import streamlined
 

@@ -110,34 +110,6 @@ def count_parameters(module: nn.Module) -> ParameterCount:
     return ParameterCount(trainable, sum(parameter.numel() for parameter in parameters))
 
 
-def set_gradient_checkpointing(encoder: Encoder, enabled: bool = True) -> Encoder:
-    """Trade time for memory in place: recompute activations in the backward pass instead of keeping them.
-
-    transformers does so in training mode only. Raises ValueError for a backbone that has no switch for it.
-    """
-    backbone: Any = encoder.backbone
-    inner = backbone.get_base_model() if has_lora(encoder) else backbone
-    for module in inner.modules():
-        if hasattr(module, "gradient_checkpointing_enable"):  # transformers
-            model = getattr(module, "vision_model", module)  # the whole CLIP would look for its text tower
-            if not model.supports_gradient_checkpointing:
-                break
-            if enabled:
-                model.gradient_checkpointing_enable({"use_reentrant": False})
-            else:
-                model.gradient_checkpointing_disable()
-            return encoder
-        if hasattr(module, "set_grad_checkpointing"):  # timm and open_clip
-            module.set_grad_checkpointing(enabled)
-            try:
-                feature_dim_of(backbone, encoder.preprocess.image_size)
-            except (TypeError, RuntimeError) as error:  # open_clip 3.3 with blocks of type "custom"
-                module.set_grad_checkpointing(False)
-                raise ValueError(f"{encoder.source}: its gradient checkpointing does not run: {error}") from error
-            return encoder
-    raise ValueError(f"{encoder.source}: {type(inner).__name__} has no gradient checkpointing; lower the batch size")
-
-
 def load_lora(encoder: Encoder, folder: str | Path, trainable: bool = False) -> Encoder:
     """Put the adapter saved in ``folder`` (``adapter_config.json`` + safetensors) into ``encoder``, in place."""
     from peft import PeftModel
