@@ -19,7 +19,7 @@ import transformers as hf
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision import transforms
-from torchvision.models import resnet18
+from torchvision.models.resnet import BasicBlock, ResNet
 
 SIDE = 32
 MEAN, STD = (0.48, 0.45, 0.4), (0.26, 0.25, 0.27)
@@ -281,10 +281,10 @@ def _plain(size: int, resize: int, mean: tuple[float, ...], std: tuple[float, ..
     return transforms.Compose(steps)
 
 
-@entry("ssl: ResNet-18 of solo-learn, 3x3 stem")
+@entry("ssl: ResNet of solo-learn, 3x3 stem")
 def _(folder: Path) -> Made:
     folder.mkdir(parents=True, exist_ok=True)
-    model = resnet18()
+    model = ResNet(BasicBlock, [1, 1, 1, 1])
     model.fc, model.maxpool = nn.Identity(), nn.Identity()
     model.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=2, bias=False)  # as solo-learn's BaseMethod for CIFAR
     rough(model)

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from zepad_mm.files import read_tensors
 
+OF_A_LAYER = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+TRAINING = ("callbacks", "loops", "lr_schedulers", "optimizer_states")  # Lightning's own, beside "state_dict"
+
 
 def read_foreign(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a ``.pt``, ``.pth``, ``.ckpt``, ``.tar`` or ``.safetensors`` file, nested names joined by dots.
@@ -53,7 +56,7 @@ def _flat(content: Any) -> dict[str, Tensor]:
         return {}
     found: dict[str, Tensor] = {}
     for name, value in content.items():
-        if not isinstance(name, str):  # an optimiser's state is numbered
+        if not isinstance(name, str) or name in TRAINING:  # elsewhere an optimiser's state is numbered
             continue
         if isinstance(value, Tensor):
             found[name] = value
@@ -62,13 +65,18 @@ def _flat(content: Any) -> dict[str, Tensor]:
     return found
 
 
-def summary(names: Iterable[str]) -> str:
-    """Names of tensors in one line, grouped by what stands before their last two parts: every group is named."""
-    groups = Counter(name.rsplit(".", 2)[0] if name.count(".") >= 2 else name for name in names)
-    merged: Counter[str] = Counter()
-    for group, count in groups.items():
-        # layer1.0.conv1 and its kin go under the part that stands before the first number
-        parts = group.split(".")
-        first_number = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts))
-        merged[".".join(parts[: max(1, first_number)])] += count
-    return ", ".join(f"{name} ({count})" for name, count in sorted(merged.items())) or "nothing"
+def summary(names: Iterable[str], prefixes: Iterable[str] = ()) -> str:
+    """Names of tensors in one line with how many there are, layers of one stack together.
+
+    Args:
+        names: all of them are counted somewhere.
+        prefixes: what begins with one of these is counted under it.
+    """
+    groups: Counter[str] = Counter()
+    for name in names:
+        known = next((prefix for prefix in prefixes if prefix and name.startswith(prefix)), "")
+        parts = name.split(".")
+        stack = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+        stack += parts[-1] not in OF_A_LAYER and stack == len(parts) - 1  # a queue or a token is named itself
+        groups[known.rstrip(".") or ".".join(parts[: max(1, stack)])] += 1
+    return ", ".join(f"{name} ({count})" for name, count in sorted(groups.items())) or "nothing"

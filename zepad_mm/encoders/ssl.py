@@ -62,7 +62,8 @@ class CheckpointOptions(Config):
 def _load(rest: str, pretrained: bool) -> Encoder:
     path, options = _path_and_options(rest)
     tensors = read_foreign(path)
-    network = _choose(find_networks(tensors), options, path, summary(tensors))
+    networks = find_networks(tensors)
+    network = _choose(networks, options, path, summary(tensors))
     built = network.build(options.stem, options.heads, str(path))
     if pretrained:
         _load_strictly(built.backbone, network, path)
@@ -87,7 +88,7 @@ def _load(rest: str, pretrained: bool) -> Encoder:
         network.layout,
         network.role,
         f"mean {preprocess.mean}, std {preprocess.std}, {preprocess.image_size} pixels",
-        summary(left),
+        summary(left, [other.prefix for other in networks if other is not network]),
     )
     built.backbone.eval()
     width = feature_dim_of(built.backbone, preprocess.image_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ class Network:
     layout: str  # whose names they are: "solo-learn", "lightly" or "plain"
     names: dict[str, str] = field(repr=False)  # name in the backbone -> name in the file
     tensors: dict[str, Tensor] = field(repr=False)  # by names of the backbone
+    bare: bool = False  # a ResNet without the ReLU behind its first convolution
 
     @property
     def role(self) -> str:
@@ -77,7 +78,10 @@ def find_networks(tensors: dict[str, Tensor]) -> list[Network]:
     for prefix in sorted({name.removesuffix("0.weight") for name in tensors if re.search(r"(^|\.)0\.weight$", name)}):
         numbered = _numbered_resnet(prefix, tensors)
         if numbered:
-            found.append(_network(prefix, "ResNet", numbered, tensors))
+            # convolution, norm, and at once the first stage: the children of lightly's own ResNet, whose first ReLU
+            # is no child, so the network that lightly's examples train has none
+            bare = numbered["layer1.0.conv1.weight"] == f"{prefix}2.0.conv1.weight"
+            found.append(replace(_network(prefix, "ResNet", numbered, tensors), bare=bare))
     return found
 
 
@@ -144,6 +148,9 @@ def _resnet(network: Network, stem: str | None, where: str) -> Built:
         backbone.conv1 = nn.Conv2d(3, outputs, 3, stride=1, padding=int(told[4]), bias=False)
         if not told.endswith("pool"):
             backbone.maxpool = nn.Identity()  # type: ignore[assignment]
+    if network.bare:
+        backbone.relu = nn.Identity()  # type: ignore[assignment]
+        told += ", no ReLU there"
     known = {
         (False, (2, 2, 2, 2)): "resnet18",
         (False, (3, 4, 6, 3)): "resnet34",
