@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from conftest import make_zepad, write_clip
 from torch import nn
 
 ROOT = Path(__file__).parents[1]
@@ -21,10 +22,13 @@ from _encoder_checks import check, pictures  # noqa: E402
 
 from zepad_mm.encoders import (  # noqa: E402
     Encoder,
+    Fingerprint,
     LoraSettings,
     Preprocess,
     add_lora,
     count_parameters,
+    differences,
+    fingerprint,
     is_clip,
     load_clip,
     load_encoder,
@@ -32,6 +36,8 @@ from zepad_mm.encoders import (  # noqa: E402
     streamlined,
 )
 from zepad_mm.encoders.hf_preprocess import preprocess_of  # noqa: E402
+from zepad_mm.model import ZePAD  # noqa: E402
+from zepad_mm.training.tuned import load_tuned, write_tuned  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -205,3 +211,43 @@ def test_warnings_are_no_noise(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     with caplog.at_level(logging.WARNING, logger="zepad_mm"):
         load_encoder(made.source)
     assert not [record for record in caplog.records if record.name.startswith("zepad_mm")]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("quick_gelu", "the activation was GELU and is QuickGELU"),
+        ("mean", r"mean was \(0.48, 0.45, 0.4\) and is \(0.5, 0.45, 0.4\)"),
+        ("interpolation", "interpolation was bicubic and is bilinear"),
+        ("weights", "the weights are others"),
+    ],
+)
+def test_a_changed_base_is_told_by_what_changed(change: str, message: str, tmp_path: Path) -> None:
+    """The same for a tuned encoder and for a ZePAD: both hold fingerprints of their encoders."""
+    source = write_clip(tmp_path)
+    make_zepad(source).save_pretrained(tmp_path / "zepad")
+    write_tuned(tmp_path / "tuned", add_lora(load_encoder(source), LoraSettings(rank=2)), {})
+    path = tmp_path / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    if change == "quick_gelu":
+        config["model_cfg"]["quick_gelu"] = True
+    elif change == "mean":
+        config["preprocess_cfg"]["mean"][0] = 0.5
+    elif change == "interpolation":
+        config["preprocess_cfg"]["interpolation"] = "bilinear"
+    else:
+        write_clip(tmp_path, seed=1)
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        load_tuned(tmp_path / "tuned")
+    with pytest.raises(ValueError, match=f"answers a fixed picture differently .* in branch benign {message}"):
+        ZePAD.from_pretrained(tmp_path / "zepad")
+
+
+def test_a_fingerprint_leaves_the_mode_alone(clip_source: str) -> None:
+    encoder = load_encoder(clip_source)
+    encoder.backbone.transformer.train()
+    assert Fingerprint.from_dict(fingerprint(encoder).to_dict()) == fingerprint(encoder)
+    assert encoder.backbone.transformer.training
+    assert not encoder.training
+    assert differences(fingerprint(encoder), encoder) == []
