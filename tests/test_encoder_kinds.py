@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import _encoder_zoo as zoo  # noqa: E402
 from _encoder_checks import check, pictures  # noqa: E402
 
+from zepad_mm.data import LabelledImages  # noqa: E402
 from zepad_mm.encoders import (  # noqa: E402
     Encoder,
     Fingerprint,
@@ -36,7 +37,9 @@ from zepad_mm.encoders import (  # noqa: E402
     streamlined,
 )
 from zepad_mm.encoders.hf_preprocess import preprocess_of  # noqa: E402
+from zepad_mm.heads import zero_shot_head  # noqa: E402
 from zepad_mm.model import ZePAD  # noqa: E402
+from zepad_mm.training.students import build_student  # noqa: E402
 from zepad_mm.training.tuned import load_tuned, write_tuned  # noqa: E402
 
 
@@ -92,6 +95,23 @@ def test_the_halves_of_a_clip_share_nothing(tmp_path: Path) -> None:
     assert {name.split(".")[2] for name, _ in encoder.named_parameters()} == {"vision_model", "visual_projection"}
     assert [*encoder.state_dict()] == [*load_encoder(source).state_dict()]
     assert is_clip(source)
+
+
+def test_a_zepad_over_a_clip_of_transformers(tmp_path: Path) -> None:
+    """Zero-shot heads, other classes without training, the undefended model, and a student to be tuned."""
+    source = zoo.ZOO["hf: SigLIP"](tmp_path / "clip").source
+    make_zepad(source).save_pretrained(tmp_path / "zepad")
+    model = ZePAD.from_pretrained(tmp_path / "zepad")
+    images, names = pictures(32, 32), ("cat", "dog", "ball", "tree")
+    assert model.set_classes(names, "single").decide(images).logits.shape == (2, 4)
+    encoder, text = load_clip(source)
+    with torch.no_grad():
+        expected = zero_shot_head(text, names, "single")(encoder(images))
+        torch.testing.assert_close(model.undefended(images), expected)
+    data = LabelledImages(torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 3]), names, "random")
+    assert type(build_student(source, data).head).__name__ == "ZeroShotHead"
+    vit = zoo.ZOO["hf: ViT"](tmp_path / "vit").source
+    assert type(build_student(vit, data).head).__name__ == "MLPHead"
 
 
 def test_bad_sources_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,16 +17,23 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import _encoder_zoo as zoo  # noqa: E402
 from _encoder_checks import kick, pictures  # noqa: E402
 
+from zepad_mm.branch import Branch, BranchConfig  # noqa: E402
 from zepad_mm.encoders import (  # noqa: E402
     Encoder,
     LoraSettings,
     SharedTrunk,
     add_lora,
+    load_clip,
     load_encoder,
     load_lora,
+    merge_lora,
+    set_gradient_checkpointing,
     streamlined,
 )
 from zepad_mm.encoders.trunk import blocks_of  # noqa: E402
+from zepad_mm.heads import zero_shot_head  # noqa: E402
+from zepad_mm.model import ZePAD, ZePADConfig  # noqa: E402
+from zepad_mm.sharing import share_trunk  # noqa: E402
 
 VITS = ["open_clip: ViT, MultiheadAttention", "open_clip: ViT, fused in_proj, q/k norm", "hf: CLIP", "hf: DINOv3"]
 
@@ -121,3 +128,50 @@ def test_what_shares_no_trunk(tmp_path: Path) -> None:
         SharedTrunk([load_encoder(source), tuned])
     with pytest.raises(ValueError, match="first_block: expected 0 to 2"):
         add_lora(load_encoder(source), LoraSettings(first_block=3))
+
+
+@pytest.mark.parametrize("name", ["timm: ViT", "hf: CLIP", "open_clip: ViT, MultiheadAttention"])
+def test_not_with_gradient_checkpointing(name: str, tmp_path: Path) -> None:
+    """A block that is run again in the backward pass would get what a shared call no longer holds."""
+    encoders = three(zoo.ZOO[name](tmp_path).source, 1)
+    set_gradient_checkpointing(encoders[1])
+    with pytest.raises(ValueError, match="a shared trunk cannot recompute"):
+        SharedTrunk(encoders)
+    set_gradient_checkpointing(encoders[1], False)
+    SharedTrunk(encoders)
+    with pytest.raises(ValueError, match="shares a trunk, which cannot recompute"):
+        set_gradient_checkpointing(encoders[1])
+
+
+def test_a_whole_model_shares(clip_source: str, images: torch.Tensor, tmp_path: Path) -> None:
+    """Answers, gradients, single branches, saving and streamlining are those of the model that shares nothing."""
+    configs, branches = [], []
+    text = load_clip(clip_source)[1]
+    for encoder, name, role in zip(
+        three(clip_source, 1), ("one", "two", "benign"), ("mpae", "mpae", "bmp"), strict=True
+    ):
+        adaptation = "none" if role == "bmp" else "lora"
+        configs.append(BranchConfig(name=name, role=role, source=clip_source, adaptation=adaptation))
+        branches.append(Branch(configs[-1], encoder, zero_shot_head(text, ("cat", "dog"), "single")))
+    config = ZePADConfig(public_source=clip_source, branches=tuple(configs), class_names=("cat", "dog"))
+    model = ZePAD(config, branches)
+    x = images.clone().requires_grad_(True)
+    expected = model.branch_logits(x)
+    (gradient,) = torch.autograd.grad(expected.square().sum(), x)
+    model.save_pretrained(tmp_path / "before")
+    (trunk,) = share_trunk(model)
+    assert (trunk.shared_blocks, trunk.blocks) == (1, 2)
+    torch.testing.assert_close(model.branch_logits(x), expected)
+    torch.testing.assert_close(torch.autograd.grad(model.branch_logits(x).square().sum(), x)[0], gradient)
+    torch.testing.assert_close(model.branch("two")(images), expected[1])
+    model.save_pretrained(tmp_path / "after")
+    for name in ("model.safetensors", "branches/one/adapter_model.safetensors"):
+        assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
+    loaded = ZePAD.from_pretrained(tmp_path / "after")
+    share_trunk(loaded)
+    torch.testing.assert_close(loaded.branch_logits(x), expected)
+    torch.testing.assert_close(streamlined(model, 32).branch_logits(images), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model.branch_logits(images), expected)
+    merge_lora(model.branch("one").encoder)
+    torch.testing.assert_close(model.branch("benign")(images), expected[2])
+    torch.testing.assert_close(model.branch_logits(images), expected, atol=1e-5, rtol=1e-4)

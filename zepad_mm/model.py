@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,13 @@ from zepad_mm.checks import check_images, check_names
 from zepad_mm.config import Config
 from zepad_mm.encoders import (
     Encoder,
-    Fingerprint,
     TextEncoder,
-    differences,
     fingerprint,
     has_lora,
     load_clip,
     load_encoder,
     load_lora,
+    what_changed,
 )
 from zepad_mm.files import read_json, read_tensors, write_json, write_tensors
 from zepad_mm.fusion import Decision, Fusion, build
@@ -93,6 +93,7 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
         self.config = config
         self.branches = nn.ModuleDict({branch.name: branch for branch in branches})
         self.fusion = build(config.fusion, self.benign, config.detector.score, config.fusion_params)
+        self.sharing: Callable[[], Any] = nullcontext  # around all branches; zepad_mm.sharing puts shared trunks there
         self._lazy: dict[str, Any] = {}  # what is loaded on demand and is no part of the defence
         self.eval()
 
@@ -118,7 +119,8 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
     def branch_logits(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to the logits of each branch (N, B, C)."""
         check_images(images)
-        return torch.stack([branch(images) for branch in self.branches.values()])
+        with self.sharing():
+            return torch.stack([branch(images) for branch in self.branches.values()])
 
     def fuse(self, branch_logits: Tensor) -> Decision:
         """(N, B, C) to a :class:`Decision` by the model's rule."""
@@ -359,9 +361,7 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
             return
         expected, got = torch.tensor(self.config.fingerprint), torch.tensor(self._fingerprint())
         close = expected.shape == got.shape and torch.allclose(expected, got, rtol=1e-2, atol=2e-2)
-        saved = {name: Fingerprint.from_dict(about) for name, about in self.config.encoders.items()}
-        found = {name: differences(about, self.branch(name).encoder) for name, about in saved.items()}
-        causes = "; ".join(f"in branch {name} {', '.join(causes)}" for name, causes in found.items() if causes)
+        causes = what_changed(self.config.encoders, {name: self.branch(name).encoder for name in self.branches})
         if not close or causes:
             gap = float((expected - got).abs().max()) if expected.shape == got.shape else float("nan")
             causes = causes or "its base has other weights, activations (QuickGELU?), mean, std or interpolation"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,6 +83,12 @@ def differences(saved: Fingerprint, encoder: Encoder, tolerance: float = 1e-2) -
     if _close(*pairs[0], tolerance):
         return ["pictures are resized otherwise (another version of torch?)"]
     return ["the weights are others, or the code of the library that runs them"]
+
+
+def what_changed(saved: dict[str, Any], encoders: Mapping[str, Encoder]) -> str:
+    """:func:`differences` of several encoders by name, in one line; empty while all answer the same."""
+    found = {name: differences(Fingerprint.from_dict(about), encoders[name]) for name, about in saved.items()}
+    return "; ".join(f"in branch {name} {', '.join(causes)}" for name, causes in found.items() if causes)
 
 
 def _close(saved: tuple[float, ...], now: tuple[float, ...], tolerance: float) -> bool:

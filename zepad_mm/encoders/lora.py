@@ -144,8 +144,17 @@ def has_lora(encoder: Encoder) -> bool:
 
 
 def merge_lora(encoder: Encoder) -> Encoder:
-    """Fold the adapter into the weights, W + alpha/r * B A, and drop it; no-op without one."""
+    """Fold the adapter into the weights, W + alpha/r * B A, and drop it; no-op without one.
+
+    The merged weights are the encoder's own afterwards: others that shared them (``SharedTrunk``) keep theirs.
+    """
+    from peft.tuners.lora import LoraLayer
+
     if has_lora(encoder):
         backbone: Any = encoder.backbone
+        for layer in backbone.modules():
+            if isinstance(layer, LoraLayer):
+                base: Any = layer.get_base_layer()
+                base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
         encoder.backbone = backbone.merge_and_unload()
     return encoder

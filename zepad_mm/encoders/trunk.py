@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,6 +17,7 @@ from zepad_mm.encoders.base import Encoder, feature_dim_of
 
 # of the call that runs now in this thread: what came out of the shared blocks, by the trunk it belongs to
 _RUNNING: ContextVar[dict[int, Tensor | None] | None] = ContextVar("hidden states of shared trunks", default=None)
+_NUMBERS = itertools.count()
 PEFT = (("base_model.model.", ""), (".base_layer.", "."))
 
 
@@ -24,13 +26,14 @@ class SharedTrunk:
 
     Made once, after adapters are in place; ``with trunk.once():`` around calls of the encoders on the same images runs
     the first ``shared_blocks`` blocks for the first of them only. Outside of it each encoder stands alone as before,
-    so attacks on one branch and saving see nothing of this. Safe in threads: what is shared belongs to the call.
+    so attacks on one branch and saving see nothing of this. Safe in threads: what is shared belongs to the call. Not
+    with gradient checkpointing, which would run a block again when the call is over.
 
     Args:
         encoders: at least two, of the same source; frozen but for their LoRA adapters (one may have none).
 
     Raises:
-        ValueError: encoders of several sources, or other weights under the same name.
+        ValueError: encoders of several sources, other weights under the same name, or gradient checkpointing.
 
     Attributes:
         shared_blocks: how many blocks of the stack no adapter reaches; 0 where an adapter sits at the stem.
@@ -38,12 +41,15 @@ class SharedTrunk:
     """
 
     def __init__(self, encoders: Sequence[Encoder]) -> None:
+        self._number = next(_NUMBERS)
         self.encoders = list(encoders)
         sources = sorted({encoder.source for encoder in self.encoders})
         if len(self.encoders) < 2 or len(sources) != 1:
             raise ValueError(
                 f"a shared trunk wants two encoders or more of one source, got {len(encoders)} of {sources}"
             )
+        if any(recomputing(encoder) for encoder in self.encoders):
+            raise ValueError("a shared trunk cannot recompute; first set_gradient_checkpointing(encoder, False)")
         for encoder in self.encoders:
             unfuse_attention(encoder.backbone)  # adapters need it; so the names and weights are the same everywhere
         self._tie()
@@ -56,9 +62,9 @@ class SharedTrunk:
         if self.shared_blocks:
             for index, stack in enumerate(stacks):
                 for block in stack[: self.shared_blocks] if index else []:
-                    block.forward = functools.partial(_unless_done, block, type(block).forward, id(self))
+                    block.forward = functools.partial(_unless_done, block, type(block).forward, self._number)
                 first = stack[self.shared_blocks]
-                first.forward = functools.partial(_join, first, type(first).forward, id(self))
+                first.forward = functools.partial(_join, first, type(first).forward, self._number)
 
     def _tie(self) -> None:
         first = _frozen(self.encoders[0])
@@ -79,7 +85,7 @@ class SharedTrunk:
     def once(self) -> Iterator[None]:
         """Within, all encoders are called on the same images; the shared blocks run for the first alone."""
         outer = _RUNNING.get() or {}
-        token = _RUNNING.set({**outer, id(self): None})
+        token = _RUNNING.set({**outer, self._number: None})
         try:
             yield
         finally:
@@ -103,6 +109,18 @@ def blocks_of(backbone: nn.Module) -> list[Any]:
     if not stacks:
         raise ValueError(f"{type(backbone).__name__} has no stack of equal blocks; it cannot share a trunk")
     return max(stacks, key=lambda stack: sum(p.numel() for block in stack for p in block.parameters()))
+
+
+def recomputing(encoder: Encoder) -> bool:
+    """Whether gradient checkpointing is on anywhere in the backbone."""
+    names = ("grad_checkpointing", "gradient_checkpointing")
+    return any(getattr(module, name, False) is True for module in encoder.backbone.modules() for name in names)
+
+
+def shares_trunk(encoder: Encoder) -> bool:
+    """Whether blocks of the encoder belong to a :class:`SharedTrunk`."""
+    ours = (_unless_done, _join)
+    return any(getattr(module.__dict__.get("forward"), "func", None) in ours for module in encoder.backbone.modules())
 
 
 def _frozen(encoder: Encoder) -> dict[str, tuple[nn.Module, str, Tensor]]:
