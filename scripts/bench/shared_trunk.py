@@ -135,7 +135,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
         f"branches of rank {options.rank} and the base, {options.device}, {torch.get_num_threads()} torch thread(s); "
         f"{unit}, median of {options.rounds} rounds in turns; ratios are to one undefended encoder. Written by "
         "`scripts/bench/shared_trunk.py`.\n\n| | weights | forward | forward and gradient to the input |\n"
-        f"|---|---|---|---|\n{lines}\n\nAdapters on every block leave nothing to run once, but the weights are held once. "
+        f"|---|---|---|---|\n{lines}\n\n"
+        "Adapters on every block leave nothing to run once, but the weights are held once. "
         "The attention of torch that the undefended encoder uses is slow where gradients are wanted: the second row.\n"
         "What late adapters cost in robustness is not measured here.\n"
     )
