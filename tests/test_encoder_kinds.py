@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from conftest import make_zepad, write_clip
 from torch import nn
 
 ROOT = Path(__file__).parents[1]
@@ -19,12 +20,16 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import _encoder_zoo as zoo  # noqa: E402
 from _encoder_checks import check, pictures  # noqa: E402
 
+from zepad_mm.data import LabelledImages  # noqa: E402
 from zepad_mm.encoders import (  # noqa: E402
     Encoder,
+    Fingerprint,
     LoraSettings,
     Preprocess,
     add_lora,
     count_parameters,
+    differences,
+    fingerprint,
     is_clip,
     load_clip,
     load_encoder,
@@ -32,6 +37,10 @@ from zepad_mm.encoders import (  # noqa: E402
     streamlined,
 )
 from zepad_mm.encoders.hf_preprocess import preprocess_of  # noqa: E402
+from zepad_mm.heads import zero_shot_head  # noqa: E402
+from zepad_mm.model import ZePAD  # noqa: E402
+from zepad_mm.training.students import build_student  # noqa: E402
+from zepad_mm.training.tuned import load_tuned, write_tuned  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +95,23 @@ def test_the_halves_of_a_clip_share_nothing(tmp_path: Path) -> None:
     assert {name.split(".")[2] for name, _ in encoder.named_parameters()} == {"vision_model", "visual_projection"}
     assert [*encoder.state_dict()] == [*load_encoder(source).state_dict()]
     assert is_clip(source)
+
+
+def test_a_zepad_over_a_clip_of_transformers(tmp_path: Path) -> None:
+    """Zero-shot heads, other classes without training, the undefended model, and a student to be tuned."""
+    source = zoo.ZOO["hf: SigLIP"](tmp_path / "clip").source
+    make_zepad(source).save_pretrained(tmp_path / "zepad")
+    model = ZePAD.from_pretrained(tmp_path / "zepad")
+    images, names = pictures(32, 32), ("cat", "dog", "ball", "tree")
+    assert model.set_classes(names, "single").decide(images).logits.shape == (2, 4)
+    encoder, text = load_clip(source)
+    with torch.no_grad():
+        expected = zero_shot_head(text, names, "single")(encoder(images))
+        torch.testing.assert_close(model.undefended(images), expected)
+    data = LabelledImages(torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 3]), names, "random")
+    assert type(build_student(source, data).head).__name__ == "ZeroShotHead"
+    vit = zoo.ZOO["hf: ViT"](tmp_path / "vit").source
+    assert type(build_student(vit, data).head).__name__ == "MLPHead"
 
 
 def test_bad_sources_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,3 +231,43 @@ def test_warnings_are_no_noise(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     with caplog.at_level(logging.WARNING, logger="zepad_mm"):
         load_encoder(made.source)
     assert not [record for record in caplog.records if record.name.startswith("zepad_mm")]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("quick_gelu", "the activation was GELU and is QuickGELU"),
+        ("mean", r"mean was \(0.48, 0.45, 0.4\) and is \(0.5, 0.45, 0.4\)"),
+        ("interpolation", "interpolation was bicubic and is bilinear"),
+        ("weights", "the weights are others"),
+    ],
+)
+def test_a_changed_base_is_told_by_what_changed(change: str, message: str, tmp_path: Path) -> None:
+    """The same for a tuned encoder and for a ZePAD: both hold fingerprints of their encoders."""
+    source = write_clip(tmp_path)
+    make_zepad(source).save_pretrained(tmp_path / "zepad")
+    write_tuned(tmp_path / "tuned", add_lora(load_encoder(source), LoraSettings(rank=2)), {})
+    path = tmp_path / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    if change == "quick_gelu":
+        config["model_cfg"]["quick_gelu"] = True
+    elif change == "mean":
+        config["preprocess_cfg"]["mean"][0] = 0.5
+    elif change == "interpolation":
+        config["preprocess_cfg"]["interpolation"] = "bilinear"
+    else:
+        write_clip(tmp_path, seed=1)
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        load_tuned(tmp_path / "tuned")
+    with pytest.raises(ValueError, match=f"answers a fixed picture differently .* in branch benign {message}"):
+        ZePAD.from_pretrained(tmp_path / "zepad")
+
+
+def test_a_fingerprint_leaves_the_mode_alone(clip_source: str) -> None:
+    encoder = load_encoder(clip_source)
+    encoder.backbone.transformer.train()
+    assert Fingerprint.from_dict(fingerprint(encoder).to_dict()) == fingerprint(encoder)
+    assert encoder.backbone.transformer.training
+    assert not encoder.training
+    assert differences(fingerprint(encoder), encoder) == []

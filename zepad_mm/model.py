@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,16 @@ from zepad_mm import __version__
 from zepad_mm.branch import Branch, BranchConfig
 from zepad_mm.checks import check_images, check_names
 from zepad_mm.config import Config
-from zepad_mm.encoders import Encoder, TextEncoder, has_lora, load_clip, load_encoder, load_lora
+from zepad_mm.encoders import (
+    Encoder,
+    TextEncoder,
+    fingerprint,
+    has_lora,
+    load_clip,
+    load_encoder,
+    load_lora,
+    what_changed,
+)
 from zepad_mm.files import read_json, read_tensors, write_json, write_tensors
 from zepad_mm.fusion import Decision, Fusion, build
 from zepad_mm.heads import HEADS, zero_shot_head
@@ -48,6 +58,7 @@ class ZePADConfig(Config):
     detector: DetectorConfig = field(default_factory=DetectorConfig)
     storage_dtype: str = "float32"  # of the saved weights: "float32" or "float16"
     fingerprint: tuple[float, ...] = ()  # logits of a fixed picture, checked on load
+    encoders: dict[str, Any] = field(default_factory=dict)  # fingerprint of each branch's encoder: says what changed
     version: str = __version__  # of zepad-mm that wrote it
     format: int = FORMAT
 
@@ -82,6 +93,7 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
         self.config = config
         self.branches = nn.ModuleDict({branch.name: branch for branch in branches})
         self.fusion = build(config.fusion, self.benign, config.detector.score, config.fusion_params)
+        self.sharing: Callable[[], Any] = nullcontext  # around all branches; zepad_mm.sharing puts shared trunks there
         self._lazy: dict[str, Any] = {}  # what is loaded on demand and is no part of the defence
         self.eval()
 
@@ -107,7 +119,8 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
     def branch_logits(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to the logits of each branch (N, B, C)."""
         check_images(images)
-        return torch.stack([branch(images) for branch in self.branches.values()])
+        with self.sharing():
+            return torch.stack([branch(images) for branch in self.branches.values()])
 
     def fuse(self, branch_logits: Tensor) -> Decision:
         """(N, B, C) to a :class:`Decision` by the model's rule."""
@@ -274,9 +287,11 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
             if branch.config.adaptation == "lora":
                 _save_adapter(branch, save_directory / "branches" / branch.name, dtype)
         write_tensors(save_directory / "model.safetensors", tensors, {"format": "pt"})
-        fingerprint = [round(value, 5) for value in self._fingerprint_with(dtype)]
+        logits = [round(value, 5) for value in self._fingerprint_with(dtype)]
         # last, so that a save that was cut off is seen as no model at all
-        write_json(save_directory / "config.json", {**self.config.to_dict(), "fingerprint": fingerprint})
+        encoders = {name: fingerprint(branch.encoder).to_dict() for name, branch in self.branches.items()}  # type: ignore[arg-type]
+        record = {**self.config.to_dict(), "fingerprint": logits, "encoders": encoders}
+        write_json(save_directory / "config.json", record)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> Any:
         """A short card; the full one, with figures, is written from an evaluation record."""
@@ -345,12 +360,15 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
         if not self.config.fingerprint:
             return
         expected, got = torch.tensor(self.config.fingerprint), torch.tensor(self._fingerprint())
-        if expected.shape != got.shape or not torch.allclose(expected, got, rtol=1e-2, atol=2e-2):
+        close = expected.shape == got.shape and torch.allclose(expected, got, rtol=1e-2, atol=2e-2)
+        causes = what_changed(self.config.encoders, {name: self.branch(name).encoder for name in self.branches})
+        if not close or causes:
             gap = float((expected - got).abs().max()) if expected.shape == got.shape else float("nan")
+            causes = causes or "its base has other weights, activations (QuickGELU?), mean, std or interpolation"
             raise ValueError(
                 f"{folder}: the loaded model answers a fixed picture differently than the saved one (by {gap:.3g} in "
-                "the logits). Its base encoder has other weights, another activation (QuickGELU?) or preprocessing: "
-                f"check {', '.join(sorted({branch.source for branch in self.config.branches}))}"
+                f"the logits): {causes}; check "
+                f"{', '.join(sorted({branch.source for branch in self.config.branches}))}"
             )
 
 

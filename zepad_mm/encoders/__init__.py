@@ -7,6 +7,7 @@ from zepad_mm.encoders import timm as _timm
 from zepad_mm.encoders.base import ENCODERS, Encoder, Preprocess, load_encoder
 from zepad_mm.encoders.checkpointing import set_gradient_checkpointing
 from zepad_mm.encoders.clip import CLIPS, TextEncoder, is_clip, load_clip
+from zepad_mm.encoders.fingerprint import Fingerprint, differences, fingerprint, what_changed
 from zepad_mm.encoders.lora import (
     LoraSettings,
     add_lora,
@@ -16,16 +17,21 @@ from zepad_mm.encoders.lora import (
     merge_lora,
 )
 from zepad_mm.encoders.streamline import streamlined
+from zepad_mm.encoders.trunk import SharedTrunk
 
 __all__ = [
     "CLIPS",
     "ENCODERS",
     "Encoder",
+    "Fingerprint",
     "LoraSettings",
     "Preprocess",
+    "SharedTrunk",
     "TextEncoder",
     "add_lora",
     "count_parameters",
+    "differences",
+    "fingerprint",
     "has_lora",
     "is_clip",
     "load_clip",
@@ -34,5 +40,6 @@ __all__ = [
     "merge_lora",
     "set_gradient_checkpointing",
     "streamlined",
+    "what_changed",
 ]
 del _hf, _open_clip, _ssl, _timm

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import pickle
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -36,11 +36,11 @@ def read_foreign(path: str | Path) -> dict[str, Tensor]:
         # a Namespace is a bag of settings without code; MoCo, DINO and SupCon store theirs beside the weights
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), str(error))
         raise ValueError(
             f"{path} holds more than tensors, and unpickling it could run any code: {reason.strip()[:200]}. Where you "
-            "trust it, write its state dict alone: torch.save(torch.load(path, weights_only=False)['state_dict'], new)"
+            "trust it, unpickle it in a program of your own and write its state dict with safetensors.torch.save_file"
         ) from error
     except (RuntimeError, EOFError, KeyError, ValueError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]

@@ -8,14 +8,18 @@ import torch
 from torch import nn
 
 from zepad_mm.encoders.base import Encoder
+from zepad_mm.encoders.trunk import shares_trunk
 
 
 def set_gradient_checkpointing(encoder: Encoder, enabled: bool = True) -> Encoder:
     """Trade time for memory, in place. transformers does so in training mode only, the others always.
 
     Raises:
-        ValueError: the library has no switch for this backbone, or one that does nothing or fails.
+        ValueError: the library has no switch for this backbone, or one that does nothing or fails; or the encoder
+            shares a trunk.
     """
+    if enabled and shares_trunk(encoder):
+        raise ValueError(f"{encoder.source} shares a trunk, which cannot recompute; train it before share_trunk(model)")
     if not _switch(encoder.backbone, enabled):
         raise ValueError(
             f"{encoder.source}: {_name(encoder)} has no gradient checkpointing; use smaller batches and accumulation"

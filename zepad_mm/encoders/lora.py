@@ -11,6 +11,7 @@ from torch import nn
 from zepad_mm.config import Config
 from zepad_mm.encoders.attention import unfuse_attention
 from zepad_mm.encoders.base import Encoder, feature_dim_of
+from zepad_mm.encoders.trunk import blocks_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +22,10 @@ class LoraSettings(Config):
     alpha: float = 16.0  # the delta is multiplied by alpha / rank
     dropout: float = 0.0  # on the adapter's input, while training
     targets: tuple[str, ...] = ()  # names of modules to adapt, as in peft; empty: every dense Linear and convolution
+    first_block: int = 0  # with empty targets: leave the stem and all blocks before this one as they are, to be shared
 
 
-def lora_targets(encoder: Encoder) -> list[str]:
+def lora_targets(encoder: Encoder, first_block: int = 0) -> list[str]:
     """Full names of the layers that LoRA can adapt exactly, found by what they are, not by what they are called.
 
     Linears, and convolutions over all channels. Left out: depthwise convolutions (a low-rank factor of a 1-channel
@@ -38,14 +40,20 @@ def lora_targets(encoder: Encoder) -> list[str]:
         return isinstance(layer, nn.Linear)
 
     called = _called(encoder)
-    return [name for name, layer in encoder.backbone.named_modules() if adaptable(layer) and layer in called]
+    if first_block:
+        blocks = blocks_of(encoder.backbone)
+        if not 0 < first_block < len(blocks):
+            raise ValueError(f"first_block: expected 0 to {len(blocks) - 1} for {encoder.source}, got {first_block}")
+        called = called[called.index(blocks[first_block]) :]
+    reached = set(called)
+    return [name for name, layer in encoder.backbone.named_modules() if adaptable(layer) and layer in reached]
 
 
-def _called(encoder: Encoder) -> set[nn.Module]:
-    """The modules of the backbone that one forward pass goes through."""
-    seen: set[nn.Module] = set()
+def _called(encoder: Encoder) -> list[nn.Module]:
+    """The modules of the backbone in the order in which one forward pass comes to them."""
+    seen: list[nn.Module] = []
     hooks = [
-        module.register_forward_pre_hook(lambda module, inputs: seen.add(module))
+        module.register_forward_pre_hook(lambda module, inputs: seen.append(module))
         for module in encoder.backbone.modules()
     ]
     try:
@@ -69,7 +77,7 @@ def add_lora(encoder: Encoder, settings: LoraSettings | None = None) -> Encoder:
     if isinstance(encoder.backbone, PeftModel):
         raise ValueError(f"{encoder.source} has a LoRA adapter already; merge it first with merge_lora(encoder)")
     unfuse_attention(encoder.backbone)
-    targets = list(settings.targets) or lora_targets(encoder)
+    targets = list(settings.targets) or lora_targets(encoder, settings.first_block)
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # declared int, used as a number
@@ -82,7 +90,7 @@ def add_lora(encoder: Encoder, settings: LoraSettings | None = None) -> Encoder:
     adapted.peft_config["default"].base_model_name_or_path = encoder.source
     encoder.backbone = adapted
     if settings.targets:
-        called = _called(encoder)
+        called = set(_called(encoder))
         idle = [name for name, layer in adapted.named_modules() if isinstance(layer, LoraLayer) and layer not in called]
         if idle:
             raise ValueError(
@@ -136,8 +144,17 @@ def has_lora(encoder: Encoder) -> bool:
 
 
 def merge_lora(encoder: Encoder) -> Encoder:
-    """Fold the adapter into the weights, W + alpha/r * B A, and drop it; no-op without one."""
+    """Fold the adapter into the weights, W + alpha/r * B A, and drop it; no-op without one.
+
+    The merged weights are the encoder's own afterwards: others that shared them (``SharedTrunk``) keep theirs.
+    """
+    from peft.tuners.lora import LoraLayer
+
     if has_lora(encoder):
         backbone: Any = encoder.backbone
+        for layer in backbone.modules():
+            if isinstance(layer, LoraLayer):
+                base: Any = layer.get_base_layer()
+                base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
         encoder.backbone = backbone.merge_and_unload()
     return encoder

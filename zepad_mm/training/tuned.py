@@ -7,16 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from zepad_mm.attacks.base import frozen
-from zepad_mm.encoders import Encoder, has_lora, load_encoder, load_lora
+from zepad_mm.encoders import Encoder, Fingerprint, differences, fingerprint, has_lora, load_encoder, load_lora
 from zepad_mm.files import read_json, read_tensors, write_json, write_tensors
 from zepad_mm.heads import HEADS
 from zepad_mm.provenance import origin
 
-FORMAT = "zepad-mm tuned encoder 1"
+FORMAT = "zepad-mm tuned encoder 2"
 HEAD_FORMAT = "zepad-mm head 1"
 TUNED = "tuned.json"
 WEIGHTS = "encoder.safetensors"
@@ -46,7 +44,7 @@ def write_tuned(folder: str | Path, encoder: Encoder, record: dict[str, Any]) ->
         "format": FORMAT,
         "source": encoder.source,
         "adaptation": "lora" if adapted else "full",
-        "fingerprint": _fingerprint(encoder),
+        "fingerprint": fingerprint(encoder).to_dict(),
         **origin(),
         **record,
     }
@@ -79,11 +77,11 @@ def load_tuned(folder: str | Path) -> Encoder:
             encoder.load_state_dict(tensors)
         except RuntimeError as error:
             raise ValueError(f"{folder / WEIGHTS} does not fit {about['source']}: {error}") from error
-    expected, found = torch.tensor(about["fingerprint"]), torch.tensor(_fingerprint(encoder))
-    if expected.shape != found.shape or not torch.allclose(expected, found, rtol=1e-2, atol=1e-3):
+    causes = differences(Fingerprint.from_dict(about["fingerprint"]), encoder, tolerance=2e-3)
+    if causes:
         raise ValueError(
-            f"{folder}: the encoder gives other features than when it was written (first {found[:3].tolist()}, then "
-            f"{expected[:3].tolist()}); is {about['source']} still the same model, with the same preprocessing?"
+            f"{folder}: the encoder gives other features than when it was written: {'; '.join(causes)}. "
+            f"Is {about['source']} still the same model?"
         )
     return encoder.eval()
 
@@ -118,14 +116,3 @@ def _head_size(head: nn.Module) -> tuple[int, int]:
         return linears[0].in_features, linears[-1].out_features
     text: Tensor = head.get_buffer("text")
     return text.shape[1], text.shape[0]
-
-
-@torch.no_grad()
-def _fingerprint(encoder: Encoder) -> list[float]:
-    """First features of a fixed picture: a colour gradient."""
-    size = encoder.preprocess.image_size
-    ramp = torch.linspace(0, 1, size)
-    image = torch.stack([ramp.expand(size, size), ramp[:, None].expand(size, size), 1 - ramp.expand(size, size)])
-    with frozen(encoder):
-        features = encoder(image[None].to(next(encoder.parameters()).device))
-    return [round(float(value), 6) for value in features[0, :16]]
