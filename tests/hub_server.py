@@ -144,7 +144,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise RefusedError(404, "EntryNotFound", f"Entry not found: {path}")
         data = tree[path]
         etag = hashlib.sha256(data).hexdigest() if path.endswith(LFS) else _sha1(data)
-        data = self.hub.replaced.get(path, data)
+        if body:  # the metadata that HEAD gives are those of the true file
+            data = self.hub.replaced.get(path, data)
         start = 0
         if wanted := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
             start = int(wanted[1])

@@ -140,7 +140,7 @@ def push_folder(
             folder_path=folder,
             revision=branch,
             commit_message=message,
-            ignore_patterns=["cache/**", "**/.*"],
+            ignore_patterns=["cache/*", ".*", "*/.*"],  # unfinished files begin with a dot
             delete_patterns=list(replaces),
         )
     return str(commit.commit_url)
