@@ -102,6 +102,10 @@ class _Handler(BaseHTTPRequestHandler):
             raise RefusedError(401, message="Invalid credentials in Authorization header")
         return user
 
+    def _forbidden(self, name: str) -> str:
+        """As a careless proxy might put it: the client copies it into its error."""
+        return f"no permission to write to {name} with {self.headers['Authorization']}"
+
     def _repo(self, name: str, write: bool = False) -> Repo:
         user, owner = self._user(), name.removeprefix("datasets/").split("/")[0]
         repo = self.hub.repos.get(name)
@@ -111,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
         if write and user is None:
             raise RefusedError(401, message="Invalid username or password.")
         if write and user != owner:
-            raise RefusedError(403, message="You don't have the required permissions to write here")
+            raise RefusedError(403, message=self._forbidden(name))
         return repo
 
     def _tree(self, name: str, revision: str) -> tuple[str, dict[str, bytes]]:
@@ -168,7 +172,7 @@ class _Handler(BaseHTTPRequestHandler):
         prefix = "datasets/" if asked.get("type") == "dataset" else ""
         name = f"{prefix}{owner}/{asked['name']}"
         if owner != user:
-            raise RefusedError(403, message=f"You don't have the rights to create a model under the namespace {owner}")
+            raise RefusedError(403, message=self._forbidden(name))
         status = 409 if name in self.hub.repos else 200
         repo = self.hub.repos.setdefault(name, Repo(asked.get("visibility") == "private" or bool(asked.get("private"))))
         if not repo.commits:

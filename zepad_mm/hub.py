@@ -156,25 +156,32 @@ def card_text(body: str, **data: Any) -> str:
 def _check_bytes(folder: Path, files: Sequence[str], repo_id: str) -> None:
     """What the client leaves out: compare the bytes with the checksum that the cache names each file by.
 
-    That is the SHA-256 of large files and git's SHA-1 of small ones. A cache without symbolic links keeps no checksum.
+    That is the SHA-256 of large files, git's SHA-1 of small ones, on some mirrors the plain SHA-1. A cache without
+    symbolic links keeps none of them.
     """
     from huggingface_hub.utils import filter_repo_objects
 
-    names = [str(path.relative_to(folder).as_posix()) for path in folder.rglob("*") if path.is_symlink()]
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink()]
     for name in filter_repo_objects(names, allow_patterns=list(files)):
         path = folder / name
         expected = path.readlink().name
-        with path.open("rb") as file:
-            if len(expected) == 64:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            else:
-                blob = file.read()
-                found = hashlib.sha1(b"blob %d\0" % len(blob) + blob, usedforsecurity=False).hexdigest()
-        if found != expected:
+        found = _checksums(path, len(expected))
+        if found and expected not in found:
             raise ValueError(
-                f"{name} of {repo_id} is damaged: its bytes have the checksum {found[:12]}, expected {expected[:12]}; "
-                f"fetch it again with force_download=True, or delete {path.resolve()}"
+                f"{name} of {repo_id} is damaged: its bytes have the checksum {found[0][:12]}, expected "
+                f"{expected[:12]}; fetch it again with force_download=True, or delete {path.resolve()}"
             )
+
+
+def _checksums(path: Path, digits: int) -> list[str]:
+    """What a file may be named by, for a name of that many hexadecimal digits."""
+    with path.open("rb") as file:
+        if digits == 64:
+            return [hashlib.file_digest(file, "sha256").hexdigest()]
+        if digits != 40:
+            return []
+        data = file.read()
+    return [hashlib.sha1(start + data, usedforsecurity=False).hexdigest() for start in (b"blob %d\0" % len(data), b"")]
 
 
 @contextmanager

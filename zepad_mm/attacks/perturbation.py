@@ -160,9 +160,12 @@ class Perturbation:
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
+        force_download: bool = False,
     ) -> Perturbation:
         """Fetch what :meth:`push_to_hub` published; ``epsilon`` as for :meth:`load`, the rest as ``hub.fetch``."""
-        access = Access(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        access = Access(
+            token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download
+        )
         folder = fetch(repo_id, [FILE], required=[FILE], revision=revision, access=access)
         return cls.load(folder / FILE, epsilon)
 

@@ -61,7 +61,8 @@ def fetch_report(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    force_download: bool = False,
 ) -> Path:
     """The folder of a published evaluation, for ``Report.load`` and ``Records.load``; see ``hub.fetch``."""
-    access = Access(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    access = Access(token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download)
     return fetch(repo_id, FILES, required=(JSON, FILE), revision=revision, access=access, repo_type="dataset")
