@@ -20,6 +20,8 @@ from threading import Thread
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+
 LFS = (".safetensors", ".bin", ".parquet", ".png")
 
 
@@ -348,7 +350,8 @@ def reached_through(hub: Hub, cache: Path) -> Iterator[None]:
 
     Processes of their own do the same with :func:`environment`.
     """
-    from huggingface_hub import constants
+    from huggingface_hub import constants, hf_api
+    from transformers.utils.hub import hf_api as of_transformers
 
     ours = {
         "ENDPOINT": hub.url,
@@ -358,14 +361,12 @@ def reached_through(hub: Hub, cache: Path) -> Iterator[None]:
         "HF_HUB_DISABLE_XET": True,
         "HF_HUB_DISABLE_IMPLICIT_TOKEN": True,
     }
-    before = {key: getattr(constants, key) for key in ours}
-    for key, value in ours.items():
-        setattr(constants, key, value)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in ours.items():
+            patch.setattr(constants, key, value)
+        for shared in (hf_api.api, of_transformers()):  # made once for a process, with the address of then
+            patch.setattr(shared, "endpoint", hub.url)
         yield
-    finally:
-        for key, value in before.items():
-            setattr(constants, key, value)
 
 
 def environment(hub: Hub, cache: Path) -> dict[str, str]:

@@ -17,13 +17,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CLASSES, make_zepad
+from conftest import CLASSES, TINY_CLIP, make_zepad, write_clip
 from hub_server import Hub, environment, reached_through, running_hub
 from huggingface_hub import ModelCard, constants
 
 from zepad_mm import RobustZeroShotClassifier, load_encoder
 from zepad_mm.attacks import Perturbation
 from zepad_mm.branch import Branch, BranchConfig
+from zepad_mm.encoders import ENCODERS
 from zepad_mm.evaluation import EvalData, EvalSettings, Records, Report, evaluate, fetch_report, push_report
 from zepad_mm.heads import HEADS
 from zepad_mm.hub import fetch, push_folder
@@ -114,38 +115,70 @@ def test_the_classifier_comes_from_the_hub_too(hub: Hub, published: ZePAD, image
 # ---- bases, by revision --------------------------------------------------------------------------------------------
 
 
-def put_timm(hub: Hub, name: str, folder: Path, seed: int) -> None:
-    """A real timm model in timm's own layout."""
+def write_clip_repository(folder: Path, seed: int) -> None:
+    folder.mkdir()
+    write_clip(folder, seed)
+
+
+def write_timm_repository(folder: Path, seed: int) -> None:
     import timm
 
     torch.manual_seed(seed)
     backbone = timm.create_model("test_vit", num_classes=10)
     timm.models.save_for_hf(backbone, folder, model_config={"num_classes": 10}, safe_serialization=True)
-    hub.put(name, folder)
 
 
-def put_clip(hub: Hub, name: str, folder: Path, seed: int) -> None:
-    from conftest import write_clip
+def write_dinov2_repository(folder: Path, seed: int) -> None:
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
+    torch.manual_seed(seed)
+    size = {"image_size": 28, "patch_size": 14, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Dinov2Model(Dinov2Config(**size)).save_pretrained(folder)
+    BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
+
+
+def write_hf_clip_repository(folder: Path, seed: int) -> None:
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    torch.manual_seed(seed)
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text, vision = {**size, "vocab_size": 64}, {**size, "image_size": 32, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+
+
+def write_ssl_repository(folder: Path, seed: int) -> None:
+    """A ResNet in the layout of the official MoCo."""
+    import torchvision
+
+    torch.manual_seed(seed)
     folder.mkdir()
-    write_clip(folder, seed)
-    hub.put(name, folder)
+    network = torchvision.models.resnet18()
+    state = {f"module.encoder_q.{key}": value for key, value in network.state_dict().items() if key[:3] != "fc."}
+    torch.save({"state_dict": state, "arch": "resnet18"}, folder / "moco.pth")
 
 
-# source -> its name on the Hub, and what writes it there; one line for each way a base is named
-BASES: dict[str, tuple[str, Callable[[Hub, str, Path, int], None]]] = {
-    "open_clip:hf-hub:acme/clip": ("acme/clip", put_clip),
-    "open_clip:tiny/v1": ("acme/clip", put_clip),
-    "timm:hf-hub:acme/vit": ("acme/vit", put_timm),
-    "timm:test_vit.r160_in1k": ("timm/test_vit.r160_in1k", put_timm),
+# source -> its name on the Hub, and what writes such a repository; one line for each way a base is named
+BASES: dict[str, tuple[str, Callable[[Path, int], None]]] = {
+    "open_clip:hf-hub:acme/clip": ("acme/clip", write_clip_repository),
+    "open_clip:tiny/v1": ("acme/clip", write_clip_repository),
+    "timm:hf-hub:acme/vit": ("acme/vit", write_timm_repository),
+    "timm:test_vit.r160_in1k": ("timm/test_vit.r160_in1k", write_timm_repository),
+    "hf:acme/dinov2": ("acme/dinov2", write_dinov2_repository),
+    "hf:acme/hf-clip": ("acme/hf-clip", write_hf_clip_repository),
 }
+
+
+def known(source: str) -> Any:
+    """A test's parameter, skipped where no encoder of that kind is registered."""
+    kind = source.partition(":")[0]
+    return pytest.param(source, marks=pytest.mark.skipif(kind not in ENCODERS, reason=f"no encoders of kind {kind}"))
 
 
 @pytest.fixture
 def tiny_tag(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A small model in open_clip's own table of names and tags, whose real entries are all large."""
     import open_clip
-    from conftest import TINY_CLIP
     from open_clip import factory, pretrained
 
     (tmp_path / "tiny.json").write_text(json.dumps(TINY_CLIP["model_cfg"]))
@@ -166,16 +199,18 @@ def headed(source: str) -> ZePAD:
 
 
 @pytest.mark.usefixtures("tiny_tag")
-@pytest.mark.parametrize("source", BASES)
+@pytest.mark.parametrize("source", map(known, BASES))
 def test_a_base_is_read_as_it_was(hub: Hub, source: str, tmp_path: Path) -> None:
     """Its owner publishes other weights under the same name; the defended model still answers as before."""
-    name, put = BASES[source]
-    put(hub, name, tmp_path / "first", 0)
+    name, write = BASES[source]
+    write(tmp_path / "first", 0)
+    hub.put(name, tmp_path / "first")
     model = headed(source)
     commit = hub.repos[name].find("main")
     assert model.config.revisions == {source: commit}
     model.push_to_hub("acme/defended", token=OWNER)
-    put(hub, name, tmp_path / "second", 1)
+    write(tmp_path / "second", 1)
+    hub.put(name, tmp_path / "second")
     loaded = ZePAD.from_pretrained("acme/defended", cache_dir=tmp_path / "elsewhere")
     assert same(loaded, model)
     assert loaded.config.revisions == {source: commit}
@@ -195,7 +230,8 @@ def test_a_base_of_unknown_revision_is_held_to_the_fingerprint(hub: Hub, publish
     del config["revisions"]
     hub.put("acme/old", {**hub.files("acme/defended"), "config.json": json.dumps(config).encode()})
     assert same(ZePAD.from_pretrained("acme/old"), published)
-    put_clip(hub, "acme/tiny-clip", tmp_path / "other", 1)
+    write_clip_repository(tmp_path / "other", 1)
+    hub.put("acme/tiny-clip", tmp_path / "other")
     with pytest.raises(ValueError, match="answers a fixed picture differently"):
         ZePAD.from_pretrained("acme/old")
 
@@ -454,30 +490,33 @@ def test_records_of_evaluations(hub: Hub, images: torch.Tensor, tmp_path: Path) 
 
 # ---- as a user does it ---------------------------------------------------------------------------------------------
 
-# what the README shows, in a process of its own; one line for each kind of encoder
-EXAMPLES: dict[str, tuple[str, Callable[[Hub, str, Path, int], None]]] = {
-    "open_clip:hf-hub:acme/clip": ("acme/clip", put_clip),
-    "timm:hf-hub:acme/vit": ("acme/vit", put_timm),
+# what the README shows: an encoder's source, in Python, the repository below it, and its file on this disk
+EXAMPLES: dict[str, tuple[str, str, Callable[[Path, int], None]]] = {
+    '"open_clip:hf-hub:acme/clip"': ("acme/clip", "open_clip:local-dir:{}", write_clip_repository),
+    '"timm:hf-hub:acme/vit"': ("acme/vit", "timm:local-dir:{}", write_timm_repository),
+    '"hf:acme/hf-clip"': ("acme/hf-clip", "hf:local-dir:{}", write_hf_clip_repository),
+    '"hf:acme/dinov2"': ("acme/dinov2", "hf:local-dir:{}", write_dinov2_repository),
+    "f\"ssl:{fetch('acme/ssl', ['moco.pth'])}/moco.pth\"": ("acme/ssl", "ssl:{}/moco.pth", write_ssl_repository),
 }
-SCRIPT = """
-import sys, torch
-from zepad_mm import load_encoder
-
-for source in sys.argv[1:]:
-    encoder = load_encoder(source)
-    print(encoder(torch.ones(1, 3, 40, 40) / 3).double().sum().item())
-"""
 
 
 def test_the_examples_of_the_readme(hub: Hub, tmp_path: Path) -> None:
-    expected: list[Any] = []
-    for source, (name, put) in EXAMPLES.items():
-        put(hub, name, tmp_path / name.replace("/", "-"), 0)
-        local = load_encoder(f"{source.partition(':')[0]}:local-dir:{tmp_path / name.replace('/', '-')}")
+    """All of them in one process of its own, as a user would run them."""
+    images = torch.ones(1, 3, 40, 40) / 3
+    lines, expected = ["import torch", "from zepad_mm import load_encoder", "from zepad_mm.hub import fetch"], []
+    for source, (name, local, write) in EXAMPLES.items():
+        if local.partition(":")[0] not in ENCODERS:
+            continue
+        folder = tmp_path / name.partition("/")[2]
+        write(folder, 0)
+        hub.put(name, folder)
         with torch.no_grad():
-            expected.append(local(torch.ones(1, 3, 40, 40) / 3).double().sum().item())
+            expected.append(load_encoder(local.format(folder))(images).double().sum().item())
+        lines += [f"encoder = load_encoder({source})", "features = encoder(torch.ones(1, 3, 40, 40) / 3)"]
+        lines += ["print(features.double().sum().item())"]
+    assert len(expected) >= 2
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *EXAMPLES],
+        [sys.executable, "-c", "\n".join(lines)],
         env={**os.environ, **environment(hub, tmp_path / "own-cache")},
         capture_output=True,
         text=True,

@@ -59,6 +59,21 @@ def _open_clip(rest: str) -> HubBase | None:
     return HubBase(repo_id=repo_id, weights=weights, tag=(name, tag))
 
 
+@BASES.register("hf")
+def _hf(rest: str) -> HubBase | None:
+    if rest.startswith("local-dir:"):
+        return None
+    repo_id, revision = _split(rest)
+    return HubBase(
+        repo_id=repo_id,
+        weights=("model.safetensors", "pytorch_model.bin"),
+        required=("config.json",),
+        extras=("*.json", "*.txt", "*.model"),
+        revision=revision,
+        local=lambda folder: f"hf:local-dir:{folder}",
+    )
+
+
 @BASES.register("timm")
 def _timm(rest: str) -> HubBase | None:
     if rest.startswith("local-dir:"):
@@ -82,14 +97,14 @@ def _timm(rest: str) -> HubBase | None:
 
 def hub_base(source: str) -> HubBase | None:
     """Where a source lies on the Hub; None for one that does not, or that this cannot tell of."""
-    kind, _, rest = source.partition(":")
+    kind, rest, _ = _parts(source)
     return BASES.get(kind)(rest) if kind in BASES else None
 
 
 def is_local(source: str) -> bool:
-    """Whether the source is a folder or file of this machine, which nobody else can load."""
-    rest = source.partition(":")[2]
-    return rest.startswith("local-dir:") or Path(rest).exists()
+    """Whether a folder or file of this machine is part of the source, so that nobody else can load it."""
+    kind, rest, over = _parts(source)
+    return kind == "ssl" or rest.startswith("local-dir:") or bool(over)
 
 
 def repositories(sources: Iterable[str]) -> list[str]:
@@ -135,7 +150,7 @@ def at_revision(source: str, revision: str | None, access: Access) -> Iterator[s
         return
     folder, weights = _fetched(base, revision or base.revision, access)
     if base.local is not None:
-        yield base.local(folder)
+        yield base.local(folder) + _parts(source)[2]
         return
     assert base.tag is not None
     with _read_from(*base.tag, weights):
@@ -168,6 +183,15 @@ def _read_from(name: str, tag: str, weights: Path) -> Iterator[None]:
             yield
         finally:
             entry.pop("file", None)
+
+
+def _parts(source: str) -> tuple[str, str, str]:
+    """``kind:rest+FILE``: the kind, the base, and the file of other weights over it, with its plus."""
+    kind, _, rest = source.partition(":")
+    if rest.startswith("local-dir:"):
+        return kind, rest, ""
+    rest, plus, over = rest.partition("+")
+    return kind, rest, plus + over
 
 
 def _split(rest: str) -> tuple[str, str | None]:
