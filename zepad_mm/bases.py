@@ -61,8 +61,8 @@ def _open_clip(rest: str) -> HubBase | None:
 
 @BASES.register("hf")
 def _hf(rest: str) -> HubBase | None:
-    if rest.startswith("local-dir:"):
-        return None
+    if rest.startswith("local-dir:") or rest.count("/") > 1 or rest.endswith("@"):
+        return None  # the last two are mistakes, which the encoders tell of
     repo_id, revision = _split(rest)
     return HubBase(
         repo_id=repo_id,
