@@ -2,76 +2,40 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import ModelHubMixin, snapshot_download
+from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
-from zepad_mm import __version__
+from zepad_mm.bases import at_revision, is_local, known_revisions
 from zepad_mm.branch import Branch, BranchConfig
 from zepad_mm.checks import check_images, check_names
-from zepad_mm.config import Config
-from zepad_mm.encoders import (
-    Encoder,
-    TextEncoder,
-    fingerprint,
-    has_lora,
-    load_clip,
-    load_encoder,
-    load_lora,
-    what_changed,
-)
-from zepad_mm.files import read_json, read_tensors, write_json, write_tensors
+from zepad_mm.encoders import Encoder, TextEncoder, load_clip
+from zepad_mm.files import write_text
 from zepad_mm.fusion import Decision, Fusion, build
 from zepad_mm.heads import HEADS, zero_shot_head
+from zepad_mm.hub import Access, push_folder
 from zepad_mm.prompts import templates_of
+from zepad_mm.storage import (
+    ADAPTERS,
+    EMBEDDED_MODEL,
+    GENERATED,
+    PLACEHOLDER,
+    DetectorConfig,
+    ZePADConfig,
+    located,
+    read_model,
+    short_card,
+    write_model,
+)
 
-EMBEDDED_MODEL = Path(__file__).parent / "assets" / "zepad"
-FORMAT = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class DetectorConfig(Config):
-    """When an input is called adversarial."""
-
-    score: str = "jensen_shannon"  # a name of zepad_mm.detection.SCORES
-    threshold: float | None = None  # from clean validation images; None: scores are given, nothing is flagged
-    false_positive_rate: float = 0.05  # share of clean validation images above the threshold
-
-
-@dataclass(frozen=True, kw_only=True)
-class ZePADConfig(Config):
-    """All of a defended model but its weights."""
-
-    public_source: str  # the encoder that is defended, and that a T1 attacker knows
-    branches: tuple[BranchConfig, ...]
-    class_names: tuple[str, ...]
-    prompts: tuple[str, ...] = ("a photo of a {}.",)  # templates of the zero-shot heads
-    fusion: str = "bounded_benign"  # a name of zepad_mm.fusion.RULES
-    fusion_params: dict[str, Any] = field(default_factory=dict)  # constants of the rule; missing ones are its defaults
-    detector: DetectorConfig = field(default_factory=DetectorConfig)
-    storage_dtype: str = "float32"  # of the saved weights: "float32" or "float16"
-    fingerprint: tuple[float, ...] = ()  # logits of a fixed picture, checked on load
-    encoders: dict[str, Any] = field(default_factory=dict)  # fingerprint of each branch's encoder: says what changed
-    version: str = __version__  # of zepad-mm that wrote it
-    format: int = FORMAT
-
-    def __post_init__(self) -> None:
-        check_names([branch.name for branch in self.branches], "branch names")
-        check_names(self.class_names)
-        if self.storage_dtype not in ("float32", "float16"):
-            raise ValueError(f"storage_dtype: expected 'float32' or 'float16', got {self.storage_dtype!r}")
-        if self.format != FORMAT:
-            raise ValueError(f"the model is of format {self.format}, this zepad-mm reads {FORMAT}; upgrade zepad-mm")
-
-
-GENERATED = "<!-- written with the model, and again at each save; remove this line to keep a text of your own -->"
+__all__ = ["EMBEDDED_MODEL", "DetectorConfig", "ZePAD", "ZePADConfig"]
 
 
 class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversarial-robustness", "clip"]):
@@ -90,11 +54,13 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
         names = [branch.name for branch in branches]
         if names != [branch.name for branch in config.branches]:
             raise ValueError(f"branches: expected {[b.name for b in config.branches]} as in the config, got {names}")
-        self.config = config
+        # now, while the client's cache still holds what the encoders were loaded from
+        self.config = replace(config, revisions={**known_revisions(config.sources), **config.revisions})
         self.branches = nn.ModuleDict({branch.name: branch for branch in branches})
         self.fusion = build(config.fusion, self.benign, config.detector.score, config.fusion_params)
         self.sharing: Callable[[], Any] = nullcontext  # around all branches; zepad_mm.sharing puts shared trunks there
         self._lazy: dict[str, Any] = {}  # what is loaded on demand and is no part of the defence
+        self._access = Access()
         self.eval()
 
     # ---- inference -------------------------------------------------------------------------------------------
@@ -211,188 +177,108 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
 
     def _clip(self) -> tuple[Encoder, TextEncoder]:
         if "clip" not in self._lazy:
-            encoder, text = load_clip(self.config.public_source)
+            source = self.config.public_source
+            with at_revision(source, self.config.revisions.get(source), self._access) as local:
+                encoder, text = load_clip(local)
+            encoder.source = text.source = source
             self._lazy["clip"] = (encoder.to(self.device), text.to(self.device))
         return self._lazy["clip"]
 
-    # ---- on disk ---------------------------------------------------------------------------------------------
+    # ---- on disk and on the Hub ------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> ZePAD:  # type: ignore[override]
-        """Load a defended model: ``"embedded"``, a folder, or a name on the Hub.
+    def from_pretrained(  # type: ignore[override]  # our own errors from the first file on, and no other arguments
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> ZePAD:
+        """Load a defended model and, at the revisions it was made on, the base encoders below it.
 
         Args:
-            pretrained_model_name_or_path: see above.
-            kwargs: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download`` of the Hub.
+            pretrained_model_name_or_path: ``"embedded"``, a folder, or a name on the Hub, ``owner/name``.
+            revision: branch, tag or commit on the Hub; None is the main branch.
+            token: for what is private; None takes the one of ``hf auth login``.
+            cache_dir: where downloads are kept; None is the client's own.
+            local_files_only: read from the cache, ask nobody.
+            force_download: fetch again what the cache holds.
 
         Raises:
-            FileNotFoundError: a file is missing; ValueError: a damaged or mismatched one.
+            FileNotFoundError: no such folder, repository, revision or file, or not in the cache while offline;
+            PermissionError: private, and no token that opens it; ValueError: a damaged or mismatched file;
+            ConnectionError: the Hub is out of order.
         """
-        name = str(pretrained_model_name_or_path)
-        if name == "embedded":
-            name = str(EMBEDDED_MODEL)
-            if not (EMBEDDED_MODEL / "config.json").is_file():
-                raise FileNotFoundError(f"{EMBEDDED_MODEL} is empty; rebuild it with scripts/build_embedded_zepad.py")
-        elif Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-            raise FileNotFoundError(f"{name}/config.json does not exist; expected a folder by ZePAD.save_pretrained")
-        if Path(name).is_dir():
-            read_json(Path(name) / "config.json")  # the mixin reads it too, but names no file when it is damaged
-        return super().from_pretrained(name, **kwargs)
-
-    @classmethod
-    def _from_pretrained(  # type: ignore[override]
-        cls,
-        *,
-        model_id: str,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        **injected: Any,
-    ) -> ZePAD:
-        unknown = sorted(set(injected) - {"config", "branches"})  # those two the mixin puts in from config.json
-        if unknown:
-            raise ValueError(f"from_pretrained has no argument {', '.join(unknown)}")
-        folder = Path(model_id)
-        if not folder.is_dir():
-            folder = Path(
-                snapshot_download(
-                    model_id,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    local_files_only=local_files_only,
-                    token=token,
-                    allow_patterns=["config.json", "model.safetensors", "branches/*", "README.md"],
-                )
-            )
-        config = ZePADConfig.from_dict(read_json(folder / "config.json"))
-        tensors, _ = read_tensors(folder / "model.safetensors")
-        bases: dict[str, Encoder] = {}
-        branches = [_build_branch(branch, config, folder, tensors, bases) for branch in config.branches]
-        model = cls(config, branches)
-        model._load_strictly(tensors, folder)
-        model._check_fingerprint(folder)
+        access = Access(
+            token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download
+        )
+        model = cls(*read_model(located(pretrained_model_name_or_path, revision, access), access))
+        # for bases that are read when they are asked for; without the token, which has no place in a pickled model
+        model._access = replace(access, token=None, force_download=False)
         return model
+
+    def save_pretrained(self, save_directory: str | Path, *, card: str | None = None) -> None:  # type: ignore[override]
+        """Write what was trained into a folder, with a card.
+
+        Args:
+            save_directory: made if missing; a card there that somebody wrote himself is kept.
+            card: the text of ``README.md``, e.g. by :func:`zepad_mm.card.model_card`; None is a short one.
+        """
+        super().save_pretrained(save_directory, model_card_kwargs={"text": card})
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        branch: str | None = None,
+        commit_message: str = "Upload a defended encoder",
+        card: str | None = None,
+    ) -> str:
+        """Publish what :meth:`save_pretrained` writes; see :func:`zepad_mm.hub.push_folder`.
+
+        Args:
+            card: as for :meth:`save_pretrained`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ValueError: a base encoder that lies on this machine alone, so that nobody could load the model.
+        """
+        alone = [source for source in self.config.sources if is_local(source)]
+        if alone:
+            raise ValueError(
+                f"{', '.join(alone)}: only what was trained is published, and nobody else has this base encoder; "
+                "push it first, and build the model on KIND:hf-hub:owner/name"
+            )
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, card=card)
+            written = Path(folder) / "README.md"
+            write_text(written, written.read_text(encoding="utf-8").replace(PLACEHOLDER, repo_id))
+            # adapters of branches that the model no longer has
+            return push_folder(
+                folder,
+                repo_id,
+                private=private,
+                token=token,
+                branch=branch,
+                message=commit_message,
+                replaces=(f"{ADAPTERS}/*",),
+            )
 
     def _save_pretrained(self, save_directory: Path) -> None:
         card = save_directory / "README.md"
         if card.is_file() and GENERATED in card.read_text(encoding="utf-8"):
             card.unlink()  # of the model that was here before; the mixin writes none where one lies
-        dtype = getattr(torch, self.config.storage_dtype)
-        tensors = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in self._trained()}
-        for branch in self.branches.values():
-            assert isinstance(branch, Branch)
-            if branch.config.adaptation == "lora":
-                _save_adapter(branch, save_directory / "branches" / branch.name, dtype)
-        write_tensors(save_directory / "model.safetensors", tensors, {"format": "pt"})
-        logits = [round(value, 5) for value in self._fingerprint_with(dtype)]
-        # last, so that a save that was cut off is seen as no model at all
-        encoders = {name: fingerprint(branch.encoder).to_dict() for name, branch in self.branches.items()}  # type: ignore[arg-type]
-        record = {**self.config.to_dict(), "fingerprint": logits, "encoders": encoders}
-        write_json(save_directory / "config.json", record)
+        write_model(save_directory, self.config, {name: self.branch(name) for name in self.branches})
 
-    def generate_model_card(self, *args: Any, **kwargs: Any) -> Any:
-        """A short card; the full one, with figures, is written from an evaluation record."""
+    def generate_model_card(self, text: str | None = None) -> Any:  # type: ignore[override]
+        """The card that the mixin writes: the given text, or a short one."""
         from huggingface_hub import ModelCard
 
-        rows = "\n".join(
-            f"| {b.name} | {b.role} | `{b.source}` | {b.adaptation} | {b.objective} |" for b in self.config.branches
-        )
-        return ModelCard(
-            "---\nlibrary_name: zepad-mm\ntags: [adversarial-robustness, clip, zero-shot-image-classification]\n---\n"
-            f"{GENERATED}\n# ZePAD over `{self.config.public_source}`\n\n"
-            "| branch | role | base | adaptation | objective |\n|---|---|---|---|---|\n"
-            f"{rows}\n\nFusion: `{self.config.fusion}` {self.config.fusion_params}. "
-            f"Detector: `{self.config.detector.score}`, advisory.\n\n"
-            "```python\nfrom zepad_mm import ZePAD\n\nmodel = ZePAD.from_pretrained(...)\n```\n"
-        )
-
-    def _trained(self) -> list[tuple[str, Tensor]]:
-        """What belongs into model.safetensors: heads, and encoders that were tuned in full."""
-        pairs: list[tuple[str, Tensor]] = []
-        for name, branch in self.branches.items():
-            parts: Mapping[str, nn.Module] = {"head": branch.head}  # type: ignore[dict-item]
-            if branch.config.adaptation == "full":  # type: ignore[union-attr]
-                parts = {**parts, "encoder": branch.encoder}  # type: ignore[dict-item]
-            for part, module in parts.items():
-                pairs += [(f"branches.{name}.{part}.{key}", tensor) for key, tensor in module.state_dict().items()]
-        return pairs
-
-    def _load_strictly(self, tensors: dict[str, Tensor], folder: Path) -> None:
-        expected = dict(self._trained())
-        missing, unexpected = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
-        wrong = [key for key in set(expected) & set(tensors) if expected[key].shape != tensors[key].shape]
-        for problem, keys in (("lacks", missing), ("has the unexpected", unexpected), ("has other shapes for", wrong)):
-            if keys:
-                raise ValueError(
-                    f"{folder / 'model.safetensors'} {problem} {', '.join(keys[:3])}"
-                    f"{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}; it does not belong to its config.json"
-                )
-        with torch.no_grad():
-            for key, tensor in expected.items():
-                tensor.copy_(tensors[key])
-
-    def _fingerprint(self) -> list[float]:
-        """Logits of a fixed picture, up to 8 classes per branch: catches another activation or preprocessing."""
-        grid = torch.linspace(0, 1, 48)
-        picture = torch.stack(
-            [grid.view(-1, 1) * grid, 1 - grid.view(-1, 1).expand(48, 48), (grid * 6).sin().abs().expand(48, 48)]
-        )
-        with torch.no_grad():
-            return self.branch_logits(picture[None].to(self.device))[:, 0, :8].flatten().tolist()
-
-    def _fingerprint_with(self, dtype: torch.dtype) -> list[float]:
-        """The fingerprint that the saved weights will give once they are read back."""
-        if dtype == torch.float32:
-            return self._fingerprint()
-        rounded = copy.deepcopy(self)
-        with torch.no_grad():
-            for branch in rounded.branches.values():
-                trained_only = branch.config.adaptation == "full"  # type: ignore[union-attr]
-                for key, tensor in branch.state_dict().items():
-                    if tensor.is_floating_point() and (trained_only or "lora_" in key or key.startswith("head.")):
-                        tensor.copy_(tensor.to(dtype))
-        return rounded._fingerprint()
-
-    def _check_fingerprint(self, folder: Path) -> None:
-        if not self.config.fingerprint:
-            return
-        expected, got = torch.tensor(self.config.fingerprint), torch.tensor(self._fingerprint())
-        close = expected.shape == got.shape and torch.allclose(expected, got, rtol=1e-2, atol=2e-2)
-        causes = what_changed(self.config.encoders, {name: self.branch(name).encoder for name in self.branches})
-        if not close or causes:
-            gap = float((expected - got).abs().max()) if expected.shape == got.shape else float("nan")
-            causes = causes or "its base has other weights, activations (QuickGELU?), mean, std or interpolation"
-            raise ValueError(
-                f"{folder}: the loaded model answers a fixed picture differently than the saved one (by {gap:.3g} in "
-                f"the logits): {causes}; check "
-                f"{', '.join(sorted({branch.source for branch in self.config.branches}))}"
-            )
-
-
-def _build_branch(
-    config: BranchConfig, model: ZePADConfig, folder: Path, tensors: dict[str, Tensor], bases: dict[str, Encoder]
-) -> Branch:
-    """The branch around its base encoder; the trained weights are filled in later, strictly."""
-    if config.source not in bases:
-        bases[config.source] = load_encoder(config.source)
-    encoder = copy.deepcopy(bases[config.source])
-    if config.adaptation == "lora":
-        load_lora(encoder, folder / "branches" / config.name)
-    head = HEADS.get(config.head)(encoder.feature_dim, len(model.class_names))
-    return Branch(config, encoder, head).eval()
-
-
-def _save_adapter(branch: Branch, folder: Path, dtype: torch.dtype) -> None:
-    """The adapter in peft's own layout, so that peft alone can load it."""
-    if not has_lora(branch.encoder):
-        raise ValueError(f"branch {branch.name!r} is declared as LoRA but its encoder has no adapter")
-    backbone: Any = branch.encoder.backbone
-    # save_embedding_layers: there are none, and "auto" asks the Hub for a text model's vocabulary
-    backbone.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's empty template
-    weights = folder / "adapter_model.safetensors"
-    tensors, metadata = read_tensors(weights)
-    write_tensors(weights, {key: tensor.to(dtype) for key, tensor in tensors.items()}, metadata)
+        return ModelCard(short_card(self.config) if text is None else text)

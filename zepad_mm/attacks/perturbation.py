@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from torch import Tensor
 from zepad_mm.attacks.base import check_budget, fit_delta, project
 from zepad_mm.attacks.patch import check_place, paste
 from zepad_mm.checks import budget_text, check_images
-from zepad_mm.files import read_tensors, write_tensors
+from zepad_mm.files import read_tensors, write_tensors, write_text
+from zepad_mm.hub import Access, card_text, fetch, push_folder
 
 FORMAT = "zepad-mm perturbation 1"
+FILE = "perturbation.safetensors"  # its name in a repository
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -131,3 +134,54 @@ class Perturbation:
                 "use Perturbation.load(path).rescaled(epsilon) if that is meant"
             )
         return loaded
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None, branch: str | None = None
+    ) -> str:
+        """Publish it with a card; see :func:`zepad_mm.hub.push_folder`. Returns the address of the commit."""
+        with TemporaryDirectory() as folder:
+            self.save(Path(folder) / FILE)
+            write_text(Path(folder) / "README.md", self._card(repo_id))
+            return push_folder(
+                folder, repo_id, private=private, token=token, branch=branch, message="Upload a perturbation"
+            )
+
+    @classmethod
+    def from_hub(
+        cls,
+        repo_id: str,
+        *,
+        epsilon: float | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> Perturbation:
+        """Fetch what :meth:`push_to_hub` published; ``epsilon`` as for :meth:`load`, the rest as ``hub.fetch``."""
+        access = Access(
+            token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download
+        )
+        folder = fetch(repo_id, [FILE], required=[FILE], revision=revision, access=access)
+        return cls.load(folder / FILE, epsilon)
+
+    def _card(self, repo_id: str) -> str:
+        budget = f"{self.epsilon:.4g} of the area" if self.norm == "patch" else f"{self.epsilon * 255:.4g}/255"
+        made = "\n".join(f"| {key} | `{value}` |" for key, value in self.provenance.items())
+        body = f"""\
+# A universal adversarial perturbation
+
+One perturbation of {self.delta.shape[-2]} x {self.delta.shape[-1]} pixels for every picture: {self.norm}, budget
+{budget}. It is for testing defences; it was made as follows.
+
+| | |
+|---|---|
+{made}
+
+```python
+from zepad_mm.attacks import Perturbation
+
+attacked = Perturbation.from_hub("{repo_id}")(images)  # images (B, 3, H, W) in [0, 1]
+```
+"""
+        return card_text(body, tags=["adversarial-perturbation", "adversarial-robustness", "zepad"])

@@ -1,6 +1,7 @@
 """Evaluation that doubts itself: threat models, shared example pools, per-sample records, diagnostics, a report."""
 
 from zepad_mm.evaluation.data import EvalData
+from zepad_mm.evaluation.publish import fetch_report, push_report
 from zepad_mm.evaluation.records import Records
 from zepad_mm.evaluation.report import Report, acceptance
 from zepad_mm.evaluation.runner import evaluate
@@ -16,5 +17,7 @@ __all__ = [
     "Report",
     "acceptance",
     "evaluate",
+    "fetch_report",
+    "push_report",
     "read_stage",
 ]
