@@ -307,6 +307,19 @@ def test_a_base_without_weights(hub: Hub, published: ZePAD, tmp_path: Path) -> N
         ZePAD.from_pretrained("acme/defended")
 
 
+@pytest.mark.parametrize("kind", ["open_clip:hf-hub:", "timm:hf-hub:", "hf:"])
+def test_an_encoder_alone_has_the_same_errors(hub: Hub, kind: str) -> None:
+    """And is never built with random weights because its own could not be had."""
+    if kind.partition(":")[0] not in ENCODERS:
+        pytest.skip("no encoders of that kind")
+    files = {"open_clip_config.json": json.dumps(TINY_CLIP).encode(), "config.json": b"{}"}
+    hub.put("acme/bare", files)
+    with pytest.raises(FileNotFoundError, match=r"acme/bare .* holds no weights"):
+        load_encoder(f"{kind}acme/bare")
+    with pytest.raises(PermissionError, match="acme/nothing is private or does not exist"):
+        load_encoder(f"{kind}acme/nothing")
+
+
 @pytest.mark.parametrize("name", ["acme/nothing/here", "./no-folder", "no folder", "/tmp/no/folder"])
 def test_what_is_no_name(hub: Hub, name: str) -> None:
     with pytest.raises(FileNotFoundError, match=r"neither a folder here nor a name on the Hub.*owner/name"):

@@ -133,27 +133,28 @@ def known_revisions(sources: Iterable[str]) -> dict[str, str]:
 
 
 @contextmanager
-def at_revision(source: str, revision: str | None, access: Access) -> Iterator[str]:
+def at_revision(source: str, revision: str | None, access: Access, weights: bool = True) -> Iterator[str]:
     """Within the block the source that is given loads ``source`` as it was at a commit, from this disk alone.
 
     Args:
         source: as for :func:`zepad_mm.encoders.load_encoder`; what is not on the Hub passes through.
         revision: None takes what the source names, or the main branch.
         access: of the Hub.
+        weights: without them nothing is fetched here: the loaders look for a configuration themselves.
 
     Raises:
         What :func:`zepad_mm.hub.fetch` raises.
     """
     base = hub_base(source)
-    if base is None:
+    if base is None or not weights:
         yield source
         return
-    folder, weights = _fetched(base, revision or base.revision, access)
+    folder, file = _fetched(base, revision or base.revision, access)
     if base.local is not None:
         yield base.local(folder) + _parts(source)[2]
         return
     assert base.tag is not None
-    with _read_from(*base.tag, weights):
+    with _read_from(*base.tag, file):
         yield source
 
 

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
-from zepad_mm.bases import at_revision, is_local, known_revisions
+from zepad_mm.bases import is_local, known_revisions
 from zepad_mm.branch import Branch, BranchConfig
 from zepad_mm.checks import check_images, check_names
 from zepad_mm.encoders import Encoder, TextEncoder, load_clip
@@ -178,9 +178,7 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
     def _clip(self) -> tuple[Encoder, TextEncoder]:
         if "clip" not in self._lazy:
             source = self.config.public_source
-            with at_revision(source, self.config.revisions.get(source), self._access) as local:
-                encoder, text = load_clip(local)
-            encoder.source = text.source = source
+            encoder, text = load_clip(source, revision=self.config.revisions.get(source), access=self._access)
             self._lazy["clip"] = (encoder.to(self.device), text.to(self.device))
         return self._lazy["clip"]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from zepad_mm import __version__
-from zepad_mm.bases import at_revision, repositories
+from zepad_mm.bases import repositories
 from zepad_mm.branch import Branch, BranchConfig
 from zepad_mm.checks import check_names
 from zepad_mm.config import Config
@@ -173,9 +173,8 @@ def _build_branch(
 ) -> Branch:
     """The branch around its base encoder; the trained weights are filled in later, strictly."""
     if config.source not in bases:
-        with at_revision(config.source, model.revisions.get(config.source), access) as source:
-            bases[config.source] = load_encoder(source)
-        bases[config.source].source = config.source
+        revision = model.revisions.get(config.source)
+        bases[config.source] = load_encoder(config.source, revision=revision, access=access)
     encoder = copy.deepcopy(bases[config.source])
     if config.adaptation == "lora":
         load_lora(encoder, folder / ADAPTERS / config.name)

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zepad_mm.bases import at_revision
 from zepad_mm.checks import check_images
 from zepad_mm.config import Config
+from zepad_mm.hub import Access
 from zepad_mm.registry import Registry
 
 INTERPOLATIONS = ("bilinear", "bicubic")
@@ -126,7 +128,9 @@ def parse_source(source: str) -> Source:
     return Source(kind, rest)
 
 
-def load_encoder(source: str, pretrained: bool = True) -> Encoder:
+def load_encoder(
+    source: str, pretrained: bool = True, *, revision: str | None = None, access: Access | None = None
+) -> Encoder:
     """Load any backbone as an :class:`Encoder`, in eval mode.
 
     Args:
@@ -135,12 +139,16 @@ def load_encoder(source: str, pretrained: bool = True) -> Encoder:
             ``hf:org/name``, ``hf:org/name@revision``, ``hf:local-dir:PATH``; ``timm:NAME``, ``timm:local-dir:PATH``;
             ``ssl:CHECKPOINT``, ``ssl:CHECKPOINT?stem=3x3p1&mean=0.5,0.5,0.5`` (see :mod:`zepad_mm.encoders.ssl`).
         pretrained: load the weights; False builds the architecture alone, randomly initialised.
+        revision: commit, branch or tag on the Hub; None is what the source names, or the main branch.
+        access: of the Hub: token, cache and the rest.
 
     Raises:
-        ValueError: unknown kind or model, or damaged weights; FileNotFoundError: the folder or file is missing.
+        ValueError: unknown kind or model, or damaged weights; FileNotFoundError: the folder or file is missing;
+        PermissionError, ConnectionError: see :func:`zepad_mm.hub.fetch`.
     """
-    parsed = parse_source(source)
-    encoder: Encoder = ENCODERS.get(parsed.kind)(parsed.rest, pretrained)
+    loader = ENCODERS.get(parse_source(source).kind)
+    with at_revision(source, revision, access or Access(), pretrained) as local:
+        encoder: Encoder = loader(parse_source(local).rest, pretrained)
     encoder.source = source
     return encoder.eval()
 

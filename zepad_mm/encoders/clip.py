@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zepad_mm.bases import at_revision
 from zepad_mm.checks import check_names
 from zepad_mm.encoders.base import Encoder, parse_source
+from zepad_mm.hub import Access
 from zepad_mm.prompts import clean_name, templates_of
 from zepad_mm.registry import Registry
 
@@ -78,12 +80,14 @@ class ClipKind:
 CLIPS: Registry[ClipKind] = Registry("kind of CLIP")
 
 
-def load_clip(source: str, pretrained: bool = True) -> tuple[Encoder, TextEncoder]:
+def load_clip(
+    source: str, pretrained: bool = True, *, revision: str | None = None, access: Access | None = None
+) -> tuple[Encoder, TextEncoder]:
     """Both towers of a CLIP: the image tower as an :class:`Encoder`, the text tower for zero-shot heads.
 
     Args:
         source: as for :func:`load_encoder`, of kind ``open_clip`` or ``hf``.
-        pretrained: load the weights.
+        pretrained, revision, access: as for :func:`load_encoder`.
 
     Raises:
         ValueError: another kind, an unknown name, no text tower, or a damaged checkpoint; FileNotFoundError: no such
@@ -95,7 +99,8 @@ def load_clip(source: str, pretrained: bool = True) -> tuple[Encoder, TextEncode
             f"zero-shot heads need a CLIP: expected a source of kind {' or '.join(reversed(CLIPS.names()))}, "
             f"got {source!r}"
         )
-    encoder, text = CLIPS.get(parsed.kind).load(parsed.rest, pretrained)
+    with at_revision(source, revision, access or Access(), pretrained) as local:
+        encoder, text = CLIPS.get(parsed.kind).load(parse_source(local).rest, pretrained)
     encoder.source = text.source = source
     return encoder.eval(), text.eval()
 
