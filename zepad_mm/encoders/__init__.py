@@ -1,24 +1,38 @@
 """How any backbone becomes an :class:`Encoder`."""
 
+from zepad_mm.encoders import hf as _hf
 from zepad_mm.encoders import open_clip as _open_clip
+from zepad_mm.encoders import ssl as _ssl
 from zepad_mm.encoders import timm as _timm
 from zepad_mm.encoders.base import ENCODERS, Encoder, Preprocess, load_encoder
-from zepad_mm.encoders.lora import LoraSettings, add_lora, has_lora, load_lora, merge_lora
-from zepad_mm.encoders.open_clip import TextEncoder, load_clip
+from zepad_mm.encoders.checkpointing import set_gradient_checkpointing
+from zepad_mm.encoders.clip import CLIPS, TextEncoder, is_clip, load_clip
+from zepad_mm.encoders.lora import (
+    LoraSettings,
+    add_lora,
+    count_parameters,
+    has_lora,
+    load_lora,
+    merge_lora,
+)
 from zepad_mm.encoders.streamline import streamlined
 
 __all__ = [
+    "CLIPS",
     "ENCODERS",
     "Encoder",
     "LoraSettings",
     "Preprocess",
     "TextEncoder",
     "add_lora",
+    "count_parameters",
     "has_lora",
+    "is_clip",
     "load_clip",
     "load_encoder",
     "load_lora",
     "merge_lora",
+    "set_gradient_checkpointing",
     "streamlined",
 ]
-del _open_clip, _timm
+del _hf, _open_clip, _ssl, _timm

@@ -6,6 +6,8 @@ past the adapter, which then gets no gradient. Both end when the four projection
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -66,18 +68,90 @@ class SeparateAttention(nn.Module):
         return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
+class SeparateSelfAttention(nn.Module):
+    """open_clip's own ``Attention``, whose q, k and v are one bare weight, from four Linears; same call."""
+
+    def __init__(self, fused: Any) -> None:
+        super().__init__()
+        if fused.logit_scale is not None:
+            raise ValueError("attention with scaled cosines is not supported for LoRA")
+        self.num_heads = fused.num_heads
+        width = fused.in_proj_weight.shape[1]
+        bias = fused.in_proj_bias is not None
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width, bias=bias) for _ in range(3))
+        self.ln_q, self.ln_k, self.ln_inner = fused.ln_q, fused.ln_k, fused.ln_inner
+        self.head_scale, self.attn_drop = fused.head_scale, fused.attn_drop
+        self.out_proj, self.out_drop = fused.out_proj, fused.out_drop
+        with torch.no_grad():
+            biases = fused.in_proj_bias.chunk(3) if bias else (None, None, None)
+            linears = (self.q_proj, self.k_proj, self.v_proj)
+            for linear, weight, offset in zip(linears, fused.in_proj_weight.chunk(3), biases, strict=True):
+                _copy(linear, weight, offset)
+        self.to(device=fused.in_proj_weight.device, dtype=fused.in_proj_weight.dtype)
+        self.train(fused.training)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """(B, L, D) to (B, L, D); a boolean mask is True where looking is forbidden."""
+        q, k, v = (
+            linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for linear in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = ~attn_mask
+        if attn_mask is not None and attn_mask.ndim == 3:
+            attn_mask = attn_mask.view(-1, self.num_heads, *attn_mask.shape[1:])
+        dropout = self.attn_drop.p if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(self.ln_q(q), self.ln_k(k), v, attn_mask=attn_mask, dropout_p=dropout)
+        if self.head_scale is not None:
+            mixed = mixed * self.head_scale
+        return self.out_drop(self.out_proj(self.ln_inner(mixed.transpose(1, 2).flatten(2))))
+
+
+class SeparateAttentionPool(nn.Module):
+    """The attention pooling of CLIP's ResNets with Linears that are called, not read past; only the pooled query."""
+
+    def __init__(self, fused: Any) -> None:
+        super().__init__()
+        self.num_heads = fused.num_heads
+        self.positional_embedding = fused.positional_embedding
+        self.q_proj, self.k_proj, self.v_proj, self.c_proj = fused.q_proj, fused.k_proj, fused.v_proj, fused.c_proj
+        self.train(fused.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D, H, W) to (B, output)."""
+        tokens = x.flatten(2).transpose(1, 2)
+        tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], 1) + self.positional_embedding.to(x.dtype)
+        q, k, v = (
+            linear(part).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for linear, part in ((self.q_proj, tokens[:, :1]), (self.k_proj, tokens), (self.v_proj, tokens))
+        )
+        return self.c_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1))
+
+
 def _copy(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
     linear.weight.copy_(weight)
-    if bias is not None:
+    if bias is not None and linear.bias is not None:
         linear.bias.copy_(bias)
 
 
+def _separate(module: nn.Module) -> nn.Module | None:
+    """The same attention with separate projections; None for what is no fused attention. Told by what it has."""
+    if isinstance(module, nn.MultiheadAttention):
+        return SeparateAttention(module)
+    if isinstance(getattr(module, "in_proj_weight", None), nn.Parameter) and hasattr(module, "scaled_cosine"):
+        return SeparateSelfAttention(module)
+    if all(hasattr(module, name) for name in ("c_proj", "q_proj", "k_proj", "v_proj", "positional_embedding")):
+        return None if isinstance(module, SeparateAttentionPool) else SeparateAttentionPool(module)
+    return None
+
+
 def unfuse_attention(module: nn.Module) -> int:
-    """Replace every ``nn.MultiheadAttention`` below ``module`` in place; returns how many there were."""
+    """Replace every fused attention below ``module`` in place; returns how many there were."""
     count = 0
     for name, child in list(module.named_children()):
-        if isinstance(child, nn.MultiheadAttention):
-            setattr(module, name, SeparateAttention(child))
+        separate = _separate(child)
+        if separate is not None:
+            setattr(module, name, separate)
             count += 1
         else:
             count += unfuse_attention(child)

@@ -13,34 +13,57 @@ from zepad_mm.checks import check_images
 from zepad_mm.config import Config
 from zepad_mm.registry import Registry
 
+INTERPOLATIONS = ("bilinear", "bicubic")
 RESIZE_MODES = ("squash", "shortest")
+CENTRES = ("floor", "round")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocess(Config):
-    """Differentiable resize and normalisation, applied inside the encoder so that attacks see the true network."""
+    """Differentiable resize and normalisation, applied inside the encoder so that attacks see the true network.
+
+    A picture that has ``image_size`` already counts as cut to size and is only normalised, also where the source
+    library would enlarge it and crop: perturbations are made at that size, and a crop would cut their edge off.
+    """
 
     image_size: int  # side of the square picture the backbone wants, in pixels
     mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
     std: tuple[float, ...]  # per channel, of pixels in [0, 1]
     interpolation: str = "bicubic"  # "bilinear" or "bicubic", always antialiased
     resize_mode: str = "squash"  # "squash" changes the aspect; "shortest" resizes the shorter side and crops the centre
+    resize_size: int | None = None  # side before the centre is cropped, at least image_size; None: image_size
+    centre: str = "floor"  # where an odd margin goes: "floor" (transformers) or "round" (torchvision)
 
     def __post_init__(self) -> None:
         if self.resize_mode not in RESIZE_MODES:
             raise ValueError(f"resize_mode: expected one of {RESIZE_MODES}, got {self.resize_mode!r}")
+        if self.centre not in CENTRES:
+            raise ValueError(f"centre: expected one of {CENTRES}, got {self.centre!r}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation: expected one of {INTERPOLATIONS}, got {self.interpolation!r}")
+        if self.image_size < 1 or (self.resize_size or self.image_size) < self.image_size:
+            raise ValueError(
+                f"resize_size: expected at least the image_size of {self.image_size} pixels, got {self.resize_size}"
+            )
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(
+                "mean and std: expected three numbers each, of pixels in [0, 1], std above 0; "
+                f"got {self.mean} and {self.std}"
+            )
 
     def resize(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, 3, image_size, image_size), still in [0, 1]; a picture of the right size is untouched."""
         height, width = images.shape[-2:]
         if (height, width) == (self.image_size, self.image_size):
             return images
-        target = (self.image_size, self.image_size)
+        side = self.resize_size or self.image_size
+        target = (side, side)
         if self.resize_mode == "shortest":
-            scale = self.image_size / min(height, width)
-            target = (max(self.image_size, int(height * scale)), max(self.image_size, int(width * scale)))
+            # in whole numbers: side * (height / width) may land just below the integer that the libraries reach
+            target = (side * height // min(height, width), side * width // min(height, width))
         images = F.interpolate(images, target, mode=self.interpolation, antialias=True, align_corners=False)
-        top, left = ((size - self.image_size) // 2 for size in target)
+        margins = [size - self.image_size for size in target]
+        top, left = (margin // 2 if self.centre == "floor" else round(margin / 2) for margin in margins)
         images = images[..., top : top + self.image_size, left : left + self.image_size]
         return images.clamp(0, 1)  # bicubic overshoots
 
@@ -96,7 +119,8 @@ def parse_source(source: str) -> Source:
     if not separator or not rest:
         raise ValueError(
             f"encoder source {source!r}: expected KIND:NAME with KIND one of {', '.join(ENCODERS)}, "
-            "e.g. 'open_clip:embedded', 'open_clip:ViT-B-32/laion2b_s34b_b79k' or 'timm:resnet18.a1_in1k'"
+            "e.g. 'open_clip:ViT-B-32/laion2b_s34b_b79k', 'hf:facebook/dinov2-small', 'timm:resnet18.a1_in1k' or "
+            "'ssl:checkpoint.ckpt'"
         )
     ENCODERS.get(kind)
     return Source(kind, rest)
@@ -107,11 +131,13 @@ def load_encoder(source: str, pretrained: bool = True) -> Encoder:
 
     Args:
         source: ``open_clip:NAME/TAG``, ``open_clip:hf-hub:org/repo``, ``open_clip:local-dir:PATH``,
-            ``open_clip:embedded``, ``timm:NAME`` or ``timm:local-dir:PATH``.
+            ``open_clip:embedded``, any of them with ``+WEIGHTS`` (a robust state dict over that base);
+            ``hf:org/name``, ``hf:org/name@revision``, ``hf:local-dir:PATH``; ``timm:NAME``, ``timm:local-dir:PATH``;
+            ``ssl:CHECKPOINT``, ``ssl:CHECKPOINT?stem=3x3p1&mean=0.5,0.5,0.5`` (see :mod:`zepad_mm.encoders.ssl`).
         pretrained: load the weights; False builds the architecture alone, randomly initialised.
 
     Raises:
-        ValueError: unknown kind or model; FileNotFoundError: the local folder is missing.
+        ValueError: unknown kind or model, or damaged weights; FileNotFoundError: the folder or file is missing.
     """
     parsed = parse_source(source)
     encoder: Encoder = ENCODERS.get(parsed.kind)(parsed.rest, pretrained)

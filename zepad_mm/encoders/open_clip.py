@@ -1,84 +1,24 @@
-"""CLIP image and text towers of open_clip: built-in names, the Hub, a local folder, or the embedded one."""
+"""CLIP image and text towers of open_clip: built-in names, the Hub, a local folder, or the embedded one.
+
+``+WEIGHTS`` behind any of them loads a file of robust weights over that base: ``open_clip:ViT-L-14/openai+fare.pt``.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zepad_mm.checks import check_names
-from zepad_mm.encoders.base import ENCODERS, Encoder, Preprocess, feature_dim_of, parse_source
-from zepad_mm.prompts import clean_name, templates_of
+from zepad_mm.encoders.base import ENCODERS, Encoder, Preprocess, feature_dim_of
+from zepad_mm.encoders.clip import CLIPS, ClipKind, TextEncoder
+from zepad_mm.encoders.robust import load_over, split_weights
 
+log = logging.getLogger(__name__)
 EMBEDDED_CLIP = Path(__file__).parents[1] / "assets" / "clip"
-
-
-class TextEncoder(nn.Module):
-    """The text tower of a CLIP with its tokenizer and logit scale.
-
-    Attributes:
-        logit_scale: the factor CLIP multiplies cosines with before the softmax (about 100 for public models).
-    """
-
-    def __init__(self, clip: Any, tokenizer: Callable[[list[str]], Tensor], source: str) -> None:
-        super().__init__()
-        self.tower = clip
-        self.tokenizer = tokenizer
-        self.source = source
-        self.logit_scale = float(clip.logit_scale.detach().exp())
-        self._cache: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = {}
-
-    @torch.no_grad()
-    def forward(self, texts: Sequence[str]) -> Tensor:
-        """N texts to unit-length embeddings (N, D). Raises ValueError for an empty list."""
-        texts = check_names(texts, "texts") if not isinstance(texts, list) or not texts else texts
-        device = next(self.tower.parameters()).device
-        rows = [
-            F.normalize(self.tower.encode_text(self.tokenizer(texts[start : start + 256]).to(device)), dim=-1)
-            for start in range(0, len(texts), 256)
-        ]
-        return torch.cat(rows)
-
-    @torch.no_grad()
-    def class_embeddings(self, class_names: Sequence[str], prompts: str | Sequence[str] = "photo") -> Tensor:
-        """Prompt-ensembled class embeddings (C, D): unit-length mean over the templates of unit-length embeddings.
-
-        Kept for the next call with the same names and templates: a text is never encoded twice.
-        """
-        names = [clean_name(name) for name in check_names(class_names)]
-        templates = templates_of(prompts)
-        key = (tuple(names), templates)
-        if key not in self._cache:
-            embeddings = self([template.format(name) for name in names for template in templates])
-            mean = embeddings.view(len(names), len(templates), -1).mean(dim=1)
-            self._cache[key] = F.normalize(mean, dim=-1)
-        return self._cache[key]
-
-
-def load_clip(source: str, pretrained: bool = True) -> tuple[Encoder, TextEncoder]:
-    """Both towers of a CLIP: the image tower as an :class:`Encoder`, the text tower for zero-shot heads.
-
-    Args:
-        source: as for :func:`load_encoder`, of kind ``open_clip``.
-        pretrained: load the weights.
-
-    Raises:
-        ValueError: another kind, an unknown name, or a damaged checkpoint; FileNotFoundError: no such folder.
-    """
-    parsed = parse_source(source)
-    if parsed.kind != "open_clip":
-        raise ValueError(f"zero-shot heads need a CLIP: expected a source of kind open_clip, got {source!r}")
-    clip, tokenizer = _create(parsed.rest, pretrained)
-    encoder = _image_tower(clip, source)
-    text = TextEncoder(clip, tokenizer, source).eval()
-    del clip.visual  # the encoder holds it; kept here too it would be counted and moved twice
-    return encoder, text
 
 
 @ENCODERS.register("open_clip")
@@ -86,33 +26,68 @@ def _load(rest: str, pretrained: bool) -> Encoder:
     return _image_tower(_create(rest, pretrained)[0], f"open_clip:{rest}")
 
 
+def _load_clip(rest: str, pretrained: bool) -> tuple[Encoder, TextEncoder]:
+    clip, tokenizer = _create(rest, pretrained)
+    encoder = _image_tower(clip, f"open_clip:{rest}")
+    text = TextEncoder(clip, tokenizer, f"open_clip:{rest}")
+    del clip.visual  # the encoder holds it; kept here too it would be counted and moved twice
+    return encoder, text
+
+
+CLIPS.register("open_clip")(ClipKind(load=_load_clip, has_text=lambda rest: True))
+
+
+class _FirstOutput(nn.Module):
+    """A tower that also gives its tokens (CoCa's) as one that gives the pooled feature alone."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.tower(pixels)[0]
+
+
 def _image_tower(clip: Any, source: str) -> Encoder:
     from open_clip.model import get_model_preprocess_cfg  # open_clip keeps the training statistics on the tower
 
     cfg = get_model_preprocess_cfg(clip)
-    size = cfg["size"] if isinstance(cfg["size"], int) else cfg["size"][0]
+    sides = (cfg["size"],) * 2 if isinstance(cfg["size"], int) else tuple(cfg["size"])
+    if sides[0] != sides[1]:
+        raise ValueError(f"{source} wants pictures of {sides[0]} x {sides[1]} pixels; only square ones are supported")
+    mode = cfg.get("resize_mode") or "shortest"
+    if mode == "longest":
+        log.warning(
+            "%s was trained on padded pictures; here their shorter side is resized and the centre cropped", source
+        )
     preprocess = Preprocess(
-        image_size=size,
+        image_size=sides[0],
         mean=tuple(cfg["mean"]),
         std=tuple(cfg["std"]),
-        interpolation=cfg.get("interpolation", "bicubic"),
-        resize_mode=cfg.get("resize_mode", "shortest"),
+        interpolation="bilinear" if cfg.get("interpolation") == "bilinear" else "bicubic",  # as open_clip reads it
+        resize_mode="squash" if mode == "squash" else "shortest",
+        centre="round",
     )
-    return Encoder(clip.visual, preprocess, feature_dim_of(clip.visual, size), source).eval()
+    tower = _FirstOutput(clip.visual) if getattr(clip.visual, "output_tokens", False) else clip.visual
+    return Encoder(tower, preprocess, feature_dim_of(tower, sides[0]), source).eval()
 
 
 def _create(rest: str, pretrained: bool) -> tuple[Any, Callable[[list[str]], Tensor]]:
     """The whole CLIP in fp32 on the CPU, and its tokenizer."""
     import open_clip
 
-    name, tag = _name_and_tag(rest)
+    base, weights = split_weights(rest)
+    name, tag = _name_and_tag(base)
     if name.startswith("local-dir:") and not Path(name.removeprefix("local-dir:")).is_dir():
         raise FileNotFoundError(f"{name.removeprefix('local-dir:')!r} is no folder; expected one with open_clip files")
-    with _clear_errors(rest), nullcontext() if pretrained else _no_warning_of_random_weights():
+    with _clear_errors(base), nullcontext() if pretrained else _no_warning_of_random_weights():
         clip = open_clip.create_model(
             name, pretrained=tag, precision="fp32", load_weights=pretrained, weights_only=True
         )
-        return clip.eval(), open_clip.get_tokenizer(name)
+        tokenizer = open_clip.get_tokenizer(name)
+    if weights and pretrained:
+        load_over(clip, weights)
+    return clip.eval(), tokenizer
 
 
 def _name_and_tag(rest: str) -> tuple[str, str | None]:

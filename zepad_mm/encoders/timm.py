@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from pathlib import Path
 
-from zepad_mm.encoders.base import ENCODERS, Encoder, Preprocess, feature_dim_of
+from zepad_mm.encoders.base import ENCODERS, INTERPOLATIONS, Encoder, Preprocess, feature_dim_of
+
+log = logging.getLogger(__name__)
 
 
 @ENCODERS.register("timm")
@@ -28,11 +32,18 @@ def _load(rest: str, pretrained: bool) -> Encoder:
     # that was built for another size
     patch_embed = getattr(backbone, "patch_embed", None)
     size = getattr(patch_embed, "img_size", None) or config["input_size"][-2:]
+    mode = config.get("crop_mode") or "center"
+    if mode == "border" or config["interpolation"] not in INTERPOLATIONS:
+        log.warning(
+            "timm:%s was trained on %s, %s pictures; here: centre crop, bicubic", rest, mode, config["interpolation"]
+        )
     preprocess = Preprocess(
         image_size=int(size[0]),
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
-        interpolation=config["interpolation"] if config["interpolation"] in ("bilinear", "bicubic") else "bicubic",
-        resize_mode="squash" if config.get("crop_mode") == "squash" else "shortest",
+        interpolation=config["interpolation"] if config["interpolation"] in INTERPOLATIONS else "bicubic",
+        resize_mode="squash" if mode == "squash" else "shortest",
+        resize_size=math.floor(int(size[0]) / config["crop_pct"]),
+        centre="round",
     )
     return Encoder(backbone, preprocess, feature_dim_of(backbone, preprocess.image_size), f"timm:{rest}")

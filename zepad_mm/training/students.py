@@ -8,7 +8,7 @@ from torch import nn
 
 from zepad_mm.data import LabelledImages
 from zepad_mm.defences.base import Student
-from zepad_mm.encoders import Encoder, LoraSettings, add_lora, load_clip, load_encoder
+from zepad_mm.encoders import Encoder, LoraSettings, add_lora, is_clip, load_clip, load_encoder
 from zepad_mm.heads import zero_shot_head
 from zepad_mm.training.heads import HeadSettings, fresh_head, train_head
 from zepad_mm.training.processes import derived_seed, seeded
@@ -45,8 +45,7 @@ def build_student(
     """
     if adaptation not in ADAPTATIONS:
         raise ValueError(f"adaptation: expected one of {', '.join(ADAPTATIONS)}, got {adaptation!r}")
-    is_clip = source.startswith("open_clip:")
-    kind = ("zero_shot" if is_clip else "mlp") if head == "auto" else head
+    kind = ("zero_shot" if is_clip(source) else "mlp") if head == "auto" else head
     encoder, module = _with_head(source, train, kind, prompts, seed)
     encoder.requires_grad_(True)
     if adaptation == "lora":

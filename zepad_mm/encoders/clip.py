@@ -1,0 +1,106 @@
+"""What makes a CLIP more than an encoder: its text tower, whichever library the CLIP comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zepad_mm.checks import check_names
+from zepad_mm.encoders.base import Encoder, parse_source
+from zepad_mm.prompts import clean_name, templates_of
+from zepad_mm.registry import Registry
+
+
+class TextEncoder(nn.Module):
+    """The text tower of a CLIP with its tokenizer and logit scale.
+
+    Args:
+        tower: has ``encode_text(tokens) -> (N, D)``, ``logit_scale`` (its logarithm) and perhaps ``logit_bias``.
+        tokenizer: N texts to what ``encode_text`` takes, with a ``.to(device)``.
+        source: as for :func:`load_clip`.
+
+    Attributes:
+        logit_scale: the factor CLIP multiplies cosines with before the softmax (about 100 for public models).
+        logit_bias: what SigLIP adds to scaled cosines before its sigmoid; 0 elsewhere. One number for all classes:
+            softmax, argmax, margins and every fusion rule are the same without it, so zero-shot heads leave it out.
+    """
+
+    def __init__(self, tower: Any, tokenizer: Callable[[list[str]], Any], source: str) -> None:
+        super().__init__()
+        self.tower = tower
+        self.tokenizer = tokenizer
+        self.source = source
+        self.logit_scale = float(tower.logit_scale.detach().exp())
+        bias = getattr(tower, "logit_bias", None)
+        self.logit_bias = 0.0 if bias is None else float(bias.detach())
+        self._cache: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = {}
+
+    @torch.no_grad()
+    def forward(self, texts: Sequence[str]) -> Tensor:
+        """N texts to unit-length embeddings (N, D). Raises ValueError for an empty list."""
+        texts = check_names(texts, "texts") if not isinstance(texts, list) or not texts else texts
+        device = next(self.tower.parameters()).device
+        rows = [
+            F.normalize(self.tower.encode_text(self.tokenizer(texts[start : start + 256]).to(device)), dim=-1)
+            for start in range(0, len(texts), 256)
+        ]
+        return torch.cat(rows)
+
+    @torch.no_grad()
+    def class_embeddings(self, class_names: Sequence[str], prompts: str | Sequence[str] = "photo") -> Tensor:
+        """Prompt-ensembled class embeddings (C, D): unit-length mean over the templates of unit-length embeddings.
+
+        Kept for the next call with the same names and templates: a text is never encoded twice.
+        """
+        names = [clean_name(name) for name in check_names(class_names)]
+        templates = templates_of(prompts)
+        key = (tuple(names), templates)
+        if key not in self._cache:
+            embeddings = self([template.format(name) for name in names for template in templates])
+            mean = embeddings.view(len(names), len(templates), -1).mean(dim=1)
+            self._cache[key] = F.normalize(mean, dim=-1)
+        return self._cache[key]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipKind:
+    """How CLIPs of one library are had."""
+
+    load: Callable[[str, bool], tuple[Encoder, TextEncoder]]  # (rest of the source, pretrained); ValueError: no text
+    has_text: Callable[[str], bool]  # rest of the source: whether there is a text tower, without loading weights
+
+
+CLIPS: Registry[ClipKind] = Registry("kind of CLIP")
+
+
+def load_clip(source: str, pretrained: bool = True) -> tuple[Encoder, TextEncoder]:
+    """Both towers of a CLIP: the image tower as an :class:`Encoder`, the text tower for zero-shot heads.
+
+    Args:
+        source: as for :func:`load_encoder`, of kind ``open_clip`` or ``hf``.
+        pretrained: load the weights.
+
+    Raises:
+        ValueError: another kind, an unknown name, no text tower, or a damaged checkpoint; FileNotFoundError: no such
+            folder.
+    """
+    parsed = parse_source(source)
+    if parsed.kind not in CLIPS:
+        raise ValueError(
+            f"zero-shot heads need a CLIP: expected a source of kind {' or '.join(reversed(CLIPS.names()))}, "
+            f"got {source!r}"
+        )
+    encoder, text = CLIPS.get(parsed.kind).load(parsed.rest, pretrained)
+    encoder.source = text.source = source
+    return encoder.eval(), text.eval()
+
+
+def is_clip(source: str) -> bool:
+    """Whether :func:`load_clip` takes the source: told from its kind and, for ``hf``, its config alone."""
+    parsed = parse_source(source)
+    return parsed.kind in CLIPS and CLIPS.get(parsed.kind).has_text(parsed.rest)
