@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from zepad_mm import ZePAD
 from zepad_mm.attacks import UNIVERSAL_ATTACKS, Perturbation, UniversalAttack
+from zepad_mm.checks import budget_text
 from zepad_mm.data import LabelledImages, load_data
 from zepad_mm.encoders import load_clip
 from zepad_mm.evaluation.metrics import share
@@ -50,11 +51,11 @@ def attack_of(name: str, options: argparse.Namespace) -> UniversalAttack:
     return attack if options.steps is None else replace(attack, steps=options.steps)
 
 
-def noise_of(norm: str, epsilon: float, like: torch.Tensor, seed: int) -> Perturbation:
-    """The control: random signs at the full budget, or a patch of random pixels."""
-    random = torch.rand(like.shape, generator=torch.Generator().manual_seed(seed))
-    delta = random if norm == "patch" else epsilon * (random - 0.5).sign()
-    return Perturbation(delta, epsilon, norm, {"attack": "random", "seed": seed})
+def noise_of(made: Perturbation, seed: int) -> Perturbation:
+    """The control: random signs at the full budget, or a patch of random pixels in the same place."""
+    random = torch.rand(made.delta.shape, generator=torch.Generator().manual_seed(seed))
+    delta = random if made.norm == "patch" else made.epsilon * (random - 0.5).sign()
+    return Perturbation(delta, made.epsilon, made.norm, {"attack": "random", "seed": seed}, made.place)
 
 
 def crafted(name: str, options: argparse.Namespace, encoder: Any, pictures: torch.Tensor) -> Perturbation:
@@ -99,15 +100,15 @@ def markdown(report: dict[str, Any]) -> str:
         f"Threat T1: each perturbation was made on the undefended public encoder alone, from {config['n_surrogate']} "
         f"unlabelled pictures; the defence was not attacked itself. Accuracy in % on {config['n']} test pictures with "
         f"95 % Wilson intervals, seed {report['meta']['seed']}. L-inf budget {255 * config['epsilon']:.3g}/255; "
-        "patches cover at most their share of the area. Noise is one random pattern of the same budget, on the "
-        "undefended CLIP.",
+        "patches cover at most their share of the area, in the centre. Noise is one random pattern of the "
+        "same budget, on the undefended CLIP.",
         "",
         "| attack | budget | undefended CLIP | noise | ZePAD as shipped | crafting, s |",
         "|---|---|---|---|---|---|",
         f"| none | | {cell(report['clean']['undefended'])} | | {cell(report['clean']['zepad'])} | |",
     ]
     for row in sorted(report["rows"], key=lambda row: row["undefended"]["accuracy"]):
-        budget = f"{row['epsilon']:.3g} of the area" if row["norm"] == "patch" else f"{255 * row['epsilon']:.3g}/255"
+        budget = budget_text(row["epsilon"], row["norm"])
         weak = "" if row["undefended"]["ci_high"] < row["noise"]["undefended"]["ci_low"] else " (not clearly below)"
         lines.append(
             f"| {row['attack']} | {budget} | {cell(row['undefended'])}{weak} | {cell(row['noise']['undefended'])} "
@@ -133,15 +134,15 @@ def main(options: argparse.Namespace) -> Path:
     config |= {"epsilon": options.epsilon, "steps": options.steps, "attacks": names}
     report: dict[str, Any] = {"meta": provenance(seed=options.seed, config=config)}
     report |= {"clean": score(models, None, test), "rows": []}
-    noises: dict[tuple[str, float], dict[str, Any]] = {}
+    noises: dict[tuple[str, float, str], dict[str, Any]] = {}
     bar = tqdm(names)
     for name in bar:
         bar.set_description(name)
         attack = attack_of(name, options)
         made = crafted(name, options, encoder, pictures)
-        key = (made.norm, made.epsilon)
+        key = (made.norm, made.epsilon, made.place)
         if key not in noises:
-            noises[key] = score(models, noise_of(*key, made.delta, options.seed + 1), test)
+            noises[key] = score(models, noise_of(made, options.seed + 1), test)
         settings = {field: value for field, value in asdict(attack).items() if not isinstance(value, torch.Tensor)}
         row = {"attack": name, "epsilon": made.epsilon, "norm": made.norm, "n": len(test), "seed": options.seed}
         row |= {"crafting_s": made.provenance["wall_s"], "final_loss": made.provenance["final_loss"]}

@@ -91,14 +91,14 @@ def torment(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="of the evaluation; a quarter as many of crafting")
+    parser.add_argument("--kills", type=int, default=20, help="of the evaluation, and as many of crafting")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path, default=Path("outputs/kill.json"), help="file of the result")
     options = parser.parse_args()
     moments = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
         evaluation = torment(EVALUATE, Path(name) / "evaluation", options.kills, moments, outcome)
-        crafting = torment(ATTACK, Path(name) / "crafting", options.kills // 4, moments, perturbation)
+        crafting = torment(ATTACK, Path(name) / "crafting", options.kills, moments, perturbation)
     config = {"kills": options.kills, "evaluation": " ".join(EVALUATE), "crafting": " ".join(ATTACK)}
     found = {"evaluation": evaluation, "crafting": crafting}
     write_json(options.out, {"meta": provenance(seed=options.seed, config=config), **found})

@@ -46,7 +46,8 @@ def test_example(name: str) -> None:
 def test_the_parity_script_in_small(tmp_path: Path) -> None:
     for module in ("torchattacks", "adv_lib.attacks.auto_pgd"):
         pytest.importorskip(module, exc_type=ImportError)
-    small = ["--n", "8", "--whole-n", "4", "--steps", "2", "--queries", "2", "--out", str(tmp_path / "parity.json")]
+    small = ["--n", "8", "--few", "4", "--steps", "2", "--queries", "2", "--stages", "4"]
+    small += ["--out", str(tmp_path / "parity.json")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     for _ in range(2):  # the second finds everything done
         done = subprocess.run(

@@ -11,8 +11,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from zepad_mm.attacks import Perturbation
+from zepad_mm.checks import budget_text
 from zepad_mm.evaluation import EvalData, Records, Report, read_stage
 from zepad_mm.evaluation.metrics import wilson
+from zepad_mm.evaluation.report import budget_of
 from zepad_mm.files import replacing
 from zepad_mm.model import ZePAD
 
@@ -96,7 +98,7 @@ def tradeoff_figure(report: Report) -> Figure:
         heights = [100 * row["accuracy"] for row in rows]
         below = [100 * (row["accuracy"] - row["ci_low"]) for row in rows]
         above = [100 * (row["ci_high"] - row["accuracy"]) for row in rows]
-        budget = "" if threat == "clean" else f" worst, {rows[0]['epsilon'] * 255:.3g}/255"
+        budget = "" if threat == "clean" else f" worst, {budget_of(rows[0])}"
         colour = COLOURS[index % len(COLOURS)]
         panel.bar(places, heights, width, yerr=[below, above], label=f"{threat}{budget}", color=colour)
     panel.set_xticks(range(len(report.models)), report.models, rotation=30, ha="right", fontsize=8)
@@ -130,7 +132,8 @@ def budget_figure(report: Report) -> Figure:
     heights, places = [100 * p[1] for p in points], [p[0] for p in points]
     panel.errorbar(places, heights, yerr=[below, above], marker="o", color=COLOURS[0], capsize=3)
     panel.set_xticks(places, [f"{place:g}" for place in places], fontsize=8)
-    panel.set_xlabel("budget, / 255 (L-inf)")
+    norm = report.row("zepad", "T2")["norm"]
+    panel.set_xlabel("budget, / 255 (L-inf)" if norm == "linf" else "budget (L2)")
     panel.set_ylabel("accuracy, %")
     panel.set_ylim(0, 100)
     panel.set_title(f"{clean['dataset']}, white box, {n} pictures (at 0: {clean['n']})", fontsize=10)
@@ -138,10 +141,10 @@ def budget_figure(report: Report) -> Figure:
 
 
 def budget_sweep(report: Report) -> dict[float, float]:
-    """Budget in 1/255 -> accuracy in [0, 1] of the model as it ships; empty where the check did not run."""
+    """Budget (1/255, or L2) -> accuracy in [0, 1] of the model as it ships; empty where the check did not run."""
     for check in report.meta.get("diagnostics", []):
         if check["name"] == "budget_sweep":
-            shares = {key.removesuffix("/255"): share for key, share in check["values"].items() if "/255" in key}
+            shares = {key.removesuffix("/255").removeprefix("L2 "): share for key, share in check["values"].items()}
             return {float(budget): share for budget, share in shares.items()}
     return {}
 
@@ -181,7 +184,7 @@ def write_figures(report: Report, out: str | Path, model: ZePAD, data: EvalData,
             for name in ("undefended", "zepad")
         }
         truth = [model.class_names[index] for index in records.labels[right].tolist()]
-        title = f"T1, {attempt.attack.split('@')[0]}, {attempt.epsilon * 255:.3g}/255"
+        title = f"T1, {attempt.attack.split('@')[0]}, {budget_text(attempt.epsilon, attempt.norm)}"
         figures["contact_sheet"] = contact_sheet(test.images[right], attacked, truth, answers, title)
     paths = []
     for name, figure in figures.items():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zepad_mm.attacks.base import check_generator
 
-PLACES = ("lower_right", "random")
+PLACES = ("center", "lower_right", "random")
 
 
 def check_place(place: str) -> str:
@@ -35,7 +35,7 @@ def paste(
         images: (B, 3, H, W) in [0, 1].
         patch: (3, h, w) in [0, 1]; resized to what ``area`` allows.
         area: share of the pixels that are replaced at most, in [0, 1]; where that is less than one pixel, none is.
-        place: "lower_right", as AdvEncoder and AdvCLIP do, or "random": a place of its own for each picture.
+        place: "center", "lower_right", as AdvEncoder and AdvCLIP do, or "random": a place of its own for each picture.
         generator: CPU source of random places; seed 0 when None.
 
     Returns:
@@ -48,8 +48,10 @@ def paste(
     if patch.shape[-2:] != (rows, columns):
         patch = F.interpolate(patch[None], (rows, columns), mode="bilinear", align_corners=False)[0]
     attacked = images.clone()
-    if check_place(place) == "lower_right":
-        attacked[..., height - rows :, width - columns :] = patch
+    if check_place(place) != "random":
+        free = (height - rows, width - columns)
+        top, left = free if place == "lower_right" else (free[0] // 2, free[1] // 2)
+        attacked[..., top : top + rows, left : left + columns] = patch
         return attacked
     generator = check_generator(generator)
     tops = torch.randint(height - rows + 1, (len(images),), generator=generator).tolist()

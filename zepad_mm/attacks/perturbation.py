@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zepad_mm.attacks.base import check_budget, fit_delta, project
 from zepad_mm.attacks.patch import check_place, paste
-from zepad_mm.checks import check_images
+from zepad_mm.checks import budget_text, check_images
 from zepad_mm.files import read_tensors, write_tensors, write_text
 from zepad_mm.hub import Access, card_text, fetch, push_folder
 
@@ -31,7 +31,7 @@ class Perturbation:
         epsilon: the budget in pixels of [0, 1]; of a patch the share of the area that it may cover.
         norm: "linf", "l2" or "patch".
         provenance: how it was made: attack, encoder, data, seed, steps. JSON-able.
-        place: where a patch goes, "lower_right" or "random" (per picture); additive ones leave it as it is.
+        place: where a patch goes, "center", "lower_right" or "random" (per picture); additive ones leave it as it is.
     """
 
     delta: Tensor
@@ -128,11 +128,7 @@ class Perturbation:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is a damaged perturbation file: {error!r}; fetch or craft it again") from error
         if epsilon is not None and abs(loaded.epsilon - epsilon) > 1e-9:
-            given, expected = (
-                (f"{loaded.epsilon:.4g} of the area", f"{epsilon:.4g}")
-                if loaded.norm == "patch"
-                else (f"{loaded.epsilon * 255:.4g}/255", f"{epsilon * 255:.4g}/255")
-            )
+            given, expected = (budget_text(value, loaded.norm) for value in (loaded.epsilon, epsilon))
             raise ValueError(
                 f"{path} was made for epsilon {given}, expected {expected}; "
                 "use Perturbation.load(path).rescaled(epsilon) if that is meant"

@@ -32,7 +32,7 @@ def deployed_threshold(session: Session, validation: Tensor) -> float:
 def detection_rows(session: Session, validation: Tensor) -> list[dict[str, Any]]:
     """The detection rows of report.json.
 
-    T1 and T1b hold each attack on all pictures. T2 and T3 hold the pictures for which some attack found a wrong
+    T1, T1p and T1b hold each attack on all pictures. T2 and T3 hold the pictures for which some attack found a wrong
     answer: ``first_success`` shows the first that did, made without a thought of the detector; ``worst`` shows, for
     each picture, the least suspicious of them, and with T3's attacks among them that is the adaptive figure.
     """
@@ -44,7 +44,9 @@ def detection_rows(session: Session, validation: Tensor) -> list[dict[str, Any]]
         score = SCORES.get(name)
         calm = [score(logits, model.benign) for logits in (validation, session.clean.logits[branches])]
         scores = {example.key: score(example.logits[branches], model.benign) for example in attacked}
-        found = [(e.threat, e.attack, scores[e.key], wrong[e.key]) for e in attacked if e.threat in ("T1", "T1b")]
+        found = [
+            (e.threat, e.attack, scores[e.key], wrong[e.key]) for e in attacked if e.threat in ("T1", "T1p", "T1b")
+        ]
         for threat, included in (("T2", ("T2",)), ("T3", ("T2", "T3"))):
             keys = [example.key for example in attacked if example.threat in included]
             if any(example.threat == threat for example in attacked):

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from zepad_mm.attacks import APGD, Attack, frozen
+from zepad_mm.attacks.base import steepest
 from zepad_mm.attacks.objective import input_gradient
+from zepad_mm.checks import budget_text
 from zepad_mm.evaluation.records import Records
 from zepad_mm.evaluation.session import Session
-from zepad_mm.evaluation.threats import own_attack, strike
+from zepad_mm.evaluation.white_box import own_attack, strike
 
-SWEEP = (8 / 255, 16 / 255, 64 / 255)  # at the last, nothing can hold
+SWEEP = (1, 2, 4, 16)  # times the budget; at the last, nothing can hold
 MOVED = 0.01  # accuracy that more steps may cost before the attack counts as unfinished
 VANISHED = 0.02  # accuracy at the last budget of the sweep that still counts as none
 NOISE_DRAWS = 10  # random patterns per picture
@@ -45,12 +47,11 @@ class Check:
 
 def run_checks(session: Session, records: Records) -> list[Check]:
     """All checks that the threats which ran allow."""
-    checks = [_finite(session), _not_above_clean(records), _plain_logits(session)]
+    checks = [_finite(session), _not_above_clean(records), _plain_logits(session), _each_on_its_own(session)]
     threats = {example.threat for example in session.examples}
     if any(example.attack.startswith("square@") for example in session.examples):
         checks.append(_square(session))
-    if "T1" in threats:
-        checks.append(_noise(records))
+    checks += [_noise(records, threat) for threat in ("T1", "T1p") if threat in threats]
     if {"T1", "T1b"} <= threats:
         checks.append(_public_attack_strong(records))
     if session.settings.diagnostics_n:
@@ -71,7 +72,7 @@ def _not_above_clean(records: Records) -> Check:
     for model in records.models:
         clean = records.right(model, records.attempts[0])
         for attempt in records.attempts[1:]:
-            if attempt.threat in ("T1", "T1b", "T2") and not attempt.control:
+            if attempt.threat in ("T1", "T1p", "T1b", "T2") and not attempt.control:
                 attacked = records.right(model, attempt)
                 gained, lost = int((attacked & ~clean).sum()), int((clean & ~attacked).sum())
                 if gained - lost > 3 * math.sqrt(gained + lost):
@@ -91,6 +92,20 @@ def _plain_logits(session: Session) -> Check:
             suspects.append(row.name)
     detail = f"probabilities, not logits: {', '.join(suspects)}" if suspects else "every model answers with logits"
     return Check("outputs_are_logits", not suspects, detail, {"cases": float(len(suspects))})
+
+
+def _each_on_its_own(session: Session) -> Check:
+    """A fusion or detector that answers by place in the batch peeks: at labels in that order, or at the neighbours."""
+    fusion, members = session.model.fusion, list(session.default.members)
+    order = torch.randperm(len(session.labels), generator=session.generator("diagnostics", "order"))
+    moved = 0.0
+    for example in session.examples:
+        logits = example.logits[members]
+        there, here = fusion(logits[:, order]), fusion(logits)
+        for one, other in ((there.logits, here.logits[order]), (there.dae_score, here.dae_score[order])):
+            moved = max(moved, float((one - other).abs().nan_to_num(0.0).max()))
+    detail = f"the same pictures in another order: fused answers and suspicion scores differ by {moved:.2g}"
+    return Check("pictures_judged_alone", moved <= 1e-3, detail, {"d": moved})
 
 
 def _repeatable(session: Session) -> Check:
@@ -127,7 +142,8 @@ def _noise_within_budget(session: Session) -> Check:
     with torch.no_grad(), frozen(target):
         for _ in range(NOISE_DRAWS if len(index) else 0):
             signs = torch.randint(2, images.shape, generator=noise) * 2.0 - 1
-            noisy = (images + session.settings.epsilon * signs).clamp(0, 1).to(session.device)
+            largest = session.settings.epsilon * steepest(signs, session.settings.norm)
+            noisy = (images + largest).clamp(0, 1).to(session.device)
             broken |= target(noisy).argmax(-1).cpu() != labels
     moved = float(survivors.float().mean()) * float(broken.float().mean()) if len(index) else 0.0
     passed = moved <= MOVED or int(broken.sum()) <= 1
@@ -135,16 +151,17 @@ def _noise_within_budget(session: Session) -> Check:
     return Check("noise_not_stronger_than_t2", passed, detail, {"moved": moved, "n": float(len(index))})
 
 
-def _noise(records: Records) -> Check:
-    """Random signs of the same size must hurt the undefended model less than an attack made on it."""
+def _noise(records: Records, threat: str) -> Check:
+    """Random signs, or random pixels, of the same size must hurt the undefended model less than what was made on it."""
     model = "undefended"
-    noise = next(attempt for attempt in records.attempts if attempt.control)
-    attacks = [attempt for attempt in records.attempts if attempt.threat == "T1" and not attempt.control]
+    tried = [attempt for attempt in records.attempts if attempt.threat == threat]
+    noise = next(attempt for attempt in tried if attempt.control)
+    attacks = [attempt for attempt in tried if not attempt.control]
     under_noise = float(records.right(model, noise).float().mean())
     under_attack = min(float(records.right(model, attempt).float().mean()) for attempt in attacks)
-    detail = f"undefended: {100 * under_noise:.1f} % under random noise, {100 * under_attack:.1f} % under T1"
+    detail = f"undefended: {100 * under_noise:.1f} % under {noise.attack}, {100 * under_attack:.1f} % under {threat}"
     passed = under_attack < under_noise or under_noise == 0
-    return Check("noise_weaker_than_t1", passed, detail, {"noise": under_noise, "attack": under_attack})
+    return Check(f"noise_weaker_than_{threat.lower()}", passed, detail, {"noise": under_noise, "attack": under_attack})
 
 
 def _public_attack_strong(records: Records) -> Check:
@@ -187,7 +204,7 @@ def _more_steps(session: Session) -> Check:
     held = float(survivors.float().mean())
     index = _some(session, survivors, "more steps")
     steps = settings.steps * settings.diagnostics_factor
-    attack = APGD(epsilon=settings.epsilon, steps=steps, loss="targeted", targets=TARGETS)
+    attack = APGD(epsilon=settings.epsilon, norm=settings.norm, steps=steps, loss="targeted", targets=TARGETS)
     broken = _wrong(session, attack, index, "more steps")
     moved = held * float(broken.float().mean()) if len(index) else 0.0
     # on a sample, a single picture may weigh more than a point: only what exceeds chance counts
@@ -202,11 +219,13 @@ def _sweep(session: Session) -> Check:
     index, settings = _some(session, everybody, "sweep"), session.settings
     values = {}
     alive = index
-    for epsilon in sorted({settings.epsilon, *SWEEP}):
+    for factor in SWEEP:
+        epsilon = settings.epsilon * factor if settings.norm == "l2" else min(settings.epsilon * factor, 1.0)
+        budget = budget_text(epsilon, settings.norm)
         attack = own_attack(session, "apgd", epsilon=epsilon, steps=settings.steps * settings.diagnostics_factor)
-        wrong = _wrong(session, attack, alive, f"sweep {epsilon * 255:g}")
+        wrong = _wrong(session, attack, alive, f"sweep {budget}")
         alive = alive[~wrong]  # what a smaller budget broke, a larger one breaks
-        values[f"{epsilon * 255:g}/255"] = len(alive) / len(index)
+        values[budget] = len(alive) / len(index)
     last = list(values.values())[-1]
     shown = ", ".join(f"{100 * held:.0f} % at {name}" for name, held in values.items())
     return Check("budget_sweep", last <= VANISHED, f"zepad with a growing budget: {shown}", values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from zepad_mm.files import replacing
 FILE = "records.parquet"
 WORST = "worst"
 # whose examples a threat's worst case is taken over, beside the clean pictures: who knows more may still do less
-INCLUDED = {"T1": ("T1",), "T1b": ("T1", "T1b"), "T2": ("T2",), "T3": ("T2", "T3")}
+INCLUDED = {"T1": ("T1",), "T1p": ("T1p",), "T1b": ("T1", "T1b"), "T2": ("T2",), "T3": ("T2", "T3")}
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Attempt:
     attacked: int
     seconds: float
     control: bool
+    norm: str = "linf"
 
     @property
     def key(self) -> str:
@@ -73,6 +74,7 @@ class Records:
                     int(example.attacked.sum()),
                     round(example.seconds, 3),
                     example.control,
+                    example.norm,
                 )
             )
             for row in session.rows:
@@ -120,7 +122,7 @@ class Records:
     def _row(self, model: str, attempt: Attempt) -> dict[str, Any]:
         clean, now = self.predictions[model, self.attempts[0].key], self.predictions[model, attempt.key]
         return {
-            **self._figures(model, attempt.attack, attempt.threat, attempt.epsilon, self.right(model, attempt)),
+            **self._figures(model, attempt.attack, attempt, self.right(model, attempt)),
             "seconds": attempt.seconds,
             "asr": fooling_rate(clean, now),
             "asr_correct": flipped_when_right(clean, now, self.labels),
@@ -137,7 +139,7 @@ class Records:
                 wrong |= self.predictions[model, attempt.key] != self.labels
         right = clean == self.labels
         return {
-            **self._figures(model, WORST, threat, attempts[0].epsilon, self.worst(model, threat)),
+            **self._figures(model, WORST, attempts[0], self.worst(model, threat)),
             "seconds": round(sum(attempt.seconds for attempt in attempts), 3),
             "asr": share(changed).value,
             "asr_correct": share(wrong[right]).value if bool(right.any()) else None,
@@ -151,17 +153,18 @@ class Records:
         key = self.attempts[0].key
         accepted = (self.predictions[model, key] == self.labels) & ~self.flagged[key]
         extra = {"seconds": 0.0, "asr": None, "asr_correct": None, "attacked": 0, "control": True}
-        return {**self._figures(model, "none", "T3", 0.0, accepted), **extra}
+        unattacked = replace(self.attempts[0], threat="T3")
+        return {**self._figures(model, "none", unattacked, accepted), **extra}
 
-    def _figures(self, model: str, attack: str, threat: str, epsilon: float, right: Tensor) -> dict[str, Any]:
+    def _figures(self, model: str, attack: str, attempt: Attempt, right: Tensor) -> dict[str, Any]:
         held = share(right)
         low, high = held.interval
         return {
             "model": model,
             "attack": attack,
-            "threat": threat,
-            "epsilon": epsilon,
-            "norm": "linf",
+            "threat": attempt.threat,
+            "epsilon": attempt.epsilon,
+            "norm": attempt.norm,
             "dataset": self.dataset,
             "n": held.n,
             "accuracy": held.value,

@@ -7,15 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zepad_mm.checks import budget_text
 from zepad_mm.files import read_json, write_json, write_text
 
 JSON, MARKDOWN = "report.json", "report.md"
 TITLES = {
     "T1": "T1: one perturbation made on the public encoder",
+    "T1p": "T1p: one patch for all pictures, made on the public encoder",
     "T1b": "T1b: one perturbation made on the defence's own encoders",
     "T2": "T2: white box, everything known to the attacker",
     "T3": "T3: white box that also evades the detector",
 }
+
+
+CONTROLS = ("random_noise", "random_patch")  # no attacks: what an attack must beat
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ class Report:
             "without an attack and under every attack of that threat. `<=`: not attacked through its own output, since "
             "the others' examples put it below the default already."
         )
-        parts += [self._table(threat) for threat in self.threats if threat in ("T1", "T1b", "T2")]
+        parts += [self._table(threat) for threat in self.threats if threat in ("T1", "T1p", "T1b", "T2")]
         if self.threats == ["clean"]:
             parts.append(
                 markdown_table(["model", "clean"], [[f"`{name}`", cell(self.row(name))] for name in self.models])
@@ -114,10 +119,8 @@ class Report:
 
     def _table(self, threat: str) -> str:
         attacks = list(dict.fromkeys(row["attack"] for row in self.rows if row["threat"] == threat))
-        epsilon = self.row("zepad", threat)["epsilon"]
-        shown = ["worst"] if threat == "T2" else [name for name in attacks if name != "random_noise"]
-        if "random_noise" in attacks:
-            shown.insert(0, "random_noise")
+        shown = ["worst"] if threat == "T2" else [name for name in attacks if name not in CONTROLS]
+        shown = [*(name for name in attacks if name in CONTROLS), *shown]
         lines = []
         for name in self.models:
             cells = [cell(self.row(name)), *(cell(self.row(name, threat, attack)) for attack in shown)]
@@ -130,7 +133,7 @@ class Report:
                 lines[-1].append(f"{percent(lowest['accuracy'])} `{lowest['attack']}`")
         head = ["model", "clean", *(attack.replace("_", " ") for attack in shown)]
         head += ["strongest single attack"] if threat == "T2" else []
-        return f"## {TITLES[threat]} (L-inf, {epsilon * 255:.3g}/255)\n\n" + markdown_table(head, lines)
+        return f"## {TITLES[threat]} ({budget_of(self.row('zepad', threat))})\n\n" + markdown_table(head, lines)
 
     def _detection_table(self) -> str:
         lines = [
@@ -177,6 +180,7 @@ class Report:
         lines = [f"Without an attack: {percent(clean)} % with the defence, {percent(base)} % without it."]
         for threat, who in (
             ("T1", "An attacker who knows only the public encoder"),
+            ("T1p", "One who puts one patch on every picture, made on the public encoder,"),
             ("T1b", "One who also owns the defence's encoders, but makes one perturbation for all pictures,"),
             ("T2", "One who knows everything and attacks each picture"),
         ):
@@ -184,7 +188,7 @@ class Report:
                 continue
             row, before = self.row("zepad", threat), self.accuracy("undefended", threat)
             lines.append(
-                f"{who} (at {row['epsilon'] * 255:.3g}/255) leaves {percent(row['accuracy'])} % with the defence, "
+                f"{who} (at {budget_of(row)}) leaves {percent(row['accuracy'])} % with the defence, "
                 f"{percent(before)} % without it"
                 + (
                     "."
@@ -251,6 +255,11 @@ def _is(name: str, start: str) -> bool:
 def percent(share: float) -> str:
     """A share in [0, 1] in %, without the sign."""
     return f"{100 * share:.1f}"
+
+
+def budget_of(row: Mapping[str, Any]) -> str:
+    """A row's budget, as every table and figure shows it."""
+    return budget_text(row["epsilon"], row["norm"])
 
 
 def cell(row: Mapping[str, Any]) -> str:

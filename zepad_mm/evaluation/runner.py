@@ -23,14 +23,14 @@ from zepad_mm.evaluation.records import Records
 from zepad_mm.evaluation.report import Report, acceptance
 from zepad_mm.evaluation.session import Session, Through
 from zepad_mm.evaluation.settings import PRESETS, EvalSettings
-from zepad_mm.evaluation.threats import (
+from zepad_mm.evaluation.universal import (
     run_clean,
-    run_detector_aware,
+    run_patches,
     run_universal,
-    run_white_box,
     universal_attack,
     universal_targets,
 )
+from zepad_mm.evaluation.white_box import run_detector_aware, run_white_box
 from zepad_mm.model import ZePAD
 from zepad_mm.provenance import provenance
 
@@ -56,8 +56,8 @@ def evaluate(
         model: the defence, or a name for ``ZePAD.from_pretrained``; a named one is pointed at the data's classes.
         data: a data set by name or folder, or the pictures themselves.
         settings: a preset ("demo": minutes on two CPU cores; "full") or settings of your own.
-        threats: of clean, T1, T1b, T2, T3; overrides the settings, as the next three do.
-        epsilon: L-inf budget of T2 and T3, in pixels of [0, 1].
+        threats: of clean, T1, T1p, T1b, T2, T3; overrides the settings, as the next three do.
+        epsilon: budget of T2 and T3, in pixels of [0, 1] and in the norm of the settings.
         n: number of test pictures.
         seed: of everything random.
         out: folder for ``report.json``, ``report.md``, ``records.parquet``, ``perturbations/`` and ``cache/``.
@@ -109,9 +109,12 @@ def _run(session: Session) -> tuple[Records, list[dict[str, Any]], list[dict[str
     run_clean(session)
     validation = score_validation(session)
     threshold = deployed_threshold(session, validation)
-    for threat in ("T1", "T1b"):
-        if threat in threats:
-            run_universal(session, threat)
+    if "T1" in threats:
+        run_universal(session, "T1")
+    if "T1p" in threats:
+        run_patches(session)
+    if "T1b" in threats:
+        run_universal(session, "T1b")
     if "T2" in threats:
         run_white_box(session)
     if "T3" in threats:
@@ -141,11 +144,11 @@ def _announce(session: Session) -> None:
         backward += (time.perf_counter() - began) / size
     per_member = backward / len(session.members)
     stages, seconds = 2, forward * (n + len(session.data.validation))
-    for threat in ("T1", "T1b"):
+    made = {"T1": settings.universal, "T1p": settings.patches, "T1b": settings.universal_family}
+    for threat, names in made.items():
         if threat in settings.threats:
-            names = settings.universal if threat == "T1" else settings.universal_family
             targets = universal_targets(session, threat)
-            stages += len(names) * len(targets) + (threat == "T1")
+            stages += len(names) * len(targets) + (threat != "T1b") + len(settings.published) * (threat == "T1")
             crafting = [universal_attack(session, threat, name) for name in names]
             pictures = sum(attack.steps * min(attack.batch_size, len(session.data.surrogate)) for attack in crafting)
             networks = len(targets) - 1 + len(session.branch_rows) if "family" in targets else len(targets)

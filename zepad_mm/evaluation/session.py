@@ -75,7 +75,7 @@ class Example:
 
     Attributes:
         threat, attack: names; ``attack`` is "none" for the clean pictures.
-        epsilon: L-inf budget.
+        epsilon, norm: its budget; for a patch the share of the area.
         logits: (M, n, C).
         attacked: (n,) which pictures were attacked; the others were no longer worth it and are as they were.
         seconds: what it took.
@@ -89,6 +89,7 @@ class Example:
     attacked: Tensor
     seconds: float
     control: bool = False
+    norm: str = "linf"
 
     @property
     def key(self) -> str:

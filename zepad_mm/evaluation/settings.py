@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from zepad_mm.attacks import FUSED_LOSSES, MODES, UNIVERSAL_ATTACKS
-from zepad_mm.checks import check_epsilon
+from zepad_mm.attacks.base import NORMS, check_budget
 from zepad_mm.config import Config
 from zepad_mm.evaluation.corruptions import CORRUPTIONS, OUT_OF_DISTRIBUTION, SEVERITIES, check_severity
 from zepad_mm.fusion import RULES
@@ -15,10 +15,12 @@ from zepad_mm.registry import Registry
 THREATS = {
     "clean": "no attack",
     "T1": "one perturbation for all pictures, made on the public encoder (the paper's setting)",
+    "T1p": "one patch for all pictures, made on the public encoder",
     "T1b": "the same, made on the defence's own encoders: the attacker knows the family",
     "T2": "white box: everything is known, every picture is attacked through the whole defence",
     "T3": "white box that also evades the detector: counts when the answer is wrong and not flagged",
 }
+PATCHES = tuple(name for name in UNIVERSAL_ATTACKS if UNIVERSAL_ATTACKS.get(name)().norm == "patch")
 OWN_ATTACKS = ("pgd", "pgd_from_t1", "apgd", "apgd_targeted", "square")
 POOLS = ("branch", "robust_branches", "all_branches")  # each branch; the robust ones at once; all at once
 
@@ -27,7 +29,7 @@ POOLS = ("branch", "robust_branches", "all_branches")  # each branch; the robust
 class EvalSettings(Config):
     """All of an evaluation but the model and the pictures."""
 
-    threats: tuple[str, ...] = ("clean", "T1", "T1b", "T2")  # of clean, T1, T1b, T2, T3; clean is always run
+    threats: tuple[str, ...] = ("clean", "T1", "T1b", "T2")  # of THREATS; clean is always run
     n: int | None = None  # test pictures, drawn by the seed; None: all
     seed: int = 0  # of pictures, attacks and their order
     n_validation: int | None = 400  # clean pictures that fix the detector's threshold; None: all
@@ -44,7 +46,12 @@ class EvalSettings(Config):
     universal_steps: dict[str, int] = field(default_factory=dict)  # T1, per attack; missing ones take its default
     family_steps: dict[str, int] = field(default_factory=dict)  # T1b, the same
 
-    epsilon: float = 4 / 255  # L-inf budget of T2 and T3, in pixels of [0, 1]
+    area: float = 0.03  # budget of T1p: the share of the area that a patch covers
+    patches: tuple[str, ...] = ("adv_encoder_patch", "adv_clip")  # T1p: made on the public encoder
+    published: tuple[str, ...] = ()  # T1: files of perturbations that others made, cut to T1's budget
+
+    epsilon: float = 4 / 255  # budget of T2 and T3, in pixels of [0, 1]
+    norm: str = "linf"  # of T2 and T3: "linf", or "l2", whose budget is a length such as 0.5
     rules: tuple[str, ...] = ()  # fusion rules that get a row and an attack of their own; empty: all
     steps: int = 20  # gradient steps of every T2 attack: the same for branches and for fused models
     restarts: int = 2  # of each model's own attack, on the pictures that survived the shared pool
@@ -52,6 +59,7 @@ class EvalSettings(Config):
     adaptive: tuple[str, ...] = ("average_logit", "weight_hijack")  # losses on the model as it ships
     pools: tuple[str, ...] = POOLS  # what T2's shared pool is made on; see POOLS
     skip_settled: bool = False  # no own attack for a rule that others' examples put below the default: "at most"
+    targets: int = 9  # wrong classes that "apgd_targeted" tries
     square_queries: int = 1000  # forward passes per picture of "square"
     evasion: tuple[str, ...] = ("selective", "lagrangian")  # T3: ways around the detector
     detector_steps: int = 20  # gradient steps of each T3 attack
@@ -65,13 +73,18 @@ class EvalSettings(Config):
 
     def __post_init__(self) -> None:
         self._check_names()
-        for budget in (self.epsilon, self.epsilon_universal):
-            if check_epsilon(budget) == 0:
+        if self.norm not in NORMS:
+            raise ValueError(f"norm: expected one of {', '.join(NORMS)} for T2 and T3, got {self.norm!r}")
+        for budget, norm in ((self.epsilon, self.norm), (self.epsilon_universal, "linf"), (self.area, "patch")):
+            check_budget(budget, norm)
+            if budget == 0:
                 raise ValueError("epsilon: expected a positive budget; for no attack write threats=('clean',)")
-        if not self.universal and "T1" in self.threats:
+        if not (self.universal or self.published) and "T1" in self.threats:
             raise ValueError("universal: expected at least one attack for T1, got none")
+        if not self.patches and "T1p" in self.threats:
+            raise ValueError("patches: expected at least one attack for T1p, got none")
         least = {"batch_size": 1, "steps": 1, "restarts": 1, "detector_steps": 1, "diagnostics_factor": 1}
-        least |= {"n": 1, "n_validation": 1, "n_surrogate": 1, "square_queries": 1, "diagnostics_n": 0}
+        least |= {"n": 1, "n_validation": 1, "n_surrogate": 1, "square_queries": 1, "targets": 1, "diagnostics_n": 0}
         for key, smallest in least.items():
             value = getattr(self, key)
             if value is not None and value < smallest:
@@ -90,6 +103,7 @@ class EvalSettings(Config):
         for registry, names in (
             (table, self.threats),
             (UNIVERSAL_ATTACKS, (*self.universal, *self.universal_family, *self.universal_steps, *self.family_steps)),
+            (UNIVERSAL_ATTACKS, self.patches),
             (RULES, self.rules),
             (FUSED_LOSSES, self.adaptive),
             (MODES, self.evasion),
@@ -103,8 +117,13 @@ class EvalSettings(Config):
                 if name not in known:
                     raise ValueError(f"{key}: expected names of {', '.join(known)}, got {name!r}")
         for name in (*self.universal, *self.universal_family):
-            if UNIVERSAL_ATTACKS.get(name)().norm == "patch":
-                raise ValueError(f"universal: {name!r} is a patch, whose budget is an area; see scripts/dae_table.py")
+            if name in PATCHES:
+                raise ValueError(
+                    f"universal: {name!r} is a patch, whose budget is an area; name it in patches, for T1p"
+                )
+        for name in self.patches:
+            if name not in PATCHES:
+                raise ValueError(f"patches: expected names of {', '.join(PATCHES)}, got {name!r}")
 
 
 # name -> settings; "smoke" shows that everything runs, "demo" takes minutes on two CPU cores, "full" a GPU or a night
@@ -146,10 +165,11 @@ PRESETS.register("demo")(
 )
 PRESETS.register("full")(
     EvalSettings(
-        threats=("clean", "T1", "T1b", "T2", "T3"),
+        threats=("clean", "T1", "T1p", "T1b", "T2", "T3"),
         n_validation=None,
         n_surrogate=None,
-        universal=tuple(name for name in UNIVERSAL_ATTACKS if UNIVERSAL_ATTACKS.get(name)().norm != "patch"),
+        universal=tuple(name for name in UNIVERSAL_ATTACKS if name not in PATCHES),
+        patches=PATCHES,
         universal_family=("adv_encoder", "feature_uap"),
         universal_steps={"adv_encoder": 300, "feature_uap": 1000},
         family_steps={"adv_encoder": 300, "feature_uap": 600},

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from zepad_mm.checks import budget_text
 from zepad_mm.evaluation.report import Report, cell, markdown_table
 from zepad_mm.registry import Registry
 
@@ -260,7 +261,7 @@ def _unique(values: Iterable[Any]) -> list[Any]:
 
 def _strength(column: tuple[str, str, str, float]) -> int:
     """Threats from weak to strong, whatever order the reports bring them in; unknown ones last."""
-    order = ("clean", "T1", "T1b", "T2", "T3")
+    order = ("clean", "T1", "T1p", "T1b", "T2", "T3")
     return order.index(column[0]) if column[0] in order else len(order)
 
 
@@ -268,8 +269,7 @@ def _title(column: tuple[str, str, str, float]) -> str:
     threat, attack, norm, epsilon = column
     if threat == "clean":
         return threat
-    budget = f"{epsilon * 255:.3g}/255" if norm == "linf" else f"{norm} {epsilon:.3g}"
-    return f"{threat} {attack}, {budget}"
+    return f"{threat} {attack}, {budget_text(epsilon, norm)}"
 
 
 def _shown(entry: Entry | None, largest: int) -> tuple[str, bool]:

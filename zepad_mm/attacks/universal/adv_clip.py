@@ -31,7 +31,7 @@ class AdvCLIP(Patched, GeneratorAttack):
 
     epsilon: float = 0.03  # share of the area
     norm: str = "patch"
-    place: str = "lower_right"  # or "random": a place of its own for each picture
+    place: str = "center"  # "lower_right" as published, or "random": a place of its own for each picture
     learning_rate: float = 2e-3  # as for AdvEncoder's patch; 2e-4 as published
     text_weight: float = 5.0  # of texts against pictures
     topology_weight: float = 0.1  # of the topology losses; the released code weighs contrast 10 to 1

@@ -44,11 +44,15 @@ class AdvEncoder(GeneratorAttack, FeatureAttack):
 @UNIVERSAL_ATTACKS.register("adv_encoder_patch")
 @dataclass(frozen=True, kw_only=True)
 class AdvEncoderPatch(Patched, AdvEncoder):
-    """AdvEncoder-PAT: a patch of 3 % of the area, by default in the lower right; the same losses."""
+    """AdvEncoder-PAT: a patch of 3 % of the area; the same losses.
+
+    The paper puts it in the lower right. By default it is in the centre, where it does most harm: in the corner the
+    embedded CLIP hardly sees it.
+    """
 
     epsilon: float = 0.03  # share of the area
     norm: str = "patch"
-    place: str = "lower_right"  # or "random": a place of its own for each picture
+    place: str = "center"  # "lower_right" as published, or "random": a place of its own for each picture
     steps: int = 60
     learning_rate: float = 2e-3  # a patch of 11 x 11 pixels allows, and needs, larger steps than a whole picture
 
