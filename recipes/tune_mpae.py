@@ -28,7 +28,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import ArgumentParser
 
 from zepad_mm.config import Config
@@ -74,9 +73,8 @@ def load_splits(data: Data, seed: int) -> tuple[LabelledImages, LabelledImages]:
         train = load_data(data.source, data.train_split, data.image_size, data.n_train, seed)
         return train, load_data(data.source, data.validation_split, data.image_size, data.n_validation, seed)
     whole = load_data(data.source, data.train_split, data.image_size, data.n_train, seed)
-    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
-    held = max(1, len(whole) // 10)
-    return whole.subset(order[held:].sort().values), whole.subset(order[:held]).sample(data.n_validation, seed)
+    rest, held = whole.split(0.1, seed)
+    return rest, held.sample(data.n_validation, seed)
 
 
 def parse(args: list[str] | None = None) -> Recipe:

@@ -46,6 +46,14 @@ class LabelledImages:
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         return self.subset(order[:n].sort().values)
 
+    def split(self, share: float, seed: int = 0) -> tuple[LabelledImages, LabelledImages]:
+        """(the rest, ``share`` of the rows but at least one), drawn by ``seed``, each in a fixed order."""
+        if not 0 < share < 1 or len(self) < 2:
+            raise ValueError(f"split: expected a share in (0, 1) of at least 2 images, got {share} of {len(self)}")
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        held = max(1, int(share * len(self)))
+        return self.subset(order[held:].sort().values), self.subset(order[:held].sort().values)
+
     def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """(images, labels) in batches of ``size``, shuffled when a generator is given."""
         order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from string import Formatter
 
 from zepad_mm.registry import Registry
 
@@ -30,11 +31,20 @@ def templates_of(prompts: str | Sequence[str]) -> tuple[str, ...]:
     if isinstance(prompts, str):
         prompts = (prompts,) if "{" in prompts else PROMPTS.get(prompts)
     for template in prompts:
-        if template.count("{}") != 1:
+        if not _has_one_place(template):
             raise ValueError(f"prompt template {template!r}: expected exactly one '{{}}', e.g. 'a photo of a {{}}.'")
     if not prompts:
         raise ValueError(f"prompts: the list is empty; give templates or a named set: {', '.join(PROMPTS)}")
     return tuple(prompts)
+
+
+def _has_one_place(template: str) -> bool:
+    """Whether ``template.format(name)`` puts the name in one place, and asks for nothing else."""
+    try:
+        fields = [field for _, *field in Formatter().parse(template) if field[0] is not None]
+    except ValueError:  # a lone brace
+        return False
+    return fields == [["", "", None]]
 
 
 def clean_name(name: str) -> str:

@@ -213,7 +213,7 @@ class _Field:
 
     def _add(self, view: Callable[[Tensor], Tensor], index: Tensor) -> None:
         found = self.examples[0].clone()
-        for rows in index.split(64):
+        for rows in index.split(64) if len(index) else ():
             attacked = self.attack(view, self.images[rows], self.labels[rows], generator=self.generator)
             found[:, rows] = _in_parts(self.logits_of, attacked)
         self.examples.append(found)

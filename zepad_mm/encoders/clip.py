@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from zepad_mm.encoders.base import Encoder, parse_source
 from zepad_mm.hub import Access
 from zepad_mm.prompts import clean_name, templates_of
 from zepad_mm.registry import Registry
+
+CACHED_SETS = 64  # sets of class names whose embeddings a text tower keeps
 
 
 class TextEncoder(nn.Module):
@@ -40,7 +43,7 @@ class TextEncoder(nn.Module):
         self.logit_scale = float(tower.logit_scale.detach().exp())
         bias = getattr(tower, "logit_bias", None)
         self.logit_bias = 0.0 if bias is None else float(bias.detach())
-        self._cache: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = {}
+        self._cache: OrderedDict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = OrderedDict()
 
     @torch.no_grad()
     def forward(self, texts: Sequence[str]) -> Tensor:
@@ -57,7 +60,7 @@ class TextEncoder(nn.Module):
     def class_embeddings(self, class_names: Sequence[str], prompts: str | Sequence[str] = "photo") -> Tensor:
         """Prompt-ensembled class embeddings (C, D): unit-length mean over the templates of unit-length embeddings.
 
-        Kept for the next call with the same names and templates: a text is never encoded twice.
+        Kept for the next call with the same names and templates; of many such sets the last CACHED_SETS.
         """
         names = [clean_name(name) for name in check_names(class_names)]
         templates = templates_of(prompts)
@@ -66,6 +69,9 @@ class TextEncoder(nn.Module):
             embeddings = self([template.format(name) for name in names for template in templates])
             mean = embeddings.view(len(names), len(templates), -1).mean(dim=1)
             self._cache[key] = F.normalize(mean, dim=-1)
+            if len(self._cache) > CACHED_SETS:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(key)
         return self._cache[key]
 
 

@@ -56,7 +56,7 @@ def validate(
         epsilon=epsilon,
         loss="ce",
         steps=attack_steps,
-        step_size=epsilon if attack_steps == 1 else None,
+        step_size=epsilon if attack_steps == 1 and epsilon else None,
         random_start=attack_steps > 1,
         stop_when_wrong=view is None,
     )

@@ -33,7 +33,7 @@ class AdvCLIP(Patched, GeneratorAttack):
     norm: str = "patch"
     place: str = "center"  # "lower_right" as published, or "random": a place of its own for each picture
     learning_rate: float = 2e-3  # as for AdvEncoder's patch; 2e-4 as published
-    text_weight: float = 5.0  # of texts against pictures
+    text_weight: float = 1.0  # of texts against pictures; 5 with pseudo texts is weaker on the embedded CLIP
     topology_weight: float = 0.1  # of the topology losses; the released code weighs contrast 10 to 1
     clusters: int = 10  # pseudo texts, where no texts are given
     text_features: Tensor | None = field(default=None, repr=False, compare=False)  # (T, D), any length; no pairs needed
