@@ -187,7 +187,7 @@ def markdown(record: dict[str, Any]) -> str:
     lines += [
         "",
         *(
-            f"{which.capitalize()}: the worst cases of ours and torchattacks' disagree on {found['disagree']} "
+            f"{which[0].upper()}{which[1:]}: the worst cases of ours and torchattacks' disagree on {found['disagree']} "
             f"pictures; theirs takes {found['speed_up']:.2f} times the processor time of ours."
             for which, found in summary.items()
         ),
