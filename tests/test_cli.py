@@ -71,6 +71,8 @@ def test_budgets_that_cannot_be_meant(text: str) -> None:
         (["nonsense"], "invalid choice"),
         (["evaluate"], "model"),
         (["evaluate", "embedded", "--eps", "8"], "--eps: expected a budget"),
+        (["evaluate", "embedded", "--norm", "l2"], "--eps: another norm needs a budget"),
+        (["evaluate", "embedded", "--norm", "l1", "--eps", "0.5"], "norm: expected one of linf, l2"),
         (["evaluate", "embedded", "--n", "many"], "many"),
         (["evaluate", "embedded", "--threats", "T9"], "unknown threat 'T9'"),
         (["evaluate", "embedded", "--preset", "dmo"], "did you mean 'demo'"),

@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from zepad_mm.bases import is_local
-from zepad_mm.evaluation.report import Report, cell, markdown_table, percent
+from zepad_mm.evaluation.report import Report, budget_of, cell, markdown_table, percent
 from zepad_mm.evaluation.settings import THREATS
 from zepad_mm.files import read_json, write_text
 from zepad_mm.hub import card_text
@@ -241,7 +241,7 @@ def _results(config: ZePADConfig, report: Report) -> Iterator[EvalResult]:
 
 
 def _budget(row: dict[str, Any]) -> str:
-    return "-" if row["threat"] == "clean" else f"{row['norm']} {row['epsilon'] * 255:.3g}/255"
+    return "-" if row["threat"] == "clean" else budget_of(row)
 
 
 def _bullets(lines: Any) -> str:

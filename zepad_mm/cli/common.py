@@ -59,14 +59,14 @@ def told(options: Any, values: Any, text: str) -> None:
     print(json.dumps(values) if options.json else text)
 
 
-def budget(text: str) -> float:
-    """An L-inf budget in pixels of [0, 1]: "4/255" or "0.0157". Raises ValueError for "8"."""
+def budget(text: str, norm: str = "linf") -> float:
+    """A budget in pixels of [0, 1]: "4/255" or "0.0157"; in L2 any length. Raises ValueError for "8" in L-inf."""
     top, slash, bottom = str(text).partition("/")
     try:
         value = float(top) / float(bottom) if slash else float(top)
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"--eps: expected a budget such as 4/255 or 0.0157, got {text!r}") from None
-    if not 0 < value <= 1:
+    if not 0 < value <= (1 if norm == "linf" else float("inf")):
         raise ValueError(f"--eps: expected a budget above 0 and at most 1, in pixels of [0, 1], got {text!r}; 8/255?")
     return value
 

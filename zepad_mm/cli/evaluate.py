@@ -12,8 +12,10 @@ DEMO_THREATS = ("clean", "T1", "T1b", "T2", "T3")
 
 def _declare_evaluate(parser: Any) -> None:
     parser.add_argument("model", type=str, help=MODEL)
-    parser.add_argument("--threats", type=str, default=None, help="of clean,T1,T1b,T2,T3 (default: the preset's)")
-    parser.add_argument("--eps", type=str, default=None, help="L-inf budget of T2 and T3, e.g. 4/255")
+    parser.add_argument("--threats", type=str, default=None, help="of clean,T1,T1p,T1b,T2,T3 (default: the preset's)")
+    parser.add_argument("--eps", type=str, default=None, help="budget of T2 and T3, e.g. 4/255, or 0.5 in L2")
+    parser.add_argument("--norm", type=str, default="linf", help="of T2 and T3: linf, or l2, which needs --eps")
+    parser.add_argument("--published", type=str, default=None, help="perturbation files of others, for T1, by comma")
     parser.add_argument("--n", type=int, default=None, help="test pictures (default: all)")
     parser.add_argument("--data", type=str, default="embedded", help=DATA)
     parser.add_argument("--out", type=str, default="outputs/evaluation", help="folder for report.json and the rest")
@@ -28,7 +30,10 @@ def _evaluate(options: Any) -> int:
 
     changes: dict[str, Any] = {"seed": options.seed, "n": options.n}
     changes["threats"] = tuple(listed(options.threats)) if options.threats else None
-    changes["epsilon"] = budget(options.eps) if options.eps else None
+    if options.norm != "linf" and not options.eps:
+        raise UsageError("--eps: another norm needs a budget of its own, e.g. --norm l2 --eps 0.5")
+    changes["norm"], changes["epsilon"] = options.norm, budget(options.eps, options.norm) if options.eps else None
+    changes["published"] = tuple(listed(options.published)) if options.published else None
     known = {**PRESETS.get(options.preset).to_dict(), **{k: v for k, v in changes.items() if v is not None}}
     settings = type(PRESETS.get(options.preset)).from_dict(known)
     return _judge(options, settings, options.data, resume=options.resume, figures=not options.no_figures)
