@@ -97,8 +97,9 @@ def _timm(rest: str) -> HubBase | None:
 
 def hub_base(source: str) -> HubBase | None:
     """Where a source lies on the Hub; None for one that does not, or that this cannot tell of."""
-    kind, rest, _ = _parts(source)
-    return BASES.get(kind)(rest) if kind in BASES else None
+    kind, rest, over = _parts(source)
+    misspelt = over == "+"  # left to the loader, before anything is fetched
+    return BASES.get(kind)(rest) if kind in BASES and not misspelt else None
 
 
 def is_local(source: str) -> bool:
