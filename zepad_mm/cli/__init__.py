@@ -1,0 +1,91 @@
+"""The command ``zepad``: parses, calls the library, prints. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from zepad_mm import __version__
+from zepad_mm.cli.attack import ATTACK
+from zepad_mm.cli.classify import CLASSIFY
+from zepad_mm.cli.common import Command, UsageError, budget
+from zepad_mm.cli.defend import DEFEND
+from zepad_mm.cli.doctor import DOCTOR
+from zepad_mm.cli.evaluate import DEMO, EVALUATE, REPORT
+from zepad_mm.cli.publish import CARD, PUSH
+from zepad_mm.cli.serve import SERVE
+
+__all__ = ["COMMANDS", "USER_ERRORS", "UsageError", "budget", "main"]
+
+COMMANDS: dict[str, Command] = {
+    "classify": CLASSIFY,
+    "attack": ATTACK,
+    "defend": DEFEND,
+    "evaluate": EVALUATE,
+    "report": REPORT,
+    "card": CARD,
+    "push": PUSH,
+    "serve": SERVE,
+    "demo": DEMO,
+    "doctor": DOCTOR,
+}
+USER_ERRORS = (
+    ValueError,
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    PermissionError,
+    IsADirectoryError,
+    ConnectionError,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        The exit code: 0; 1 where ``doctor`` misses something; 2 for a user's error, told in one line on stderr; 130
+        when stopped by Ctrl-C.
+    """
+    from jsonargparse import ArgumentError
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        parser = _parser()
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        if not given:
+            parser.print_help()
+            return 0
+        settings = parser.parse_args(given)
+        options = settings[settings.command]
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")  # open_clip tells its story on the root logger
+        logging.getLogger("zepad_mm").setLevel(logging.WARNING if options.quiet else logging.INFO)
+        return COMMANDS[settings.command].run(options)
+    except BrokenPipeError:  # as in "zepad ... | head"; what is left in the buffer has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ArgumentError, UsageError, *USER_ERRORS) as error:
+        message = " ".join(str(getattr(error, "message", None) or error).split())
+        print(f"zepad: {message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("zepad: stopped; evaluate takes up where it was with --resume, defend by itself", file=sys.stderr)
+        return 130
+
+
+def _parser() -> Any:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="zepad",
+        description="Defend pre-trained image encoders against downstream-agnostic attacks, and measure it honestly.",
+        exit_on_error=False,
+        version=__version__,
+    )
+    commands = parser.add_subcommands(dest="command", required=True)
+    for name, command in COMMANDS.items():
+        commands.add_subcommand(name, command.parser(), help=command.about)
+    return parser

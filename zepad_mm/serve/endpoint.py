@@ -1,0 +1,172 @@
+"""The HTTP endpoint: FastAPI routes over a :class:`Service`, described by OpenAPI.
+
+Without ``from __future__ import annotations``: FastAPI could not see limits that are local to a function.
+"""
+
+import base64
+import logging
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI, File, Form, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field, StringConstraints
+
+from zepad_mm import __version__
+from zepad_mm.serve.limits import BodyLimit, BusyError
+from zepad_mm.serve.service import ATTACKS, Service, png
+from zepad_mm.serve.settings import MAX_LEVELS, ServeSettings
+
+log = logging.getLogger(__name__)
+
+
+class Problem(BaseModel):
+    """Why a request was refused."""
+
+    detail: Any
+
+
+class Score(BaseModel):
+    """One label."""
+
+    score: float = Field(ge=0, le=1)
+    label: str
+    flagged: bool | None = Field(None, description="with on_adversarial=flag: whether the picture looks adversarial")
+
+
+class Evidence(BaseModel):
+    """Why the answer is what it is."""
+
+    confidences: dict[str, float] = Field(description="of each branch, in [0, 1]")
+    weights: dict[str, float] = Field(description="of each branch in the fused answer; they sum to 1")
+    dae_score: float = Field(description="suspicion that the picture is adversarial; higher is more")
+    flagged: bool | None = Field(description="whether it exceeds the model's threshold; null: it has none")
+    undefended: list[Score] = Field(description="what the public encoder says")
+
+
+class Answer(BaseModel):
+    """What a picture is."""
+
+    labels: list[Score] = Field(description="best first; empty where on_adversarial=abstain refused to answer")
+    evidence: Evidence | None = None
+
+
+class AttackAnswer(BaseModel):
+    """A picture before and after an attack."""
+
+    attack: str
+    epsilon: int = Field(description="L-inf budget in levels of 255")
+    label: str = Field(description="what the attack leads away from")
+    clean: Answer
+    attacked: Answer
+    picture: str = Field(description="the attacked picture, a PNG in base64, as the public encoder sees it")
+
+
+class ModelAnswer(BaseModel):
+    """What is served."""
+
+    version: str
+    public_source: str
+    branches: dict[str, str] = Field(description="name to role: mpae (robust) or bmp (benign)")
+    fusion: str
+    detector: str
+    threshold: float | None
+    attacks: dict[str, str]
+    limits: dict[str, int]
+
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {"model": Problem, "description": "what was sent is no picture, or no form"},
+    413: {"model": Problem, "description": "the request is too large"},
+    422: {"model": Problem, "description": "a field is missing or beyond its limits"},
+    503: {"model": Problem, "description": "all workers are busy and the queue is full; see Retry-After"},
+}
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application, with the page where the settings ask for it."""
+    settings = service.settings
+    app = FastAPI(
+        title="zepad",
+        version=__version__,
+        summary="Zero-shot classification that stands up to downstream-agnostic adversarial examples.",
+    )
+    app.add_middleware(BodyLimit, limit=settings.upload_mb * 2**20)
+
+    @app.exception_handler(BusyError)
+    def busy(request: Request, error: BusyError) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, 503, headers={"Retry-After": "2"})
+
+    @app.exception_handler(ValueError)
+    def bad(request: Request, error: ValueError) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, 400)
+
+    _add_routes(app, service, settings)
+    if settings.page:
+        from zepad_mm.serve.page import mount
+
+        app = mount(app, service)
+    return app
+
+
+def _add_routes(app: FastAPI, service: Service, settings: ServeSettings) -> None:
+    text = StringConstraints(min_length=1, max_length=settings.max_label_length)
+    image = Annotated[bytes, File(description=f"PNG, JPEG, WebP, GIF, BMP or TIFF, at most {settings.upload_mb} MB")]
+    labels = Annotated[
+        list[Annotated[str, text]],
+        Form(min_length=1, max_length=settings.max_labels, description="what it may be; repeat the field for each"),
+    ]
+    template = Annotated[str, text, Form(description="prompt set (photo, single, ...) or a template with one {}")]
+
+    @app.get("/v1/health")
+    def health() -> dict[str, str]:
+        """Whether it is up."""
+        return {"status": "ok"}
+
+    @app.get("/v1/model")
+    def model() -> ModelAnswer:
+        """What is served, and its limits."""
+        config = service.classifier.model.config
+        limits = {name: value for name, value in settings.to_dict().items() if name != "page"}
+        return ModelAnswer(
+            version=__version__,
+            public_source=config.public_source,
+            branches={branch.name: branch.role for branch in config.branches},
+            fusion=config.fusion,
+            detector=config.detector.score,
+            threshold=config.detector.threshold,
+            attacks=ATTACKS,
+            limits=limits,
+        )
+
+    @app.post("/v1/classify", responses=REFUSALS)
+    def classify(
+        image: image,  # type: ignore[valid-type]
+        labels: labels,  # type: ignore[valid-type]
+        template: template = "photo",  # type: ignore[valid-type]
+        top_k: Annotated[int | None, Form(ge=1)] = None,
+        evidence: Annotated[bool, Form()] = False,
+        on_adversarial: Annotated[Literal["ignore", "flag", "abstain"], Form()] = "ignore",
+    ) -> Answer:
+        """Classify a picture among labels."""
+        found = service.classify(image, labels, template, top_k=top_k, evidence=evidence, on_adversarial=on_adversarial)
+        return Answer.model_validate(found if evidence else {"labels": found})
+
+    @app.post("/v1/attack", responses=REFUSALS)
+    def attack(
+        image: image,  # type: ignore[valid-type]
+        labels: labels,  # type: ignore[valid-type]
+        template: template = "photo",  # type: ignore[valid-type]
+        attack: Annotated[Literal["universal", "public", "white_box"], Form()] = "universal",
+        epsilon: Annotated[int, Form(ge=0, le=MAX_LEVELS, description="L-inf budget in levels of 255")] = 8,
+        label: Annotated[str | None, text, Form(description="what it truly is, one of the labels")] = None,
+    ) -> AttackAnswer:
+        """Attack a picture, and classify it before and after."""
+        found = service.attack(image, labels, template, attack=attack, levels=epsilon, label=label)
+        return AttackAnswer(
+            attack=attack,
+            epsilon=epsilon,
+            label=found.label,
+            clean=Answer.model_validate(found.before),
+            attacked=Answer.model_validate(found.after),
+            picture=base64.b64encode(png(found.attacked)).decode(),
+        )

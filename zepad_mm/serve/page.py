@@ -1,0 +1,215 @@
+"""The page: gradio Blocks over the same :class:`Service` as the endpoint, mounted on it."""
+
+from __future__ import annotations
+
+import atexit
+import html
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported: nothing is sent home
+
+import gradio as gr
+from fastapi import FastAPI
+from PIL import Image
+
+from zepad_mm.data import load_data
+from zepad_mm.prompts import PROMPTS
+from zepad_mm.serve.limits import BusyError
+from zepad_mm.serve.service import ATTACKS, Attacked, Service, png
+from zepad_mm.serve.settings import MAX_LEVELS
+
+KEPT_S = 3600  # uploads are deleted after an hour
+GAIN = 8  # how much the perturbation is amplified to be seen
+SHOWN = 256  # least side in pixels of the pictures that are shown
+FONTS = ("system-ui", "sans-serif")  # of the machine: the page loads nothing from elsewhere
+CSS = """
+.verdict {padding: .7em 1em; border-radius: 8px; font-size: 1.05em; border: 1px solid var(--border-color-primary)}
+.verdict.flagged {background: #b91c1c; border-color: #b91c1c}
+.verdict.flagged, .verdict.flagged b {color: white}
+.branches {width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums}
+.branches td, .branches th {padding: .35em .2em; border: 0; border-bottom: 1px solid var(--border-color-primary)}
+.branches tr, .branches tbody, .branches thead {border: 0 !important}
+.branches td, .branches th {text-align: right; white-space: nowrap}
+.branches td:first-child, .branches th:first-child {text-align: left; white-space: normal}
+.branches small {opacity: .7}
+.pixels img {image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain}
+footer {display: none !important}
+"""
+
+
+def mount(app: FastAPI, service: Service) -> FastAPI:
+    """The application with the page at ``/``."""
+    theme = gr.themes.Default(font=list(FONTS), font_mono=["ui-monospace", "monospace"]).set(
+        block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300"
+    )
+    return gr.mount_gradio_app(
+        app,
+        build(service),
+        path="/",
+        css=CSS,
+        theme=theme,
+        max_file_size=f"{service.settings.upload_mb}mb",
+        ssr_mode=False,
+        show_error=True,
+        enable_monitoring=False,
+    )
+
+
+def build(service: Service) -> gr.Blocks:
+    """The page by itself."""
+    examples, names = _examples()
+
+    def run(path: str | None, labels: str, template: str, attack: str, levels: float, label: str) -> tuple[Any, ...]:
+        if path is None:
+            raise gr.Error("Choose or upload a picture first.", print_exception=False)
+        wanted = [part.strip() for part in labels.split(",") if part.strip()]
+        try:
+            found = service.attack(
+                Path(path), wanted, template, attack=attack, levels=int(levels), label=label.strip() or None
+            )
+        except (ValueError, BusyError) as error:
+            raise gr.Error(str(error).replace(path, Path(path).name), print_exception=False) from error
+        return _shown(service, found)
+
+    with gr.Blocks(title="zepad", analytics_enabled=False, delete_cache=(KEPT_S, KEPT_S)) as page:
+        gr.Markdown(
+            f"# zepad\n`{service.classifier.model.config.public_source}`, attacked and defended. Choose a picture, "
+            "say what it may be, and see what an attack within a budget does to the public encoder and to the defended "
+            "one. A white-box attack still often wins."
+        )
+        with gr.Row():
+            with gr.Column(min_width=300):
+                picture = gr.Image(
+                    type="filepath",
+                    image_mode=None,
+                    sources=["upload", "clipboard"],
+                    label="Picture",
+                    height=280,
+                    elem_classes="pixels",
+                )
+                labels = gr.Textbox(", ".join(names), label="Labels, separated by commas", lines=2)
+                attack = gr.Radio(
+                    [(name.replace("_", " "), name) for name in ATTACKS],
+                    value="universal",
+                    label="Attack",
+                    info=". ".join(
+                        f"{name.replace('_', ' ').capitalize()}: {about}" for name, about in ATTACKS.items()
+                    ),
+                )
+                levels = gr.Slider(0, MAX_LEVELS, value=8, step=1, label="Epsilon: levels of 255 a pixel may change by")
+                with gr.Accordion("More", open=False):
+                    template = gr.Dropdown(
+                        PROMPTS.names(), value="photo", label="Prompts: a set, or a template with one {}",
+                        allow_custom_value=True,
+                    )  # fmt: skip
+                    label = gr.Textbox("", label="What it truly is (empty: what the attacked model says)")
+                button = gr.Button("Attack and classify", variant="primary", elem_id="run")
+                gr.Examples([[path] for path in examples], inputs=[picture], label="Pictures that ship")
+            with gr.Column(min_width=300):
+                verdict = gr.HTML(label="Verdict")
+                with gr.Row():
+                    attacked = _picture("Attacked", ["download", "fullscreen"])
+                    added = _picture(f"Added, x{GAIN}", ["fullscreen"])
+                gr.Markdown("### Undefended")
+                with gr.Row():
+                    plain_before, plain_after = _scores("Clean"), _scores("Attacked")
+                gr.Markdown("### Defended")
+                with gr.Row():
+                    safe_before, safe_after = _scores("Clean"), _scores("Attacked")
+                gr.Markdown("### Branches, clean → attacked")
+                branches = gr.HTML(label="Branches")
+        button.click(
+            run,
+            [picture, labels, template, attack, levels, label],
+            [verdict, attacked, added, plain_before, plain_after, safe_before, safe_after, branches],
+            api_visibility="private",
+            concurrency_limit=service.settings.workers,
+            show_progress="minimal",
+            scroll_to_output=True,  # on a phone the answer is below the fold
+        )
+    return page.queue(max_size=service.settings.queue + service.settings.workers, api_open=False)
+
+
+def _picture(label: str, buttons: list[Any]) -> gr.Image:
+    return gr.Image(
+        label=label, interactive=False, format="png", height=220, min_width=140, elem_classes="pixels", buttons=buttons
+    )
+
+
+def _scores(label: str) -> gr.Label:
+    return gr.Label(label=label, num_top_classes=3, min_width=140)
+
+
+def _shown(service: Service, found: Attacked) -> tuple[Any, ...]:
+    difference = (0.5 + GAIN * (found.attacked - found.clean)).clamp(0, 1)
+    plain = [answer["evidence"]["undefended"] for answer in (found.before, found.after)]
+    safe = [answer["labels"] for answer in (found.before, found.after)]
+    return (
+        _verdict(found),
+        _large(found.attacked),
+        _large(difference),
+        *({entry["label"]: entry["score"] for entry in answer} for answer in (*plain, *safe)),
+        _branches(service, found),
+    )
+
+
+def _verdict(found: Attacked) -> str:
+    evidence = found.after["evidence"]
+    before, after = found.before["evidence"], found.after["evidence"]
+    lines = []
+    for who, one, two in (
+        ("The undefended encoder", before["undefended"], after["undefended"]),
+        ("The defended one", found.before["labels"], found.after["labels"]),
+    ):
+        first, then = (html.escape(answer[0]["label"]) for answer in (one, two))
+        says = f"still says <b>{then}</b>" if first == then else f"says <b>{then}</b> instead of <b>{first}</b>"
+        lines.append(f"{who} {says}.")
+    flag = {
+        None: "This model has no threshold: nothing is flagged.",
+        True: "Flagged as adversarial",
+        False: "Not flagged as adversarial",
+    }[evidence["flagged"]]
+    suspicion = f"suspicion {evidence['dae_score']:.3f}, clean {before['dae_score']:.3f}"
+    kind = "verdict flagged" if evidence["flagged"] else "verdict"
+    return f'<div class="{kind}" id="verdict">{"<br>".join(lines)}<br>{flag} ({suspicion}).</div>'
+
+
+def _branches(service: Service, found: Attacked) -> str:
+    rows = []
+    for branch in service.classifier.model.config.branches:
+        figures = []
+        for kind in ("confidences", "weights"):
+            clean, attacked = (answer["evidence"][kind][branch.name] for answer in (found.before, found.after))
+            figures.append(f"<td>{clean:.2f} → {attacked:.2f}</td>")
+        role = "robust" if branch.role == "mpae" else "benign"
+        rows.append(f"<tr><td>{html.escape(branch.name)} <small>{role}</small></td>{''.join(figures)}</tr>")
+    head = "<tr><th>Branch</th><th>Confidence</th><th>Weight</th></tr>"
+    return f'<table class="branches" id="branches">{head}{"".join(rows)}</table>'
+
+
+def _large(image: Any) -> Image.Image:
+    """Enlarged by whole pixels, so that what was changed can be seen."""
+    import io
+
+    small = Image.open(io.BytesIO(png(image)))
+    factor = max(1, -(-SHOWN // small.width))
+    return small.resize((small.width * factor, small.height * factor), Image.Resampling.NEAREST)
+
+
+def _examples() -> tuple[list[str], tuple[str, ...]]:
+    """One test picture of each class that ships, as files for as long as the process lives; and the class names."""
+    import io
+
+    data = load_data("embedded", "test")
+    folder = TemporaryDirectory(prefix="zepad-")
+    atexit.register(folder.cleanup)
+    paths = []
+    for number, name in enumerate(data.class_names):
+        row = int((data.labels == number).nonzero()[0])
+        path = Path(folder.name) / f"{name}.png"
+        Image.open(io.BytesIO(png(data.images[row]))).save(path)
+        paths.append(str(path))
+    return paths, data.class_names

@@ -1,0 +1,182 @@
+"""What the page and the endpoint do, without either: classify a picture, attack one and classify both."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zepad_mm.attacks import PGD, FeatureUAP, Perturbation
+from zepad_mm.attacks.base import to_levels
+from zepad_mm.classifier import RobustZeroShotClassifier, pixels_of
+from zepad_mm.data import load_data
+from zepad_mm.encoders import Preprocess
+from zepad_mm.serve.limits import Desk
+from zepad_mm.serve.settings import MAX_LEVELS, ServeSettings
+
+SHIPPED = Path(__file__).parents[1] / "assets" / "perturbation" / "embedded.safetensors"
+SHIPPED_FOR = "open_clip:embedded"
+ATTACKS = {
+    "universal": "one perturbation for all pictures, made on the public encoder (T1)",
+    "public": "made for this picture, on the public encoder",
+    "white_box": "made for this picture, through the whole defence (T2)",
+}
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """A picture before and after.
+
+    Attributes:
+        clean, attacked: (3, S, S) in [0, 1], whole levels k / 255, cut to the size that the public encoder sees.
+        before, after: what the classifier says to each, with the evidence.
+        label: what the attack leads away from.
+    """
+
+    clean: Tensor
+    attacked: Tensor
+    before: dict[str, Any]
+    after: dict[str, Any]
+    label: str
+
+
+class Service:
+    """A classifier behind limits. Its methods may be called from any thread.
+
+    Args:
+        classifier: its model is served as it is, and takes no gradients from now on.
+        settings: the limits.
+        perturbation: what the attack "universal" adds; None takes the shipped one, or makes one when it is first asked
+            for.
+    """
+
+    def __init__(
+        self,
+        classifier: RobustZeroShotClassifier,
+        settings: ServeSettings | None = None,
+        perturbation: Perturbation | None = None,
+    ) -> None:
+        self.classifier = classifier
+        self.settings = settings or ServeSettings()
+        self.desk = Desk(self.settings.workers, self.settings.queue)
+        self._perturbation = perturbation
+        self._crafting = threading.Lock()
+        classifier.max_pixels = self.settings.max_pixels
+        # attacks turn gradients of parameters off and on again, which two threads would do to each other
+        classifier.model.requires_grad_(False)
+        classifier.model.undefended.requires_grad_(False)
+
+    def classify(
+        self,
+        image: Any,
+        labels: Sequence[str],
+        template: str = "photo",
+        *,
+        top_k: int | None = None,
+        evidence: bool = False,
+        on_adversarial: str = "ignore",
+    ) -> Any:
+        """As the classifier. Raises ValueError for bad input, BusyError when the queue is full."""
+        with self.desk.turn():
+            return self.classifier(
+                image,
+                self._checked(labels, template),
+                hypothesis_template=template,
+                top_k=top_k,
+                return_evidence=evidence,
+                on_adversarial=on_adversarial,
+            )
+
+    def attack(
+        self,
+        image: Any,
+        labels: Sequence[str],
+        template: str = "photo",
+        *,
+        attack: str = "universal",
+        levels: int = 8,
+        label: str | None = None,
+    ) -> Attacked:
+        """Attack a picture, and classify it before and after.
+
+        Args:
+            image: as for the classifier.
+            labels: at least two.
+            template: prompt set or template.
+            attack: a name of :data:`ATTACKS`.
+            levels: L-inf budget in levels of 255, 0 to 16.
+            label: what it truly is; None takes the answer of the attacked model to the clean picture.
+
+        Raises:
+            ValueError: bad input; BusyError: the queue is full.
+        """
+        if attack not in ATTACKS:
+            raise ValueError(f"attack: expected one of {', '.join(ATTACKS)}, got {attack!r}")
+        if not 0 <= levels <= MAX_LEVELS:
+            raise ValueError(f"epsilon: expected 0 to {MAX_LEVELS} levels of 255, got {levels}")
+        names = self._checked(labels, template)
+        if len(names) < 2:
+            raise ValueError("labels: an attack needs at least two, to lead from one to another")
+        if label is not None and label not in names:
+            raise ValueError(f"label: expected one of the labels, got {label!r}")
+        with self.desk.turn():
+            task = self.classifier.task(names, template)
+            pixels = pixels_of(image, self.settings.max_pixels)
+            clean = (self._geometry.resize(pixels[None]) * 255).round() / 255
+            clean = clean.to(self.classifier.model.device)
+            view = task.defended if attack == "white_box" else task.undefended
+            with torch.no_grad():
+                away = names.index(label) if label is not None else int(view(clean).argmax())
+            epsilon = levels / 255
+            if attack == "universal":
+                moved = self.perturbation.rescaled(epsilon)(clean)
+                attacked = to_levels(clean, moved, epsilon, "linf")
+            else:
+                pgd = PGD(epsilon=epsilon, steps=self.settings.attack_steps, quantize=True)
+                attacked = pgd(view, clean, torch.tensor([away], device=clean.device))
+            both = torch.cat([clean, attacked])
+            before, after = self.classifier(both, names, hypothesis_template=template, return_evidence=True)
+        return Attacked(clean[0].cpu(), attacked[0].cpu(), before, after, names[away])
+
+    @property
+    def perturbation(self) -> Perturbation:
+        """What the attack "universal" adds, before it is brought to the budget that is asked for."""
+        with self._crafting:
+            if self._perturbation is None:
+                public = self.classifier.model.config.public_source
+                if public == SHIPPED_FOR and SHIPPED.is_file():
+                    self._perturbation = Perturbation.load(SHIPPED)
+                else:
+                    size = self._geometry.image_size
+                    pictures = load_data("embedded", "surrogate", size, 128)
+                    craft = FeatureUAP(epsilon=10 / 255, image_size=size, steps=60, batch_size=16)
+                    self._perturbation = craft.fit(self.classifier.model.undefended.encoder, pictures.images)
+            return self._perturbation
+
+    @property
+    def _geometry(self) -> Preprocess:
+        return self.classifier.model.undefended.encoder.preprocess
+
+    def _checked(self, labels: Sequence[str], template: str) -> list[str]:
+        most, longest = self.settings.max_labels, self.settings.max_label_length
+        if len(labels) > most:
+            raise ValueError(f"labels: expected at most {most}, got {len(labels)}")
+        for text, what in ((template, "template"), *((label, "labels") for label in labels)):
+            if len(text) > longest:
+                raise ValueError(f"{what}: expected at most {longest} characters, got {len(text)}: {text[:20]!r}...")
+        return list(labels)
+
+
+def png(image: Tensor) -> bytes:
+    """(3, H, W) in [0, 1] as the bytes of a PNG."""
+    from torchvision.transforms.functional import to_pil_image
+
+    file = io.BytesIO()
+    to_pil_image((image * 255).round().byte()).save(file, "PNG")
+    return file.getvalue()

@@ -1,0 +1,34 @@
+"""What a server takes, and how much of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zepad_mm.config import Config
+
+MAX_LEVELS = 16  # largest budget that is offered, in levels of 255
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings(Config):
+    """Limits of a server; whatever is beyond them is refused with a reason."""
+
+    workers: int = 1  # requests that are computed at the same time; torch uses all cores for each
+    queue: int = 16  # requests that may wait for a worker; more are answered 503
+    connections: int = 256  # open connections; more are answered 503 before they are read
+    upload_mb: int = 10  # size of a request
+    max_pixels: int = 25_000_000  # width times height of a picture
+    max_labels: int = 50  # candidate labels
+    max_label_length: int = 100  # characters of a label, and of a template
+    attack_steps: int = 20  # gradient steps of a per-sample attack
+    page: bool = True  # False: the HTTP endpoint alone
+
+    def __post_init__(self) -> None:
+        for name, least in {"queue": 0}.items() | {
+            (name, 1)
+            for name in (
+                "workers", "connections", "upload_mb", "max_pixels", "max_labels", "max_label_length", "attack_steps"
+            )
+        }:  # fmt: skip
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
