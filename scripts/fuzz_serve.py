@@ -19,6 +19,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
@@ -88,7 +89,8 @@ def schemathesis(url: str, examples: int, seed: int) -> dict[str, Any]:
     command = [Path(sys.executable).with_name("schemathesis"), "run", f"{url}/openapi.json", "--no-color"]
     command += ["--checks", "not_a_server_error,status_code_conformance,content_type_conformance"]
     command += ["--max-examples", str(examples), "--seed", str(seed), "--workers", "1", "--request-timeout", "120"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with TemporaryDirectory() as folder:  # it leaves a cache where it runs
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     cases = re.search(r"(\d+) generated", done.stdout)
     summary = done.stdout[done.stdout.rfind("SUMMARY") :]
     if done.returncode:

@@ -43,7 +43,7 @@ class Client(threading.Thread):
         self.seconds: dict[str, list[float]] = {"classify": [], "attack": []}
 
     def run(self) -> None:
-        with httpx.Client(base_url=self.url, timeout=120) as client:
+        with httpx.Client(base_url=self.url, timeout=600) as client:
             while not self.stop.is_set():
                 kind = self.draw.choice(["classify", "classify", "attack"])
                 labels = [f"a {self.draw.randrange(10**9)} thing" for _ in range(self.draw.randint(2, 12))]
@@ -84,7 +84,7 @@ def main() -> int:
         alive = process.poll() is None
         stop.set()
         for client in clients:
-            client.join(150)
+            client.join(620)
     answered = sum((client.answered for client in clients), Counter())
     quarters = [memory[len(memory) * q // 4 : len(memory) * (q + 1) // 4] for q in range(4)]
     means = [statistics.fmean(mb for _, mb in quarter) for quarter in quarters]

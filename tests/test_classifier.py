@@ -151,6 +151,13 @@ def test_arrays(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> N
     assert classifier(grey, LABELS) == classifier(Image.fromarray(grey), LABELS)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+def test_formats(classifier: RobustZeroShotClassifier, kind: str) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30), "red").save(file, kind)
+    assert len(classifier(file.getvalue(), LABELS)) == 3
+
+
 def test_photos_lie_the_way_the_camera_was_held(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:
     picture = to_pil_image(images[0])
     exif = Image.Exif()

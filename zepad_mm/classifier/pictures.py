@@ -17,7 +17,7 @@ from zepad_mm.data import to_tensor
 
 MAX_PIXELS = 89_478_485  # where Pillow, too, begins to warn of decompression bombs
 MAX_BYTES = 64 * 2**20  # of a picture behind a URL
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no format that starts another program
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no format that starts another program
 KNOWN = "a PIL picture, path, URL, bytes, open file, array or tensor"
 
 

@@ -77,10 +77,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Any:
-    from jsonargparse import ArgumentParser
+    from argparse import RawDescriptionHelpFormatter
+
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+    class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+        """Of all commands: an example stays on a line of its own."""
 
     parser = ArgumentParser(
         prog="zepad",
+        formatter_class=Formatter,
         description="Defend pre-trained image encoders against downstream-agnostic attacks, and measure it honestly.",
         exit_on_error=False,
         version=__version__,

@@ -37,16 +37,9 @@ class Command:
 
     def parser(self) -> Any:
         """The parser of its arguments."""
-        from argparse import RawDescriptionHelpFormatter
+        from jsonargparse import ArgumentParser
 
-        from jsonargparse import ArgumentParser, DefaultHelpFormatter
-
-        class Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-            """The example stays on a line of its own."""
-
-        parser = ArgumentParser(
-            description=f"{self.about}\n\nexample:\n  {self.example}", exit_on_error=False, formatter_class=Formatter
-        )
+        parser = ArgumentParser(description=f"{self.about}\n\nexample:\n  {self.example}", exit_on_error=False)
         self.declare(parser)
         if self.json:
             parser.add_argument("--json", action="store_true", help="print JSON")

@@ -46,7 +46,7 @@ def serve(
         classifier = RobustZeroShotClassifier.from_pretrained(model, device=device)
         app = create_app(Service(classifier, settings, given))
         config = uvicorn.Config(
-            app, log_level="warning", limit_concurrency=settings.connections, timeout_keep_alive=5, server_header=False
+            app, log_level="warning", limit_concurrency=settings.connections, timeout_keep_alive=60, server_header=False
         )
         if ready is not None:
             shown = "[" + host + "]" if ":" in host else host
