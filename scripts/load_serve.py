@@ -74,7 +74,8 @@ def main() -> int:
     memory: list[tuple[float, float]] = []
     with served() as (url, process):
         stop = threading.Event()
-        clients = [Client(url, files(), seed, stop) for seed in range(args.clients)]
+        pictures = files()
+        clients = [Client(url, pictures, seed, stop) for seed in range(args.clients)]
         began = time.perf_counter()
         for client in clients:
             client.start()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import threading
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
-from contextlib import contextmanager
 from typing import Any
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+
+LINGER = 4  # refused requests are read on, and thrown away, to this many times the limit ...
+LINGER_SECONDS = 10.0  # ... and this long: a connection that is closed on unread bytes loses the answer too
 
 
 class BusyError(Exception):
@@ -27,7 +31,7 @@ class Desk:
         self._workers = threading.BoundedSemaphore(workers)
         self._places = threading.BoundedSemaphore(workers + queue)
 
-    @contextmanager
+    @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
         """Wait for a worker. Raises BusyError at once when the queue is full."""
         if not self._places.acquire(blocking=False):
@@ -57,6 +61,7 @@ class BodyLimit:
             return
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self.limit:
+            await self._discard(receive)
             await self._refuse(send)
             return
         read, refused = 0, False
@@ -67,6 +72,8 @@ class BodyLimit:
             read += len(message.get("body", b""))
             if read > self.limit and not refused:  # its length was not declared, or not as it is
                 refused = True
+                if message.get("more_body"):
+                    await self._discard(receive)
                 await self._refuse(send)
             return {"type": "http.disconnect"} if refused else message
 
@@ -87,3 +94,12 @@ class BodyLimit:
         answer = JSONResponse({"detail": detail}, 413, headers={"Connection": "close"})
         await send({"type": "http.response.start", "status": 413, "headers": answer.raw_headers})
         await send({"type": "http.response.body", "body": bytes(answer.body)})
+
+    async def _discard(self, receive: Receive) -> None:
+        read, more = 0, True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                while more and read <= LINGER * self.limit:
+                    message = await receive()
+                    read += len(message.get("body", b""))
+                    more = message.get("more_body", False)

@@ -29,7 +29,7 @@ CSS = """
 .verdict {padding: .7em 1em; border-radius: 8px; font-size: 1.05em; border: 1px solid var(--border-color-primary)}
 .verdict.flagged {background: #b91c1c; border-color: #b91c1c}
 .verdict.flagged, .verdict.flagged b {color: white}
-.branches {width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums}
+.branches {width: 100%; border: 0 !important; border-collapse: collapse; font-variant-numeric: tabular-nums}
 .branches td, .branches th {padding: .35em .2em; border: 0; border-bottom: 1px solid var(--border-color-primary)}
 .branches tr, .branches tbody, .branches thead {border: 0 !important}
 .branches td, .branches th {text-align: right; white-space: nowrap}

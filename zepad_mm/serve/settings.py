@@ -24,11 +24,7 @@ class ServeSettings(Config):
     page: bool = True  # False: the HTTP endpoint alone
 
     def __post_init__(self) -> None:
-        for name, least in {"queue": 0}.items() | {
-            (name, 1)
-            for name in (
-                "workers", "connections", "upload_mb", "max_pixels", "max_labels", "max_label_length", "attack_steps"
-            )
-        }:  # fmt: skip
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        for name, value in self.to_dict().items():
+            least = 0 if name in ("queue", "page") else 1
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
