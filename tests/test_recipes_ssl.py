@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 pytest.importorskip("lightly")
@@ -19,9 +21,13 @@ sys.path.insert(0, str(ROOT / "recipes"))
 import pretrain_ssl  # noqa: E402
 import ssl_story  # noqa: E402
 
+from zepad_mm import pretraining  # noqa: E402
 from zepad_mm.encoders import load_encoder  # noqa: E402
 from zepad_mm.files import read_tensors  # noqa: E402
 from zepad_mm.model import ZePAD  # noqa: E402
+from zepad_mm.pretraining.contrastive import supervised_contrastive  # noqa: E402
+from zepad_mm.pretraining.distillation import relational  # noqa: E402
+from zepad_mm.pretraining.redundancy import iterative_whitening, normalised_covariance  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +71,7 @@ def test_print_config_shows_every_setting(capsys: pytest.CaptureFixture[str]):
 
 
 def test_bad_method_is_named():
-    with pytest.raises(ValueError, match="simclr, byol"):
+    with pytest.raises(ValueError, match="did you mean 'simclr'"):
         pretrain_ssl.Settings(data="embedded", out="x", method="simclear")
 
 
@@ -75,25 +81,27 @@ def test_augment_is_a_view_of_the_batch():
     assert views[0].shape == images.shape
     assert 0 <= float(views[0].min()) <= float(views[0].max()) <= 1
     assert torch.equal(views[0], views[1])
+    weak = pretrain_ssl.augment(images, 1.0, torch.Generator().manual_seed(1), colours=False)
+    assert torch.allclose(weak.sort(-1).values.mean((1, 2, 3)), images.mean((1, 2, 3)), atol=0.1)
     assert not torch.equal(views[0], views[2])
 
 
-@pytest.mark.parametrize("method", pretrain_ssl.METHODS)
-def test_every_method_trains(method: str, tmp_path: Path):
-    smoke = ["--config", str(CONFIGS / "smoke" / "pretrain_ssl.yaml"), "--n", "80", "--epochs", "1"]
-    report = pretrain_ssl.main([*smoke, "--batch_size", "32", "--method", method, "--out", str(tmp_path)])
+QUICK = ["--config", str(CONFIGS / "smoke" / "pretrain_ssl.yaml"), "--n", "80", "--batch_size", "32"]
+QUICK += ["--hidden_dim", "64", "--projection_dim", "16", "--queue_size", "96", "--prototypes", "24"]
+PAPER = {"w_mse", "byol", "nnclr", "simclr", "moco_v2_plus", "moco_v3", "supcon", "ressl", "dino", "swav", "vibcreg"}
+
+
+def test_the_papers_methods_are_there():
+    assert set(pretraining.METHODS) >= PAPER
+
+
+@pytest.mark.parametrize("method", pretraining.METHODS)
+def test_killed_run_goes_on_to_the_same_weights(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Queues, prototypes, centres and slow twins are all in the state, or the second epoch would differ."""
+    arguments = [*QUICK, "--method", method, "--epochs", "2"]
+    report = pretrain_ssl.main([*arguments, "--out", str(tmp_path / "whole")])
     assert report["n_train"] == 72
-    assert json.loads((tmp_path / "metrics.jsonl").read_text())["epoch"] == 1
-    encoder = load_encoder(f"timm:local-dir:{tmp_path / 'encoder'}")
-    assert encoder.preprocess.image_size == 32
-    assert encoder(torch.rand(2, 3, 32, 32)).shape == (2, 256)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder", "metrics.jsonl", "pretrain.json"]
-
-
-def test_killed_run_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    smoke = ["--config", str(CONFIGS / "smoke" / "pretrain_ssl.yaml"), "--n", "80", "--method", "byol"]
-    smoke += ["--batch_size", "32", "--epochs", "2"]
-    pretrain_ssl.main([*smoke, "--out", str(tmp_path / "whole")])
+    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["encoder", "metrics.jsonl", "pretrain.json"]
     save = pretrain_ssl.save_state
 
     def save_and_die(*arguments) -> None:
@@ -102,13 +110,94 @@ def test_killed_run_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(pretrain_ssl, "save_state", save_and_die)
     with pytest.raises(KeyboardInterrupt):
-        pretrain_ssl.main([*smoke, "--out", str(tmp_path / "killed")])
+        pretrain_ssl.main([*arguments, "--out", str(tmp_path / "killed")])
     monkeypatch.setattr(pretrain_ssl, "save_state", save)
     with pytest.raises(ValueError, match="seed"):
-        pretrain_ssl.main([*smoke, "--out", str(tmp_path / "killed"), "--seed", "9"])
-    pretrain_ssl.main([*smoke, "--out", str(tmp_path / "killed")])
+        pretrain_ssl.main([*arguments, "--out", str(tmp_path / "killed"), "--seed", "9"])
+    pretrain_ssl.main([*arguments, "--out", str(tmp_path / "killed")])
     whole, killed = (read_tensors(tmp_path / run / "encoder" / "model.safetensors")[0] for run in ("whole", "killed"))
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    encoder = load_encoder(f"timm:local-dir:{tmp_path / 'whole' / 'encoder'}")
+    assert encoder.preprocess.image_size == 32
+    assert encoder(torch.rand(2, 3, 32, 32)).shape == (2, 256)
+
+
+def _tiny(method: str) -> pretraining.Learner:
+    torch.manual_seed(0)
+    encoder = timm.create_model("resnet18", num_classes=0, channels=[8, 8, 16, 16], layers=[1, 1, 1, 1])
+    settings = pretraining.MethodSettings(hidden_dim=32, projection_dim=8, queue_size=64, prototypes=16)
+    return pretraining.make_learner(method, encoder, settings)
+
+
+@pytest.mark.parametrize("method", pretraining.METHODS)
+def test_every_method_learns_to_match_views(method: str):
+    """On one fixed batch the loss falls, every trained parameter gets a gradient, and no gradient reaches a twin."""
+    learner = _tiny(method)
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.rand(32, 3, 32, 32, generator=generator), torch.arange(32) % 4
+    views = [pretraining.augment(images, 0.5, torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for _ in range(12):
+        loss = learner(*views, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        missing = [n for n, p in learner.named_parameters() if p.requires_grad and p.grad is None]
+        assert not missing
+        optimizer.step()
+        learner.after_step(0.9)
+        losses.append(float(loss))
+    assert min(losses[-3:]) < losses[1]
+    assert learner.target is None or not any(p.requires_grad for p in learner.target.parameters())
+
+
+@pytest.mark.parametrize("method", ["moco_v2_plus", "nnclr", "ressl"])
+def test_queues_are_part_of_the_state(method: str):
+    learner, names = _tiny(method), ("bank", "bank_ptr")
+    before = {name: value.clone() for name, value in learner.state_dict().items() if name.endswith(names)}
+    assert len(before) == 2
+    learner(torch.rand(8, 3, 32, 32), torch.rand(8, 3, 32, 32), torch.zeros(8, dtype=torch.long)).backward()
+    assert all(not torch.equal(value, learner.state_dict()[name]) for name, value in before.items())
+
+
+def test_supervised_contrastive_is_the_papers_double_sum():
+    generator = torch.Generator().manual_seed(0)
+    z = torch.nn.functional.normalize(torch.randn(8, 5, generator=generator), dim=1)
+    labels = torch.tensor([0, 1, 0, 2, 1, 0, 2, 3])  # the last one has no positive
+    expected = 0.0
+    for i in range(8):
+        others = [a for a in range(8) if a != i]
+        positives = [p for p in others if labels[p] == labels[i]]
+        total = sum(math.exp(float(z[i] @ z[a]) / 0.1) for a in others)
+        expected -= sum(float(z[i] @ z[p]) / 0.1 - math.log(total) for p in positives) / max(1, len(positives)) / 8
+    found = supervised_contrastive(z, labels, z, labels, 0, 0.1)
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+    halves = [supervised_contrastive(z[i : i + 4], labels[i : i + 4], z, labels, i, 0.1) for i in (0, 4)]
+    assert float(sum(halves) / 2) == pytest.approx(expected, rel=1e-5)
+
+
+def test_whitening_whitens():
+    z = torch.randn(256, 6, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.linspace(0.5, 1.5, 6))
+    white = iterative_whitening(z, steps=12)
+    assert torch.allclose(white.T @ white / len(z), torch.eye(6), atol=1e-2)
+    assert float(normalised_covariance(white)) < 1e-4 < float(normalised_covariance(z @ torch.rand(6, 6)))
+
+
+def test_relations_are_matched_best_by_the_same_embedding():
+    keys = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(1)), dim=1)
+    others = torch.nn.functional.normalize(torch.randn(8, 32, generator=torch.Generator().manual_seed(2)), dim=0)
+    assert relational(keys, keys, others, 0.04, 0.04) < relational(keys.roll(1, 0), keys, others, 0.04, 0.04)
+
+
+def test_whitening_wants_more_pictures_than_dimensions(tmp_path: Path):
+    with pytest.raises(ValueError, match="at most half of batch_size, here 16"):
+        pretrain_ssl.main([*QUICK, "--method", "w_mse", "--projection_dim", "17", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": 0.0}, {"momentum": 2.0}, {"queue_size": 0}])
+def test_bad_constants_are_named(wrong: dict[str, float]):
+    with pytest.raises(ValueError, match="expected"):
+        pretraining.MethodSettings(**wrong)
 
 
 @pytest.mark.slow

@@ -1,0 +1,122 @@
+"""Methods that tell pictures apart: SimCLR, SupCon, MoCo v2+, MoCo v3, NNCLR."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from lightly.loss import NTXentLoss
+from lightly.models.modules import NNMemoryBankModule, heads
+from lightly.utils import dist
+from torch import Tensor
+
+from zepad_mm.pretraining.base import METHODS, Learner, remembered
+
+
+@METHODS.register("simclr")
+class SimCLR(Learner):
+    """Chen et al. 2020, arXiv 2002.05709, Eq. (1)."""
+
+    def build(self) -> None:
+        self.projector = heads.SimCLRProjectionHead(self.width, *self.sizes)
+        self.criterion = NTXentLoss(self.settings.temperature, gather_distributed=self.gather)
+
+    def loss(self, a: Tensor, b: Tensor, views: Tensor, labels: Tensor) -> Tensor:
+        return self.criterion(a, b)
+
+
+@METHODS.register("supcon")
+class SupCon(Learner):
+    """Khosla et al. 2020, arXiv 2004.11362, Eq. (2): pictures of one class are positives. The one method with labels."""
+
+    def build(self) -> None:
+        self.projector = heads.SimCLRProjectionHead(self.width, *self.sizes)
+
+    def loss(self, a: Tensor, b: Tensor, views: Tensor, labels: Tensor) -> Tensor:
+        own, classes = F.normalize(torch.cat([a, b]), dim=1), torch.cat([labels, labels])
+        everyone, all_classes, first = own, classes, 0
+        if self.gather:
+            everyone = torch.cat(dist.gather(own))
+            all_classes, first = torch.cat(dist.gather(classes.float())).long(), dist.rank() * len(own)
+        return supervised_contrastive(own, classes, everyone, all_classes, first, self.settings.temperature)
+
+
+def supervised_contrastive(
+    own: Tensor, classes: Tensor, everyone: Tensor, all_classes: Tensor, first: int, temperature: float
+) -> Tensor:
+    """Eq. (2) of SupCon: for anchors ``own`` (N, P) among ``everyone`` (M, P), of which they are the rows from ``first``.
+
+    All embeddings have length 1. An anchor without a positive adds nothing.
+    """
+    similarity = own @ everyone.T / temperature
+    itself = torch.zeros_like(similarity, dtype=torch.bool)
+    rows = torch.arange(len(own), device=own.device)
+    itself[rows, rows + first] = True
+    log_share = similarity - similarity.masked_fill(itself, -torch.inf).logsumexp(1, keepdim=True)
+    positive = (classes[:, None] == all_classes[None]) & ~itself
+    count = positive.sum(1)
+    mean = log_share.masked_fill(~positive, 0).sum(1) / count.clamp_min(1)
+    return -mean[count > 0].sum() / len(own)
+
+
+@METHODS.register("moco_v2_plus")
+class MoCoV2Plus(Learner):
+    """MoCo v2 (Chen et al. 2020, arXiv 2003.04297) in its symmetric form, as solo-learn's "MoCo v2+".
+
+    Both views ask, both are remembered; the queue holds keys of earlier batches only.
+    """
+
+    def build(self) -> None:
+        self.projector = heads.MoCoProjectionHead(self.width, *self.sizes)
+        self.add_target()
+        self.criterion = NTXentLoss(
+            self.settings.temperature,
+            memory_bank_size=(self.settings.queue_size, self.settings.projection_dim),
+            gather_distributed=self.gather,
+        )
+        remembered(self.criterion.memory_bank)
+
+    def loss(self, a: Tensor, b: Tensor, views: Tensor, labels: Tensor) -> Tensor:
+        key_a, key_b = self.embed_target(views)
+        # one call, since a second one would find the first one's keys, of the same pictures, among its negatives
+        return self.criterion(torch.cat([a, b]), torch.cat([key_b, key_a]))
+
+
+@METHODS.register("moco_v3")
+class MoCoV3(Learner):
+    """Chen et al. 2021, arXiv 2104.02057, Eq. (1) and Algorithm 1: the batch's own keys are the negatives."""
+
+    def build(self) -> None:
+        self.projector = heads.MoCoProjectionHead(self.width, *self.sizes, num_layers=3, batch_norm=True)
+        size = self.settings.projection_dim
+        self.predictor = heads.MoCoProjectionHead(size, self.settings.hidden_dim, size, batch_norm=True)
+        self.add_target()
+
+    def loss(self, a: Tensor, b: Tensor, views: Tensor, labels: Tensor) -> Tensor:
+        key_a, key_b = self.embed_target(views)
+        return self._ask(self.predictor(a), key_b) + self._ask(self.predictor(b), key_a)
+
+    def _ask(self, query: Tensor, key: Tensor) -> Tensor:
+        query, key = F.normalize(query.float(), dim=1), F.normalize(key, dim=1)
+        right = torch.arange(len(query), device=query.device)
+        if self.gather:
+            key, right = torch.cat(dist.gather(key)), right + dist.rank() * len(query)
+        return 2 * self.settings.temperature * F.cross_entropy(query @ key.T / self.settings.temperature, right)
+
+
+@METHODS.register("nnclr")
+class NNCLR(Learner):
+    """Dwibedi et al. 2021, arXiv 2104.14548, Eq. (2) and (3): the positive is the nearest remembered embedding."""
+
+    def build(self) -> None:
+        size = self.settings.projection_dim
+        self.projector = heads.NNCLRProjectionHead(self.width, *self.sizes)
+        self.predictor = heads.NNCLRPredictionHead(size, self.settings.hidden_dim, size)
+        self.neighbours = remembered(NNMemoryBankModule((self.settings.queue_size, size)))
+        self.neighbours.gather_distributed = self.gather
+        self.criterion = NTXentLoss(self.settings.temperature, gather_distributed=self.gather)
+
+    def loss(self, a: Tensor, b: Tensor, views: Tensor, labels: Tensor) -> Tensor:
+        asked_a, asked_b = self.predictor(a), self.predictor(b)
+        near_a = self.neighbours(a.detach(), update=False)
+        near_b = self.neighbours(b.detach(), update=True)
+        return (self.criterion(near_a, asked_b) + self.criterion(near_b, asked_a)) / 2
