@@ -185,7 +185,7 @@ class RobustZeroShotClassifier:
             encoders[""] = self.model.undefended.encoder  # the empty name is no branch's
         geometries = {name: _geometry(encoder.preprocess) for name, encoder in encoders.items()}
         for batch in self._batches(pictures, set(geometries.values()), single):
-            with torch.no_grad():
+            with torch.no_grad(), self.model.sharing():
                 logits = {}
                 for name, encoder in encoders.items():
                     head = task.heads[name] if name else task.plain
