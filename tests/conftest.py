@@ -45,6 +45,12 @@ def write_clip(folder: Path, seed: int = 0) -> str:
     return f"open_clip:local-dir:{folder}"
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """A test's random weights are the same whatever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def clip_source(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_clip(tmp_path_factory.mktemp("clip"))
