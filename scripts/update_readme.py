@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Write the README's table from the committed report, so that no figure in it is typed by hand.
+"""Write the README's table and the shipped model's card from the committed report: no figure is typed by hand.
 
     scripts/demo --out recipes/results/demo && python scripts/update_readme.py
 
-``--check`` changes nothing and exits with 1 when the README is not what the report says.
+``--check`` changes nothing and exits with 1 when one of them is not what the report says.
 """
 
 from __future__ import annotations
@@ -13,10 +13,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from zepad_mm.card import model_card
+from zepad_mm.evaluation.report import Report
 from zepad_mm.files import read_json, write_text
+from zepad_mm.storage import CONFIG, PLACEHOLDER, ZePADConfig
 
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "recipes" / "results" / "demo" / "report.json"
+SHIPPED = ROOT / "zepad_mm" / "assets" / "zepad"
 START = "<!-- table: written by scripts/update_readme.py from recipes/results/demo/report.json -->"
 END = "<!-- /table -->"
 COLUMNS = (("clean", "clean"), ("T1", "T1, 10/255"), ("T1b", "T1b, 10/255"), ("T2", "T2, {epsilon}/255"))
@@ -113,18 +117,33 @@ def caveats(report: dict[str, Any]) -> list[str]:
     return ["", *(["The report's own warnings:", ""] if warnings else []), *(f"- {text}" for text in warnings)]
 
 
+def readme(old: str) -> str:
+    """The README with the block between its marks written anew."""
+    before, rest = old.split(START)
+    return f"{before}{START}\n\n{table(read_json(REPORT)).rstrip()}\n\n{END}{rest.split(END)[1]}"
+
+
+def card(_: str) -> str:
+    """The card of the model in the package, which is loaded by the name "embedded"."""
+    config = ZePADConfig.from_dict(read_json(SHIPPED / CONFIG))
+    return model_card(config, Report.load(REPORT.parent)).replace(PLACEHOLDER, "embedded")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only say whether the README is up to date")
+    parser.add_argument("--check", action="store_true", help="only say whether they are up to date")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    old = readme.read_text(encoding="utf-8")
-    before, rest = old.split(START)
-    new = f"{before}{START}\n\n{table(read_json(REPORT)).rstrip()}\n\n{END}{rest.split(END)[1]}"
+    stale = []
+    for path, write in ((ROOT / "README.md", readme), (SHIPPED / "README.md", card)):
+        old = path.read_text(encoding="utf-8")
+        new = write(old)
+        if new != old:
+            stale.append(str(path.relative_to(ROOT)))
+            if not args.check:
+                write_text(path, new)
     if args.check:
-        print("README.md is up to date" if new == old else "README.md is not what the report says; run without --check")
-        sys.exit(new != old)
-    write_text(readme, new)
+        print(f"not what the report says: {', '.join(stale)}; run without --check" if stale else "up to date")
+        sys.exit(bool(stale))
 
 
 if __name__ == "__main__":

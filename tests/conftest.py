@@ -45,6 +45,12 @@ def write_clip(folder: Path, seed: int = 0) -> str:
     return f"open_clip:local-dir:{folder}"
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """A test's random weights are the same whatever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def clip_source(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_clip(tmp_path_factory.mktemp("clip"))
@@ -53,6 +59,7 @@ def clip_source(tmp_path_factory: pytest.TempPathFactory) -> str:
 def make_zepad(source: str, fusion: str = "bounded_benign") -> ZePAD:
     """Two robust branches (one full, one LoRA) and a benign one, all pushed off the base weights a little."""
     generator = torch.Generator().manual_seed(1)
+    torch.manual_seed(1)  # peft draws lora_A from the global generator
     branches, configs = [], []
     for name, role, adaptation in (("full", "mpae", "full"), ("lora", "mpae", "lora"), ("benign", "bmp", "none")):
         encoder, text = load_clip(source)

@@ -134,7 +134,7 @@ def test_the_answer_is_that_of_the_pipeline(tmp_path: Path) -> None:
             assert [entry["label"] for entry in mine] == [entry["label"] for entry in other]
             assert {type(entry["score"]) for entry in mine} == {float}
             for one, two in zip(mine, other, strict=True):
-                assert one["score"] == pytest.approx(two["score"], abs=1e-3)  # they resize whole levels, we floats
+                assert one["score"] == pytest.approx(two["score"], abs=5e-3)  # they resize whole levels, we floats
 
 
 def test_arrays(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +149,7 @@ def write_hf_clip_repository(folder: Path, seed: int) -> None:
     CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
 
 
-def write_ssl_repository(folder: Path, seed: int) -> None:
+def write_ssl_repository(folder: Path, seed: int, name: str = "moco.pth") -> None:
     """A ResNet in the layout of the official MoCo."""
     import torchvision
 
@@ -155,7 +157,7 @@ def write_ssl_repository(folder: Path, seed: int) -> None:
     folder.mkdir()
     network = torchvision.models.resnet18()
     state = {f"module.encoder_q.{key}": value for key, value in network.state_dict().items() if key[:3] != "fc."}
-    torch.save({"state_dict": state, "arch": "resnet18"}, folder / "moco.pth")
+    torch.save({"state_dict": state, "arch": "resnet18"}, folder / name)
 
 
 # source -> its name on the Hub, and what writes such a repository; one line for each way a base is named
@@ -513,6 +515,16 @@ EXAMPLES: dict[str, tuple[str, str, Callable[[Path, int], None]]] = {
 }
 
 
+# the repositories that its block of Python names, as small ones
+README: dict[str, Callable[[Path, int], None]] = {
+    "timm/vit_large_patch14_clip_224.openai": write_clip_repository,
+    "chs20/fare4-clip": write_clip_repository,
+    "openai/clip-vit-base-patch32": write_hf_clip_repository,
+    "facebook/dinov2-small": write_dinov2_repository,
+    "owner/ssl": partial(write_ssl_repository, name="byol.pth"),
+}
+
+
 def test_the_examples_of_the_readme(hub: Hub, tmp_path: Path) -> None:
     """All of them in one process of its own, as a user would run them."""
     images = torch.ones(1, 3, 40, 40) / 3
@@ -528,13 +540,22 @@ def test_the_examples_of_the_readme(hub: Hub, tmp_path: Path) -> None:
         lines += [f"encoder = load_encoder({source})", "features = encoder(torch.ones(1, 3, 40, 40) / 3)"]
         lines += ["print(features.double().sum().item())"]
     assert len(expected) >= 2
+    for name, write in README.items():
+        write(tmp_path / name.replace("/", "-"), 0)
+        hub.put(name, tmp_path / name.replace("/", "-"))
+    hub.tokens["hf_ReaderSecretReaderSecret"] = "owner"
+    logged_in = {"HF_TOKEN": "hf_ReaderSecretReaderSecret", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0"}
+    (block,) = re.findall(r"```py\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.S)
     done = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines)],
-        env={**os.environ, **environment(hub, tmp_path / "own-cache")},
+        [sys.executable, "-c", "\n".join([*lines, block])],
+        env={**os.environ, **environment(hub, tmp_path / "own-cache"), **logged_in},
         capture_output=True,
         text=True,
         check=False,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert [float(line) for line in done.stdout.split()] == pytest.approx(expected, rel=1e-5)
+    *sums, answers = done.stdout.splitlines()
+    assert [float(line) for line in sums] == pytest.approx(expected, rel=1e-5)
+    assert [{entry["label"] for entry in one} for one in ast.literal_eval(answers)] == [{"a cat", "a dog"}] * 2
+    assert "config.json" in hub.files("owner/name")

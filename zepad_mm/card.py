@@ -115,11 +115,13 @@ def _usage(config: ZePADConfig) -> str:
     if config.zero_shot:
         lines = (
             "from zepad_mm import RobustZeroShotClassifier",
+            "",
             f'RobustZeroShotClassifier.from_pretrained("{PLACEHOLDER}")("picture.jpg", ["a cat", "a dog"])',
         )
     else:
         lines = (
             "from zepad_mm import ZePAD",
+            "",
             f'logits = ZePAD.from_pretrained("{PLACEHOLDER}")(images)  # (B, 3, H, W) in [0, 1]',
         )
     return "## Use\n\n```python\n" + "\n".join(lines) + "\n```"

@@ -58,11 +58,11 @@ def threshold_at(clean_scores: Tensor, false_positive_rate: float) -> float:
 
 def _probabilities(branch_logits: Tensor, benign: Sequence[bool]) -> tuple[Tensor, Tensor]:
     """(robust, benign) probabilities; where one kind is missing the other stands in, and every score is 0."""
-    mask = torch.tensor(list(benign), device=branch_logits.device)
     probabilities = branch_logits.softmax(-1)
-    if mask.all() or not mask.any():
+    if all(benign) or not any(benign):
         return probabilities, probabilities
-    return probabilities[~mask], probabilities[mask]
+    robust, clean = ([row for row, own in enumerate(benign) if own == kind] for kind in (False, True))
+    return probabilities[robust], probabilities[clean]
 
 
 def entropy(probabilities: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """How the branches become one answer. Every rule is smooth in the logits, so an attacker gets honest gradients.
 
-A rule takes ``branch_logits (N, B, C)`` and which branches are benign, and gives fused logits (B, C) and the weight of
-each branch for each image (N, B), summing to 1 over branches.
+A rule takes ``branch_logits (N, B, C)`` and for each branch whether it is benign, and gives fused logits (B, C) and the
+weight of each branch for each image (N, B), summing to 1 over branches. The roles are plain booleans, not a tensor:
+what depends on them alone is decided when a model is compiled or exported, not for each image.
 """
 
 from __future__ import annotations
@@ -46,10 +47,10 @@ class Rule(Config, ABC):
     """A fusion rule with its constants."""
 
     @abstractmethod
-    def __call__(self, branch_logits: Tensor, benign: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, B, C) logits and (N,) mask to fused logits (B, C) and weights (N, B)."""
+    def __call__(self, branch_logits: Tensor, benign: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        """(N, B, C) logits and N roles to fused logits (B, C) and weights (N, B)."""
 
-    def benign_bound(self, branch_logits: Tensor, benign: Tensor) -> Tensor | None:
+    def benign_bound(self, branch_logits: Tensor, benign: Sequence[bool]) -> Tensor | None:
         """(B,) the largest share of the fused probabilities that the benign branches can take, whatever they answer.
 
         None where the rule has no such bound, as when it mixes logits, whose size a branch is free to choose.
@@ -70,7 +71,7 @@ class RFDM(Rule):
 
     k: float = 3.0  # how steeply confidence counts; 0 gives weights proportional to it
 
-    def __call__(self, branch_logits: Tensor, benign: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, branch_logits: Tensor, benign: Sequence[bool]) -> tuple[Tensor, Tensor]:
         return _mix_logits(branch_logits, rfdm_weights(branch_logits, self.k))
 
 
@@ -81,13 +82,13 @@ class RFDMProbability(Rule):
 
     k: float = 3.0  # as in RFDM
 
-    def __call__(self, branch_logits: Tensor, benign: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, branch_logits: Tensor, benign: Sequence[bool]) -> tuple[Tensor, Tensor]:
         return _mix_probabilities(branch_logits, rfdm_weights(branch_logits, self.k))
 
-    def benign_bound(self, branch_logits: Tensor, benign: Tensor) -> Tensor:
+    def benign_bound(self, branch_logits: Tensor, benign: Sequence[bool]) -> Tensor:
         surest = 1.0 if self.k >= -1 else -1 / self.k  # where m exp(k (m - 1/2)) is largest for m in (0, 1]
-        most = benign.sum() * surest * math.exp(self.k * (surest - 0.5))
-        confidence = branch_logits[~benign].softmax(-1).amax(-1)
+        most = sum(benign) * surest * math.exp(self.k * (surest - 0.5))
+        confidence = branch_logits[_rows(benign, False)].softmax(-1).amax(-1)
         return most / (most + (confidence * (self.k * (confidence - 0.5)).exp()).sum(0))
 
 
@@ -96,7 +97,7 @@ class RFDMProbability(Rule):
 class Equal(Rule):
     """Mean of the logits."""
 
-    def __call__(self, branch_logits: Tensor, benign: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, branch_logits: Tensor, benign: Sequence[bool]) -> tuple[Tensor, Tensor]:
         return _mix_logits(branch_logits, _normalised(torch.ones_like(branch_logits[..., 0])))
 
 
@@ -105,7 +106,7 @@ class Equal(Rule):
 class Entropy(Rule):
     """Logits weighted by how far each branch is from knowing nothing: log C - H. (The paper's code inverts this.)"""
 
-    def __call__(self, branch_logits: Tensor, benign: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, branch_logits: Tensor, benign: Sequence[bool]) -> tuple[Tensor, Tensor]:
         known = math.log(branch_logits.shape[-1]) - entropy(branch_logits.softmax(-1))
         return _mix_logits(branch_logits, _normalised(known.clamp_min(0) + 1e-6))
 
@@ -122,13 +123,13 @@ class BoundedBenign(Rule):
     benign_weight: float = 0.2  # in [0, 1], shared by the benign branches; the rest is shared by the robust ones
     sharpness: float = 1.0  # factor on the robust logits: above 1, a robust branch counts where it is sure
 
-    def __call__(self, branch_logits: Tensor, benign: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, branch_logits: Tensor, benign: Sequence[bool]) -> tuple[Tensor, Tensor]:
         weights = _role_weights(branch_logits, benign, self.benign_weight)
-        factor = torch.where(benign, 1.0, self.sharpness).view(-1, 1, 1).to(branch_logits.dtype)
-        return _mix_probabilities(branch_logits * factor, weights)
+        factor = branch_logits.new_tensor([1.0 if kind else self.sharpness for kind in benign])
+        return _mix_probabilities(branch_logits * factor.view(-1, 1, 1), weights)
 
-    def benign_bound(self, branch_logits: Tensor, benign: Tensor) -> Tensor:
-        return _role_weights(branch_logits, benign, self.benign_weight)[benign].sum(0)
+    def benign_bound(self, branch_logits: Tensor, benign: Sequence[bool]) -> Tensor:
+        return _role_weights(branch_logits, benign, self.benign_weight)[_rows(benign, True)].sum(0)
 
 
 @RULES.register("capped_rfdm")
@@ -139,17 +140,18 @@ class CappedRFDM(Rule):
     k: float = 3.0  # as in RFDM
     cap: float = 0.35  # most that the benign branches get together
 
-    def __call__(self, branch_logits: Tensor, benign: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, branch_logits: Tensor, benign: Sequence[bool]) -> tuple[Tensor, Tensor]:
         weights = rfdm_weights(branch_logits, self.k)
-        if benign.all() or not benign.any():
+        if all(benign) or not any(benign):
             return _mix_probabilities(branch_logits, weights)
-        share = (weights * benign.view(-1, 1)).sum(0)
+        mask = torch.tensor(benign, device=weights.device).view(-1, 1)
+        share = (weights * mask).sum(0)
         kept = self.cap * torch.tanh(share / self.cap)  # below the cap almost the share itself, never above
-        scale = torch.where(benign.view(-1, 1), kept / share, (1 - kept) / (1 - share).clamp_min(1e-12))
+        scale = torch.where(mask, kept / share, (1 - kept) / (1 - share).clamp_min(1e-12))
         return _mix_probabilities(branch_logits, weights * scale)
 
-    def benign_bound(self, branch_logits: Tensor, benign: Tensor) -> Tensor:
-        bound = float(benign.all()) if benign.all() or not benign.any() else min(1.0, self.cap)
+    def benign_bound(self, branch_logits: Tensor, benign: Sequence[bool]) -> Tensor:
+        bound = float(all(benign)) if all(benign) or not any(benign) else min(1.0, self.cap)
         return branch_logits.new_full(branch_logits.shape[1:2], bound)
 
 
@@ -167,17 +169,18 @@ class MixedNUTS(Rule):
     power: float = 2.0  # p: how much more a sure logit counts
     shift: float = 0.0  # c: added before the GELU
 
-    def __call__(self, branch_logits: Tensor, benign: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, branch_logits: Tensor, benign: Sequence[bool]) -> tuple[Tensor, Tensor]:
         weights = _role_weights(branch_logits, benign, self.benign_weight)
-        if benign.all():
+        if all(benign):
             return _mix_probabilities(branch_logits, weights)
         standard = F.layer_norm(branch_logits, branch_logits.shape[-1:])
         clamped = F.gelu(standard + self.shift)
         sharp = self.scale * clamped.abs().clamp_min(1e-12).pow(self.power) * clamped.sign()
-        return _mix_probabilities(torch.where(benign.view(-1, 1, 1), branch_logits, sharp), weights)
+        mask = torch.tensor(benign, device=weights.device).view(-1, 1, 1)
+        return _mix_probabilities(torch.where(mask, branch_logits, sharp), weights)
 
-    def benign_bound(self, branch_logits: Tensor, benign: Tensor) -> Tensor:
-        return _role_weights(branch_logits, benign, self.benign_weight)[benign].sum(0)
+    def benign_bound(self, branch_logits: Tensor, benign: Sequence[bool]) -> Tensor:
+        return _role_weights(branch_logits, benign, self.benign_weight)[_rows(benign, True)].sum(0)
 
 
 @dataclass(frozen=True)
@@ -198,11 +201,10 @@ class Fusion:
         """(N, B, C) to a :class:`Decision`. Raises ValueError when N is not the number of branches."""
         if branch_logits.ndim != 3 or len(branch_logits) != len(self.benign):
             raise ValueError(f"branch_logits: expected ({len(self.benign)}, B, C), got {tuple(branch_logits.shape)}")
-        benign = torch.tensor(self.benign, device=branch_logits.device)
         if len(self.benign) == 1:
             logits, weights = branch_logits[0], torch.ones_like(branch_logits[..., 0])
         else:
-            logits, weights = self.rule(branch_logits, benign)
+            logits, weights = self.rule(branch_logits, self.benign)
         confidences = branch_logits.softmax(-1).amax(-1)
         return Decision(logits, weights, confidences, SCORES.get(self.score)(branch_logits, self.benign))
 
@@ -214,11 +216,11 @@ class Fusion:
         adaptive smoothing, Bai et al. 2023). It says nothing of an attacker who moves the robust branches. None where
         the rule has no bound.
         """
-        benign = torch.tensor(self.benign, device=branch_logits.device)
-        bound = self.rule.benign_bound(branch_logits, benign)
-        if bound is None or bool(benign.all()):
+        bound = self.rule.benign_bound(branch_logits, self.benign)
+        if bound is None or all(self.benign):
             return None if bound is None else torch.zeros(branch_logits.shape[1], dtype=torch.bool)
-        robust, _ = self.rule(branch_logits[~benign], benign[~benign])
+        rows = _rows(self.benign, False)
+        robust, _ = self.rule(branch_logits[rows], [False] * len(rows))
         likeliest = robust.softmax(-1).topk(2, dim=-1).values
         return (1 - bound) * (likeliest[:, 0] - likeliest[:, 1]) > bound + 1e-6  # room for rounding
 
@@ -241,16 +243,20 @@ def _mix_probabilities(branch_logits: Tensor, weights: Tensor) -> tuple[Tensor, 
     return logs.logsumexp(0), weights
 
 
-def _role_weights(branch_logits: Tensor, benign: Tensor, benign_weight: float) -> Tensor:
+def _role_weights(branch_logits: Tensor, benign: Sequence[bool], benign_weight: float) -> Tensor:
     """(N, B) fixed weights: ``benign_weight`` over the benign branches, the rest over the robust ones."""
     if not 0 <= benign_weight <= 1:
         raise ValueError(f"benign_weight: expected a number in [0, 1], got {benign_weight}")
-    if benign.all() or not benign.any():
-        benign_weight = float(benign.all())
-    share = torch.where(
-        benign, benign_weight / benign.sum().clamp_min(1), (1 - benign_weight) / (~benign).sum().clamp_min(1)
-    )
-    return share.to(branch_logits.dtype).unsqueeze(1).expand(branch_logits.shape[:2])
+    if all(benign) or not any(benign):
+        benign_weight = float(all(benign))
+    count = {kind: len(_rows(benign, kind)) for kind in (True, False)}
+    share = [benign_weight / count[True] if kind else (1 - benign_weight) / count[False] for kind in benign]
+    return branch_logits.new_tensor(share).unsqueeze(1).expand(branch_logits.shape[:2])
+
+
+def _rows(benign: Sequence[bool], kind: bool) -> list[int]:
+    """Which branches are benign (``kind`` True) or robust."""
+    return [row for row, own in enumerate(benign) if own == kind]
 
 
 def _normalised(weights: Tensor) -> Tensor:

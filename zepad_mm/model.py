@@ -123,6 +123,9 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
                     "model.set_undefended(Branch(BranchConfig(name='undefended', ...), encoder, head))"
                 )
             encoder, text = self._clip()
+            for branch in self.branches.values():  # a branch that nobody changed is the public encoder: hold it once
+                if branch.config.adaptation == "none" and branch.config.source == self.config.public_source:  # type: ignore[union-attr]
+                    encoder = branch.encoder  # type: ignore[assignment]
             config = BranchConfig(name="undefended", role="bmp", source=self.config.public_source)
             head = zero_shot_head(text, self.class_names, self.config.prompts)
             self._lazy["undefended"] = Branch(config, encoder, head).eval().to(self.device)

@@ -185,11 +185,12 @@ class RobustZeroShotClassifier:
             encoders[""] = self.model.undefended.encoder  # the empty name is no branch's
         geometries = {name: _geometry(encoder.preprocess) for name, encoder in encoders.items()}
         for batch in self._batches(pictures, set(geometries.values()), single):
-            with torch.no_grad():
-                logits = {}
+            with torch.no_grad(), self.model.sharing():
+                logits, features = {}, {}
                 for name, encoder in encoders.items():
-                    head = task.heads[name] if name else task.plain
-                    logits[name] = head(encoded(encoder, batch[geometries[name]]))
+                    if encoder not in features:  # a benign branch that nobody changed is the undefended encoder too
+                        features[encoder] = encoded(encoder, batch[geometries[name]])
+                    logits[name] = (task.heads[name] if name else task.plain)(features[encoder])
                 plain = logits.pop("").softmax(-1).cpu() if evidence else None
                 decision = _on_cpu(self.model.fuse(torch.stack(list(logits.values()))))
                 scores, flags = decision.logits.softmax(-1), self.model.is_adversarial(decision)
