@@ -32,6 +32,7 @@ from typing import Any
 
 import timm
 import torch
+from accelerate import Accelerator
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from torch import nn
 from tqdm import tqdm
@@ -114,13 +115,46 @@ def build(config: Settings, device: torch.device, world: int) -> tuple[Learner, 
     return learner, torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
 
 
+def train_epoch(
+    config: Settings,
+    epoch: int,
+    train: LabelledImages,
+    wrapped: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+) -> torch.Tensor:
+    """One pass over this process's share of the pictures; the sum of its losses."""
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    learner, steps = accelerator.unwrap_model(wrapped), len(train) // (config.batch_size * world)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.seed * 1000 + epoch))
+    draws = torch.Generator().manual_seed((config.seed * 1000 + epoch) * 1000 + rank)
+    total = torch.zeros((), device=device)
+    for step in tqdm(range(steps), f"epoch {epoch + 1}/{config.epochs}", disable=rank > 0, mininterval=5):
+        fall = (1 + math.cos(math.pi * (epoch * steps + step) / (config.epochs * steps))) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * min(1.0, (epoch * steps + step + 1) / steps) * fall
+        start = (step * world + rank) * config.batch_size
+        rows = order[start : start + config.batch_size]
+        images, labels = (part[rows].to(device) for part in (train.images, train.labels))
+        view = augment(images, config.min_scale, draws)
+        other = augment(images, config.min_scale, draws, colours=not learner.weak_second_view)
+        with seeded(device, config.seed, "forward", epoch, step, rank):
+            loss = wrapped(view, other, labels)
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        optimizer.step()
+        learner.after_step(1 - (1 - config.momentum) * fall)
+        total += loss.detach()
+    return total
+
+
 def run(config: Settings) -> dict[str, Any]:
     """Pre-train, save and probe one encoder; returns what pretrain.json holds."""
     started = time.time()
     if config.threads:
         torch.set_num_threads(config.threads)
     accelerator = make_accelerator(config.num_processes, config.mixed_precision)
-    rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    world, main = accelerator.num_processes, accelerator.is_main_process
     torch.manual_seed(config.seed)
     train, held_out = load_parts(config)
     steps = len(train) // (config.batch_size * world)
@@ -136,26 +170,8 @@ def run(config: Settings) -> dict[str, Any]:
     learner = accelerator.unwrap_model(wrapped)
 
     for epoch in range(done, config.epochs):
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.seed * 1000 + epoch))
-        draws = torch.Generator().manual_seed((config.seed * 1000 + epoch) * 1000 + rank)
-        total, begun = torch.zeros((), device=accelerator.device), time.time()
-        for step in tqdm(range(steps), f"epoch {epoch + 1}/{config.epochs}", disable=not main, mininterval=5):
-            progress = (epoch * steps + step) / (config.epochs * steps)
-            warm = min(1.0, (epoch * steps + step + 1) / steps)
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * warm * (1 + math.cos(math.pi * progress)) / 2
-            start = (step * world + rank) * config.batch_size
-            rows = order[start : start + config.batch_size]
-            images, labels = (part[rows].to(accelerator.device) for part in (train.images, train.labels))
-            view = augment(images, config.min_scale, draws)
-            other = augment(images, config.min_scale, draws, colours=not learner.weak_second_view)
-            with seeded(accelerator.device, config.seed, "forward", epoch, step, rank):
-                loss = wrapped(view, other, labels)
-            optimizer.zero_grad()
-            accelerator.backward(loss)
-            optimizer.step()
-            learner.after_step(1 - (1 - config.momentum) * (1 + math.cos(math.pi * progress)) / 2)
-            total += loss.detach()
+        begun = time.time()
+        total = train_epoch(config, epoch, train, wrapped, optimizer, accelerator)
         mean_loss = float(accelerator.reduce(total, "mean")) / steps
         if not math.isfinite(mean_loss):
             raise ValueError(f"the loss became {mean_loss} in epoch {epoch + 1}; lower --lr")

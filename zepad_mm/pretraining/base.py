@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from lightly.models.modules.memory_bank import MemoryBankModule
@@ -49,12 +49,15 @@ class Learner(nn.Module):
         processes: how many run; with more than one the embeddings of all are gathered where the method compares them.
     """
 
+    projector: nn.Module
+    mean: Tensor
+    std: Tensor
     weak_second_view: ClassVar[bool] = False  # the second view is cropped and flipped, its colours are left alone
 
     def __init__(self, encoder: nn.Module, settings: MethodSettings, processes: int) -> None:
         super().__init__()
         self.encoder, self.settings, self.gather = encoder, settings, processes > 1
-        pixel = encoder.pretrained_cfg
+        pixel: dict[str, Any] = encoder.pretrained_cfg  # type: ignore[assignment]
         self.register_buffer("mean", torch.tensor(pixel["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(pixel["std"]).view(1, 3, 1, 1), persistent=False)
         self.sizes = (settings.hidden_dim, settings.projection_dim)

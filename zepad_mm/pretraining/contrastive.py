@@ -26,7 +26,7 @@ class SimCLR(Learner):
 
 @METHODS.register("supcon")
 class SupCon(Learner):
-    """Khosla et al. 2020, arXiv 2004.11362, Eq. (2): pictures of one class are positives. The one method with labels."""
+    """Khosla et al. 2020, arXiv 2004.11362, Eq. (2): pictures of a class are positives. The one method with labels."""
 
     def build(self) -> None:
         self.projector = heads.SimCLRProjectionHead(self.width, *self.sizes)
@@ -43,7 +43,7 @@ class SupCon(Learner):
 def supervised_contrastive(
     own: Tensor, classes: Tensor, everyone: Tensor, all_classes: Tensor, first: int, temperature: float
 ) -> Tensor:
-    """Eq. (2) of SupCon: for anchors ``own`` (N, P) among ``everyone`` (M, P), of which they are the rows from ``first``.
+    """Eq. (2) of SupCon, for anchors ``own`` (N, P): the rows from ``first`` of ``everyone`` (M, P).
 
     All embeddings have length 1. An anchor without a positive adds nothing.
     """

@@ -69,10 +69,9 @@ class VIbCReg(Learner):
             a, b = torch.cat(dist.gather(a)), torch.cat(dist.gather(b))
         a, b = iterative_whitening(torch.cat([a, b])).chunk(2)
         invariance = F.mse_loss(a, b)
-        variance = sum(F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean() for z in (a, b))
-        covariance = sum(normalised_covariance(z) for z in (a, b))
-        parts = (invariance, variance, covariance)
-        return torch.stack([weight * part for weight, part in zip(self.weights, parts, strict=True)]).sum()
+        variance = torch.stack([F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean() for z in (a, b)]).sum()
+        covariance = normalised_covariance(a) + normalised_covariance(b)
+        return torch.stack([invariance, variance, covariance]) @ invariance.new_tensor(self.weights)
 
 
 def normalised_covariance(z: Tensor) -> Tensor:
