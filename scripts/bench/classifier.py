@@ -4,12 +4,14 @@
     python scripts/bench/classifier.py              # recipes/results/classifier_speed.json
     python scripts/bench/classifier.py --small      # seconds: shows that it runs
 
-A CLIP ViT-B/32 of transformers, of random weights (no weights are needed to measure time), wrapped by two branches of
-other weights and itself. A batch of 64 pictures of 224 pixels, ten labels, one template, asked again and again:
+A CLIP ViT-B/32 of transformers, of random weights (no weights are needed to measure time), defended twice: by two
+branches of other weights beside itself, and by two LoRA branches over one frozen trunk that share its lower half. A
+batch of pictures of 224 pixels, one template, asked again and again:
 
 - three naive encoders: the three image towers one after the other on tensors that are ready, no text, no fusion;
 - the pipeline: zero-shot-image-classification on one CLIP, which encodes the labels anew for every call;
-- the classifier: from tensors and from PIL pictures, with and without evidence, with three branches and with one.
+- the classifier: from tensors and from PIL pictures, with and without evidence, with three branches and with one, with
+  ten labels and with a hundred.
 
 Every contestant is timed in turn, round after round in one process, so that a busy machine slows all of them alike; the
 ratios are medians over the rounds.
@@ -18,10 +20,12 @@ ratios are medians over the rounds.
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +33,20 @@ import torch
 import transformers
 from torchvision.transforms.functional import to_pil_image
 
+from zepad_mm.branch import Branch, BranchConfig
 from zepad_mm.classifier import RobustZeroShotClassifier
 from zepad_mm.defend import defend
+from zepad_mm.encoders import LoraSettings, add_lora, load_clip
+from zepad_mm.encoders.trunk import blocks_of
 from zepad_mm.files import write_json
+from zepad_mm.heads import zero_shot_head
+from zepad_mm.model import ZePAD, ZePADConfig
 from zepad_mm.provenance import provenance
+from zepad_mm.sharing import share_trunk
 
 ROOT = Path(__file__).parents[2]
 LABELS = ["dress", "hat", "jacket", "pants", "shirt", "shoes", "shorts", "skirt", "t-shirt", "coat"]
+MANY = [f"{label} of kind {number}" for number in range(10) for label in LABELS]
 TEMPLATE = "this is a photo of {}."
 
 
@@ -74,7 +85,11 @@ def main() -> None:
         theirs = transformers.pipeline(
             "zero-shot-image-classification", model=f"{folder}/0", device=args.device, batch_size=batch
         )
-        times = measure(contestants(classify, theirs, batch), rounds, args.device)
+        lora = RobustZeroShotClassifier(over_one_trunk(sources[0]), batch_size=batch).to(args.device)
+        what = contestants(classify, lora, theirs, batch)
+        weights = {name: weight_bytes(one) for name, one in [("apart", classify.model), ("lora", lora.model)]}
+        alone = weight_bytes(classify.model.branch("benign").encoder)
+        times = measure(what, rounds, args.device)
     record = {
         "meta": provenance(seed=0, config={"batch": batch, "rounds": rounds, "small": args.small, "labels": LABELS}),
         "model": "CLIP ViT-B/32, random weights" if not args.small else "a narrow CLIP, random weights",
@@ -82,9 +97,23 @@ def main() -> None:
         "ratios": {
             "time of the classifier / three naive encoder forwards (tensors)": ratio(times, "tensors", "three_naive"),
             "time of the classifier / one undefended encoder forward (tensors)": ratio(times, "tensors", "one_naive"),
+            "time of the classifier, LoRA over one trunk / one undefended encoder forward": ratio(
+                times, "lora_tensors", "one_naive"
+            ),
             "time with evidence / without": ratio(times, "tensors_evidence", "tensors"),
-            "time of the pipeline / the classifier, three branches (PIL)": ratio(times, "pipeline", "pil"),
-            "time of the pipeline / the classifier, one branch (PIL)": ratio(times, "pipeline", "pil_one_branch"),
+            "time of the pipeline / the classifier, three branches": ratio(times, "pipeline", "pil"),
+            "time of the pipeline / the classifier, LoRA over one trunk": ratio(times, "pipeline", "lora_pil"),
+            "time of the pipeline / the classifier, one branch": ratio(times, "pipeline", "pil_one_branch"),
+            "time of the pipeline / the classifier, three branches, 100 labels": ratio(
+                times, "pipeline_100", "pil_100"
+            ),
+            "time of the pipeline / the classifier, one branch, 100 labels": ratio(
+                times, "pipeline_100", "pil_one_branch_100"
+            ),
+        },
+        "weights": {
+            "three branches / one undefended encoder": round(weights["apart"] / alone, 3),
+            "LoRA branches over one trunk / one undefended encoder": round(weights["lora"] / alone, 3),
         },
         "seconds": {name: [round(second, 4) for second in seconds] for name, seconds in times.items()},
     }
@@ -93,7 +122,36 @@ def main() -> None:
         print(f"{name}: {value}")
 
 
-def contestants(classify: RobustZeroShotClassifier, theirs: Any, batch: int) -> dict[str, Callable[[], Any]]:
+def over_one_trunk(source: str) -> ZePAD:
+    """The public encoder and two LoRA branches of rank 8 on the upper half of its blocks, none of its weights twice."""
+    encoder, text = load_clip(source)
+    blocks = len(blocks_of(encoder.backbone))
+    roles = {"one": "mpae", "two": "mpae", "benign": "bmp"}
+    branches = []
+    for name, role in roles.items():
+        adapted = copy.deepcopy(encoder)
+        if role == "mpae":
+            add_lora(adapted, LoraSettings(rank=8, first_block=blocks // 2))
+        config = BranchConfig(name=name, role=role, source=source, adaptation="lora" if role == "mpae" else "none")
+        branches.append(Branch(config, adapted.eval(), zero_shot_head(text, ["a", "b"], [TEMPLATE])))
+    configs = tuple(branch.config for branch in branches)
+    model = ZePAD(ZePADConfig(public_source=source, branches=configs, class_names=("a", "b")), branches).eval()
+    share_trunk(model)
+    return model
+
+
+def weight_bytes(module: torch.nn.Module) -> int:
+    """Bytes of the parameters of image encoders, each storage once."""
+    encoders = [each.encoder for each in module.branches.values()] if isinstance(module, ZePAD) else [module]
+    held = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for each in encoders for p in each.parameters()
+    }
+    return sum(held.values())
+
+
+def contestants(
+    classify: RobustZeroShotClassifier, lora: RobustZeroShotClassifier, theirs: Any, batch: int
+) -> dict[str, Callable[[], Any]]:
     """Name to what is timed. All answer for the same pictures and labels."""
     model = classify.model
     pixels = torch.rand(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(model.device)
@@ -105,23 +163,27 @@ def contestants(classify: RobustZeroShotClassifier, theirs: Any, batch: int) -> 
     def naive(count: int) -> list[torch.Tensor]:
         return [encoder(pixels) for encoder in encoders[-count:]]
 
+    def ours(one: RobustZeroShotClassifier, images: Any, labels: list[str], **options: Any) -> Callable[[], Any]:
+        return lambda: one(images, labels, hypothesis_template=TEMPLATE, **options)
+
     return {
         "one_naive": lambda: naive(1),
         "three_naive": lambda: naive(3),
-        "tensors": lambda: classify(pixels, LABELS, hypothesis_template=TEMPLATE),
-        "tensors_evidence": lambda: classify(pixels, LABELS, hypothesis_template=TEMPLATE, return_evidence=True),
-        "pil": lambda: classify(pictures, LABELS, hypothesis_template=TEMPLATE),
-        "pil_one_branch": lambda: alone(pictures, LABELS, hypothesis_template=TEMPLATE),
+        "tensors": ours(classify, pixels, LABELS),
+        "tensors_evidence": ours(classify, pixels, LABELS, return_evidence=True),
+        "lora_tensors": ours(lora, pixels, LABELS),
+        "pil": ours(classify, pictures, LABELS),
+        "lora_pil": ours(lora, pictures, LABELS),
+        "pil_one_branch": ours(alone, pictures, LABELS),
         "pipeline": lambda: theirs(pictures, candidate_labels=LABELS, hypothesis_template=TEMPLATE),
+        "pil_100": ours(classify, pictures, MANY),
+        "pil_one_branch_100": ours(alone, pictures, MANY),
+        "pipeline_100": lambda: theirs(pictures, candidate_labels=MANY, hypothesis_template=TEMPLATE),
     }
 
 
 def _one_branch(model: Any) -> Any:
     """The public encoder alone, as the pipeline has it."""
-    from dataclasses import replace
-
-    from zepad_mm.model import ZePAD
-
     benign = model.branch("benign")
     single = ZePAD(replace(model.config, branches=(benign.config,)), [benign])
     single._lazy = model._lazy  # the text tower, once

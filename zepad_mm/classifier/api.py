@@ -154,8 +154,9 @@ class RobustZeroShotClassifier:
         Returns:
             ``[{"score", "label"}, ...]``, best first, for one image, as transformers'
             zero-shot-image-classification pipeline; a list of those for many; an iterator over those for a stream,
-            which is read a batch at a time, as results are asked for. Scores sum to 1. An answer depends on the
-            neighbours in its batch by float rounding only.
+            which is read a batch at a time, as results are asked for. Scores sum to 1, of a SigLIP too: the fusion
+            weighs labels against each other, where the pipeline gives a SigLIP's labels a sigmoid each. An answer
+            depends on the neighbours in its batch by float rounding only.
 
         Raises:
             ValueError: no labels, a template without ``{}``, what cannot be read as a picture, pixels out of range, or
