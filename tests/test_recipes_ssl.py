@@ -121,6 +121,21 @@ def test_killed_run_goes_on_to_the_same_weights(method: str, tmp_path: Path, mon
     assert encoder(torch.rand(2, 3, 32, 32)).shape == (2, 256)
 
 
+def test_the_zoo_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import build_ssl_zoo
+
+    assert set(build_ssl_zoo.METHODS) == set(build_ssl_zoo.PAPER_LINEAR) == PAPER
+    smoke = ["--config", str(CONFIGS / "smoke" / "pretrain_ssl.yaml"), "--epochs", "1", "--out", str(tmp_path / "zoo")]
+    smoke += ["--result", str(tmp_path / "table")]
+    build_ssl_zoo.main([*smoke, "--methods", "supcon"])
+    written = (tmp_path / "zoo" / "supcon" / "pretrain.json").stat().st_mtime_ns
+    record = build_ssl_zoo.main([*smoke, "--methods", "w_mse", "supcon"])
+    assert (tmp_path / "zoo" / "supcon" / "pretrain.json").stat().st_mtime_ns == written
+    assert list(record["rows"]) == ["w_mse", "supcon"]
+    assert (tmp_path / "table.md").read_text().count("\n| ") == 3
+
+
 def _tiny(method: str) -> pretraining.Learner:
     torch.manual_seed(0)
     encoder = timm.create_model("resnet18", num_classes=0, channels=[8, 8, 16, 16], layers=[1, 1, 1, 1])
