@@ -8,6 +8,7 @@ import json
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -159,8 +160,9 @@ def test_a_full_queue_answers_503(clip_source: str) -> None:
         first = pool.submit(occupy)
         assert begun.wait(60)
         second = pool.submit(post, client, "/v1/classify")
-        while service.desk._places.acquire(blocking=False):  # until the second one waits
-            service.desk._places.release()
+        deadline = time.monotonic() + 60
+        while service.desk._places._value and time.monotonic() < deadline:  # until the second one waits
+            time.sleep(0.01)
         refused = post(client, "/v1/classify")
         assert refused.status_code == 503
         assert refused.headers["retry-after"] == "2"
