@@ -27,22 +27,18 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from zepad_mm.config import Config
-from zepad_mm.data import load_data
 from zepad_mm.defences import Clean
 from zepad_mm.encoders import LoraSettings
-from zepad_mm.training import TrainSettings, build_student, fit, make_accelerator, write_head, write_tuned
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data(Config):
-    """What to tune on, held in memory."""
-
-    source: str = "embedded"  # "embedded", a folder of parquet files or class folders, or a name on the Hub
-    train_split: str = "train"
-    validation_split: str = "validation"
-    image_size: int = 64  # side in pixels that pictures are stored at; the encoder resizes inside
-    n_train: int | None = None  # None: all
-    n_validation: int | None = 512  # None: all
+from zepad_mm.training import (
+    DataSettings,
+    TrainSettings,
+    build_student,
+    fit,
+    make_accelerator,
+    size_of,
+    write_head,
+    write_tuned,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +51,7 @@ class Recipe(Config):
     lora: LoraSettings = field(default_factory=LoraSettings)
     head: str = "auto"  # zero_shot, mlp, linear; auto: zero_shot for CLIPs, else mlp
     prompts: str = "photo"  # prompt set or template of the zero-shot head
-    data: Data = field(default_factory=Data)
+    data: DataSettings = field(default_factory=DataSettings)
     settings: TrainSettings = field(
         default_factory=lambda: TrainSettings(augment="flip_shift", selection="clean", validation_epsilon=0.0)
     )
@@ -77,9 +73,8 @@ def main(recipe: Recipe) -> None:
     """Tune and write."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     accelerator = make_accelerator(recipe.processes, recipe.mixed_precision)
-    data, seed = recipe.data, recipe.settings.seed
-    train = load_data(data.source, data.train_split, data.image_size, data.n_train, seed)
-    validation = load_data(data.source, data.validation_split, data.image_size, data.n_validation, seed)
+    seed = recipe.settings.seed
+    train, validation = recipe.data.load(seed)
     student = build_student(
         recipe.source, train, recipe.adaptation, recipe.head, prompts=recipe.prompts, lora=recipe.lora, seed=seed
     )
@@ -93,7 +88,7 @@ def main(recipe: Recipe) -> None:
             "branch": "bmp",
             "recipe": recipe.to_dict(),
             "defence": {"name": "clean"},
-            "data": {"name": train.name, "n_train": len(train), "n_validation": len(validation)},
+            "data": {"name": train.name, "n_train": size_of(train), "n_validation": len(validation)},
             "class_names": list(train.class_names),
             "steps": result.steps,
             "best_step": result.best_step,

@@ -18,6 +18,7 @@ trained along, run/ (metrics.jsonl, checkpoint). Killed, it resumes where it was
                       --main_process_ip HOST --main_process_port 29500 recipes/tune_mpae.py --config ... --processes 16
                       (--out on a disk that both see)
 
+ImageNet and the like: --data.storage disk (read row by row) or stream, with --settings.num_workers 8.
 Every field is an option too (--settings.lr_encoder 1e-4); --print_config shows them all.
 """
 
@@ -31,22 +32,18 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from zepad_mm.config import Config
-from zepad_mm.data import LabelledImages, load_data
 from zepad_mm.defences import make_defence
 from zepad_mm.encoders import LoraSettings
-from zepad_mm.training import TrainSettings, build_student, fit, make_accelerator, write_head, write_tuned
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data(Config):
-    """What to tune on, held in memory."""
-
-    source: str = "embedded"  # "embedded", a folder of parquet files or class folders, or a name on the Hub
-    train_split: str = "train"
-    validation_split: str | None = "validation"  # None: a tenth of the training split is held out by the seed
-    image_size: int = 64  # side in pixels that pictures are stored at and attacked at; the encoder resizes inside
-    n_train: int | None = None  # None: all
-    n_validation: int | None = 512  # None: all; validation runs PGD, so this is what it costs
+from zepad_mm.training import (
+    DataSettings,
+    TrainSettings,
+    build_student,
+    fit,
+    make_accelerator,
+    size_of,
+    write_head,
+    write_tuned,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,20 +58,10 @@ class Recipe(Config):
     prompts: str = "photo"  # prompt set or template of the zero-shot head
     defence: str = "tecoa"
     defence_options: dict[str, Any] = field(default_factory=dict)  # fields of the defence; unknown ones are refused
-    data: Data = field(default_factory=Data)
+    data: DataSettings = field(default_factory=DataSettings)
     settings: TrainSettings = field(default_factory=TrainSettings)
     processes: int | None = None  # how many processes are expected; another number is an error
     mixed_precision: str = "no"  # "no", "bf16" or "fp16"
-
-
-def load_splits(data: Data, seed: int) -> tuple[LabelledImages, LabelledImages]:
-    """Training and validation images, disjoint."""
-    if data.validation_split is not None:
-        train = load_data(data.source, data.train_split, data.image_size, data.n_train, seed)
-        return train, load_data(data.source, data.validation_split, data.image_size, data.n_validation, seed)
-    whole = load_data(data.source, data.train_split, data.image_size, data.n_train, seed)
-    rest, held = whole.split(0.1, seed)
-    return rest, held.sample(data.n_validation, seed)
 
 
 def parse(args: list[str] | None = None) -> Recipe:
@@ -92,7 +79,7 @@ def main(recipe: Recipe) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     accelerator = make_accelerator(recipe.processes, recipe.mixed_precision)
     defence = make_defence(recipe.defence, recipe.defence_options)
-    train, validation = load_splits(recipe.data, recipe.settings.seed)
+    train, validation = recipe.data.load(recipe.settings.seed)
     head = recipe.head
     if head == "auto" and not defence.trains_head and not recipe.source.startswith("open_clip:"):
         head = "probe"  # a fresh head that gets no gradient would make validation a coin toss
@@ -116,7 +103,7 @@ def main(recipe: Recipe) -> None:
             "branch": "mpae",
             "recipe": recipe.to_dict(),
             "defence": {"name": defence.name, **defence.to_dict()},
-            "data": {"name": train.name, "n_train": len(train), "n_validation": len(validation)},
+            "data": {"name": train.name, "n_train": size_of(train), "n_validation": len(validation)},
             "class_names": list(train.class_names),
             "steps": result.steps,
             "best_step": result.best_step,

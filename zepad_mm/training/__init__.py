@@ -1,5 +1,7 @@
 """Training: one resumable loop for every tuning objective, heads on frozen features, and what they leave on disk."""
 
+from zepad_mm.training.data import DataSettings
+from zepad_mm.training.feed import size_of
 from zepad_mm.training.heads import HeadResult, HeadSettings, fresh_head, train_head, train_head_on_features
 from zepad_mm.training.loop import FitResult, fit
 from zepad_mm.training.processes import encode_images, make_accelerator
@@ -10,6 +12,7 @@ from zepad_mm.training.validation import Validation, validate
 
 __all__ = [
     "ADAPTATIONS",
+    "DataSettings",
     "FitResult",
     "HeadResult",
     "HeadSettings",
@@ -23,6 +26,7 @@ __all__ = [
     "load_head",
     "load_tuned",
     "make_accelerator",
+    "size_of",
     "train_head",
     "train_head_on_features",
     "validate",

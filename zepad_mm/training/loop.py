@@ -28,6 +28,7 @@ from zepad_mm.training.checkpoint import (
     save_best,
     save_checkpoint,
 )
+from zepad_mm.training.feed import Share, TrainData, order_of, shares, steps_of
 from zepad_mm.training.processes import augment, derived_generator, encode_images, make_accelerator, seeded
 from zepad_mm.training.settings import TrainSettings
 from zepad_mm.training.setup import Objective, check_folder, check_run, identity_of, make_optimizer, training_mode
@@ -57,7 +58,7 @@ class FitResult:
 
 def fit(
     student: Student,
-    train: LabelledImages,
+    train: TrainData,
     validation: LabelledImages | None,
     defence: Defence,
     settings: TrainSettings,
@@ -73,7 +74,8 @@ def fit(
 
     Args:
         student: as it is before tuning, also when a run is resumed.
-        train, validation: disjoint; weights are selected on ``validation``, or the last ones kept where it is None.
+        train: in memory, on disk or streamed (a stream wants ``settings.steps``).
+        validation: disjoint from it; weights are selected on it, or the last ones kept where it is None.
         defence: the objective.
         settings: everything else.
         out: folder of this run.
@@ -95,7 +97,7 @@ class _Run:
     def __init__(
         self,
         student: Student,
-        train: LabelledImages,
+        train: TrainData,
         validation: LabelledImages | None,
         defence: Defence,
         settings: TrainSettings,
@@ -108,9 +110,8 @@ class _Run:
         self.rank, self.world, self.device = accelerator.process_index, accelerator.num_processes, accelerator.device
         check_run(student, train, validation, defence, settings)
         check_folder(out, settings, self.world)
-        self.per_epoch = len(train) // settings.batch_size
-        self.total = settings.steps or settings.epochs * self.per_epoch
-        self.identity = identity_of(student, train, validation, defence, settings)
+        self.total, self.per_epoch = steps_of(train, settings)
+        self.identity = identity_of(student, train, validation, defence, settings, self.world)
         student.to(self.device)
         if settings.channels_last:
             student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -120,7 +121,6 @@ class _Run:
         objective, self.optimizer = accelerator.prepare(Objective(student, defence), make_optimizer(student, settings))
         self.objective: Callable[..., tuple[Tensor, dict[str, Tensor]]] = objective
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.order_of: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def fit(self) -> FitResult:
         position = self._start()
@@ -135,8 +135,11 @@ class _Run:
             disable=not self.accelerator.is_main_process,
         )
         window, window_steps = time.perf_counter(), 0
-        for step in range(position.step, self.total):
-            batch = self._batch(step, originals)
+        feed = shares(
+            self.train, self.settings, self.rank, self.world, position.step, self.total, self.device.type == "cuda"
+        )
+        for step, share in zip(range(position.step, self.total), feed, strict=True):
+            batch = self._batch(step, share, originals)
             figures = self._step(step, batch)
             done = step + 1
             window_steps += 1
@@ -169,14 +172,14 @@ class _Run:
     def _originals(self) -> Tensor | None:
         """(N, D) features of the training images under the untuned encoder, each computed once; None if not wanted.
 
-        With augmentation no picture comes twice, and the teacher runs in the loop. A run shorter than an epoch
-        encodes only what it will see.
+        With augmentation no picture comes twice, and a set that is not in memory is not read twice: then the teacher
+        runs in the loop. A run shorter than an epoch encodes only what it will see.
         """
-        if self.teacher is None or self.settings.augment != "none":
+        if self.teacher is None or self.settings.augment != "none" or not isinstance(self.train, LabelledImages):
             return None
         indices = torch.arange(len(self.train))
         if self.total < self.per_epoch:
-            indices = self._order(0)[: self.total * self.settings.batch_size]
+            indices = order_of(self.train, self.settings, 0)[: self.total * self.settings.batch_size]
         features = encode_images(
             self.teacher, self.train.images[indices], self.settings.validation_batch_size, self.accelerator
         )
@@ -184,28 +187,19 @@ class _Run:
         table[indices.to(self.device)] = features
         return table
 
-    def _order(self, epoch: int) -> Tensor:
-        """The permutation of an epoch, the same on every process."""
-        if self.order_of[0] != epoch:
-            generator = derived_generator(self.settings.seed, "order", epoch)
-            self.order_of = (epoch, torch.randperm(len(self.train), generator=generator))
-        return self.order_of[1]
-
-    def _batch(self, step: int, originals: Tensor | None) -> Batch:
-        """This process's share of the global batch of ``step``: every ``world``-th row of it."""
-        epoch, number = divmod(step, self.per_epoch)
-        size = self.settings.batch_size
-        share = slice(self.rank, size, self.world)
-        indices = self._order(epoch)[number * size : (number + 1) * size][share]
-        images = self.train.images[indices].to(self.device)
-        images = augment(images, self.settings.augment, derived_generator(self.settings.seed, "augment", step), share)
+    def _batch(self, step: int, share: Share, originals: Tensor | None) -> Batch:
+        """This process's share of the global batch of ``step``, on its device, augmented, with its clean targets."""
+        images, labels, indices = share
+        images = images.to(self.device, non_blocking=True)
+        rows = slice(self.rank, self.settings.batch_size, self.world)
+        images = augment(images, self.settings.augment, derived_generator(self.settings.seed, "augment", step), rows)
         original = None
         if originals is not None:
             original = originals[indices.to(self.device)]
         elif self.teacher is not None:
             with torch.no_grad(), self.accelerator.autocast():
                 original = self.teacher(images).float()
-        return Batch(images, self.train.labels[indices].to(self.device), indices, original)
+        return Batch(images, labels.to(self.device), indices, original)
 
     def _step(self, step: int, batch: Batch) -> dict[str, Any]:
         """One optimiser step; its figures for the log, means over the processes when the step is one that is logged."""

@@ -28,6 +28,7 @@ class TrainSettings(Config):
     augment: Literal["none", "flip", "flip_shift"] = "none"  # flip_shift: also moved by up to an eighth of the side
     bn_mode: Literal["eval", "train"] = "eval"  # eval keeps the running statistics as they are
     grad_clip: float | None = 1.0  # largest norm of the gradient; None: no clipping
+    num_workers: int = 0  # processes that decode the pictures of a stored or streamed set; 0: this one does
     channels_last: bool = False  # faster convolutions on many CPUs and on tensor cores
     seed: int = 0
     validation_every: int = 0  # steps; 0: after each epoch. The untuned student is validated too
@@ -46,7 +47,8 @@ class TrainSettings(Config):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in (
-            "lr_encoder", "lr_head", "weight_decay", "lr_warmup_steps", "epsilon_warmup_steps", "validation_every"
+            "lr_encoder", "lr_head", "weight_decay", "lr_warmup_steps", "epsilon_warmup_steps", "validation_every",
+            "num_workers",
         ):  # fmt: skip
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")

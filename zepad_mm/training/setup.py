@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from zepad_mm.checks import check_images
-from zepad_mm.data import LabelledImages
+from zepad_mm.data import LabelledImages, StoredImages, StreamedImages
 from zepad_mm.defences.base import Batch, Defence, Student
 from zepad_mm.encoders import has_lora
 from zepad_mm.training.checkpoint import CHECKPOINT, crc_of
+from zepad_mm.training.feed import TrainData
 from zepad_mm.training.settings import TrainSettings
 
 # settings that change neither the weights nor which of them are kept, and may differ on resume
-_FREE = ("checkpoint_every", "log_every", "resume")
+_FREE = ("checkpoint_every", "log_every", "resume", "num_workers")
 
 
 class Objective(nn.Module):
@@ -38,24 +39,30 @@ class Objective(nn.Module):
 
 def check_run(
     student: Student,
-    train: LabelledImages,
+    train: TrainData,
     validation: LabelledImages | None,
     defence: Defence,
     settings: TrainSettings,
 ) -> None:
     """Raise ValueError that names what makes this run impossible, before an hour is spent on it."""
-    if len(train) < settings.batch_size:
+    if settings.num_workers and isinstance(train, LabelledImages):
+        raise ValueError("num_workers: pictures in memory are decoded already; leave it at 0, or keep the set on disk")
+    if not isinstance(train, StreamedImages) and len(train) < settings.batch_size:
         raise ValueError(f"batch_size: {settings.batch_size} is more than the {len(train)} training images; lower it")
     classes = _num_classes(student)
     for data, what in ((train, "train"), (validation, "validation")):
         if data is None:
+            continue
+        if isinstance(data, StreamedImages):
+            if defence.trains_head and len(data.class_names) > classes:
+                raise ValueError(f"{what}: {len(data.class_names)} classes for a head of {classes}")
             continue
         if len(data) == 0:
             raise ValueError(f"{what}: the data set is empty")
         low, high = int(data.labels.min()), int(data.labels.max())
         if (defence.trains_head or data is validation) and (low < 0 or high >= classes):
             raise ValueError(f"{what}: labels from {low} to {high} for a head of {classes} classes")
-        check_images(data.images[: settings.batch_size])
+        check_images(data.fetch(torch.arange(min(len(data), settings.batch_size))))
     if has_lora(student.encoder) and settings.bn_mode == "train":
         raise ValueError("bn_mode: a LoRA adapter does not hold BN statistics; use bn_mode='eval' with LoRA")
     heads = student.head.parameters() if defence.trains_head else ()
@@ -73,17 +80,18 @@ def check_folder(out: Path, settings: TrainSettings, world: int) -> None:
 
 def identity_of(
     student: Student,
-    train: LabelledImages,
+    train: TrainData,
     validation: LabelledImages | None,
     defence: Defence,
     settings: TrainSettings,
+    world: int,
 ) -> dict[str, Any]:
     """What must be the same for a run to be resumed."""
     return {
         "defence": {"name": defence.name, **defence.to_dict()},
         "settings": {key: value for key, value in settings.to_dict().items() if key not in _FREE},
-        "train": _identity_of_data(train),
-        "validation": None if validation is None else _identity_of_data(validation),
+        "train": _identity_of_data(train, settings, world),
+        "validation": None if validation is None else _identity_of_data(validation, settings, world),
         "source": student.encoder.source,
         # what starts at random is in the checkpoint: an adapter, a head that trains along
         "encoder_checksum": crc_of(student.encoder, only_frozen=has_lora(student.encoder)),
@@ -123,6 +131,10 @@ def _num_classes(student: Student) -> int:
     return int(classes)
 
 
-def _identity_of_data(data: LabelledImages) -> dict[str, Any]:
+def _identity_of_data(data: TrainData, settings: TrainSettings, world: int) -> dict[str, Any]:
+    if isinstance(data, StreamedImages):  # which rows come when depends on who reads
+        about = {"name": data.name, "shuffle_buffer": data.shuffle_buffer, "image_size": data.image_size}
+        return about | {"num_workers": settings.num_workers, "processes": world}
     labels = zlib.crc32(data.labels.cpu().contiguous().numpy().data)
-    return {"name": data.name, "n": len(data), "shape": list(data.images.shape[1:]), "labels_checksum": labels}
+    shape = [3, data.image_size, data.image_size] if isinstance(data, StoredImages) else list(data.images.shape[1:])
+    return {"name": data.name, "n": len(data), "shape": shape, "labels_checksum": labels}

@@ -10,6 +10,7 @@ from zepad_mm.data import LabelledImages
 from zepad_mm.defences.base import Student
 from zepad_mm.encoders import Encoder, LoraSettings, add_lora, is_clip, load_clip, load_encoder
 from zepad_mm.heads import zero_shot_head
+from zepad_mm.training.feed import TrainData
 from zepad_mm.training.heads import HeadSettings, fresh_head, train_head
 from zepad_mm.training.processes import derived_seed, seeded
 from zepad_mm.training.tuned import TUNED, load_tuned
@@ -19,7 +20,7 @@ ADAPTATIONS = ("full", "lora")
 
 def build_student(
     source: str,
-    train: LabelledImages,
+    train: TrainData,
     adaptation: str = "full",
     head: str = "auto",
     *,
@@ -54,13 +55,15 @@ def build_student(
     return Student(encoder, module)
 
 
-def _with_head(source: str, train: LabelledImages, kind: str, prompts: str, seed: int) -> tuple[Encoder, nn.Module]:
+def _with_head(source: str, train: TrainData, kind: str, prompts: str, seed: int) -> tuple[Encoder, nn.Module]:
     classes = len(train.class_names)
     if kind == "zero_shot":
         encoder, text = load_clip(source)
         return encoder, zero_shot_head(text, train.class_names, prompts)
     encoder = load_encoder(source)
     if kind == "probe":
+        if not isinstance(train, LabelledImages):
+            raise ValueError("head: a probe is fitted to pictures in memory; use data.storage='memory' or head='mlp'")
         probe = fresh_head("linear", encoder.feature_dim, classes, seed)
         train_head(encoder, probe, train, HeadSettings(seed=seed))
         return encoder, probe.requires_grad_(False)

@@ -1,0 +1,20 @@
+"""Data in: ``datasets`` parquet, folders of pictures, the Hub or the embedded set; images in [0, 1] out."""
+
+from zepad_mm.data.large import StoredImages, StreamedImages, open_images, stream_images
+from zepad_mm.data.memory import LabelledImages, load_data, load_embedded
+from zepad_mm.data.opening import EMBEDDED_DATA, EMBEDDED_SPLITS, columns_of, open_table, to_tensor
+
+__all__ = [
+    "EMBEDDED_DATA",
+    "EMBEDDED_SPLITS",
+    "LabelledImages",
+    "StoredImages",
+    "StreamedImages",
+    "columns_of",
+    "load_data",
+    "load_embedded",
+    "open_images",
+    "open_table",
+    "stream_images",
+    "to_tensor",
+]

@@ -1,0 +1,39 @@
+"""What every data set with numbered rows can do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+class Rows:
+    """A data set of N rows; ``subset`` is all that it has to bring along, beside its ``labels`` (N,)."""
+
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, indices: Tensor | Sequence[int]) -> Self:
+        """The rows at ``indices``, in that order."""
+        raise NotImplementedError
+
+    def sample(self, n: int | None, seed: int = 0) -> Self:
+        """``n`` rows drawn without replacement by ``seed``, in a fixed order; all of them for None or n >= N."""
+        if n is None or n >= len(self):
+            return self
+        if n < 1:
+            raise ValueError(f"n: expected a positive number of images, got {n}")
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        return self.subset(order[:n].sort().values)
+
+    def split(self, share: float, seed: int = 0) -> tuple[Self, Self]:
+        """(the rest, ``share`` of the rows but at least one), drawn by ``seed``, each in a fixed order."""
+        if not 0 < share < 1 or len(self) < 2:
+            raise ValueError(f"split: expected a share in (0, 1) of at least 2 images, got {share} of {len(self)}")
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        held = max(1, int(share * len(self)))
+        return self.subset(order[held:].sort().values), self.subset(order[:held].sort().values)
