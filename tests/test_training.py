@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -184,27 +182,55 @@ def test_a_stopped_run_ends_with_the_same_bits(
     ]  # fmt: skip
 
 
-def _killed(out: Path) -> None:
-    original, calls = TeCoA.loss, [0]
+@pytest.mark.parametrize("name", ["tecoa", "fare"])
+def test_parts_of_a_batch_give_what_the_batch_gives(name: str, tmp_path: Path) -> None:
+    defence = make_defence(name, {"attack_steps": 2, "random_start": False})
+    figures = []
+    for parts in (1, 4):
+        settings = quick(steps=4, accumulation=parts, augment="none")
+        run(tmp_path / str(parts), defence, settings, tiny_student("linear"))  # without dropout
+        figures.append([line["loss"] for line in lines(tmp_path / str(parts)) if "loss" in line])
+    assert figures[0] == pytest.approx(figures[1], rel=1e-4)
+    with pytest.raises(ValueError, match=r"gen_af compares the pictures of a batch"):
+        run(tmp_path / "a", make_defence("gen_af"), quick(accumulation=2))
+    with pytest.raises(ValueError, match=r"bn_mode='train' normalises over the pictures"):
+        run(tmp_path / "b", QUICK, quick(accumulation=2, bn_mode="train"))
+    with pytest.raises(ValueError, match="a batch of 16 has no 3 equal parts"):
+        quick(accumulation=3)
 
-    def loss(self: TeCoA, student: Student, batch: Any, attacked: Tensor) -> LossParts:
-        calls[0] += 1
-        if calls[0] == 8:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, student, batch, attacked)
 
-    TeCoA.loss = loss  # type: ignore[method-assign]
-    run(out)
+@pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"compile": "aot_eager"}])
+def test_what_saves_memory_or_time_changes_no_result(changes: dict[str, Any], timm_source: str, tmp_path: Path) -> None:
+    defence, settings, losses = make_defence("fare", {"attack_steps": 1}), {"steps": 2, "augment": "none"}, []
+    for out, more in (("plain", {}), ("changed", changes)):
+        student = build_student(timm_source, colours(), "full", "probe")
+        run(tmp_path / out, defence, quick(**settings, **more), student)
+        losses.append([line["loss"] for line in lines(tmp_path / out) if "loss" in line])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_a_run_killed_by_signal_9_ends_with_the_same_bits(tmp_path: Path) -> None:
-    whole, _ = run(tmp_path / "whole")
-    process = multiprocessing.get_context("fork").Process(target=_killed, args=(tmp_path / "parts",))
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
-    resumed, _ = run(tmp_path / "parts")
-    assert same(whole, resumed)
+def test_clean_targets_are_kept_for_other_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from zepad_mm.training import originals
+
+    defence, kept = make_defence("fare", {"attack_steps": 1}), tmp_path / "kept"
+    settings = quick(augment="none", steps=3, cache_dir=str(kept))
+    first, _ = run(tmp_path / "first", defence, settings)
+    (file,) = kept.iterdir()
+    with monkeypatch.context() as patch:
+        patch.delattr(originals, "encode_images")  # nothing is encoded again
+        second, _ = run(tmp_path / "second", defence, settings)
+    assert same(first, second)
+    other = Student(tiny_encoder(1), fresh_head("linear", 32, 3))
+    run(tmp_path / "other", defence, settings, other)
+    assert len(list(kept.iterdir())) == 2
+    file.write_bytes(file.read_bytes()[:50])
+    third, _ = run(tmp_path / "third", defence, settings)
+    assert same(first, third)
+    assert "is written anew" in caplog.text
+    with pytest.raises(ValueError, match="set augment='none'"):
+        quick(cache_dir=str(kept))
 
 
 def test_fare_encodes_each_image_once_with_the_original_and_resumes_exactly(
@@ -212,14 +238,14 @@ def test_fare_encodes_each_image_once_with_the_original_and_resumes_exactly(
 ) -> None:
     defence, settings = make_defence("fare", {"attack_steps": 2}), quick(augment="none", selection="last")
     seen: list[int] = []
-    from zepad_mm.training import loop
+    from zepad_mm.training import originals
 
     def counting(encoder: Encoder, images: Tensor, *rest: Any) -> Tensor:
         seen.append(len(images))
         assert same(encoder, tiny_encoder())
         return encode_images(encoder, images, *rest)
 
-    monkeypatch.setattr(loop, "encode_images", counting)
+    monkeypatch.setattr(originals, "encode_images", counting)
     whole, _ = run(tmp_path / "whole", defence, settings)
     assert seen == [48]  # 9 steps of 16 are three passes
     run(tmp_path / "short", defence, quick(augment="none", steps=2))
@@ -228,64 +254,6 @@ def test_fare_encodes_each_image_once_with_the_original_and_resumes_exactly(
     (out / "checkpoint.safetensors").unlink()
     again, _ = run(out, defence, settings)
     assert same(whole, again)
-
-
-@pytest.mark.parametrize(
-    ("defence", "settings", "key"),
-    [
-        (TeCoA(epsilon=8 / 255, attack_steps=2, clean_fraction=0.5), {}, "defence.epsilon"),
-        (QUICK, {"lr_encoder": 2e-2}, "settings.lr_encoder"),
-        (QUICK, {"steps": 20}, "settings.steps"),
-        (make_defence("clean"), {}, "defence.attack_steps|defence.clean_fraction|defence.epsilon|defence.name"),
-    ],
-)
-def test_another_configuration_on_resume_is_named(
-    defence: Defence, settings: dict[str, Any], key: str, tmp_path: Path
-) -> None:
-    run(tmp_path)
-    with pytest.raises(ValueError, match=f"({key}) = .*now"):
-        run(tmp_path, defence, quick(**settings))
-    with pytest.raises(ValueError, match="resume='auto'"):
-        run(tmp_path, settings=quick(resume="never"))
-    run(tmp_path, settings=quick(checkpoint_every=100, log_every=5))  # these may change
-
-
-def test_other_starting_weights_on_resume_are_refused(tmp_path: Path) -> None:
-    run(tmp_path)
-    with pytest.raises(ValueError, match="encoder_checksum"):
-        run(tmp_path, student=Student(tiny_encoder(1), fresh_head("mlp", 32, 3)))
-
-
-def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
-    run(tmp_path)
-    path = tmp_path / "checkpoint.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"checkpoint\.safetensors is not a complete"):
-        run(tmp_path)
-
-
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_nan_names_step_and_rows_and_leaves_the_last_checkpoint(
-    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original, calls = TeCoA.loss, [0]
-
-    def loss(self: TeCoA, student: Student, batch: Any, attacked: Tensor) -> LossParts:
-        calls[0] += 1
-        parts = original(self, student, batch, attacked)
-        if calls[0] < 5:
-            return parts
-        if what == "loss":
-            return LossParts(parts.total * float("nan"), parts.parts)
-        return LossParts(parts.total + (parts.total - parts.total.detach()).sqrt(), parts.parts)  # inf * 0
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TeCoA, "loss", loss)
-        with pytest.raises(FloatingPointError, match=rf"the {what} is (nan|inf) at step 5 \(rows \d+, .* of colours"):
-            run(tmp_path)
-    resumed, _ = run(tmp_path)
-    whole, _ = run(tmp_path / "whole")
-    assert same(whole, resumed)
 
 
 def test_what_cannot_work_is_refused_before_the_first_step(tmp_path: Path) -> None:

@@ -55,7 +55,8 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file atomically."""
+    """Write a safetensors file atomically. Raises OSError that names the file where there is no room for it."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with replacing(path) as temporary:
@@ -63,7 +64,13 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
         alone = {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
         }
-        save_file(alone, temporary, metadata=metadata)
+        try:
+            save_file(alone, temporary, metadata=metadata)
+        except (SafetensorError, OSError) as error:
+            raise OSError(
+                f"{path} could not be written ({error}); make room, or give another folder; what was there before is "
+                "intact"
+            ) from error
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

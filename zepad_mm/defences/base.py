@@ -63,6 +63,20 @@ class Batch:
     original: Tensor | None = None
 
 
+def parts_of(batch: Batch, count: int) -> list[Batch]:
+    """The batch in ``count`` parts of equal size; itself for one."""
+    if count == 1:
+        return [batch]
+    rows = torch.arange(len(batch.labels)).chunk(count)
+    return [
+        Batch(
+            batch.images[few], batch.labels[few], batch.indices[few],
+            None if batch.original is None else batch.original[few],
+        )
+        for few in rows
+    ]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class LossParts:
     """What is minimised, and its detached summands by name, for the log."""
@@ -83,6 +97,7 @@ class Defence(Config, ABC):
 
     name: ClassVar[str] = ""
     needs_original: ClassVar[bool] = False  # whether Batch.original has to be filled
+    per_sample: ClassVar[bool] = True  # whether the loss is a mean over samples that know nothing of each other
     trains_head: ClassVar[bool] = True  # whether the objective gives the head a gradient
 
     def __post_init__(self) -> None:

@@ -46,6 +46,7 @@ class GenAF(Defence):
     unnormalised_selection: bool = False  # True: the validation attack, too, is made without mean and std
 
     name: ClassVar[str] = "gen_af"
+    per_sample: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from zepad_mm.data import LabelledImages
-from zepad_mm.defences.base import Batch, Defence, Student
+from zepad_mm.defences.base import Batch, Defence, Student, parts_of
 from zepad_mm.files import write_text
 from zepad_mm.training.checkpoint import (
     CHECKPOINT,
@@ -28,10 +28,20 @@ from zepad_mm.training.checkpoint import (
     save_best,
     save_checkpoint,
 )
+from zepad_mm.training.faults import check_finite
 from zepad_mm.training.feed import Share, TrainData, order_of, shares, steps_of
-from zepad_mm.training.processes import augment, derived_generator, encode_images, make_accelerator, seeded
+from zepad_mm.training.originals import clean_targets
+from zepad_mm.training.processes import augment, derived_generator, make_accelerator, seeded
 from zepad_mm.training.settings import TrainSettings
-from zepad_mm.training.setup import Objective, check_folder, check_run, identity_of, make_optimizer, training_mode
+from zepad_mm.training.setup import (
+    Objective,
+    check_folder,
+    check_run,
+    identity_of,
+    make_optimizer,
+    quicken,
+    training_mode,
+)
 from zepad_mm.training.validation import Validation, validate
 
 log = logging.getLogger(__name__)
@@ -113,13 +123,13 @@ class _Run:
         self.total, self.per_epoch = steps_of(train, settings)
         self.identity = identity_of(student, train, validation, defence, settings, self.world)
         student.to(self.device)
-        if settings.channels_last:
-            student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if not defence.trains_head:
             student.head.requires_grad_(False)
         self.teacher = copy.deepcopy(student.encoder).eval().requires_grad_(False) if defence.needs_original else None
-        objective, self.optimizer = accelerator.prepare(Objective(student, defence), make_optimizer(student, settings))
-        self.objective: Callable[..., tuple[Tensor, dict[str, Tensor]]] = objective
+        quicken(student, settings)
+        self.objective, self.optimizer = accelerator.prepare(
+            Objective(student, defence), make_optimizer(student, settings)
+        )
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
 
     def fit(self) -> FitResult:
@@ -180,12 +190,8 @@ class _Run:
         indices = torch.arange(len(self.train))
         if self.total < self.per_epoch:
             indices = order_of(self.train, self.settings, 0)[: self.total * self.settings.batch_size]
-        features = encode_images(
-            self.teacher, self.train.images[indices], self.settings.validation_batch_size, self.accelerator
-        )
-        table = torch.zeros(len(self.train), features.shape[1], device=self.device)
-        table[indices.to(self.device)] = features
-        return table
+        size, accelerator = self.settings.validation_batch_size, self.accelerator
+        return clean_targets(self.teacher, self.train, indices, size, accelerator, self.settings.cache_dir)
 
     def _batch(self, step: int, share: Share, originals: Tensor | None) -> Batch:
         """This process's share of the global batch of ``step``, on its device, augmented, with its clean targets."""
@@ -210,35 +216,43 @@ class _Run:
         epsilon = self.defence.epsilon * settings.epsilon_factor(step)
         # cleared before the attack and not after it: gen_af_released leaves gradients on purpose
         optimizer.zero_grad()
+        figures: dict[str, Tensor] = {}
         generator = derived_generator(settings.seed, "attack", step, self.rank)
-        with self.accelerator.autocast():
-            attacked = self.defence.craft(self.student, batch, epsilon, generator)
-        training_mode(self.student, settings.bn_mode)
-        with seeded(self.device, settings.seed, "forward", step, self.rank):
-            total, parts = self.objective(batch.images, batch.labels, batch.indices, batch.original, attacked)
-        self._check_finite(total.detach(), "loss", step, batch)
-        self.accelerator.backward(total)
+        for part, few in enumerate(parts_of(batch, settings.accumulation)):
+            last = part == settings.accumulation - 1
+            # gradients of all parts travel between processes once, with the last
+            with nullcontext() if last else self.accelerator.no_sync(self.objective):
+                losses, attacked = self._gradients(step, part, few, epsilon, generator)
+            figures = {name: figures.get(name, 0) + value / settings.accumulation for name, value in losses.items()}
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = self.accelerator.clip_grad_norm_(parameters, settings.grad_clip or math.inf)
         if self.accelerator.scaler is None:  # the fp16 scaler skips steps of infinite gradients by itself
-            self._check_finite(norm, "gradient", step, batch)
+            self._check_finite(norm, "gradient", step, few, attacked)
         optimizer.step()
         self.student.eval()
-        figures = {"loss": total.detach(), **parts}
         if self.world > 1 and ((step + 1) % settings.log_every == 0 or step + 1 == self.total):
-            figures = self.accelerator.reduce(figures, "mean")
+            figures = self.accelerator.reduce(figures, "mean")  # type: ignore[assignment]
         values = {name: float(value) for name, value in figures.items()}
         return {**values, "gradient_norm": float(norm), "lr": settings.lr_encoder * factor, "epsilon": epsilon}
 
-    def _check_finite(self, value: Tensor | None, what: str, step: int, batch: Batch) -> None:
-        if value is None or bool(torch.isfinite(value)):
-            return
-        rows = ", ".join(map(str, batch.indices[:16].tolist())) + (", ..." if len(batch.indices) > 16 else "")
-        raise FloatingPointError(
-            f"the {what} is {float(value)} at step {step + 1} (rows {rows} of "
-            f"{self.train.name}); nothing was written since the last checkpoint in {self.out}. Look at these rows for "
-            "damaged pictures, or start anew with a lower lr_encoder, a longer epsilon_warmup_steps or a grad_clip"
-        )
+    def _gradients(
+        self, step: int, part: int, batch: Batch, epsilon: float, generator: torch.Generator
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Attack one part of a batch and back-propagate its loss; (the loss and its parts, the attacked images)."""
+        settings = self.settings
+        self.student.eval()
+        with self.accelerator.autocast():
+            attacked = self.defence.craft(self.student, batch, epsilon, generator)
+        training_mode(self.student, settings.bn_mode)
+        with seeded(self.device, settings.seed, "forward", step, self.rank, *([part] if part else [])):
+            total, parts = self.objective(batch.images, batch.labels, batch.indices, batch.original, attacked)
+        self._check_finite(total.detach(), "loss", step, batch, attacked)
+        self.accelerator.backward(total / settings.accumulation)
+        return {"loss": total.detach(), **parts}, attacked
+
+    def _check_finite(self, value: Tensor | None, what: str, step: int, batch: Batch, attacked: Tensor) -> None:
+        about = {"data": self.train.name, "rank": self.rank, **self.identity["defence"], **self.settings.to_dict()}
+        check_finite(value, what, step, batch, attacked, out=self.out, about=about)
 
     def _validated(self, position: Position) -> Position:
         """Validate, keep the weights if they are the best so far, write a checkpoint."""

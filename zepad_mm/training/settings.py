@@ -29,6 +29,10 @@ class TrainSettings(Config):
     bn_mode: Literal["eval", "train"] = "eval"  # eval keeps the running statistics as they are
     grad_clip: float | None = 1.0  # largest norm of the gradient; None: no clipping
     num_workers: int = 0  # processes that decode the pictures of a stored or streamed set; 0: this one does
+    accumulation: int = 1  # parts of equal size that a batch is crafted and back-propagated in, for less memory
+    gradient_checkpointing: bool = False  # activations are computed again in the backward pass, for less memory
+    compile: Literal["no", "inductor", "aot_eager", "cudagraphs"] = "no"  # torch.compile of the encoder, by backend
+    cache_dir: str | None = None  # keeps clean targets for other runs, where there is no augmentation; None: in memory
     channels_last: bool = False  # faster convolutions on many CPUs and on tensor cores
     seed: int = 0
     validation_every: int = 0  # steps; 0: after each epoch. The untuned student is validated too
@@ -42,7 +46,8 @@ class TrainSettings(Config):
 
     def __post_init__(self) -> None:
         for name in (
-            "epochs", "batch_size", "validation_attack_steps", "validation_batch_size", "checkpoint_every", "log_every"
+            "epochs", "batch_size", "validation_attack_steps", "validation_batch_size", "checkpoint_every", "log_every",
+            "accumulation",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -54,6 +59,13 @@ class TrainSettings(Config):
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps: expected at least 1 or none, got {self.steps}")
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"accumulation: a batch of {self.batch_size} has no {self.accumulation} equal parts")
+        if self.cache_dir is not None and self.augment != "none":
+            raise ValueError(
+                f"cache_dir: with augment={self.augment!r} no picture comes twice and its clean target cannot be kept; "
+                "leave cache_dir out, or set augment='none'"
+            )
         if self.grad_clip is not None and not self.grad_clip > 0:
             raise ValueError(f"grad_clip: expected a positive norm or none, got {self.grad_clip}")
         if self.validation_epsilon is not None:
@@ -83,6 +95,7 @@ _CHOICES = {
     "schedule": ("cosine", "exponential", "constant"),
     "augment": ("none", "flip", "flip_shift"),
     "bn_mode": ("eval", "train"),
+    "compile": ("no", "inductor", "aot_eager", "cudagraphs"),
     "selection": ("mean", "clean", "robust", "last"),
     "resume": ("auto", "never"),
 }

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from zepad_mm.checks import check_images
 from zepad_mm.data import LabelledImages, StoredImages, StreamedImages
 from zepad_mm.defences.base import Batch, Defence, Student
-from zepad_mm.encoders import has_lora
+from zepad_mm.encoders import has_lora, set_gradient_checkpointing
 from zepad_mm.training.checkpoint import CHECKPOINT, crc_of
 from zepad_mm.training.feed import TrainData
 from zepad_mm.training.settings import TrainSettings
 
 # settings that change neither the weights nor which of them are kept, and may differ on resume
-_FREE = ("checkpoint_every", "log_every", "resume", "num_workers")
+_FREE = ("checkpoint_every", "log_every", "resume", "num_workers", "cache_dir")
 
 
 class Objective(nn.Module):
@@ -47,6 +47,12 @@ def check_run(
     """Raise ValueError that names what makes this run impossible, before an hour is spent on it."""
     if settings.num_workers and isinstance(train, LabelledImages):
         raise ValueError("num_workers: pictures in memory are decoded already; leave it at 0, or keep the set on disk")
+    if settings.accumulation > 1 and (not defence.per_sample or settings.bn_mode == "train"):
+        what = f"{defence.name} compares" if not defence.per_sample else "bn_mode='train' normalises over"
+        raise ValueError(
+            f"accumulation: {what} the pictures of a batch, which parts of it would change; use accumulation=1, or "
+            "gradient_checkpointing to save memory"
+        )
     if not isinstance(train, StreamedImages) and len(train) < settings.batch_size:
         raise ValueError(f"batch_size: {settings.batch_size} is more than the {len(train)} training images; lower it")
     classes = _num_classes(student)
@@ -72,8 +78,9 @@ def check_run(
 
 def check_folder(out: Path, settings: TrainSettings, world: int) -> None:
     """Raise ValueError when the folder holds a run that shall not be resumed, or the batch does not split."""
-    if settings.batch_size % world:
-        raise ValueError(f"batch_size: {settings.batch_size} images do not split over {world} processes")
+    parts = f" in {settings.accumulation} parts each" if settings.accumulation > 1 else ""
+    if settings.batch_size % (world * settings.accumulation):
+        raise ValueError(f"batch_size: {settings.batch_size} images do not split over {world} processes{parts}")
     if (out / CHECKPOINT).exists() and settings.resume == "never":
         raise ValueError(f"{out} holds a run already; use resume='auto' or give another folder")
 
@@ -107,6 +114,19 @@ def make_optimizer(student: Student, settings: TrainSettings) -> torch.optim.Opt
     ]
     kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
     return kind([group for group in groups if group["params"]], weight_decay=settings.weight_decay)
+
+
+def quicken(student: Student, settings: TrainSettings) -> None:
+    """What changes how the encoder computes, and not what: memory layout, recomputation, compilation; in place.
+
+    Raises ValueError for an encoder that cannot recompute.
+    """
+    if settings.channels_last:
+        student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if settings.gradient_checkpointing:
+        set_gradient_checkpointing(student.encoder)
+    if settings.compile != "no":
+        student.encoder.backbone.compile(backend=settings.compile)
 
 
 def training_mode(student: Student, bn_mode: str) -> None:
