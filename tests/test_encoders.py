@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from zepad_mm.encoders import (
     merge_lora,
     streamlined,
 )
-from zepad_mm.encoders.attention import SeparateAttention, unfuse_attention
+from zepad_mm.encoders.attention import SeparateAttention, hasten_attention, unfuse_attention
 from zepad_mm.encoders.base import Encoder, Preprocess
 
 
@@ -94,6 +95,33 @@ def test_resizing_keeps_the_range_and_the_right_part(mode: str) -> None:
         torch.testing.assert_close(resized, images[..., 8:24])
     with pytest.raises(ValueError, match="resize_mode"):
         Preprocess(image_size=16, mean=(0,), std=(1,), resize_mode="crop")
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("mask", ["none", "boolean", "added", "by head"])
+def test_hastened_attention_is_the_same_attention(batch_first: bool, mask: str) -> None:
+    holder = nn.ModuleDict({"attention": nn.MultiheadAttention(16, 4, batch_first=batch_first)})
+    names = list(holder.state_dict())
+    plain, x = copy.deepcopy(holder)["attention"], torch.randn(2, 5, 16)
+    x = x if batch_first else x.transpose(0, 1)
+    causal = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    added = torch.zeros(5, 5).masked_fill(causal, -torch.inf)
+    masks = {"none": None, "boolean": causal, "added": added, "by head": added.repeat(8, 1, 1)}
+    assert (hasten_attention(holder), hasten_attention(holder)) == (1, 0)
+    copied = copy.deepcopy(holder)
+    with torch.no_grad():
+        holder["attention"].in_proj_weight.zero_()  # a copy computes with its own weights
+    both = (copied["attention"], plain)
+    for asked in ({"need_weights": False}, {}):
+        inputs = [x.clone().requires_grad_(True) for _ in range(2)]
+        outputs = [each(z, z, z, attn_mask=masks[mask], **asked) for each, z in zip(both, inputs, strict=True)]
+        assert (outputs[0][1] is None) == (outputs[1][1] is None) == bool(asked)
+        torch.testing.assert_close(outputs[0][0], outputs[1][0])
+        gradients = [torch.autograd.grad(out[0].square().sum(), z)[0] for out, z in zip(outputs, inputs, strict=True)]
+        torch.testing.assert_close(*gradients)
+    assert list(copied.state_dict()) == names
+    other = torch.randn_like(x)
+    torch.testing.assert_close(copied["attention"](x, other, other)[0], plain(x, other, other)[0])
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

@@ -24,7 +24,7 @@ import copy
 import json
 import logging
 import os
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -111,10 +111,8 @@ def of_ours(name: str, args: argparse.Namespace, data: LabelledImages, out: Path
     accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision="bf16" if name.endswith("bf16") else "no")
     defence = FARE(epsilon=EPSILON, attack_steps=args.attack_steps)
     run = _Run(Student(encoder, head), data, None, defence, settings, out=out, accelerator=accelerator)
-    images = data.images.to(run.device)
-    with torch.no_grad():
-        targets = run.teacher(images)  # what fit has from before the first step
-    batch = Batch(images, data.labels.to(run.device), torch.arange(args.batch), targets)
+    batch = Batch(data.images.to(run.device), data.labels.to(run.device), torch.arange(args.batch), run._originals())
+    run.teacher = None  # as in fit
 
     def step() -> None:
         run._step(0, batch)
@@ -185,9 +183,9 @@ def where_time_goes(run: _Run, images: torch.Tensor, args: argparse.Namespace) -
     from zepad_mm.training.feed import shares
 
     device = run.device
-    with torch.no_grad():
-        target = seconds(lambda: run.teacher(images.to(device)), args.device)
-        targets = run.teacher(images.to(device))
+    with torch.no_grad(), run.accelerator.autocast():
+        target = seconds(lambda: run.student.encoder(images.to(device)), args.device)
+        targets = run.student.encoder(images.to(device)).float()
     batch = Batch(images.to(device), run.train.labels.to(device), torch.arange(len(images)), targets)
     generator = torch.Generator().manual_seed(0)
     run.student.eval()
@@ -235,13 +233,19 @@ def measured_memory(name: str) -> float:
 def peak_mb(args: argparse.Namespace, data: LabelledImages, folder: Path) -> float:
     """What two steps need at most, in MB, above what the process held before the model was built."""
     cuda = args.device.startswith("cuda")
-    before = 0.0 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before = 0.0 if cuda else highest_mb()
     step = textbook(args, data) if args.memory == "textbook" else of_ours(args.memory, args, data, folder)[0]
     step()
     step()
     if cuda:
         return round(torch.cuda.max_memory_allocated() / 1e6, 1)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before, 1)
+    return round(highest_mb() - before, 1)
+
+
+def highest_mb() -> float:
+    """Most memory this process ever held (Linux); not getrusage, which begins with what the parent held."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024  # type: ignore[index]
 
 
 def ratio(one: list[float], other: list[float]) -> dict[str, float]:

@@ -6,6 +6,7 @@ past the adapter, which then gets no gradient. Both end when the four projection
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -143,6 +144,44 @@ def _separate(module: nn.Module) -> nn.Module | None:
     if all(hasattr(module, name) for name in ("c_proj", "q_proj", "k_proj", "v_proj", "positional_embedding")):
         return None if isinstance(module, SeparateAttentionPool) else SeparateAttentionPool(module)
     return None
+
+
+def _plain_forward(
+    attention: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **more: Any
+) -> tuple[Tensor, Tensor | None]:
+    """``nn.MultiheadAttention.forward`` for self-attention that asks for no weights; all else goes the usual way."""
+    asked = set(more) <= {"need_weights", "attn_mask"} and more.get("need_weights", True) is False
+    if rest or not asked or not (query is key is value) or query.ndim != 3 or attention.in_proj_weight is None:
+        return type(attention).forward(attention, query, key, value, *rest, **more)
+    tokens = query if attention.batch_first else query.transpose(0, 1)
+    projected = F.linear(tokens, attention.in_proj_weight, attention.in_proj_bias)
+    q, k, v = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in projected.chunk(3, -1))
+    mask = more.get("attn_mask")
+    if mask is not None and mask.dtype == torch.bool:
+        mask = ~mask
+    if mask is not None and mask.ndim == 3:
+        mask = mask.view(-1, attention.num_heads, *mask.shape[1:])
+    dropout = attention.dropout if attention.training else 0.0
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2).flatten(2)
+    mixed = attention.out_proj(mixed)
+    return (mixed if attention.batch_first else mixed.transpose(0, 1)), None
+
+
+def hasten_attention(module: nn.Module) -> int:
+    """Let every ``nn.MultiheadAttention`` below ``module`` compute the same in fewer steps; returns how many did not.
+
+    In place, and no weight moves or changes its name. torch's own way takes a third longer wherever a gradient to the
+    input is wanted, which is what attacks want.
+    """
+    found = [
+        part
+        for part in module.modules()
+        if type(part) is nn.MultiheadAttention and part.bias_k is None and not part.add_zero_attn
+    ]
+    slow = [part for part in found if "forward" not in vars(part)]
+    for part in slow:
+        part.forward = functools.partial(_plain_forward, part)  # type: ignore[method-assign]
+    return len(slow)
 
 
 def unfuse_attention(module: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""The same network with less to compute: adapters folded into the weights, batch norms into the convolutions."""
+"""The same network with less to compute: adapters and norms folded into the weights, attention without detours."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from zepad_mm.encoders.attention import hasten_attention
 from zepad_mm.encoders.base import Encoder
 from zepad_mm.encoders.lora import has_lora, merge_lora
 
@@ -39,6 +40,7 @@ def streamlined(module: AnyModule, image_size: int = 64) -> AnyModule:
             changed |= has_lora(encoder)
             merge_lora(encoder)
             changed |= bool(_fold_batch_norms(encoder, images))
+            changed |= bool(hasten_attention(encoder))
         if not changed:
             return module
         got = lighter(images)

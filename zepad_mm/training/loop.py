@@ -135,6 +135,8 @@ class _Run:
     def fit(self) -> FitResult:
         position = self._start()
         originals = self._originals()
+        if originals is not None:
+            self.teacher = None  # it has said all that it will be asked
         began, spent = time.perf_counter(), position.seconds
         if position.step == 0 and position.best_step is None:
             position = self._validated(position)

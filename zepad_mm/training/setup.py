@@ -13,6 +13,7 @@ from zepad_mm.checks import check_images
 from zepad_mm.data import LabelledImages, StoredImages, StreamedImages
 from zepad_mm.defences.base import Batch, Defence, Student
 from zepad_mm.encoders import has_lora, set_gradient_checkpointing
+from zepad_mm.encoders.attention import hasten_attention
 from zepad_mm.training.checkpoint import CHECKPOINT, crc_of
 from zepad_mm.training.feed import TrainData
 from zepad_mm.training.settings import TrainSettings
@@ -117,10 +118,11 @@ def make_optimizer(student: Student, settings: TrainSettings) -> torch.optim.Opt
 
 
 def quicken(student: Student, settings: TrainSettings) -> None:
-    """What changes how the encoder computes, and not what: memory layout, recomputation, compilation; in place.
+    """What changes how the encoder computes, and not what: its attention, memory layout, recomputation, compilation.
 
     Raises ValueError for an encoder that cannot recompute.
     """
+    hasten_attention(student.encoder)
     if settings.channels_last:
         student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if settings.gradient_checkpointing:
