@@ -10,18 +10,13 @@ The model, the pictures and the attacks are those of ``zepad evaluate embedded -
 from __future__ import annotations
 
 import argparse
-import os
 import random
-import signal
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from _killing import torment
 
 from zepad_mm.evaluation import Records, Report
 from zepad_mm.files import read_tensors, write_json
@@ -31,30 +26,6 @@ ZEPAD = [sys.executable, "-c", "import sys; from zepad_mm.cli import main; sys.e
 EVALUATE = ["evaluate", "embedded", "--preset", "smoke", "--threats", "clean,T1,T2,T3", "--n", "12", "--no-figures"]
 EVALUATE += ["--resume"]
 ATTACK = ["attack", "open_clip:embedded", "--attack", "feature_uap", "--steps", "40", "--n", "200"]
-
-
-def start(words: list[str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([*ZEPAD, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
-
-
-def run(words: list[str]) -> float:
-    """Seconds of a run to its end."""
-    began = time.perf_counter()
-    if code := start(words).wait():
-        raise SystemExit(f"zepad {' '.join(words)} ended with {code}")
-    return time.perf_counter() - began
-
-
-def kill(words: list[str], seconds: float) -> bool:
-    """Start, wait, kill -9; was it still running?"""
-    process = start(words)
-    try:
-        process.wait(seconds)
-        return False
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        return True
 
 
 def outcome(folder: Path) -> tuple[Any, ...]:
@@ -69,26 +40,6 @@ def perturbation(path: Path) -> list[float]:
     return read_tensors(path)[0]["delta"].flatten().tolist()
 
 
-def torment(
-    words: list[str], folder: Path, kills: int, moments: random.Random, result: Callable[[Path], Any]
-) -> dict[str, int]:
-    """Runs killed again and again until they end by themselves, as many as it takes for so many kills."""
-    seconds = run([*words, "--out", str(folder / "whole")])
-    whole, landed, different, runs = result(folder / "whole"), 0, 0, 0
-    with tqdm(total=kills, desc=f"killing {words[0]}") as bar:
-        while landed < kills:
-            out = folder / f"killed-{runs}"
-            while kill([*words, "--out", str(out)], moments.uniform(0.2, 1.0) * seconds):
-                landed += 1
-                bar.update()
-                if landed == kills:
-                    run([*words, "--out", str(out)])
-                    break
-            runs += 1
-            different += result(out) != whole
-    return {"kills": landed, "runs": runs, "different": different}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="of the evaluation, and as many of crafting")
@@ -97,8 +48,10 @@ def main() -> None:
     options = parser.parse_args()
     moments = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
-        evaluation = torment(EVALUATE, Path(name) / "evaluation", options.kills, moments, outcome)
-        crafting = torment(ATTACK, Path(name) / "crafting", options.kills, moments, perturbation)
+        evaluation = torment(
+            [*ZEPAD, *EVALUATE], Path(name) / "evaluation", options.kills, moments, outcome, "evaluate"
+        )
+        crafting = torment([*ZEPAD, *ATTACK], Path(name) / "crafting", options.kills, moments, perturbation, "attack")
     config = {"kills": options.kills, "evaluation": " ".join(EVALUATE), "crafting": " ".join(ATTACK)}
     found = {"evaluation": evaluation, "crafting": crafting}
     write_json(options.out, {"meta": provenance(seed=options.seed, config=config), **found})
