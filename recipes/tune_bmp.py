@@ -57,6 +57,7 @@ class Recipe(Config):
     )
     processes: int | None = None  # how many processes are expected; another number is an error
     mixed_precision: str = "no"  # "no", "bf16" or "fp16"
+    tracker: str = "none"  # "tensorboard" or "trackio", beside run/metrics.jsonl
 
 
 def parse(args: list[str] | None = None) -> Recipe:
@@ -72,7 +73,7 @@ def parse(args: list[str] | None = None) -> Recipe:
 def main(recipe: Recipe) -> None:
     """Tune and write."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    accelerator = make_accelerator(recipe.processes, recipe.mixed_precision)
+    accelerator = make_accelerator(recipe.processes, recipe.mixed_precision, recipe.tracker, recipe.out)
     seed = recipe.settings.seed
     train, validation = recipe.data.load(seed)
     student = build_student(

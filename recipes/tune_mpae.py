@@ -62,6 +62,7 @@ class Recipe(Config):
     settings: TrainSettings = field(default_factory=TrainSettings)
     processes: int | None = None  # how many processes are expected; another number is an error
     mixed_precision: str = "no"  # "no", "bf16" or "fp16"
+    tracker: str = "none"  # "tensorboard" or "trackio", beside run/metrics.jsonl
 
 
 def parse(args: list[str] | None = None) -> Recipe:
@@ -77,7 +78,7 @@ def parse(args: list[str] | None = None) -> Recipe:
 def main(recipe: Recipe) -> None:
     """Tune and write."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    accelerator = make_accelerator(recipe.processes, recipe.mixed_precision)
+    accelerator = make_accelerator(recipe.processes, recipe.mixed_precision, recipe.tracker, recipe.out)
     defence = make_defence(recipe.defence, recipe.defence_options)
     train, validation = recipe.data.load(recipe.settings.seed)
     head = recipe.head

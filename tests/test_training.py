@@ -178,7 +178,7 @@ def test_a_stopped_run_ends_with_the_same_bits(
     again, _ = run(tmp_path / "parts", settings=settings)
     assert same(whole, again)
     assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == [
-        "best-9.safetensors", "checkpoint.safetensors", "metrics.jsonl",
+        "best-9.safetensors", "checkpoint.safetensors", "metrics.jsonl", "samples",
     ]  # fmt: skip
 
 
@@ -231,6 +231,48 @@ def test_clean_targets_are_kept_for_other_runs(
     assert "is written anew" in caplog.text
     with pytest.raises(ValueError, match="set augment='none'"):
         quick(cache_dir=str(kept))
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "trackio"])
+def test_trackers_get_the_figures(tracker: str, tmp_path: Path) -> None:
+    script = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from test_training import *
+settings = quick(steps=4, selection="last")
+accelerator = make_accelerator(tracker={tracker!r}, folder={str(tmp_path)!r})
+fit(tiny_student(), colours(), colours(24, 1), QUICK, settings, out={str(tmp_path / "run")!r}, accelerator=accelerator)
+accelerator.end_training()
+"""
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=120, capture_output=True)
+    if tracker == "trackio":
+        import sqlite3
+
+        with sqlite3.connect(tmp_path / "trackio" / "zepad.db") as database:
+            rows = [json.loads(row) for (row,) in database.execute("select metrics from metrics order by step")]
+        assert {"loss", "validation/robust"} <= {key for row in rows for key in row}
+        return
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "zepad")).Reload()
+    expected = [line["loss"] for line in lines(tmp_path / "run") if "loss" in line]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(expected, rel=1e-5)
+    assert "validation/robust" in events.Tags()["scalars"]
+    assert events.Tags()["images"]
+
+
+def test_samples_show_clean_and_attacked(tmp_path: Path) -> None:
+    run(tmp_path / "run", settings=quick(samples=3))
+    assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == ["4.png", "8.png", "9.png"]
+    from PIL import Image
+
+    with Image.open(tmp_path / "run" / "samples" / "9.png") as picture:
+        assert picture.size == (3 * 13 + 1, 3 * 13 + 1)
+    run(tmp_path / "none", settings=quick(samples=0))
+    assert not (tmp_path / "none" / "samples").exists()
+    with pytest.raises(ValueError, match="none, tensorboard, trackio, got 'wandb'"):
+        make_accelerator(tracker="wandb")
 
 
 def test_fare_encodes_each_image_once_with_the_original_and_resumes_exactly(

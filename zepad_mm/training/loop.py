@@ -42,6 +42,7 @@ from zepad_mm.training.setup import (
     quicken,
     training_mode,
 )
+from zepad_mm.training.tracking import start_trackers, track, write_samples
 from zepad_mm.training.validation import Validation, validate
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def fit(
 
     Trains every parameter that requires a gradient: all of the encoder, or its LoRA adapter alone, and the head if it
     has parameters and the defence gives them a gradient. Writes ``metrics.jsonl``, ``checkpoint.safetensors`` and
-    ``best-STEP.safetensors`` to ``out``, a folder that all processes must see.
+    ``best-STEP.safetensors`` and ``samples/STEP.png`` to ``out``, a folder that all processes must see.
 
     Args:
         student: as it is before tuning, also when a run is resumed.
@@ -130,10 +131,12 @@ class _Run:
         self.objective, self.optimizer = accelerator.prepare(
             Objective(student, defence), make_optimizer(student, settings)
         )
+        self.latest = (torch.empty(0), torch.empty(0))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
 
     def fit(self) -> FitResult:
         position = self._start()
+        start_trackers(self.accelerator, self.out, self.identity)
         originals = self._originals()
         if originals is not None:
             self.teacher = None  # it has said all that it will be asked
@@ -163,6 +166,7 @@ class _Run:
                 bar.set_postfix(loss=f"{figures['loss']:.4g}")
                 window, window_steps = time.perf_counter(), 0
             if done % (self.settings.validation_every or self.per_epoch) == 0 or done == self.total:
+                self._show(done)
                 position = self._validated(position)
                 window, window_steps = time.perf_counter(), 0
             elif done % self.settings.checkpoint_every == 0:
@@ -249,6 +253,7 @@ class _Run:
         with seeded(self.device, settings.seed, "forward", step, self.rank, *([part] if part else [])):
             total, parts = self.objective(batch.images, batch.labels, batch.indices, batch.original, attacked)
         self._check_finite(total.detach(), "loss", step, batch, attacked)
+        self.latest = (batch.images, attacked)
         self.accelerator.backward(total / settings.accumulation)
         return {"loss": total.detach(), **parts}, attacked
 
@@ -293,7 +298,13 @@ class _Run:
             save_checkpoint(self.out, self.student, self.optimizer, position, self.identity)
         self.accelerator.wait_for_everyone()
 
+    def _show(self, step: int) -> None:
+        images, attacked = (pictures[: self.settings.samples] for pictures in self.latest)
+        if self.accelerator.is_main_process and len(images) and attacked.shape == images.shape:
+            write_samples(self.accelerator, self.out, step, images, attacked)
+
     def _record(self, line: dict[str, Any]) -> None:
+        track(self.accelerator, line)
         if self.accelerator.is_main_process:
             with (self.out / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

@@ -6,6 +6,8 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,19 +15,33 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from zepad_mm.attacks.base import frozen
+from zepad_mm.training.tracking import TRACKERS
 
 
-def make_accelerator(processes: int | None = None, mixed_precision: str = "no") -> Accelerator:
+def make_accelerator(
+    processes: int | None = None, mixed_precision: str = "no", tracker: str = "none", folder: str | Path | None = None
+) -> Accelerator:
     """An accelerator on whatever is there: GPUs, or gloo processes on the CPU.
 
     Args:
         processes: how many the caller counts on. ``accelerate launch --cpu --num_processes 2`` silently starts one.
         mixed_precision: "no", "fp16" or "bf16".
+        tracker: "none", "tensorboard" or "trackio"; ``metrics.jsonl`` is written whatever it is.
+        folder: where tensorboard writes.
 
     Raises:
-        ValueError: another number of processes than asked for is running.
+        ValueError: another number of processes than asked for is running, or a tracker that is not there.
     """
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed_precision)
+    if tracker not in TRACKERS:
+        raise ValueError(f"tracker: expected one of {', '.join(TRACKERS)}, got {tracker!r}")
+    if tracker != "none" and find_spec(tracker) is None:
+        raise ValueError(f"tracker: {tracker} is not installed; pip install 'zepad-mm[trackers]'")
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=mixed_precision,
+        log_with=None if tracker == "none" else tracker,
+        project_dir=folder,
+    )
     asked = processes or int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != asked:
         raise ValueError(

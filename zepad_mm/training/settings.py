@@ -42,6 +42,7 @@ class TrainSettings(Config):
     selection: Literal["mean", "clean", "robust", "last"] = "mean"  # of clean and robust accuracy on validation
     checkpoint_every: int = 200  # steps
     log_every: int = 10  # steps
+    samples: int = 8  # attacked training pictures shown in samples/STEP.png at each validation; 0: none
     resume: Literal["auto", "never"] = "auto"  # never refuses a folder that holds a run
 
     def __post_init__(self) -> None:
@@ -53,7 +54,7 @@ class TrainSettings(Config):
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in (
             "lr_encoder", "lr_head", "weight_decay", "lr_warmup_steps", "epsilon_warmup_steps", "validation_every",
-            "num_workers",
+            "num_workers", "samples",
         ):  # fmt: skip
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")

@@ -19,7 +19,7 @@ from zepad_mm.training.feed import TrainData
 from zepad_mm.training.settings import TrainSettings
 
 # settings that change neither the weights nor which of them are kept, and may differ on resume
-_FREE = ("checkpoint_every", "log_every", "resume", "num_workers", "cache_dir")
+_FREE = ("checkpoint_every", "log_every", "resume", "num_workers", "cache_dir", "samples")
 
 
 class Objective(nn.Module):
