@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zepad_mm.attacks.base import frozen, project, random_delta
 from zepad_mm.checks import check_epsilon
 from zepad_mm.config import Config
-from zepad_mm.encoders import Encoder
+from zepad_mm.encoders import Encoder, folded_lora
 from zepad_mm.registry import Registry
 
 # name -> configuration class
@@ -144,7 +144,7 @@ class Defence(Config, ABC):
         current = batch.images
         if self.random_start:
             current = (current + random_delta(current, epsilon, "linf", generator)).clamp(0, 1)
-        with frozen(student):
+        with frozen(student), folded_lora(student.encoder):
             loss = self.attack_loss(student, batch)
             for _ in range(self.attack_steps):
                 current = current.detach().requires_grad_(True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from zepad_mm.config import Config
@@ -158,3 +161,32 @@ def merge_lora(encoder: Encoder) -> Encoder:
                 base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
         encoder.backbone = backbone.merge_and_unload()
     return encoder
+
+
+@contextmanager
+def folded_lora(encoder: Encoder) -> Iterator[None]:
+    """Within, the adapter is part of the weights and each layer is one product again, as attacks want it.
+
+    No gradient reaches the adapter meanwhile. Afterwards the very same weights are back, to the bit. Under autocast
+    the folded weights have its precision already, so that no step casts them anew. No-op without an adapter.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers: list[Any] = []
+    if has_lora(encoder):
+        layers = [layer for layer in encoder.backbone.modules() if isinstance(layer, LoraLayer)]
+        layers = [layer for layer in layers if not layer.merged and not layer.disable_adapters]
+    kept = [layer.get_base_layer().weight for layer in layers]
+    try:
+        with torch.no_grad():
+            for layer, weight in zip(layers, kept, strict=True):
+                kind = weight.device.type
+                whole = weight + sum(layer.get_delta_weight(name) for name in layer.active_adapters)
+                whole = whole.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype)
+                layer.get_base_layer().weight = nn.Parameter(whole, requires_grad=False)
+                layer._disable_adapters = True
+        yield
+    finally:
+        for layer, weight in zip(layers, kept, strict=True):
+            layer.get_base_layer().weight = weight
+            layer._disable_adapters = False
