@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+
 from zepad_mm.attacks import FeatureUAP
 from zepad_mm.branch import Branch, BranchConfig
 from zepad_mm.checks import check_epsilon, check_names
@@ -25,7 +27,7 @@ from zepad_mm.heads import zero_shot_head
 from zepad_mm.model import ZePAD, ZePADConfig
 from zepad_mm.prompts import templates_of
 from zepad_mm.selection import select_detector, select_fusion
-from zepad_mm.training import TrainSettings, build_student, fit, load_tuned, write_tuned
+from zepad_mm.training import TrainSettings, build_student, fit, load_tuned, make_accelerator, write_tuned
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +117,7 @@ def defend(
         parts = _ready(source, robust, encoder)
     else:
         assert pictures is not None
-        parts = _tuned(source, encoder, pictures, settings, Path(out or "") / TUNED)
+        parts = _tuned(source, encoder, pictures, settings, Path(out or "") / TUNED, make_accelerator())
     wanted = tuple(check_names(class_names)) if class_names else None
     names = pictures[0].class_names if pictures else wanted or NAMES  # rules are compared on the classes of the data
     config = ZePADConfig(
@@ -135,6 +137,22 @@ def defend(
     if out is not None:
         model.save_pretrained(out)
     return model
+
+
+def tune_branches(
+    source: str,
+    *,
+    out: str | Path,
+    data: str = "embedded",
+    settings: DefendSettings | None = None,
+    accelerator: Accelerator | None = None,
+) -> None:
+    """The part of :func:`defend` that is worth many processes: all of them call this, then one calls :func:`defend`,
+    which finds the branches in ``out``. Arguments and errors as there; ``accelerator``: None makes one."""
+    settings = settings or DefendSettings()
+    encoder, _ = load_clip(source)
+    pictures = _splits(data, settings, encoder.preprocess.image_size)
+    _tuned(source, encoder, pictures, settings, Path(out) / TUNED, accelerator or make_accelerator())
 
 
 def _splits(source: str, settings: DefendSettings, image_size: int) -> tuple[LabelledImages, LabelledImages]:
@@ -168,15 +186,16 @@ def _tuned(
     pictures: tuple[LabelledImages, LabelledImages],
     settings: DefendSettings,
     folder: Path,
+    accelerator: Accelerator,
 ) -> list[tuple[BranchConfig, Encoder]]:
     parts = []
     for name in settings.defences:
-        tower = _tune(source, name, pictures, settings, folder / name)
+        tower = _tune(source, name, pictures, settings, folder / name, accelerator)
         objective = f"{name} at {settings.epsilon * 255:.3g}/255"
         parts.append((_config(name, "mpae", source, tower, objective), tower))
     if not settings.tune_benign:
         return [*parts, (BranchConfig(name="benign", role="bmp", source=source, objective="none"), public)]
-    tower = _tune(source, "clean", pictures, settings, folder / "benign")
+    tower = _tune(source, "clean", pictures, settings, folder / "benign", accelerator)
     return [*parts, (_config("benign", "bmp", source, tower, "clean tuning"), tower)]
 
 
@@ -186,7 +205,12 @@ def _config(name: str, role: str, source: str, tower: Encoder, objective: str) -
 
 
 def _tune(
-    source: str, name: str, pictures: tuple[LabelledImages, LabelledImages], settings: DefendSettings, folder: Path
+    source: str,
+    name: str,
+    pictures: tuple[LabelledImages, LabelledImages],
+    settings: DefendSettings,
+    folder: Path,
+    accelerator: Accelerator,
 ) -> Encoder:
     """One encoder by one defence, or what an earlier call left of it."""
     train, validation = pictures
@@ -215,11 +239,13 @@ def _tune(
     student = build_student(
         source, train, settings.adaptation, "zero_shot", prompts=settings.prompts, lora=settings.lora, seed=how.seed
     )
-    result = fit(student, train, validation, defence, how, out=folder / "run")
+    result = fit(student, train, validation, defence, how, out=folder / "run", accelerator=accelerator)
     figures = result.validation.to_dict() if result.validation else None
     record = {"recipe": recipe, "steps": result.steps, "best_step": result.best_step, "validation": figures}
     student.encoder.cpu()
-    write_tuned(folder, student.encoder, {**record, "seconds": round(result.seconds, 1)})
+    if accelerator.is_main_process:
+        write_tuned(folder, student.encoder, {**record, "seconds": round(result.seconds, 1)})
+    accelerator.wait_for_everyone()
     return student.encoder.requires_grad_(False)
 
 

@@ -30,7 +30,8 @@ def make_accelerator(
         folder: where tensorboard writes.
 
     Raises:
-        ValueError: another number of processes than asked for is running, or a tracker that is not there.
+        ValueError: another number of processes than asked for is running, a tracker that is not there, or FSDP,
+            DeepSpeed and the like.
     """
     if tracker not in TRACKERS:
         raise ValueError(f"tracker: expected one of {', '.join(TRACKERS)}, got {tracker!r}")
@@ -42,6 +43,11 @@ def make_accelerator(
         log_with=None if tracker == "none" else tracker,
         project_dir=folder,
     )
+    if "MULTI" not in (kind := accelerator.distributed_type.value) and kind != "NO":
+        raise ValueError(
+            f"{kind} splits weights over processes, and attacks and checkpoints here want them whole; launch with "
+            "--multi_gpu, and save memory by adaptation='lora', gradient_checkpointing or accumulation"
+        )
     asked = processes or int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != asked:
         raise ValueError(

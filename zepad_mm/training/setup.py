@@ -146,7 +146,7 @@ def training_mode(student: Student, bn_mode: str) -> None:
 @torch.no_grad()
 def _num_classes(student: Student) -> int:
     parameter = next(student.encoder.parameters())
-    features = torch.zeros(1, student.encoder.feature_dim, device=parameter.device)
+    features = torch.zeros(1, student.encoder.feature_dim, device=parameter.device, dtype=parameter.dtype)
     was_training = student.head.training
     classes = student.head.eval().to(parameter.device)(features).shape[-1]
     student.head.train(was_training)
