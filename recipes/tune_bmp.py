@@ -16,6 +16,8 @@ trained along, run/ (metrics.jsonl, checkpoint). Killed, it resumes where it was
     2 nodes, on each: accelerate launch --multi_gpu --num_machines 2 --num_processes 16 --machine_rank RANK
                       --main_process_ip HOST --main_process_port 29500 recipes/tune_bmp.py --config ... --processes 16
                       (--out on a disk that both see)
+
+Before anything is spent, --plan prints FLOPs, memory and wall time from a few steps and writes nothing.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from zepad_mm.training import (
     build_student,
     fit,
     make_accelerator,
+    plan,
     size_of,
     write_head,
     write_tuned,
@@ -58,13 +61,15 @@ class Recipe(Config):
     processes: int | None = None  # how many processes are expected; another number is an error
     mixed_precision: str = "no"  # "no", "bf16" or "fp16"
     tracker: str = "none"  # "tensorboard" or "trackio", beside run/metrics.jsonl
+    plan: bool = False  # print what the run would cost, from a few steps on one device, and leave nothing on disk
 
 
 def parse(args: list[str] | None = None) -> Recipe:
     """The configuration from a YAML file and options; unknown keys are refused."""
     parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--config", action="config", help="YAML file; options after it override it")
-    parser.add_class_arguments(Recipe)
+    parser.add_class_arguments(Recipe, skip={"plan"})
+    parser.add_argument("--plan", action="store_true", help="print what the run would cost, and write nothing")
     values = parser.parse_args(args).as_dict()
     values.pop("config")
     return Recipe.from_dict(values)
@@ -79,6 +84,10 @@ def main(recipe: Recipe) -> None:
     student = build_student(
         recipe.source, train, recipe.adaptation, recipe.head, prompts=recipe.prompts, lora=recipe.lora, seed=seed
     )
+    if recipe.plan:
+        print(plan(student, train, validation, Clean(), recipe.settings, accelerator))
+        accelerator.end_training()
+        return
     out = Path(recipe.out)
     result = fit(student, train, validation, Clean(), recipe.settings, out=out / "run", accelerator=accelerator)
     if accelerator.is_main_process:

@@ -19,6 +19,7 @@ trained along, run/ (metrics.jsonl, checkpoint). Killed, it resumes where it was
                       (--out on a disk that both see)
 
 ImageNet and the like: --data.storage disk (read row by row) or stream, with --settings.num_workers 8.
+Before anything is spent, --plan prints FLOPs, memory and wall time from a few steps and writes nothing.
 Every field is an option too (--settings.lr_encoder 1e-4); --print_config shows them all.
 """
 
@@ -40,6 +41,7 @@ from zepad_mm.training import (
     build_student,
     fit,
     make_accelerator,
+    plan,
     size_of,
     write_head,
     write_tuned,
@@ -63,13 +65,15 @@ class Recipe(Config):
     processes: int | None = None  # how many processes are expected; another number is an error
     mixed_precision: str = "no"  # "no", "bf16" or "fp16"
     tracker: str = "none"  # "tensorboard" or "trackio", beside run/metrics.jsonl
+    plan: bool = False  # print what the run would cost, from a few steps on one device, and leave nothing on disk
 
 
 def parse(args: list[str] | None = None) -> Recipe:
     """The configuration from a YAML file and options; unknown keys are refused."""
     parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--config", action="config", help="YAML file; options after it override it")
-    parser.add_class_arguments(Recipe)
+    parser.add_class_arguments(Recipe, skip={"plan"})
+    parser.add_argument("--plan", action="store_true", help="print what the run would cost, and write nothing")
     values = parser.parse_args(args).as_dict()
     values.pop("config")
     return Recipe.from_dict(values)
@@ -93,6 +97,10 @@ def main(recipe: Recipe) -> None:
         lora=recipe.lora,
         seed=recipe.settings.seed,
     )
+    if recipe.plan:
+        print(plan(student, train, validation, defence, recipe.settings, accelerator))
+        accelerator.end_training()
+        return
     out = Path(recipe.out)
     result = fit(student, train, validation, defence, recipe.settings, out=out / "run", accelerator=accelerator)
     if accelerator.is_main_process:

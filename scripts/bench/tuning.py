@@ -24,7 +24,6 @@ import copy
 import json
 import logging
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -38,8 +37,6 @@ import open_clip
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from zepad_mm.data import LabelledImages
 from zepad_mm.defences import FARE, Batch, Student
@@ -48,7 +45,9 @@ from zepad_mm.files import write_json
 from zepad_mm.heads import LinearHead
 from zepad_mm.provenance import provenance
 from zepad_mm.training import TrainSettings
+from zepad_mm.training.flops import count_flops
 from zepad_mm.training.loop import _Run
+from zepad_mm.training.plan import highest_mb
 
 ROOT = Path(__file__).parents[2]
 CONTESTANTS = ("textbook", "full", "lora", "lora_bf16")
@@ -141,7 +140,7 @@ def main() -> None:
                 if number:  # the first round warms up
                     times[name].append(taken)
         parts = {name: where_time_goes(run, images, args) for name, run in runs.items()}
-        operations = {name: flops(step) for name, step in steps.items()}
+        operations = {name: count_flops(step) for name, step in steps.items()}
     peak = {kind: product_flops(args.device, kind) for kind in ("float32", "bfloat16")}
     medians = {name: statistics.median(taken) for name, taken in times.items()}
     memory = {name: measured_memory(name) for name in CONTESTANTS}
@@ -198,24 +197,6 @@ def where_time_goes(run: _Run, images: torch.Tensor, args: argparse.Namespace) -
     return {name: round(value, 4) for name, value in parts.items()}
 
 
-class Operations(TorchDispatchMode):
-    """Counts as torch's FlopCounterMode, whose hooks on modules cannot bear ``torch.autograd.grad``."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry:
-            self.count += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
-        return result
-
-
-def flops(step: Callable[[], None]) -> int:
-    with Operations() as counter:
-        step()
-    return counter.count
-
-
 def product_flops(device: str, kind: str) -> float:
     """Operations per second of a large matrix product: the best of five."""
     size = 8192 if device.startswith("cuda") else 2048
@@ -240,12 +221,6 @@ def peak_mb(args: argparse.Namespace, data: LabelledImages, folder: Path) -> flo
     if cuda:
         return round(torch.cuda.max_memory_allocated() / 1e6, 1)
     return round(highest_mb() - before, 1)
-
-
-def highest_mb() -> float:
-    """Most memory this process ever held (Linux); not getrusage, which begins with what the parent held."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024  # type: ignore[index]
 
 
 def ratio(one: list[float], other: list[float]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from zepad_mm.training.data import DataSettings
 from zepad_mm.training.feed import size_of
 from zepad_mm.training.heads import HeadResult, HeadSettings, fresh_head, train_head, train_head_on_features
 from zepad_mm.training.loop import FitResult, fit
+from zepad_mm.training.plan import Plan, plan
 from zepad_mm.training.processes import encode_images, make_accelerator
 from zepad_mm.training.settings import TrainSettings
 from zepad_mm.training.students import ADAPTATIONS, build_student, load_encoder_or_tuned
@@ -16,6 +17,7 @@ __all__ = [
     "FitResult",
     "HeadResult",
     "HeadSettings",
+    "Plan",
     "TrainSettings",
     "Validation",
     "build_student",
@@ -26,6 +28,7 @@ __all__ = [
     "load_head",
     "load_tuned",
     "make_accelerator",
+    "plan",
     "size_of",
     "train_head",
     "train_head_on_features",
