@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write the README's table and the shipped model's card from the committed report: no figure is typed by hand.
+"""Write the tables of both READMEs and the shipped model's card from committed results: no figure is typed by hand.
 
     scripts/demo --out recipes/results/demo && python scripts/update_readme.py
 
@@ -12,6 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 from typing import Any
+
+from _recipes_readme import recipes_readme
 
 from zepad_mm.card import model_card
 from zepad_mm.evaluation.report import Report
@@ -134,7 +136,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="only say whether they are up to date")
     args = parser.parse_args()
     stale = []
-    for path, write in ((ROOT / "README.md", readme), (SHIPPED / "README.md", card)):
+    recipes = ROOT / "recipes" / "README.md"
+    for path, write in ((ROOT / "README.md", readme), (SHIPPED / "README.md", card), (recipes, recipes_readme)):
         old = path.read_text(encoding="utf-8")
         new = write(old)
         if new != old:

@@ -44,7 +44,7 @@ def test_smoke(recipe: str, tmp_path: Path) -> None:
 ALL_ON_TWO = """
 import sys
 sys.path[:0] = [{root!r}, {recipes!r}]
-import accelerate, defend_clip, train_heads, tune_bmp, tune_mpae
+import accelerate, defend_clip, pretrain_ssl, train_heads, tune_bmp, tune_mpae
 accelerate.Accelerator.end_training = lambda self: None  # it would end the process group of the next recipe
 few = ["--settings.steps", "2", "--settings.batch_size", "8", "--data.n_train", "16", "--data.n_validation", "8"]
 small = ["--settings.train.steps", "1", "--settings.n_train", "32", "--n", "4", "--settings.tune_benign", "false"]
@@ -52,18 +52,22 @@ for recipe, more in ((tune_mpae, few), (tune_bmp, few), (train_heads, []), (defe
     name = recipe.__name__
     common = ["--config", f"recipes/configs/smoke/{{name}}.yaml", "--out", f"{{sys.argv[1]}}/{{name}}"]
     recipe.main(recipe.parse([*common, *more, "--processes", "2"]))
+smoke = ["--config", "recipes/configs/smoke/pretrain_ssl.yaml", "--batch_size", "32", "--epochs", "1"]
+pretrain_ssl.main([*smoke, "--num_processes", "2", "--out", f"{{sys.argv[1]}}/pretrain_ssl"])
 """
 
 
 @pytest.mark.slow
 def test_recipes_on_two_processes(tmp_path: Path) -> None:
-    """All that know of processes, one after the other in one launch; pretrain_ssl has its own test."""
+    """All that know of processes, one after the other in one launch."""
+    pytest.importorskip("lightly")
     script = tmp_path / "all.py"
     script.write_text(ALL_ON_TWO.format(root=str(ROOT), recipes=str(ROOT / "recipes")))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     run(*launch, "--main_process_port", "0", str(script), str(tmp_path))
     for name in ("tune_mpae", "tune_bmp"):
         assert json.loads((tmp_path / name / "tuned.json").read_text())["processes"] == 2
+    assert json.loads((tmp_path / "pretrain_ssl" / "pretrain.json").read_text())["processes"] == 2
     assert (tmp_path / "train_heads").is_dir()
     assert (tmp_path / "defend_clip" / "evaluation" / "report.json").is_file()
     assert "Robustness" in (tmp_path / "defend_clip" / "README.md").read_text()

@@ -231,16 +231,6 @@ def test_bad_constants_are_named(wrong: dict[str, float]):
 
 
 @pytest.mark.slow
-def test_two_processes(tmp_path: Path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    smoke = ["recipes/pretrain_ssl.py", "--config", "recipes/configs/smoke/pretrain_ssl.yaml", "--batch_size", "32"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    arguments = ["--num_processes", "2", "--epochs", "1", "--out", str(tmp_path)]
-    subprocess.run([*launch, *smoke, *arguments], cwd=ROOT, env=environment, check=True, timeout=240)
-    assert json.loads((tmp_path / "pretrain.json").read_text())["processes"] == 2
-
-
-@pytest.mark.slow
 def test_story_from_end_to_end(tmp_path: Path):
     out, result = tmp_path / "run", tmp_path / "result"
     command = [sys.executable, "recipes/ssl_story.py", "--config", "recipes/configs/smoke/ssl_story.yaml"]

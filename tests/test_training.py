@@ -7,12 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from zepad_mm.data import LabelledImages
@@ -362,28 +364,29 @@ def test_augmentation_does_not_depend_on_the_number_of_processes() -> None:
     assert all(torch.equal(f, i) or torch.equal(f, i.flip(-1)) for f, i in zip(flipped, images, strict=True))
 
 
+def one_of_two(out: Path, accelerator: Accelerator) -> None:
+    """What each of the processes does, and what one process does alone."""
+    for name, options in (("tecoa", {"clean_fraction": 0.5}), ("fare", {})):
+        student = tiny_student("linear").double()  # so that the order of sums turns no sign of a gradient
+        train, held = (replace(data, images=data.images.double()) for data in (colours(), colours(23, 1)))
+        defence = make_defence(name, {"attack_steps": 2, "random_start": False, **options})
+        settings = quick(
+            validation_attack_steps=1, augment="none" if name == "fare" else "flip_shift", selection="last"
+        )
+        fit(student, train, held, defence, settings, out=out / name, accelerator=accelerator)
+        weights = torch.cat([p.detach().flatten() for p in student.parameters()])
+        spread = accelerator.gather(weights[None])
+        assert torch.equal(spread[0], spread[-1]), "ranks disagree"
+        features = encode_images(student.encoder, held.images, 4, accelerator)
+        assert torch.allclose(features, student.encoder(held.images).float(), atol=1e-5)
+
+
 TWO_RANKS = """
-import sys, json
+import sys
 from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
-from dataclasses import replace
-import torch
-from test_training import QUICK, TeCoA, colours, make_defence, quick, tiny_student, fit, make_accelerator
-from zepad_mm.training import encode_images
-accelerator = make_accelerator(int(sys.argv[2]))
-for name, options in (("tecoa", dict(random_start=False, clean_fraction=0.5)), ("fare", dict(random_start=False))):
-    student = tiny_student("linear").double()  # so that the order of sums turns no sign of a gradient
-    train, held = (replace(data, images=data.images.double()) for data in (colours(), colours(23, 1)))
-    out = Path(sys.argv[1]) / name
-    defence = make_defence(name, dict(attack_steps=2, **options))
-    settings = quick(validation_attack_steps=1, augment="none" if name == "fare" else "flip_shift", selection="last")
-    result = fit(student, train, held, defence, settings, out=out, accelerator=accelerator)
-    weights = torch.cat([p.detach().flatten() for p in student.parameters()])
-    spread = accelerator.gather(weights[None])
-    assert torch.equal(spread[0], spread[-1]), "ranks disagree"
-    features = encode_images(student.encoder, held.images, 4, accelerator)
-    assert torch.allclose(features, student.encoder(held.images).float(), atol=1e-5)
-assert accelerator.num_processes == int(sys.argv[2])
+from test_training import make_accelerator, one_of_two
+one_of_two(Path(sys.argv[1]), make_accelerator(2))
 """
 
 
@@ -393,10 +396,10 @@ def test_two_processes_give_the_curve_and_the_figures_of_one(tmp_path: Path) -> 
     script.write_text(TWO_RANKS.format(root=str(ROOT), tests=str(ROOT / "tests")))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    for out, command in (("one", [sys.executable]), ("two", [*launch, "--main_process_port", "0"])):
-        line = [*command, str(script), str(tmp_path / out), "1" if out == "one" else "2"]
-        done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=240, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
+    line = [*launch, "--main_process_port", "0", str(script), str(tmp_path / "two")]
+    done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one_of_two(tmp_path / "one", make_accelerator(1))
     for name in ("tecoa", "fare"):
         one, two = lines(tmp_path / "one" / name), lines(tmp_path / "two" / name)
         assert [line["step"] for line in one] == [line["step"] for line in two]
