@@ -22,7 +22,7 @@ NAMES = {
 def recipes_readme(old: str) -> str:
     """The file with the block between its marks written anew."""
     before, rest = old.split(START)
-    blocks = [block for write in (tuning, scaling, plan, classifier, killed) for block in write()]
+    blocks = [block for write in (tuning, half, crafting, scaling, plan, classifier, killed) for block in write()]
     return f"{before}{START}\n\n" + "\n".join(blocks).rstrip() + f"\n\n{END}{rest.split(END)[1]}"
 
 
@@ -63,6 +63,44 @@ def tuning() -> Iterator[str]:
             f"{products['bfloat16']:.0f} in bf16); memory above what the process held before. "
             f"{origin(found, 'scripts/bench/tuning.py')}\n"
         )
+
+
+def half() -> Iterator[str]:
+    if not (found := result("bf16")):
+        return
+    config = found["meta"]["config"]
+    yield "### Attacks in bf16\n"
+    yield "| robust accuracy of | attacked in fp32 | attacked in bf16 | between | pictures that differ |"
+    yield "|---|---|---|---|---|"
+    for row in found["rows"]:
+        cells = [
+            f"{100 * row[kind]['accuracy']:.1f} % ({100 * row[kind]['ci_low']:.1f}-{100 * row[kind]['ci_high']:.1f})"
+            for kind in ("fp32", "bf16")
+        ]
+        yield f"| {row['model']} | {' | '.join(cells)} | {row['points_between']:+} | {row['pictures_that_differ']} |"
+    yield (
+        f"\nPGD-{config['steps']} on the margin, {255 * config['epsilon']:.0f}/255, n = {found['rows'][0]['n']}, "
+        f"judged in fp32. {origin(found, 'scripts/bf16_check.py')}\n"
+    )
+
+
+def crafting() -> Iterator[str]:
+    if not (found := result("bench_crafting")):
+        return
+    config = found["meta"]["config"]
+    yield f"### Crafting universal perturbations on {config['source'].removeprefix('open_clip:')}\n"
+    yield "| attack | straightforward, images per second | ours | speed | loss at the end, straightforward / ours |"
+    yield "|---|---|---|---|---|"
+    for row in found["rows"]:
+        pace, loss = row["images_per_second"], row["final_loss"]
+        yield (
+            f"| {row['attack']} | {pace['straightforward']} | {pace['ours']} | {span(row['speed'])} | "
+            f"{loss['straightforward']:.4g} / {loss['ours']:.4g} |"
+        )
+    yield (
+        f"\n{config['steps']} steps of {config['batch']} pictures; medians of {config['rounds']} rounds in turns. "
+        f"{origin(found, 'scripts/bench/crafting.py')}\n"
+    )
 
 
 def scaling() -> Iterator[str]:
