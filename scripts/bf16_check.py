@@ -3,8 +3,8 @@
 
     python scripts/bf16_check.py                 # recipes/results/bf16.json, some minutes on two CPU cores
 
-On the robust branches of the shipped defence, on the embedded test pictures, picture by picture. Adversarial tuning with
-``mixed_precision="bf16"`` makes its attacks this way; the goal is a robust accuracy within half a point.
+On the robust branches of the shipped defence, on the embedded test pictures, picture by picture. Adversarial tuning
+with ``mixed_precision="bf16"`` makes its attacks this way; the goal is a robust accuracy within half a point.
 """
 
 from __future__ import annotations
