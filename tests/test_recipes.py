@@ -47,7 +47,7 @@ sys.path[:0] = [{root!r}, {recipes!r}]
 import accelerate, defend_clip, pretrain_ssl, train_heads, tune_bmp, tune_mpae
 accelerate.Accelerator.end_training = lambda self: None  # it would end the process group of the next recipe
 few = ["--settings.steps", "2", "--settings.batch_size", "8", "--data.n_train", "16", "--data.n_validation", "8"]
-small = ["--settings.train.steps", "1", "--settings.n_train", "32", "--n", "4", "--settings.tune_benign", "false"]
+small = ["--settings.train.steps", "1", "--settings.n_train", "32", "--n", "4", "--threats", "[clean]"]
 for recipe, more in ((tune_mpae, few), (tune_bmp, few), (train_heads, []), (defend_clip, small)):
     name = recipe.__name__
     common = ["--config", f"recipes/configs/smoke/{{name}}.yaml", "--out", f"{{sys.argv[1]}}/{{name}}"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -78,13 +79,33 @@ def test_the_adaptive_script_in_small(tmp_path: Path) -> None:
     assert "The attack that bites" in (tmp_path / "adaptive_on_rfdm.md").read_text()
 
 
+COUNTING = """
+import sys, time
+from pathlib import Path
+out = Path(sys.argv[sys.argv.index("--out") + 1])
+out.mkdir(parents=True, exist_ok=True)
+begun = (out / "begun").exists()
+(out / "begun").touch()
+time.sleep({seconds})
+(out / "count").write_text("other" if begun and {forgets} else "same")
+"""
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_killing_tells_who_ends_otherwise(forgets: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import _killing
+
+    words = [sys.executable, "-c", COUNTING.format(seconds=0.3, forgets=forgets)]
+    moments = random.Random(0)
+    found = _killing.torment(words, tmp_path, 2, moments, lambda out: (out / "count").read_text(), "counting")
+    assert found["kills"] == 2
+    assert (found["different"] > 0) == forgets
+
+
 @pytest.mark.slow
 def test_the_killing_script_in_small(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "scripts/kill_evaluate.py", "--kills", "1", "--out", str(tmp_path / "kill.json")]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=280)
-    found = json.loads((tmp_path / "kill.json").read_text())
-    assert found["evaluation"] == {"kills": 1, "runs": 1, "different": 0}
     command = [sys.executable, "scripts/kill_tune.py", "--kills", "0", "--steps", "2", "--processes", "1"]
     command += ["--out", str(tmp_path / "tune.json")]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=280)
