@@ -170,13 +170,11 @@ def test_impossible_runs_are_named(folder: Path, tmp_path: Path) -> None:
             DataSettings(**wrong)
 
 
-@pytest.mark.parametrize("storage", ["disk", "stream"])
-def test_the_recipe_reads_from_where_it_is_told(storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recipe_reads_from_where_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "recipes")
     import tune_mpae
 
     smoke = ["--config", str(ROOT / "recipes" / "configs" / "smoke" / "tune_mpae.yaml"), "--out", str(tmp_path)]
-    rows = ["--data.n_train", "null"] if storage == "stream" else []
-    workers = ["--settings.steps", "2", "--settings.num_workers", "1"]
-    tune_mpae.main(tune_mpae.parse([*smoke, *rows, *workers, "--data.storage", storage]))
+    stream = ["--data.storage", "stream", "--data.n_train", "null", "--settings.num_workers", "1"]
+    tune_mpae.main(tune_mpae.parse([*smoke, *stream, "--settings.steps", "2"]))
     assert (tmp_path / "tuned.json").is_file()

@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SMOKE = ROOT / "recipes" / "configs" / "smoke"
 OWN_TESTS = {"pretrain_ssl", "ssl_story"}  # run in test_recipes_ssl.py
+OWN_TESTS |= {"tune_bmp", "train_heads"}  # run in test_training.py
 
 
 def run(*command: str, cwd: Path = ROOT, timeout: int = 280) -> subprocess.CompletedProcess[str]:
@@ -48,7 +49,8 @@ import accelerate, defend_clip, pretrain_ssl, train_heads, tune_bmp, tune_mpae
 accelerate.Accelerator.end_training = lambda self: None  # it would end the process group of the next recipe
 few = ["--settings.steps", "2", "--settings.batch_size", "8", "--data.n_train", "16", "--data.n_validation", "8"]
 small = ["--settings.train.steps", "1", "--settings.n_train", "32", "--n", "4", "--threats", "[clean]"]
-for recipe, more in ((tune_mpae, few), (tune_bmp, few), (train_heads, []), (defend_clip, small)):
+few_heads = ["--data.n_train", "32", "--data.n_validation", "16", "--settings.epochs", "1"]
+for recipe, more in ((tune_mpae, few), (tune_bmp, few), (train_heads, few_heads), (defend_clip, small)):
     name = recipe.__name__
     common = ["--config", f"recipes/configs/smoke/{{name}}.yaml", "--out", f"{{sys.argv[1]}}/{{name}}"]
     recipe.main(recipe.parse([*common, *more, "--processes", "2"]))
@@ -90,9 +92,8 @@ def test_an_unknown_key_is_named(tmp_path: Path) -> None:
 
 
 def test_the_demo_writes_its_report_and_figures(tmp_path: Path) -> None:
-    """The script behind scripts/demo, with the weakest attacks; twice, since it is rerunnable."""
-    for _ in range(2):
-        run(sys.executable, "scripts/demo.py", "--preset", "smoke", "--out", str(tmp_path))
+    """The script behind scripts/demo, with the weakest attacks."""
+    run(sys.executable, "scripts/demo.py", "--preset", "smoke", "--out", str(tmp_path))
     report = json.loads((tmp_path / "report.json").read_text())
     assert {"commit", "config", "seed", "hardware", "versions", "wall_s", "warnings"} <= set(report["meta"])
     assert {row["threat"] for row in report["rows"]} == {"clean", "T1", "T1b", "T2", "T3"}

@@ -237,6 +237,7 @@ def test_clean_targets_are_kept_for_other_runs(
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "trackio"])
 def test_trackers_get_the_figures(tracker: str, tmp_path: Path) -> None:
+    pytest.importorskip(tracker)
     script = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
