@@ -22,6 +22,7 @@ from _killing import torment
 
 from zepad_mm.files import read_tensors, write_json
 from zepad_mm.provenance import provenance
+from zepad_mm.training.checkpoint import CHECKPOINT
 
 ROOT = Path(__file__).parents[1]
 TUNE = ["recipes/tune_mpae.py", "--config", "recipes/configs/smoke/tune_mpae.yaml", "--settings.log_every", "1"]
@@ -51,7 +52,8 @@ def main() -> None:
         for count in options.processes:
             words = [sys.executable, *(TWO if count == 2 else []), *run, "--processes", str(count)]
             title = f"{count} process(es)"
-            found[title] = torment(words, Path(name) / str(count), options.kills, moments, outcome, title)
+            folder = Path(name) / str(count)
+            found[title] = torment(words, folder, options.kills, moments, outcome, title, f"run/{CHECKPOINT}")
     config = {"kills": options.kills, "command": " ".join(run)}
     write_json(options.out, {"meta": provenance(seed=options.seed, config=config), **found})
     print(found)

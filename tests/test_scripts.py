@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -103,6 +104,28 @@ def test_killing_tells_who_ends_otherwise(forgets: bool, tmp_path: Path, monkeyp
     assert (found["different"] > 0) == forgets
 
 
+LAUNCHER = """
+import subprocess, sys, time
+from pathlib import Path
+late = "import sys, time; time.sleep(4); open(sys.argv[1], 'w')"
+worker = subprocess.Popen([sys.executable, "-c", late, {late!r}], start_new_session=True)
+Path({pid!r}).write_text(str(worker.pid))
+time.sleep(60)
+"""
+
+
+def test_a_kill_reaches_the_workers_of_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun gives each worker a session of its own: one that goes on would finish what another resumes."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import _killing
+
+    late, pid = tmp_path / "late", tmp_path / "pid"
+    assert _killing.kill([sys.executable, "-c", LAUNCHER.format(late=str(late), pid=str(pid))], 2)
+    worker = int(pid.read_text())
+    assert not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE
+    assert not late.exists()
+
+
 @pytest.mark.slow
 def test_the_killing_script_in_small(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -110,4 +133,4 @@ def test_the_killing_script_in_small(tmp_path: Path) -> None:
     command += ["--out", str(tmp_path / "tune.json")]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=280)
     found = json.loads((tmp_path / "tune.json").read_text())
-    assert found["1 process(es)"] == {"kills": 0, "runs": 0, "different": 0}
+    assert found["1 process(es)"] == {"kills": 0, "runs": 0, "different": 0, "after_a_checkpoint": 0}
