@@ -155,7 +155,8 @@ def killed() -> Iterator[str]:
     for title in (key for key in found if key != "meta"):
         row = found[title]
         yield (
-            f"- {title}: {row['kills']} times `kill -9` at random moments of {row['runs']} runs, "
-            f"{row['after_a_checkpoint']} of them with a checkpoint to go on from; {row['different']} runs ended with other weights or figures than a run that was left alone, compared bit for bit."
+            f"- {title}: {row['kills']} times `kill -9` at random moments, {row['after_a_checkpoint']} times with a "
+            f"checkpoint to go on from; of {row['runs']} runs {row['different']} ended with other weights or figures "
+            "than one that was left alone, compared bit for bit."
         )
     yield f"\n{origin(found, 'scripts/kill_tune.py')}\n"
