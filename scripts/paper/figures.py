@@ -1,4 +1,4 @@
-"""The paper's figures 2 and 3: confidence of each branch with and without an attack, and t-SNE of the feature spaces."""
+"""The paper's figures 2 and 3: confidence of each branch, clean and attacked, and t-SNE of the feature spaces."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def confidence(study: Study) -> dict[str, Any]:
             title = "clean" if condition == "clean" else condition.partition("@")[0]
             panels[f"{case} ({task}), {title}"] = stacked
             means = stacked.softmax(-1).amax(-1).mean(1).tolist()
-            rows.append({"case": case, "task": task, "condition": condition, "mean": dict(zip(members, means))})
+            rows.append(
+                {"case": case, "task": task, "condition": condition, "mean": dict(zip(members, means, strict=True))}
+            )
     figure = confidence_figure(panels, members, [not adversarial(name) for name in members])
     save(figure, Path(study.config.result) / "confidence.png")
     return {"rows": rows, "victim": victim}

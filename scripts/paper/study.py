@@ -1,10 +1,10 @@
 """A zoo under the paper's protocol: tunings, heads, perturbations and logits, each made once and kept on disk.
 
-An encoder has a name: that of the zoo (``simclr``), ``bmp`` for the benign one, and ``ENCODER+TUNING`` for what a tuning
-of :attr:`Settings.tunings` made of it (``simclr+gen_af``); with ``=`` behind it, its head is the one that was tuned
-along, not a clean one trained for the task. A condition is ``clean`` or ``ATTACK@ENCODERS`` with the
-encoders that the perturbation was made on. From the logits of (task, encoder, condition) every table but the white-box
-one is arithmetic; several processes may fill the store side by side, all files are written atomically.
+An encoder has a name: that of the zoo (``simclr``), ``bmp`` for the benign one, and ``ENCODER+TUNING`` for what a
+tuning of :attr:`Settings.tunings` made of it (``simclr+gen_af``); with ``=`` behind it, its head is the one that was
+tuned along, not a clean one trained for the task. A condition is ``clean`` or ``ATTACK@ENCODERS`` with the encoders that
+the perturbation was made on. From the logits of (task, encoder, condition) every table but the white-box one is
+arithmetic; several processes may fill the store side by side, all files are written atomically.
 """
 
 from __future__ import annotations
