@@ -25,7 +25,7 @@ def confidence(study: Study) -> dict[str, Any]:
     """Fig. 2: largest softmax of each branch, clean and attacked, where the tuning set is the task and where not."""
     victim, rows = study.config.studied[0], []
     members, attacked = study.defended(victim), study.public(victim)[0]
-    home, away = list(study.tasks)[:2]
+    home, away = next(iter(study.tasks)), list(study.tasks)[-1]  # one task alone is both
     panels = {}
     for case, task in (("C-C", home), ("C-S", away)):
         for condition in ("clean", attacked):

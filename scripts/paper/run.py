@@ -26,7 +26,8 @@ from zepad_mm.files import write_json
 from zepad_mm.provenance import provenance
 
 
-def main(arguments: list[str] | None = None) -> None:
+def parse(arguments: list[str] | None = None) -> tuple[Settings, list[str], bool]:
+    """Settings, names of tables, and whether only the store is to be filled; unknown keys are errors."""
     parser = ArgumentParser(description=__doc__, formatter_class=DefaultHelpFormatter)
     parser.add_argument("--config", action="config", help="YAML file with the settings below")
     parser.add_argument("--tables", type=list[str], default=list(TABLES), help=f"of {', '.join(TABLES)}")
@@ -35,8 +36,12 @@ def main(arguments: list[str] | None = None) -> None:
     given: dict[str, Any] = parser.instantiate_classes(parser.parse_args(arguments)).as_dict()
     given.pop("config")
     chosen, fill = given.pop("tables"), given.pop("fill")
+    return Settings(**given), chosen, fill
+
+
+def main(arguments: list[str] | None = None) -> None:
+    config, chosen, fill = parse(arguments)
     makers = {name: TABLES.get(name) for name in chosen}
-    config = Settings(**given)
     if config.threads:
         torch.set_num_threads(config.threads)
     study = Study(config)

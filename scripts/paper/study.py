@@ -2,8 +2,8 @@
 
 An encoder has a name: that of the zoo (``simclr``), ``bmp`` for the benign one, and ``ENCODER+TUNING`` for what a
 tuning of :attr:`Settings.tunings` made of it (``simclr+gen_af``); with ``=`` behind it, its head is the one that was
-tuned along, not a clean one trained for the task. A condition is ``clean`` or ``ATTACK@ENCODERS`` with the encoders that
-the perturbation was made on. From the logits of (task, encoder, condition) every table but the white-box one is
+tuned along, not a clean one trained for the task. A condition is ``clean`` or ``ATTACK@ENCODERS``: made on those
+encoders. From the logits of (task, encoder, condition) every table but the white-box one is
 arithmetic; several processes may fill the store side by side, all files are written atomically.
 """
 
