@@ -36,9 +36,9 @@ def main_lines(study: Study, victim: str) -> dict[str, Line]:
     config, members = study.config, study.defended(victim)
     return {
         "undefended": single(victim),
-        "paper's rule": fused("rfdm", members),
-        "ours": fused(config.rule, members, **config.rule_options),
-        "ours, BMP tuned on local labels": fused(config.rule, (*members[:2], "bmp+clean_own"), **config.rule_options),
+        "paper's": fused("rfdm", members),
+        "paper's tuning, our rule": fused(config.rule, members, **config.rule_options),
+        "ours": fused(config.rule, study.ours(victim), **config.rule_options),
     }
 
 
@@ -79,9 +79,8 @@ def rows_of(study: Study, victim: str, task: str, lines: dict[str, Line], family
     ]
 
 
-def detection_rows(study: Study, victim: str, task: str) -> list[dict[str, Any]]:
+def detection_rows(study: Study, victim: str, task: str, members: tuple[str, ...], model: str) -> list[dict[str, Any]]:
     """How well the scores tell clean from attacked test pictures, one to one; thresholds from validation pictures."""
-    members = study.defended(victim)
     benign = [not adversarial(name) for name in members]
 
     def scores(name: str, condition: str, split: str = "test") -> Tensor:
@@ -99,6 +98,7 @@ def detection_rows(study: Study, victim: str, task: str) -> list[dict[str, Any]]
                 {
                     "victim": victim,
                     "task": task,
+                    "model": model,
                     "score": score,
                     "condition": condition,
                     "auroc": found.auroc,

@@ -51,7 +51,7 @@ def distinct(rows: Rows, key: str) -> list[Any]:
 def main(record: dict[str, Any]) -> str:
     """Table 1, its summary beside the paper's, and which cells reach what was asked for."""
     rows, models = record["rows"], distinct(record["rows"], "model")
-    base, ours = models[0], models[2]
+    base, ours = models[0], models[-1]
     attacks = [name.partition("@")[0] for name in distinct(pick(rows, threat="T1"), "condition")]
     attacks = list(dict.fromkeys(attacks))
     lines, kept, gains = [], 0, []
@@ -137,9 +137,7 @@ def beside(rows: Rows, base: str, paper: str, ours: str) -> str:
             for row in pick(rows, model=ours, threat=threat)
         ]
         lines.append([f"largest gain in {title}", f"{gain:+.2f}", "", "", f"{max(differences):+.1f}"])
-    return grid(
-        ["mean over victims (and attacks)", "paper", "ours: undefended", "ours: paper's rule", "ours: our rule"], lines
-    )
+    return grid(["mean over victims (and attacks)", "paper", "undefended here", "the paper's here", "ours"], lines)
 
 
 def family(rows: Rows, models: list[str]) -> str:
@@ -245,7 +243,7 @@ def verdict(rows: Rows) -> str:
 
 def detection(record: dict[str, Any]) -> str:
     """Table 7 from the detection rows of the main table."""
-    rows, lines = record["detection"], []
+    rows, lines = [{**row, "score": f"{row['model']}: {row['score']}"} for row in record["detection"]], []
     home = distinct(rows, "task")[0]
     for task in distinct(rows, "task"):
         for condition in ("T1", "T1b"):
@@ -256,7 +254,11 @@ def detection(record: dict[str, Any]) -> str:
                     if ("," in row["condition"] or row["condition"].endswith("@bmp")) == (condition == "T1b")
                 ]
                 rule = [row["accuracy_paper_rule"] for row in found if row["accuracy_paper_rule"] is not None]
-                known = published.DETECTION["C-C" if task == home else "C-S"] if rule and condition == "T1" else None
+                known = (
+                    published.DETECTION["C-C" if task == home else "C-S"]
+                    if rule and condition == "T1" and score[0] == "p"
+                    else None
+                )
                 values = [mean(row[key] for row in found) for key in ("auroc", "tpr_at_fpr1", "tpr_at_fpr5")]
                 lines.append(
                     [task, condition, score, f"{known}" if known else "-", f"{100 * mean(rule):.1f}" if rule else "-",

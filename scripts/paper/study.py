@@ -56,7 +56,9 @@ class Settings(ssl_story.Settings):
     adv_au_for_itself: str = "moco_v3"  # where the victim is the auxiliary encoder
     more_adv_au: list[str] = field(default_factory=list)  # further ones, for the table of their number
     tunings: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> defence, options, on (public or own)
-    tuning: str = "gen_af"  # the one of the defence
+    tuning: str = "gen_af"  # the paper's
+    our_tuning: str = "half_clean"  # ours
+    our_bmp: str = "bmp+clean_own"  # the benign encoder of ours
     attacks: dict[str, int] = field(default_factory=lambda: {"adv_encoder": 60, "uapgd": 150})  # T1: name -> steps
     family_steps: int = 100  # of T1b's feature_uap
     studied: list[str] = field(default_factory=list)  # victims of the ablation and white-box tables; empty: the first
@@ -81,10 +83,15 @@ class Study:
         """The auxiliary encoder that stands beside a victim."""
         return self.config.adv_au_for_itself if victim == self.config.adv_au else self.config.adv_au
 
-    def defended(self, victim: str, tuning: str | None = None) -> tuple[str, str, str]:
-        """The three encoders of the defence of a victim."""
-        how = tuning or self.config.tuning
+    def defended(self, victim: str) -> tuple[str, str, str]:
+        """The three encoders of the paper's defence of a victim."""
+        how = self.config.tuning
         return f"{victim}+{how}", f"{self.partner(victim)}+{how}", "bmp"
+
+    def ours(self, victim: str) -> tuple[str, str, str]:
+        """The three encoders of ours: tuned on clean and attacked pictures, beside a benign one with local labels."""
+        how = self.config.our_tuning
+        return f"{victim}+{how}", f"{self.partner(victim)}+{how}", self.config.our_bmp
 
     def source(self, base: str) -> str:
         """The source string of an untuned encoder."""
@@ -167,8 +174,11 @@ class Study:
         return [f"{attack}@{victim}" for attack in self.config.attacks]
 
     def family(self, victim: str) -> list[str]:
-        """The conditions of T1b: made on the benign encoder, and on all three of the defence."""
-        return ["feature_uap@bmp", f"feature_uap@{','.join(self.defended(victim))}"]
+        """The conditions of T1b: made on the benign encoder, and on all three of the paper's defence and of ours."""
+        return [
+            "feature_uap@bmp",
+            *(f"feature_uap@{','.join(trio)}" for trio in (self.defended(victim), self.ours(victim))),
+        ]
 
     @functools.lru_cache(maxsize=24)  # noqa: B019
     def branch(self, task: str, name: str) -> Branch:
