@@ -82,7 +82,14 @@ def main(recipe: Recipe) -> None:
     seed = recipe.settings.seed
     train, validation = recipe.data.load(seed)
     student = build_student(
-        recipe.source, train, recipe.adaptation, recipe.head, prompts=recipe.prompts, lora=recipe.lora, seed=seed
+        recipe.source,
+        train,
+        recipe.adaptation,
+        recipe.head,
+        prompts=recipe.prompts,
+        lora=recipe.lora,
+        seed=seed,
+        cache_dir=None if recipe.plan else recipe.settings.cache_dir,
     )
     if recipe.plan:
         print(plan(student, train, validation, Clean(), recipe.settings, accelerator))

@@ -96,6 +96,7 @@ def main(recipe: Recipe) -> None:
         prompts=recipe.prompts,
         lora=recipe.lora,
         seed=recipe.settings.seed,
+        cache_dir=None if recipe.plan else recipe.settings.cache_dir,
     )
     if recipe.plan:
         print(plan(student, train, validation, defence, recipe.settings, accelerator))

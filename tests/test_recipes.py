@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -33,6 +34,38 @@ def test_every_recipe_has_a_smoke_config_and_every_config_a_launch_line() -> Non
         text = config.read_text()
         assert text.startswith("#"), config
         assert re.search(rf"recipes/\w+\.py[^:]*--config[\s#]+recipes/configs/[\w/]*{config.stem}", text), config
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_header_says_how_to_launch_and_what_it_costs(path: Path) -> None:
+    """Every launch line is one that the recipe takes; a figure names the file that it comes from."""
+    comments = [line[2:] for line in path.read_text().splitlines() if line.startswith("# ")]
+    header = dict(re.findall(r"^([\w ]+?): +(.+)$", "\n".join(comments).replace("\\\n", ""), re.M))
+    needed = ("Run first", "CPU", "one GPU", "8 GPUs", "2 nodes", "Memory", "Time")
+    assert not set(needed) - set(header)
+    assert " ".join(header)[-len(" ".join(needed)) :] == " ".join(needed)  # in this order, and last
+    arguments: list[str] = []
+    for devices in needed[1:5]:
+        found = re.search(r"recipes/(\w+)\.py (.+)", header[devices])
+        if found:
+            name, rest = found.groups()
+            arguments += rest.split()
+        else:
+            assert header[devices] == "the same" or "one process" in header[devices]
+    if "recipes/" in header["8 GPUs"]:
+        assert "--num_processes 8" in header["8 GPUs"]
+        assert "--nnodes 2" in header["2 nodes"]
+    assert set(arguments[1::2]) >= {f"recipes/configs/{path.name}"}
+    for cost in ("Memory", "Time"):
+        _, _, after = "\n".join(comments).partition(f"\n{cost}:")
+        sources = re.findall(r"[\w/]+\.json", after)
+        assert header[cost] == "not measured" or any((ROOT / source).is_file() for source in sources)
+    if name in ("pretrain_ssl", "ssl_story"):
+        pytest.importorskip("lightly")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.syspath_prepend(str(ROOT / "recipes"))
+        importlib.import_module(name).parse(arguments)
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in SMOKE.glob("*.yaml") if path.stem not in OWN_TESTS))

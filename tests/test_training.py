@@ -15,11 +15,12 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
+from conftest import write_clip
 from torch import Tensor, nn
 
 from zepad_mm.data import LabelledImages
 from zepad_mm.defences import DEFENCES, Defence, LossParts, Student, TeCoA, make_defence
-from zepad_mm.encoders import Encoder, LoraSettings, Preprocess, add_lora, has_lora, load_encoder
+from zepad_mm.encoders import Encoder, LoraSettings, Preprocess, TextEncoder, add_lora, has_lora, load_encoder
 from zepad_mm.files import read_tensors, write_tensors
 from zepad_mm.heads import ZeroShotHead
 from zepad_mm.training import (
@@ -227,12 +228,57 @@ def test_clean_targets_are_kept_for_other_runs(
     other = Student(tiny_encoder(1), fresh_head("linear", 32, 3))
     run(tmp_path / "other", defence, settings, other)
     assert len(list(kept.iterdir())) == 2
-    file.write_bytes(file.read_bytes()[:50])
-    third, _ = run(tmp_path / "third", defence, settings)
-    assert same(first, third)
-    assert "is written anew" in caplog.text
+    features = read_tensors(file)[0]["features"].clone()  # what is read is a view of the file
+    assert features.shape == (48, 32)
+    written = file.read_bytes()
+    for number, wrong in enumerate((None, features[:-1], features[:, :-1], features.double())):
+        if wrong is None:
+            file.write_bytes(written[:50])
+        else:
+            write_tensors(file, {"features": wrong})
+        caplog.clear()
+        third, _ = run(tmp_path / f"third-{number}", defence, settings)
+        assert same(first, third)
+        assert "is written anew" in caplog.text
+        assert torch.equal(read_tensors(file)[0]["features"], features)
     with pytest.raises(ValueError, match="set augment='none'"):
-        quick(cache_dir=str(kept))
+        run(tmp_path / "augmented", defence, quick(cache_dir=str(kept)))
+
+
+def test_text_embeddings_are_kept_for_other_runs(
+    clip_source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    data, kept = colours(8), tmp_path / "kept"
+
+    def head(source: str = clip_source, data: LabelledImages = data, **more: Any) -> Tensor:
+        return build_student(source, data, cache_dir=str(kept), **more).head.text
+
+    expected = build_student(clip_source, data).head.text
+    assert torch.equal(head(), expected)
+    (file,) = kept.iterdir()
+    with monkeypatch.context() as patch:
+        patch.delattr(TextEncoder, "forward")  # nothing is encoded again
+        assert torch.equal(head(), expected)
+    written = file.read_bytes()
+    for wrong in (None, expected[:2], expected[:, :5], expected.half()):
+        if wrong is None:
+            file.write_bytes(written[:50])
+        else:
+            write_tensors(file, {"features": wrong})
+        caplog.clear()
+        assert torch.equal(head(), expected)
+        assert "is written anew" in caplog.text
+        torch.testing.assert_close(read_tensors(file)[0]["features"], expected)
+    (tmp_path / "other").mkdir()
+    other = write_clip(tmp_path / "other", seed=1)
+    for changes in ({"prompts": "single"}, {"source": other}, {"data": replace(data, class_names=("a", "b", "c"))}):
+        assert not torch.equal(head(**changes), expected)
+    assert len(list(kept.iterdir())) == 4
+    quick_gelu = json.loads((tmp_path / "other" / "open_clip_config.json").read_text())
+    quick_gelu["model_cfg"]["quick_gelu"] = True
+    (tmp_path / "other" / "open_clip_config.json").write_text(json.dumps(quick_gelu))
+    assert torch.equal(head(other), build_student(other, data).head.text)  # the same weights, another function
+    assert len(list(kept.iterdir())) == 5
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "trackio"])

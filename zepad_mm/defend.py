@@ -237,7 +237,14 @@ def _tune(
         return load_tuned(folder)
     log.info("%s: tuning by %s, %s steps", folder, name, how.steps or f"{how.epochs} epochs of")
     student = build_student(
-        source, train, settings.adaptation, "zero_shot", prompts=settings.prompts, lora=settings.lora, seed=how.seed
+        source,
+        train,
+        settings.adaptation,
+        "zero_shot",
+        prompts=settings.prompts,
+        lora=settings.lora,
+        seed=how.seed,
+        cache_dir=how.cache_dir,
     )
     result = fit(student, train, validation, defence, how, out=folder / "run", accelerator=accelerator)
     figures = result.validation.to_dict() if result.validation else None

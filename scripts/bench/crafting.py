@@ -19,14 +19,16 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zepad_mm.attacks import UNIVERSAL_ATTACKS
+from zepad_mm.attacks.universal import base
 from zepad_mm.attacks.universal.base import Surrogate
 from zepad_mm.data import load_data
 from zepad_mm.encoders import load_encoder, streamlined
@@ -34,33 +36,19 @@ from zepad_mm.files import write_json
 from zepad_mm.provenance import provenance
 
 ROOT = Path(__file__).parents[2]
-ATTACKS = ("adv_encoder", "feature_uap", "etu", "x_transfer")
-
-
-class Hidden:
-    """An encoder that no attack can find and freeze."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        self.encode: Callable[[Tensor], Tensor] = encoder.__call__
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return self.encode(images)
+ATTACKS = ("adv_encoder", "feature_uap", "etu", "x_transfer", "l4a_base")  # the last is PAP
 
 
 @contextmanager
-def clean_features_anew() -> Iterator[None]:
-    """Within, the clean pictures of a batch are encoded at every step."""
-    kept = Surrogate.clean_features
+def straightforward() -> Iterator[None]:
+    """Within, parameters are not frozen, and the clean pictures of a batch are encoded at every step."""
 
     def anew(self: Surrogate, which: int, batch: Tensor) -> Tensor:
         with torch.no_grad():
             return self.encoders[which](self.pictures(batch))
 
-    Surrogate.clean_features = anew  # type: ignore[method-assign]
-    try:
+    with patch.object(base, "frozen", nullcontext), patch.object(Surrogate, "clean_features", anew):
         yield
-    finally:
-        Surrogate.clean_features = kept  # type: ignore[method-assign]
 
 
 def main() -> None:
@@ -79,7 +67,7 @@ def main() -> None:
     encoder = load_encoder(args.source).to(args.device).eval()
     size = encoder.preprocess.image_size
     pictures = load_data("embedded", "surrogate", size, args.n).images.to(args.device)
-    plain, light = Hidden(encoder.requires_grad_(True)), streamlined(encoder, size)
+    plain, light = encoder.requires_grad_(True), streamlined(encoder, size)
     times: dict[str, dict[str, list[float]]] = {name: {"straightforward": [], "ours": []} for name in ATTACKS}
     losses: dict[str, dict[str, float]] = {name: {} for name in ATTACKS}
     for number in range(args.rounds + 1):
@@ -90,7 +78,7 @@ def main() -> None:
                 if way == "ours":
                     found = attack.fit(light, pictures)
                 else:
-                    with clean_features_anew():
+                    with straightforward():
                         found = attack.fit(plain, pictures)
                 if args.device.startswith("cuda"):
                     torch.cuda.synchronize()

@@ -1,18 +1,20 @@
-"""Clean targets: features of the training pictures under the untuned encoder, computed once, and kept on disk."""
+"""What the untuned model says, computed once and kept on disk: clean targets, and embeddings of class names."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from zepad_mm.data import LabelledImages
-from zepad_mm.encoders import Encoder
+from zepad_mm.encoders import Encoder, TextEncoder
 from zepad_mm.files import read_tensors, write_tensors
+from zepad_mm.prompts import clean_name, templates_of
 from zepad_mm.training.checkpoint import crc_of
 from zepad_mm.training.processes import encode_images
 
@@ -37,8 +39,8 @@ def clean_targets(
             pictures' pixels; None keeps nothing. A damaged file is computed anew.
     """
     images = train.images[indices]
-    path = Path(cache_dir) / f"{key_of(teacher, images)}.safetensors" if cache_dir else None
-    features = _kept(path, len(images))
+    path = _path(cache_dir, teacher, str(teacher.preprocess), images.split(1024)) if cache_dir else None
+    features = _kept(path, (len(images), teacher.feature_dim))
     if features is None:
         features = encode_images(teacher, images, batch_size, accelerator)
         if path is not None and accelerator.is_main_process:
@@ -49,22 +51,47 @@ def clean_targets(
     return table
 
 
-def key_of(teacher: Encoder, images: Tensor) -> str:
-    """What the features depend on: the encoder's weights and preprocessing, and every pixel."""
-    digest = hashlib.blake2b(f"{crc_of(teacher)} {teacher.preprocess}".encode(), digest_size=16)
-    digest.update(repr(tuple(images.shape)).encode())
-    for part in images.split(1024):
-        digest.update(part.cpu().contiguous().numpy().data)
-    return digest.hexdigest()
+def class_embeddings(
+    text: TextEncoder, class_names: Sequence[str], prompts: str | Sequence[str], feature_dim: int, cache_dir: str | None
+) -> Tensor:
+    """:meth:`TextEncoder.class_embeddings` (C, D), kept in ``cache_dir`` by the tower's weights and its tokens.
+
+    Args:
+        feature_dim: D, which a file must have to be read; it is computed anew otherwise.
+        cache_dir: as of :func:`clean_targets`. Each process reads or computes for itself: they may start at any time.
+    """
+    if not cache_dir:
+        return text.class_embeddings(class_names, prompts)
+    templates = templates_of(prompts)
+    tokens = text.tokenizer([template.format(clean_name(name)) for name in class_names for template in templates])
+    path = _path(cache_dir, text, str(templates), tokens.values() if isinstance(tokens, Mapping) else (tokens,))
+    embeddings = _kept(path, (len(class_names), feature_dim))
+    if embeddings is None:
+        embeddings = text.class_embeddings(class_names, prompts).float()
+        write_tensors(path, {"features": embeddings}, {"source": text.source})
+    return embeddings
 
 
-def _kept(path: Path | None, size: int) -> Tensor | None:
+def _path(cache_dir: str, module: nn.Module, about: str, tensors: Iterable[Tensor]) -> Path:
+    """Named after what features depend on: weights, kinds of layers (QuickGELU has no weight), and what is encoded."""
+    kinds = sorted({type(layer).__name__ for layer in module.modules()})
+    digest = hashlib.blake2b(f"{crc_of(module)} {kinds} {about}".encode(), digest_size=16)
+    for tensor in tensors:
+        digest.update(repr(tuple(tensor.shape)).encode())
+        digest.update(tensor.cpu().contiguous().numpy().data)
+    return Path(cache_dir) / f"{digest.hexdigest()}.safetensors"
+
+
+def _kept(path: Path | None, shape: tuple[int, int]) -> Tensor | None:
+    """What an earlier run left there; None where that is nothing, cut off, or anything but float32 of this shape."""
     if path is None or not path.is_file():
         return None
     try:
         features = read_tensors(path)[0]["features"]
+        if features.shape != shape or features.dtype != torch.float32:
+            raise ValueError(f"features {tuple(features.shape)} {features.dtype}, expected {shape} torch.float32")
     except (ValueError, KeyError) as error:
         log.warning("%s cannot be used and is written anew: %s", path, error)
         return None
-    log.info("clean targets of %d pictures from %s", size, path)
+    log.info("features of %d from %s", len(features), path)
     return features

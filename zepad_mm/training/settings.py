@@ -32,7 +32,7 @@ class TrainSettings(Config):
     accumulation: int = 1  # parts of equal size that a batch is crafted and back-propagated in, for less memory
     gradient_checkpointing: bool = False  # activations are computed again in the backward pass, for less memory
     compile: Literal["no", "inductor", "aot_eager", "cudagraphs"] = "no"  # torch.compile of the encoder, by backend
-    cache_dir: str | None = None  # keeps clean targets for other runs, where there is no augmentation; None: in memory
+    cache_dir: str | None = None  # keeps clean targets and text embeddings for other runs; None: in memory
     channels_last: bool = False  # faster convolutions on many CPUs and on tensor cores
     seed: int = 0
     validation_every: int = 0  # steps; 0: after each epoch. The untuned student is validated too
@@ -62,11 +62,6 @@ class TrainSettings(Config):
             raise ValueError(f"steps: expected at least 1 or none, got {self.steps}")
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation: a batch of {self.batch_size} has no {self.accumulation} equal parts")
-        if self.cache_dir is not None and self.augment != "none":
-            raise ValueError(
-                f"cache_dir: with augment={self.augment!r} no picture comes twice and its clean target cannot be kept; "
-                "leave cache_dir out, or set augment='none'"
-            )
         if self.grad_clip is not None and not self.grad_clip > 0:
             raise ValueError(f"grad_clip: expected a positive norm or none, got {self.grad_clip}")
         if self.validation_epsilon is not None:

@@ -48,6 +48,11 @@ def check_run(
     """Raise ValueError that names what makes this run impossible, before an hour is spent on it."""
     if settings.num_workers and isinstance(train, LabelledImages):
         raise ValueError("num_workers: pictures in memory are decoded already; leave it at 0, or keep the set on disk")
+    if settings.cache_dir is not None and defence.needs_original and settings.augment != "none":
+        raise ValueError(
+            f"cache_dir: with augment={settings.augment!r} no picture comes twice and its clean target cannot be kept; "
+            "leave cache_dir out, or set augment='none'"
+        )
     if settings.accumulation > 1 and (not defence.per_sample or settings.bn_mode == "train"):
         what = f"{defence.name} compares" if not defence.per_sample else "bn_mode='train' normalises over"
         raise ValueError(

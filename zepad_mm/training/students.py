@@ -9,9 +9,10 @@ from torch import nn
 from zepad_mm.data import LabelledImages
 from zepad_mm.defences.base import Student
 from zepad_mm.encoders import Encoder, LoraSettings, add_lora, is_clip, load_clip, load_encoder
-from zepad_mm.heads import zero_shot_head
+from zepad_mm.heads import ZeroShotHead
 from zepad_mm.training.feed import TrainData
 from zepad_mm.training.heads import HeadSettings, fresh_head, train_head
+from zepad_mm.training.originals import class_embeddings
 from zepad_mm.training.processes import derived_seed, seeded
 from zepad_mm.training.tuned import TUNED, load_tuned
 
@@ -27,6 +28,7 @@ def build_student(
     prompts: str = "photo",
     lora: LoraSettings | None = None,
     seed: int = 0,
+    cache_dir: str | None = None,
 ) -> Student:
     """An encoder to be tuned and the head it is tuned under.
 
@@ -40,6 +42,7 @@ def build_student(
         prompts: set or template for the zero-shot head.
         lora: rank and targets.
         seed: for fresh weights.
+        cache_dir: folder that keeps the text embeddings of a zero-shot head for other runs; None keeps nothing.
 
     Raises:
         ValueError: unknown adaptation or head, or a zero-shot head for an encoder without a text tower.
@@ -47,7 +50,7 @@ def build_student(
     if adaptation not in ADAPTATIONS:
         raise ValueError(f"adaptation: expected one of {', '.join(ADAPTATIONS)}, got {adaptation!r}")
     kind = ("zero_shot" if is_clip(source) else "mlp") if head == "auto" else head
-    encoder, module = _with_head(source, train, kind, prompts, seed)
+    encoder, module = _with_head(source, train, kind, prompts, seed, cache_dir)
     encoder.requires_grad_(True)
     if adaptation == "lora":
         with seeded(next(encoder.parameters()).device, derived_seed(seed, "lora")):
@@ -55,11 +58,14 @@ def build_student(
     return Student(encoder, module)
 
 
-def _with_head(source: str, train: TrainData, kind: str, prompts: str, seed: int) -> tuple[Encoder, nn.Module]:
+def _with_head(
+    source: str, train: TrainData, kind: str, prompts: str, seed: int, cache_dir: str | None
+) -> tuple[Encoder, nn.Module]:
     classes = len(train.class_names)
     if kind == "zero_shot":
         encoder, text = load_clip(source)
-        return encoder, zero_shot_head(text, train.class_names, prompts)
+        embeddings = class_embeddings(text, train.class_names, prompts, encoder.feature_dim, cache_dir)
+        return encoder, ZeroShotHead.from_embeddings(embeddings, text.logit_scale)
     encoder = load_encoder(source)
     if kind == "probe":
         if not isinstance(train, LabelledImages):
