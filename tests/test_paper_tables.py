@@ -40,13 +40,14 @@ n_head: 32
 n_test: 16
 n_white_box: 8
 n_surrogate: 16
+n_selection: 4
 attacks: {feature_uap: 1, l4a_base: 1}
 tunings:
   gen_af: {defence: gen_af, options: {attack_steps: 1}}
   clean: {defence: clean}
   clean_own: {defence: clean, on: own}
   pgd_at: {defence: tecoa, options: {attack_steps: 1}}
-  half_clean: {defence: tecoa, options: {attack_steps: 1, clean_fraction: 0.5}}
+  fare: {defence: fare, options: {attack_steps: 1}, train: {selection: last}}
   released: {defence: gen_af_released, options: {attack_steps: 1}}
 train: {steps: 1, batch_size: 16, validation_attack_steps: 1, bn_mode: train, samples: 0}
 head: {epochs: 1}

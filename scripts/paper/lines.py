@@ -42,17 +42,19 @@ def main_lines(study: Study, victim: str) -> dict[str, Line]:
     }
 
 
-def answer(study: Study, line: Line, task: str, condition: str) -> Tensor:
+def answer(study: Study, line: Line, task: str, condition: str, split: str = "test") -> Tensor:
     """(n,) predicted classes of a line."""
-    stacked = torch.stack([study.logits(task, name, condition) for name in line.members])
+    stacked = torch.stack([study.logits(task, name, condition, split) for name in line.members])
     return line.fuse(stacked).argmax(-1)
 
 
-def row(study: Study, victim: str, task: str, model: str, line: Line, condition: str, threat: str) -> dict[str, Any]:
+def row(
+    study: Study, victim: str, task: str, model: str, line: Line, condition: str, threat: str, split: str = "test"
+) -> dict[str, Any]:
     """Accuracy of one model under one condition, with its interval and the paper's ASR."""
-    answers, labels = answer(study, line, task, condition), study.data(task)[2].labels
+    answers, labels = answer(study, line, task, condition, split), study.pictures(task, split).labels
     found = share(answers == labels)
-    asr = None if condition == "clean" else fooling_rate(answer(study, line, task, "clean"), answers)
+    asr = None if condition == "clean" else fooling_rate(answer(study, line, task, "clean", split), answers)
     return {
         "victim": victim,
         "task": task,
@@ -68,12 +70,14 @@ def row(study: Study, victim: str, task: str, model: str, line: Line, condition:
     }
 
 
-def rows_of(study: Study, victim: str, task: str, lines: dict[str, Line], family: bool = False) -> list[dict[str, Any]]:
+def rows_of(
+    study: Study, victim: str, task: str, lines: dict[str, Line], family: bool = False, split: str = "test"
+) -> list[dict[str, Any]]:
     """Every line of a victim under clean, every attack of T1, and where asked T1b."""
     conditions = [("clean", "clean"), *(("T1", name) for name in study.public(victim))]
     conditions += [("T1b", name) for name in study.family(victim)] if family else []
     return [
-        row(study, victim, task, model, line, condition, threat)
+        row(study, victim, task, model, line, condition, threat, split)
         for threat, condition in conditions
         for model, line in lines.items()
     ]

@@ -182,6 +182,23 @@ def white(rows: Rows) -> str:
     return "\n" + grid(head, [[row["model"], percent(row)] for row in rows])
 
 
+def choice(record: dict[str, Any]) -> str:
+    """What ours is made of: tunings in a table, then the rule that selection found."""
+    found = record["selection"]
+    chosen = found["chosen"]
+    constants = ", ".join(f"{key} {value:g}" for key, value in chosen["params"].items())
+    lines = [
+        [name, f"{100 * row['clean']:.1f}", f"{100 * row['shared']:.1f}"]
+        for name, row in [*found["branches"].items(), (f"**{chosen['rule']}** {constants}", chosen)]
+    ]
+    text = (
+        f"By `select_fusion` on {found['n']} validation pictures, PGD-{found['steps']} at "
+        f"{255 * found['epsilon']:.0f}/255, the worst over what was found through any rule:\n"
+    )
+    tunings = lines_table(record, {}, "Validation pictures; nothing of this table was measured on test pictures.")
+    return "\n".join([tunings, text, grid(["branch, or rule", "clean", "attacked"], lines), origin(record)])
+
+
 def ablation(record: dict[str, Any]) -> str:
     note = "The paper's row is DINO, tuned on CIFAR-10, tested on ANIMALS-10, AdvEncoder. It has no controls."
     return lines_table(record, published.ABLATION, note) + "\n" + origin(record)
@@ -326,6 +343,7 @@ def zoo(record: dict[str, Any]) -> str:
 # title, file below recipes/results, what writes it
 SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("The zoo", "ssl_zoo.json", zoo),
+    ("What ours is made of", "paper/choice.json", choice),
     ("1. Victims, tasks and attacks (T1)", "paper/main.json", main),
     ("2. Other defences", "paper/baselines.json", baselines),
     ("3. Ablation and controls", "paper/ablation.json", ablation),

@@ -57,11 +57,12 @@ class Settings(ssl_story.Settings):
     more_adv_au: list[str] = field(default_factory=list)  # further ones, for the table of their number
     tunings: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> defence, options, on (public or own)
     tuning: str = "gen_af"  # the paper's
-    our_tuning: str = "half_clean"  # ours
+    our_tuning: str = "fare"  # ours
     our_bmp: str = "bmp+clean_own"  # the benign encoder of ours
     attacks: dict[str, int] = field(default_factory=lambda: {"adv_encoder": 60, "uapgd": 150})  # T1: name -> steps
     family_steps: int = 100  # of T1b's feature_uap
     studied: list[str] = field(default_factory=list)  # victims of the ablation and white-box tables; empty: the first
+    n_selection: int = 200  # validation pictures that the fusion rule is chosen on
     evaluation: dict[str, Any] = field(default_factory=dict)  # EvalSettings of the white-box table
 
 
@@ -89,7 +90,7 @@ class Study:
         return f"{victim}+{how}", f"{self.partner(victim)}+{how}", "bmp"
 
     def ours(self, victim: str) -> tuple[str, str, str]:
-        """The three encoders of ours: tuned on clean and attacked pictures, beside a benign one with local labels."""
+        """The three encoders of ours: another tuning, beside a benign encoder with local labels."""
         how = self.config.our_tuning
         return f"{victim}+{how}", f"{self.partner(victim)}+{how}", self.config.our_bmp
 
@@ -146,6 +147,10 @@ class Study:
     def data(self, task: str) -> tuple[LabelledImages, LabelledImages, LabelledImages]:
         """(train, validation, test) of a task."""
         return ssl_story.task_data(self.config, self.tasks[task])
+
+    def pictures(self, task: str, split: str) -> LabelledImages:
+        """The test or the validation pictures of a task."""
+        return self.data(task)[("train", "validation", "test").index(split)]
 
     def surrogate(self) -> LabelledImages:
         """The attacker's pictures, from the public half; their labels are not used."""
@@ -208,7 +213,7 @@ class Study:
         """(n, C) of the task's test pictures, or of its validation pictures, under a condition."""
         path = self.out / "logits" / task / name / f"{split}-{condition}.safetensors"
         if not path.is_file():
-            pictures = self.data(task)[2 if split == "test" else 1].images
+            pictures = self.pictures(task, split).images
             if condition != "clean":
                 pictures = self.perturbation(condition)(pictures)
             write_tensors(path, {"logits": self.answers(self.branch(task, name), pictures)})

@@ -17,10 +17,29 @@ from zepad_mm.evaluation import EvalData, EvalSettings, evaluate
 from zepad_mm.evaluation.metrics import share
 from zepad_mm.model import ZePAD, ZePADConfig
 from zepad_mm.registry import Registry
+from zepad_mm.selection import select_fusion
 
 # name -> study to record
 TABLES: Registry[Any] = Registry("table")
 BASELINES = {"pgd_at": "PGD-AT", "trades": "TRADES", "mart": "MART", "gen_af": "Gen-AF, stage 1"}
+
+
+@TABLES.register("choice")
+def choice(study: Study) -> dict[str, Any]:
+    """What ours is made of, decided on validation pictures of the first studied victim: the tuning, then the rule."""
+    config, victim, rows = study.config, study.config.studied[0], []
+    tunings = [name for name in config.tunings if not name.startswith(("clean", "released", "lambda"))]
+    lines = {"undefended": single(victim)}
+    for name in tunings:
+        lines[f"{name} alone"] = single(f"{victim}+{name}")
+        lines[f"{name} and BMP"] = fused(config.rule, (f"{victim}+{name}", config.our_bmp), **config.rule_options)
+    for task in study.tasks:
+        rows += rows_of(study, victim, task, lines, split="validation")
+    home = next(iter(study.tasks))
+    model, pictures = assembled(study, victim, study.ours(victim), home), study.pictures(home, "validation")
+    budget = EvalSettings.from_dict(config.evaluation).epsilon
+    rule = select_fusion(model, pictures.sample(config.n_selection, config.seed), epsilon=budget, seed=config.seed)
+    return {"rows": rows, "selection": rule.to_dict(), "tuning": _tunings(study, rows)}
 
 
 @TABLES.register("main")
