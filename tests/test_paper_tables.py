@@ -48,6 +48,7 @@ tunings:
   clean_own: {defence: clean, on: own}
   pgd_at: {defence: tecoa, options: {attack_steps: 1}}
   fare: {defence: fare, options: {attack_steps: 1}, train: {selection: last}}
+  half_clean: {defence: tecoa, options: {attack_steps: 1, clean_fraction: 0.5}}
   released: {defence: gen_af_released, options: {attack_steps: 1}}
 train: {steps: 1, batch_size: 16, validation_attack_steps: 1, bn_mode: train, samples: 0}
 head: {epochs: 1}

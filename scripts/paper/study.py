@@ -58,6 +58,7 @@ class Settings(ssl_story.Settings):
     tunings: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> defence, options, on (public or own)
     tuning: str = "gen_af"  # the paper's
     our_tuning: str = "fare"  # ours
+    other_tuning: str = "half_clean"  # of the auxiliary encoder where the two differ
     our_bmp: str = "bmp+clean_own"  # the benign encoder of ours
     attacks: dict[str, int] = field(default_factory=lambda: {"adv_encoder": 60, "uapgd": 150})  # T1: name -> steps
     family_steps: int = 100  # of T1b's feature_uap
@@ -93,6 +94,10 @@ class Study:
         """The three encoders of ours: another tuning, beside a benign encoder with local labels."""
         how = self.config.our_tuning
         return f"{victim}+{how}", f"{self.partner(victim)}+{how}", self.config.our_bmp
+
+    def mixed(self, victim: str) -> tuple[str, str, str]:
+        """Ours, with the auxiliary encoder tuned by another objective: two robust encoders that fail differently."""
+        return (self.ours(victim)[0], f"{self.partner(victim)}+{self.config.other_tuning}", self.config.our_bmp)
 
     def source(self, base: str) -> str:
         """The source string of an untuned encoder."""

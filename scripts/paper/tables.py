@@ -69,6 +69,7 @@ def ablation(study: Study) -> dict[str, Any]:
             "full, as the paper": fused("rfdm", members),
             "full, our rule": fused(study.config.rule, members, **study.config.rule_options),
             "ours": fused(study.config.rule, study.ours(victim), **study.config.rule_options),
+            "ours, two objectives": fused(study.config.rule, study.mixed(victim), **study.config.rule_options),
             "ours: tuned victim alone": single(study.ours(victim)[0]),
             "ours: tuned auxiliary encoder alone": single(study.ours(victim)[1]),
             "ours: BMP alone": single(study.config.our_bmp),
@@ -142,8 +143,13 @@ def white_box(study: Study) -> dict[str, Any]:
     _, validation, test = study.data(home)
     settings = EvalSettings.from_dict({**config.evaluation, "image_size": config.image_size, "seed": config.seed})
     data = EvalData(test, validation, study.surrogate())
-    chosen = {f"{victim}, ours": (victim, study.ours(victim)) for victim in config.studied}
-    chosen[f"{config.studied[0]}, the paper's tuning"] = (config.studied[0], study.defended(config.studied[0]))
+    first = config.studied[0]
+    chosen = {
+        f"{first}, ours": (first, study.ours(first)),
+        f"{first}, the paper's tuning": (first, study.defended(first)),
+        f"{first}, two objectives": (first, study.mixed(first)),
+        **{f"{victim}, ours": (victim, study.ours(victim)) for victim in config.studied},
+    }
     for title, (victim, members) in chosen.items():
         out = study.out / "white_box" / title.replace(", ", "-").replace(" ", "-").replace("'", "")
         report = evaluate(assembled(study, victim, members, home), data=data, settings=settings, out=out, resume=True)
