@@ -235,26 +235,3 @@ def test_fare_measures_from_the_original_features() -> None:
     assert float(total) == pytest.approx(1.5 * 32 * 0.01**2, rel=1e-3)
     with pytest.raises(ValueError, match="original"):
         FARE().loss(student, Batch(batch.images, batch.labels, batch.indices), batch.images)
-
-
-def test_trades_and_mart_are_their_papers_sums() -> None:
-    student = tiny_student()
-    batch = tiny_batch(student)
-    attacked = (batch.images + 0.03 * torch.randn(batch.images.shape, generator=generator())).clamp(0, 1)
-    with torch.no_grad():
-        p, q = (student.logits(x).double().softmax(-1).tolist() for x in (batch.images, attacked))
-        kl = [sum(p[i][k] * math.log(p[i][k] / q[i][k]) for k in range(4)) for i in range(8)]
-        trades = make_defence("trades", {"beta": 2.0}).loss(student, batch, attacked).total
-        mart = make_defence("mart", {"weight": 3.0}).loss(student, batch, attacked).total
-    y = batch.labels.tolist()
-    rivals = [max(q[i][k] for k in range(4) if k != y[i]) for i in range(8)]
-    expected = sum(-math.log(p[i][y[i]]) + 2 * kl[i] for i in range(8)) / 8
-    assert float(trades) == pytest.approx(expected, rel=1e-4)
-    boosted = [-math.log(q[i][y[i]]) - math.log(1 - rivals[i]) for i in range(8)]
-    expected = sum(boosted[i] + 3 * kl[i] * (1 - p[i][y[i]]) for i in range(8)) / 8
-    assert float(mart) == pytest.approx(expected, rel=1e-4)
-
-
-def test_trades_wants_a_random_start() -> None:
-    with pytest.raises(ValueError, match="no slope"):
-        make_defence("trades", {"random_start": False})

@@ -193,7 +193,7 @@ def choice(record: dict[str, Any]) -> str:
     ]
     text = (
         f"By `select_fusion` on {found['n']} validation pictures, PGD-{found['steps']} at "
-        f"{255 * found['epsilon']:.0f}/255, the worst over what was found through any rule, this one would be taken. It "
+        f"{255 * found['epsilon']:.0f}/255, the worst over what was found through any rule, it would take this. It "
         "asks for white-box robustness first; the tables below keep the rule of the configuration, which was fixed "
         "before any of them.\n"
     )
