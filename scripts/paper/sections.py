@@ -260,6 +260,23 @@ def verdict(rows: Rows) -> str:
     )
 
 
+def clip(report: dict[str, Any]) -> str:
+    """Table 9 from the report of the demo: the embedded CLIP, zero-shot, every column the worst case of its threat."""
+    rows, threats = report["rows"], ("clean", "T1", "T1b", "T2")
+    lines = []
+    for model in distinct(rows, "model"):
+        cells = [pick(rows, model=model, threat=t, attack="none" if t == "clean" else "worst") for t in threats]
+        if all(cells):
+            bounds = ["≤ " if cell[0].get("upper_bound") else "" for cell in cells]
+            lines.append([model, *(bound + percent(cell[0]) for bound, cell in zip(bounds, cells, strict=True))])
+    two = pick(rows, threat="T2")[0]
+    text = (
+        f"The embedded CLIP on {two['dataset']}, n = {two['n']}, T1 and T1b at 10/255, T2 at "
+        f"{255 * two['epsilon']:.0f}/255, by `scripts/demo`. The paper prints no figures for CLIP.\n"
+    )
+    return "\n".join([text, grid(["model", *threats], lines), origin(report)])
+
+
 def detection(record: dict[str, Any]) -> str:
     """Table 7 from the detection rows of the main table."""
     rows, lines = [{**row, "score": f"{row['model']}: {row['score']}"} for row in record["detection"]], []
@@ -355,5 +372,6 @@ SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("7. Detection", "paper/main.json", detection),
     ("Figure 2. Confidence of each branch", "paper/confidence.json", confidence),
     ("8. Figure 3. Feature spaces", "paper/features.json", features),
+    ("9. CLIP", "demo/report.json", clip),
     ("10. Cost", "paper/cost.json", cost),
 )
