@@ -3,6 +3,7 @@
 
     python scripts/build_ssl_zoo.py --data uoft-cs/cifar10             # two to three hours on one CPU thread
     python scripts/build_ssl_zoo.py --methods simclr byol --epochs 4   # some of it
+    python scripts/build_ssl_zoo.py --half recipes/zoo                 # and copies in half precision
 
 Each is one run of ``recipes/pretrain_ssl.py`` with ``recipes/configs/ssl_zoo.yaml`` and the method's own constants
 below; methods that are there already are kept, and a killed run goes on from its last whole epoch. Writes
@@ -22,7 +23,7 @@ sys.path.insert(0, str(ROOT / "recipes"))
 
 import pretrain_ssl  # noqa: E402
 
-from zepad_mm.files import read_json, write_json, write_text  # noqa: E402
+from zepad_mm.files import read_json, read_tensors, write_json, write_tensors, write_text  # noqa: E402
 from zepad_mm.provenance import provenance  # noqa: E402
 
 # the paper's methods, and where the shared constants of the config do not fit one
@@ -53,6 +54,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--epochs", type=int, help="in place of the config's")
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "ssl_zoo")
     parser.add_argument("--result", type=Path, default=ROOT / "recipes" / "results" / "ssl_zoo", help="without suffix")
+    parser.add_argument("--half", type=Path, help="folder for copies of all encoders in half precision, 2.4 MiB each")
     args = parser.parse_args(arguments)
     given = ["--data", args.data] if args.data else []
     given += ["--epochs", str(args.epochs)] if args.epochs else []
@@ -63,11 +65,23 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             pretrain_ssl.main([*run, *METHODS[method], *given])
     done = {name: args.out / name / "pretrain.json" for name in METHODS}
     rows = {name: read_json(path) for name, path in done.items() if path.is_file()}
+    if args.half:
+        for name in rows:
+            write_half(args.out / name, args.half / name)
     record = {"meta": provenance(seed=11, config={"methods": list(rows)}), "rows": rows, "published": PAPER_LINEAR}
     write_json(args.result.with_suffix(".json"), record)
     write_text(args.result.with_suffix(".md"), markdown(rows))
     print(markdown(rows))
     return record
+
+
+def write_half(source: Path, target: Path) -> None:
+    """A copy of one encoder whose floating-point weights are in half precision; ``load_encoder`` reads both."""
+    tensors, about = read_tensors(source / "encoder" / "model.safetensors")
+    small = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}
+    write_tensors(target / "encoder" / "model.safetensors", small, about)
+    for name in ("encoder/config.json", "pretrain.json"):
+        write_json(target / name, read_json(source / name))
 
 
 def markdown(rows: dict[str, Any]) -> str:

@@ -130,9 +130,12 @@ def test_the_zoo_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
     smoke += ["--result", str(tmp_path / "table")]
     build_ssl_zoo.main([*smoke, "--methods", "supcon"])
     written = (tmp_path / "zoo" / "supcon" / "pretrain.json").stat().st_mtime_ns
-    record = build_ssl_zoo.main([*smoke, "--methods", "w_mse", "supcon"])
+    record = build_ssl_zoo.main([*smoke, "--methods", "w_mse", "supcon", "--half", str(tmp_path / "half")])
     assert (tmp_path / "zoo" / "supcon" / "pretrain.json").stat().st_mtime_ns == written
     assert list(record["rows"]) == ["w_mse", "supcon"]
+    whole, half = (load_encoder(f"timm:local-dir:{tmp_path / name / 'supcon' / 'encoder'}") for name in ("zoo", "half"))
+    picture = torch.rand(1, 3, 32, 32)
+    assert torch.allclose(whole(picture), half(picture), atol=0.01)
     assert (tmp_path / "table.md").read_text().count("\n| ") == 3
 
 

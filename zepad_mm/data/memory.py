@@ -43,14 +43,16 @@ def load_data(source: str, split: str, image_size: int = 64, n: int | None = Non
 
     Args:
         source: ``"embedded"``; a folder with parquet files named ``SPLIT-*.parquet`` or with class folders
-            (``imagefolder``); or the name of a set on the Hub, e.g. ``"uoft-cs/cifar10"``.
+            (``imagefolder``); the name of a set on the Hub, e.g. ``"uoft-cs/cifar10"``; or a short name of the
+            ``CATALOGUE``, e.g. ``"svhn"``.
         split: ``train``, ``test``, ..., or several as ``train+surrogate``; the embedded set has ``surrogate``,
             ``train``, ``validation``, ``test``.
         image_size: side in pixels that every picture is brought to.
         n: keep that many pictures, drawn by ``seed``; None keeps all.
 
     Raises:
-        FileNotFoundError: no such folder or split; ValueError: no image or label column.
+        FileNotFoundError: no such folder or split; ValueError: no image or label column, or a set that is
+            not what the catalogue says.
     """
     table = open_table(source, split)
     image_column, label_column = columns_of(table, source)

@@ -8,6 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+import zepad_mm.data.listed  # noqa: F401  fills the catalogue
+from zepad_mm.data.catalogue import CATALOGUE, find, part_of
 from zepad_mm.prompts import clean_name
 
 EMBEDDED_DATA = Path(__file__).parents[1] / "assets" / "clothing"
@@ -40,6 +42,7 @@ def open_table(source: str, split: str, streaming: bool = False) -> Any:
 def _open(source: str, split: str, streaming: bool) -> Any:
     import datasets
     from datasets import load_dataset
+    from huggingface_hub.constants import HF_HUB_OFFLINE
 
     datasets.disable_progress_bars()
     folder = EMBEDDED_DATA if source == "embedded" else Path(source)
@@ -53,13 +56,19 @@ def _open(source: str, split: str, streaming: bool) -> Any:
         return load_dataset("imagefolder", data_dir=str(folder), split=split, streaming=streaming)
     if source == "embedded" or source.startswith((".", "/")):
         raise FileNotFoundError(f"{folder} is no folder; expected parquet files or class folders of pictures there")
+    entry = find(source)
+    hub, config, theirs = (source, None, split) if entry is None else (entry.hub, entry.config, entry.hub_split(split))
     try:
-        return load_dataset(source, split=split, streaming=streaming)
+        table = load_dataset(hub, config, split=theirs, streaming=streaming)
     except Exception as error:
         raise FileNotFoundError(
-            f"data set {source!r} is neither a folder here nor reachable on the Hub ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else ''}); give a folder, a Hub name, or 'embedded'"
+            f"data set {source!r} is neither a folder here nor reachable on the Hub"
+            f"{f' as {hub}' if hub != source else ''} ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else ''})"
+            f"{'; HF_HUB_OFFLINE is set, so only what was downloaded before is found' if HF_HUB_OFFLINE else ''}; give "
+            f"the path of a folder, a Hub name, 'embedded', or one of {', '.join(CATALOGUE)}"
         ) from error
+    return table if entry is None else part_of(entry, table, split)
 
 
 def _read_parquet(files: list[str], streaming: bool) -> Any:

@@ -1,0 +1,136 @@
+"""The catalogue of data sets: opened from sets of the Hub's form, compared, and parted by fixed indices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL import Image as Picture
+
+from zepad_mm.data import CATALOGUE, DataSet, load_data, stream_images
+from zepad_mm.data.catalogue import digest, find, fixed_rows
+
+NAMES = ("cat", "dog")
+Stored = Callable[..., DataSet]
+
+
+def write(folder: Path, split: str, names: Sequence[str], rows: int, column: str) -> None:
+    """``rows`` pictures, the first one darkest, as ``datasets`` writes a Hub repository."""
+    features = Features({column: Image(), "domain": Value("string"), "label": ClassLabel(names=list(names))})
+    rows_of = {
+        column: [Picture.new("RGB", (8, 8), (row, row, row)) for row in range(rows)],
+        "domain": ["photo" if row % 2 else "sketch" for row in range(rows)],
+        "label": [row % 2 for row in range(rows)],
+    }
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    Dataset.from_dict(rows_of, features=features).to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+
+
+@pytest.fixture
+def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stored:
+    """A set of 20 training pictures on disk, and an entry of the catalogue for it, named ``toy``."""
+
+    def make(names: Sequence[str] = ("Cat", "Dog"), column: str = "image", **changes: object) -> DataSet:
+        write(tmp_path / "repository", "train", names, 20, column)
+        entry = DataSet(
+            name="toy",
+            hub=str(tmp_path / "repository"),
+            sizes={"train": 20},
+            class_names=NAMES,
+            known_from="a test",
+        )
+        entry = replace(entry, **changes)  # type: ignore[arg-type]
+        monkeypatch.setitem(CATALOGUE._entries, "toy", entry)
+        monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        return entry
+
+    return make
+
+
+def shared_out(shares: dict[str, float]) -> dict[str, object]:
+    digests = {split: digest(rows) for split, rows in fixed_rows("toy", 20, shares).items()}
+    return {"shares": shares, "digests": digests}
+
+
+def test_a_short_name_opens_the_set_with_the_names_written_down(stored: Stored) -> None:
+    stored(column="img", image_column="img")
+    data = load_data("toy", "train", 8)
+    assert (len(data), data.class_names, data.name) == (20, NAMES, "toy")
+
+
+def test_parts_of_one_split_are_fixed_and_disjoint(stored: Stored) -> None:
+    stored(**shared_out({"test": 0.2, "validation": 0.1, "train": 0.7}))
+    torch.manual_seed(1)
+    parts = {split: load_data("toy", split, 8) for split in ("train", "validation", "test")}
+    torch.manual_seed(2)
+    again = load_data("toy", "test", 8)
+    assert torch.equal(parts["test"].images, again.images)
+    assert [len(part) for part in parts.values()] == [14, 2, 4]
+    shades = torch.cat([part.images[:, 0, 0, 0] for part in parts.values()])
+    assert len(shades.unique()) == 20
+
+
+def test_an_index_that_is_not_the_committed_one_is_refused(stored: Stored) -> None:
+    stored(shares={"test": 0.5, "train": 0.5}, digests={"test": "0", "train": "0"})
+    with pytest.raises(ValueError, match=r"split 'test' of toy.*committed is 0"):
+        load_data("toy", "test", 8)
+
+
+def test_an_index_into_a_set_of_another_size_is_refused(stored: Stored) -> None:
+    stored(sizes={"train": 30}, **shared_out({"test": 0.5, "train": 0.5}))
+    with pytest.raises(ValueError, match=r"20 rows; the catalogue \(a test\) has 30.*fixed index"):
+        load_data("toy", "test", 8)
+
+
+def test_an_index_cannot_be_streamed(stored: Stored) -> None:
+    stored(**shared_out({"held_out": 0.1, "tune": 0.9}))
+    with pytest.raises(ValueError, match=r"'tune' of toy.*storage='memory'"):
+        stream_images("toy", "tune", 8)
+
+
+def test_other_sizes_and_names_are_warned_of(stored: Stored, caplog: pytest.LogCaptureFixture) -> None:
+    stored(names=("kitten", "dog"), sizes={"train": 30})
+    assert load_data("toy", "train", 8).class_names == ("kitten", "dog")
+    assert "20 rows; the catalogue (a test) has 30" in caplog.text
+    assert "names its classes kitten, dog; the catalogue has cat, dog" in caplog.text
+
+
+def test_other_classes_and_columns_are_errors(stored: Stored) -> None:
+    stored(class_names=("cat", "dog", "horse"))
+    with pytest.raises(ValueError, match=r"Cat.*expects 3 classes: cat, dog, horse"):
+        load_data("toy", "train", 8)
+    stored(image_column="picture")
+    with pytest.raises(ValueError, match=r"columns image, domain, label.*expects picture"):
+        load_data("toy", "train", 8)
+
+
+def test_domains_are_splits(stored: Stored) -> None:
+    stored(by_column="domain", sizes={"photo": 10, "sketch": 10})
+    assert load_data("toy", "photo", 8).labels.unique().tolist() == [1]
+    with pytest.raises(FileNotFoundError, match="no split 'train'; it has photo, sketch"):
+        load_data("toy", "train", 8)
+
+
+def test_a_set_that_is_not_at_hand_says_what_to_do(stored: Stored, tmp_path: Path) -> None:
+    stored(hub=str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"'toy' is neither.*nowhere.*give the path of a folder.*svhn"):
+        load_data("toy", "train", 8)
+    with pytest.raises(FileNotFoundError, match=r"'imagenet20' is not on the Hub in this form.*path of a folder"):
+        load_data("imagenet20", "train")
+
+
+@pytest.mark.parametrize("name", list(CATALOGUE))
+def test_what_is_written_down_holds_together(name: str) -> None:
+    entry = CATALOGUE.get(name)
+    assert entry.name == name
+    assert find(entry.hub or name) is entry
+    assert len(set(entry.class_names)) == len(entry.class_names) > 1
+    rows = [entry.rows(split) for split in entry.shares]
+    if rows:
+        assert sorted(row for part in rows for row in part) == list(range(entry.sizes["train"]))
+    wanted = {"gtsrb": 43, "imagenet20": 20, "tinyimagenet80": 80, "pacs": 7}
+    assert len(entry.class_names) == wanted.get(name, 10)
