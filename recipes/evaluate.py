@@ -7,10 +7,15 @@ Run first: nothing for the shipped model; recipes/tune_mpae.py and scripts/build
 
 Leaves in --out: report.json, report.md, records.parquet (per sample), perturbations/, figures.
 
-    CPU:       python recipes/evaluate.py --config recipes/configs/smoke/evaluate.yaml
-    one GPU:   python recipes/evaluate.py --config recipes/configs/evaluate_full.yaml
-    8 GPUs, 2 nodes: one process per model and seed; the records of all can be joined.
+    CPU:              python recipes/evaluate.py --config recipes/configs/smoke/evaluate.yaml
+    2 CPU processes:  accelerate launch --multi_gpu --num_processes 2 recipes/evaluate.py --config ... --processes 2
+    one GPU:          python recipes/evaluate.py --config recipes/configs/evaluate_full.yaml
+    8 GPUs:           accelerate launch --multi_gpu --num_processes 8 recipes/evaluate.py --config ... --processes 8
+    2 nodes, on each: accelerate launch --multi_gpu --num_machines 2 --num_processes 16 --machine_rank RANK
+                      --main_process_ip HOST --main_process_port 29500 recipes/evaluate.py --config ... --processes 16
+                      (--out on a disk that both see)
 
+Processes share the batches of attacks and answers, not the crafting of universal perturbations; the table is the same.
 Every field is an option too (--n 200); --print_config shows them all.
 """
 
@@ -24,6 +29,7 @@ from jsonargparse import ArgumentParser
 
 from zepad_mm.config import Config
 from zepad_mm.evaluation import Report, evaluate
+from zepad_mm.training import make_accelerator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +45,7 @@ class Recipe(Config):
     n: int | None = None  # test pictures; None: all
     seed: int = 0
     resume: bool = False  # take up a run in --out that was cut off
+    processes: int | None = None  # how many processes are expected; another number is an error
 
 
 def parse(args: list[str] | None = None) -> Recipe:
@@ -54,6 +61,7 @@ def parse(args: list[str] | None = None) -> Recipe:
 def main(recipe: Recipe) -> Report:
     """Evaluate and write."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    accelerator = make_accelerator(recipe.processes)
     report = evaluate(
         recipe.model,
         data=recipe.data,
@@ -64,8 +72,11 @@ def main(recipe: Recipe) -> Report:
         seed=recipe.seed,
         out=recipe.out,
         resume=recipe.resume,
+        accelerator=accelerator,
     )
-    print((Path(recipe.out) / "report.md").read_text(encoding="utf-8"))
+    if accelerator.is_main_process:
+        print((Path(recipe.out) / "report.md").read_text(encoding="utf-8"))
+    accelerator.end_training()
     return report
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from zepad_mm.attacks import frozen
@@ -19,6 +20,7 @@ from zepad_mm.evaluation.data import EvalData
 from zepad_mm.evaluation.detectors import deployed_threshold, detection_rows, score_validation
 from zepad_mm.evaluation.diagnostics import Check, run_checks
 from zepad_mm.evaluation.false_alarms import false_alarm_rows, false_alarm_stages
+from zepad_mm.evaluation.processes import Processes
 from zepad_mm.evaluation.records import Records
 from zepad_mm.evaluation.report import Report, acceptance
 from zepad_mm.evaluation.session import Session, Through
@@ -49,6 +51,7 @@ def evaluate(
     out: str | Path | None = None,
     resume: bool = False,
     baselines: Mapping[str, nn.Module] | None = None,
+    accelerator: Accelerator | None = None,
 ) -> Report:
     """Judge a defended model against the undefended one, its own branches and every other fusion rule.
 
@@ -63,6 +66,8 @@ def evaluate(
         out: folder for ``report.json``, ``report.md``, ``records.parquet``, ``perturbations/`` and ``cache/``.
         resume: take up an earlier run in ``out`` that was cut off; at most one batch (or one crafting) is done again.
         baselines: further models for comparison, each from images in [0, 1] to logits; listed as ``baseline:<name>``.
+        accelerator: whose processes all call this, see ``out``, and share the batches of attacks and answers: the table
+            is that of one process. A model given by name is put on its device. None: this process alone.
 
     Raises:
         ValueError: unknown threat, budget out of range, classes that do not match, a cache of another run.
@@ -79,10 +84,13 @@ def evaluate(
         model = ZePAD.from_pretrained(model)
         if all(branch.head == "zero_shot" for branch in model.config.branches):
             model.set_classes(pictures.test.class_names)
+        if accelerator is not None:
+            model.to(accelerator.device)
     pictures.check(model.class_names)
     folder = None if out is None else Path(out)
+    processes = Processes(accelerator.process_index, accelerator.num_processes) if accelerator else Processes()
     with torch.inference_mode(False):
-        session = Session(model, pictures, settings, baselines or {}, folder, resume)
+        session = Session(model, pictures, settings, baselines or {}, folder, resume, processes)
         with frozen(Through(list(session.members.values()), None)):
             records, detection, alarms, checks = _run(session)
             certificate = certified_shares(session)
@@ -95,10 +103,10 @@ def evaluate(
     doubts = [f"likely overestimated ({check.name}): {check.detail}" for check in checks if not check.passed]
     report = Report(meta={**meta, "warnings": doubts}, rows=records.rows(), detection=detection)
     report.meta["warnings"] += [f"acceptance: {failure}" for failure in acceptance(report)]
-    if folder is not None:
+    if folder is not None and processes.first:
         records.save(folder)
         report.save(folder)
-    for warning in report.meta["warnings"]:
+    for warning in report.meta["warnings"] if processes.first else ():
         log.warning(warning)
     return report
 

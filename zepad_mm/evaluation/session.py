@@ -9,6 +9,8 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from tqdm.auto import tqdm
 from zepad_mm.branch import Branch
 from zepad_mm.encoders import Encoder, streamlined
 from zepad_mm.evaluation.data import EvalData
+from zepad_mm.evaluation.processes import Processes
 from zepad_mm.evaluation.settings import EvalSettings
 from zepad_mm.files import read_json, read_tensors, write_json, write_tensors
 from zepad_mm.fusion import RULES, Fusion, build
@@ -106,6 +109,7 @@ class Session:
         baselines: further models to judge beside it, name -> module from images to logits.
         out: where finished stages are kept; None keeps them in memory only.
         resume: take up the stages that an earlier run left in ``out``.
+        processes: those that share the batches; all must see ``out``, and only the first one writes stages.
     """
 
     def __init__(
@@ -116,8 +120,9 @@ class Session:
         baselines: Mapping[str, nn.Module],
         out: Path | None,
         resume: bool,
+        processes: Processes,
     ) -> None:
-        self.model, self.data, self.settings, self.out = model, data, settings, out
+        self.model, self.data, self.settings, self.out, self.processes = model, data, settings, out, processes
         members: dict[str, nn.Module] = {
             **{f"branch:{name}": branch for name, branch in model.branches.items()},
             UNDEFENDED: model.undefended,
@@ -131,10 +136,11 @@ class Session:
         self.examples: list[Example] = []
         self.settled: list[str] = []  # rows that were not attacked themselves, being behind the default already
         self.deltas: dict[str, Tensor] = {}  # universal perturbations by "attack@where", (3, H, W)
-        self.bar = tqdm(total=0, disable=None, unit="stage", desc="evaluate")
+        self.bar = tqdm(total=0, disable=None if processes.first else True, unit="stage", desc="evaluate")
         self._twins: dict[int, int] = {}  # member -> an earlier one that is the same network
-        if out is not None:
+        if out is not None and processes.first:
             self._open_cache(out / "cache", self._identity(members), resume)
+        processes.agreed(None)  # nobody begins before old stages are gone
 
     # ---- who and what ----------------------------------------------------------------------------------------
 
@@ -207,14 +213,16 @@ class Session:
     @torch.no_grad()
     def score(self, images: Tensor, attacked: Tensor | None = None) -> Tensor:
         """Logits of all members (M, n, C). With ``attacked`` (n,), ``images`` are those pictures alone."""
-        fresh: list[Tensor] = []
-        for index, member in enumerate(self.members.values()):
+        parts = images.split(self.settings.batch_size) if len(images) else ()
+        distinct = [member for index, member in enumerate(self.members.values()) if index not in self._twins]
+        scored = self.processes.shared([partial(self._logits, member, part) for member in distinct for part in parts])
+        rest, fresh = iter(scored), list[Tensor]()
+        for index in range(len(self.members)):
             if index in self._twins:
                 fresh.append(fresh[self._twins[index]])
-                continue
-            parts = images.split(self.settings.batch_size) if len(images) else ()
-            scored = [member(part.to(self.device)).float().cpu() for part in parts]
-            fresh.append(torch.cat(scored) if scored else torch.empty(0, len(self.model.class_names)))
+            else:
+                empty = torch.empty(0, len(self.model.class_names))
+                fresh.append(torch.cat(list(islice(rest, len(parts)))) if parts else empty)
         logits = torch.stack(fresh)
         if attacked is None:
             return logits
@@ -222,21 +230,29 @@ class Session:
         full[:, attacked] = logits
         return full
 
+    @torch.no_grad()
+    def _logits(self, member: nn.Module, images: Tensor) -> Tensor:
+        return member(images.to(self.device)).float().cpu()
+
     def stage(self, name: str, work: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What ``work`` gives, with its ``seconds``; taken from the cache where an earlier run finished it."""
         path = None if self.out is None else _stage_file(self.out, name)
         self.bar.set_postfix_str(name)
-        if path is not None and path.is_file():
+        kept = None
+        if path is not None and self.processes.first and path.is_file():
             log.info("%s: taken from %s", name, path)
-            result, _ = read_tensors(path)
-        else:
+            kept, _ = read_tensors(path)
+        result = self.processes.agreed(kept)
+        if result is None:
             started = time.perf_counter()
             result = work()
             result["seconds"] = torch.tensor(time.perf_counter() - started, dtype=torch.float64)
             log.info("%s: %.1f s", name, float(result["seconds"]))
-            if path is not None:
+            if path is not None and self.processes.first:
                 write_tensors(path, result, {"stage": name})
                 shutil.rmtree(path.parent / PARTS, ignore_errors=True)  # the whole is there now
+            result = self.processes.agreed(result)
+            assert result is not None
         self.bar.update()
         return result
 
@@ -255,7 +271,7 @@ class Session:
     def finish(self) -> None:
         """Close the bar, and drop batches of what is no stage."""
         self.bar.close()
-        if self.out is not None:
+        if self.out is not None and self.processes.first:
             shutil.rmtree(self.out / "cache" / PARTS, ignore_errors=True)
 
     def generator(self, *purpose: int | str) -> torch.Generator:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -79,19 +80,19 @@ def strike(
 ) -> Tensor:
     """Attacked versions of the test pictures at ``index`` (k,), in batches: (k, 3, H, W).
 
-    Every batch is kept as it is finished, under the name of its ``purpose``, until the stage is.
+    Every batch is kept as it is finished, under the name of its ``purpose``, until the stage is; each is struck by one
+    of the processes.
     """
-    struck = [session.images[:0]]
-    for batch, rows in enumerate(index.split(session.settings.batch_size) if len(index) else ()):
 
-        def work(batch: int = batch, rows: Tensor = rows) -> Tensor:
-            images, labels = session.images[rows].to(session.device), session.labels[rows].to(session.device)
-            begin = None if start is None else start(images)
-            generator = session.generator(purpose, batch)
-            return attack(target, images, labels, generator=generator, start=begin).cpu()
+    def work(batch: int, rows: Tensor) -> Tensor:
+        images, labels = session.images[rows].to(session.device), session.labels[rows].to(session.device)
+        begin = None if start is None else start(images)
+        generator = session.generator(purpose, batch)
+        return attack(target, images, labels, generator=generator, start=begin).cpu()
 
-        struck.append(session.part(purpose, batch, work))
-    return torch.cat(struck)
+    batches = enumerate(index.split(session.settings.batch_size) if len(index) else ())
+    works = [partial(session.part, purpose, batch, partial(work, batch, rows)) for batch, rows in batches]
+    return torch.cat([session.images[:0], *session.processes.shared(works)])
 
 
 def _strike_and_score(
