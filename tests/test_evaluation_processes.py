@@ -17,14 +17,14 @@ ROOT = Path(__file__).parents[1]
 FEW = replace(
     SETTINGS,
     threats=("clean", "T1", "T2", "T3"),
-    batch_size=16,
-    n=40,
+    batch_size=8,
+    n=20,
     rules=("rfdm",),
     adaptive=("average_logit",),
-    universal_steps={"feature_uap": 6},
-    steps=4,
-    detector_steps=4,
-    diagnostics_n=4,
+    universal_steps={"feature_uap": 3},
+    steps=2,
+    detector_steps=2,
+    diagnostics_n=0,
 )
 SCRIPT = f"""
 import sys

@@ -237,6 +237,9 @@ def white_box(record: dict[str, Any]) -> str:
             lines.append([model, *cells])
         first = next(row for row in rows if row["threat"] == "T2")
         about = f"n = {first['n']}, T1 and T1b at 10/255, T2 and T3 at {255 * first['epsilon']:.0f}/255"
+        model = report["meta"]["config"]["model"]
+        constants = ", ".join(f"{key} {value:g}" for key, value in model["fusion_params"].items())
+        about += f"; `zepad` is `{model['fusion']}` with {constants or 'its defaults'}"
         text += [f"### {victim} ({about})\n", grid(["model", *threats], lines), verdict(rows)]
         text += [f"- {warning}" for warning in report["meta"]["warnings"]]
         text.append("")
