@@ -94,7 +94,7 @@ def markdown(rows: dict[str, Any]) -> str:
         f"{one['n_train']} pictures of {config['data']} ({config['part']}), {one['hardware']}; accuracy in % on "
         f"{one['n_held_out']} held-out pictures of the same half. Written by `scripts/build_ssl_zoo.py`. The last "
         "column is solo-learn's ResNet-18 after 1000 epochs of all 50,000, on the test pictures.\n",
-        "| method | kNN | linear probe | seconds | published linear |",
+        "| method | kNN | linear probe | seconds of its last start, on shared cores | published linear |",
         "|---|---|---|---|---|",
     ]
     for name, row in rows.items():

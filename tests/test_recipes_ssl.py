@@ -139,6 +139,16 @@ def test_the_zoo_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (tmp_path / "table.md").read_text().count("\n| ") == 3
 
 
+def test_the_committed_zoo_loads():
+    picture = torch.rand(1, 3, 32, 32)
+    for method in PAPER:
+        assert load_encoder(f"timm:local-dir:{ROOT / 'recipes' / 'zoo' / method / 'encoder'}")(picture).shape == (
+            1,
+            256,
+        )
+    assert sum(path.stat().st_size for path in (ROOT / "recipes" / "zoo").rglob("*.safetensors")) < 40 * 2**20
+
+
 def _tiny(method: str) -> pretraining.Learner:
     torch.manual_seed(0)
     encoder = timm.create_model("resnet18", num_classes=0, channels=[8, 8, 16, 16], layers=[1, 1, 1, 1])

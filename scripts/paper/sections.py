@@ -359,7 +359,7 @@ def zoo(record: dict[str, Any]) -> str:
         lines.append(
             [name, f"{record['published'][name]}", found, f"{100 * row['knn_accuracy']:.1f}", f"{row['wall_s']:.0f}"]
         )
-    head = ["method", "paper's encoders: linear", "ours: linear", "ours: kNN", "seconds"]
+    head = ["method", "paper's encoders: linear", "ours: linear", "ours: kNN", "seconds of its last start"]
     return "\n".join([grid(head, lines), origin(record)])
 
 
