@@ -22,6 +22,7 @@ from zepad_mm.storage import CONFIG, PLACEHOLDER, ZePADConfig
 
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "recipes" / "results" / "demo" / "report.json"
+ABROAD = ROOT / "recipes" / "results" / "clip.json"
 SHIPPED = ROOT / "zepad_mm" / "assets" / "zepad"
 START = "<!-- table: written by scripts/update_readme.py from recipes/results/demo/report.json -->"
 END = "<!-- /table -->"
@@ -119,10 +120,28 @@ def caveats(report: dict[str, Any]) -> list[str]:
     return ["", *(["The report's own warnings:", ""] if warnings else []), *(f"- {text}" for text in warnings)]
 
 
+def abroad(found: dict[str, Any]) -> str:
+    """What becomes of the shipped defence on sets that it was not tuned on."""
+    rows = {(row["task"], row["model"]): row for row in found["zero_shot"] if row["prompts"] == "photo"}
+    parts = []
+    for task in dict.fromkeys(task for task, _ in rows):
+        before, after = (rows[task, model] for model in ("undefended", "zepad"))
+        shares = [100 * row[key]["accuracy"] for key in ("clean", "T1") for row in (before, after)]
+        parts.append("{} {:.1f} to {:.1f} clean, {:.1f} to {:.1f} under T1".format(task, *shares))
+    n = next(iter(rows.values()))["n"]
+    return (
+        "**The shipped defence is for the ten names it was tuned on.** On others its branches, tuned by cross-entropy, "
+        f"have forgotten most of what the public CLIP knew (n = {n} each, `scripts/clip_table.py`, commit "
+        f"{found['meta']['commit']}; undefended to ZePAD, %): {'; '.join(parts)}. For others tune branches on them "
+        "(`zepad defend`), or with `fare`, which needs no names; on SSL encoders it forgets least (`docs/RESULTS.md`)."
+    )
+
+
 def readme(old: str) -> str:
     """The README with the block between its marks written anew."""
     before, rest = old.split(START)
-    return f"{before}{START}\n\n{table(read_json(REPORT)).rstrip()}\n\n{END}{rest.split(END)[1]}"
+    block = f"{table(read_json(REPORT)).rstrip()}\n\n{abroad(read_json(ABROAD))}"
+    return f"{before}{START}\n\n{block}\n\n{END}{rest.split(END)[1]}"
 
 
 def card(_: str) -> str:
