@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import save_file
 from torch import nn
 
@@ -31,6 +32,13 @@ TINY_CLIP = {
         "resize_mode": "squash",
     },
 }
+
+
+@pytest.fixture
+def both_cores(tmp_path_factory: pytest.TempPathFactory):
+    """One at a time, whatever worker: processes that wait for each other crawl where two such tests share the cores."""
+    with FileLock(tmp_path_factory.getbasetemp().parent / "both_cores.lock"):
+        yield
 
 
 def write_clip(folder: Path, seed: int = 0) -> str:

@@ -16,14 +16,15 @@ from zepad_mm.evaluation import Records, Report, evaluate
 ROOT = Path(__file__).parents[1]
 FEW = replace(
     SETTINGS,
-    threats=("clean", "T1", "T2", "T3"),
+    threats=("clean", "T1", "T2"),
     batch_size=8,
-    n=20,
+    n=16,
+    n_validation=16,
     rules=("rfdm",),
+    pools=("branch",),
     adaptive=("average_logit",),
     universal_steps={"feature_uap": 3},
     steps=2,
-    detector_steps=2,
     diagnostics_n=0,
 )
 SCRIPT = f"""
@@ -47,6 +48,7 @@ def told(report: Report) -> tuple[object, ...]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("both_cores")
 def test_two_processes_give_the_report_of_one(tmp_path: Path) -> None:
     script = tmp_path / "two.py"
     script.write_text(SCRIPT)

@@ -210,6 +210,7 @@ run(__import__("pathlib").Path(sys.argv[1]))
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("both_cores")
 def test_a_dead_process_ends_the_others_and_the_last_checkpoint_is_intact(tmp_path: Path) -> None:
     script = tmp_path / "dead.py"
     script.write_text(DEAD_RANK.format(root=str(ROOT), tests=str(ROOT / "tests")))

@@ -93,6 +93,7 @@ pretrain_ssl.main([*smoke, "--num_processes", "2", "--out", f"{{sys.argv[1]}}/pr
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("both_cores")
 def test_recipes_on_two_processes(tmp_path: Path) -> None:
     """All that know of processes, one after the other in one launch."""
     pytest.importorskip("lightly")

@@ -438,6 +438,7 @@ one_of_two(Path(sys.argv[1]), make_accelerator(2))
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("both_cores")
 def test_two_processes_give_the_curve_and_the_figures_of_one(tmp_path: Path) -> None:
     script = tmp_path / "two.py"
     script.write_text(TWO_RANKS.format(root=str(ROOT), tests=str(ROOT / "tests")))
