@@ -130,8 +130,8 @@ def abroad(found: dict[str, Any]) -> str:
         parts.append("{} {:.1f} to {:.1f} clean, {:.1f} to {:.1f} under T1".format(task, *shares))
     n = next(iter(rows.values()))["n"]
     return (
-        "**The shipped defence is for the ten names it was tuned on.** On others its branches, tuned by cross-entropy, "
-        f"have forgotten most of what the public CLIP knew (n = {n} each, `scripts/clip_table.py`, commit "
+        "**The shipped defence is for the ten names it was tuned on.** On others its robust branches, tuned by "
+        f"cross-entropy, have forgotten most of what the CLIP knew (n = {n} each, `scripts/clip_table.py`, commit "
         f"{found['meta']['commit']}; undefended to ZePAD, %): {'; '.join(parts)}. For others tune branches on them "
         "(`zepad defend`), or with `fare`, which needs no names; on SSL encoders it forgets least (`docs/RESULTS.md`)."
     )

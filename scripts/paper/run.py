@@ -3,11 +3,11 @@
 
     python scripts/build_ssl_zoo.py                                      # first: the encoders
     python scripts/paper/run.py --config scripts/paper/small.yaml        # some hours on two CPU cores
-    python scripts/paper/run.py --config scripts/paper/small.yaml --tables main --victims "[simclr, dino]"
+    python scripts/paper/run.py --config scripts/paper/small.yaml --tables "[main]" --victims "[simclr, dino]"
 
 Everything lies in ``out`` and is made once: a killed run goes on where it was, and two may work on other victims side
-by side. ``--tables`` picks from main, baselines, ablation, released, fusion, white_box, detection figures and so on;
-``--fill`` stores what the tables need without writing them. ``scripts/write_results.py`` makes ``docs/RESULTS.md``.
+by side. ``--tables`` picks some of them; ``--fill true`` stores what they need and writes none.
+``scripts/paper/document.py`` makes ``docs/RESULTS.md`` of the committed ones.
 """
 
 from __future__ import annotations

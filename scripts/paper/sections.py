@@ -169,6 +169,8 @@ def lines_table(record: dict[str, Any], paper: dict[str, tuple[float, ...]], not
             cells.append(f"{100 * clean:.1f} / {100 * least:.1f}")
         known = paper.get(model)
         lines.append([model, " / ".join(f"{value:.1f}" for value in known[:2]) if known else "-", *cells])
+    for model in (name for name in paper if name not in models):  # printed there, not measured here
+        lines.append([model, " / ".join(f"{value:.1f}" for value in paper[model][:2]), *("-" for _ in tasks)])
     victims = ", ".join(distinct(rows, "victim"))
     text = f"BA / RA (worst attack of T1), mean over the victims {victims}; intervals are in the JSON. {note}\n"
     return "\n".join([text, grid(["model", "paper BA / RA", *(f"ours: {task}" for task in tasks)], lines)])

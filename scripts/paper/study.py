@@ -3,8 +3,8 @@
 An encoder has a name: that of the zoo (``simclr``), ``bmp`` for the benign one, and ``ENCODER+TUNING`` for what a
 tuning of :attr:`Settings.tunings` made of it (``simclr+gen_af``); with ``=`` behind it, its head is the one that was
 tuned along, not a clean one trained for the task. A condition is ``clean`` or ``ATTACK@ENCODERS``: made on those
-encoders. From the logits of (task, encoder, condition) every table but the white-box one is
-arithmetic; several processes may fill the store side by side, all files are written atomically.
+encoders. From the logits of (task, encoder, condition) nearly every table is arithmetic; several processes may fill the
+store side by side, all files are written atomically.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Settings(ssl_story.Settings):
     zoo: str = "outputs/ssl_zoo"  # folder of scripts/build_ssl_zoo.py
     victims: list[str] = field(default_factory=lambda: ["w_mse", "byol", "simclr", "dino"])  # names in the zoo
     adv_au: str = "byol"  # the auxiliary encoder, a name in the zoo
-    adv_au_for_itself: str = "moco_v3"  # where the victim is the auxiliary encoder
+    adv_au_for_itself: str = "nnclr"  # where the victim is the auxiliary encoder
     more_adv_au: list[str] = field(default_factory=list)  # further ones, for the table of their number
     tunings: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> defence, options, on (public or own)
     tuning: str = "gen_af"  # the paper's
@@ -62,7 +62,7 @@ class Settings(ssl_story.Settings):
     our_bmp: str = "bmp+clean_own"  # the benign encoder of ours
     attacks: dict[str, int] = field(default_factory=lambda: {"adv_encoder": 60, "uapgd": 150})  # T1: name -> steps
     family_steps: int = 100  # of T1b's feature_uap
-    studied: list[str] = field(default_factory=list)  # victims of the ablation and white-box tables; empty: the first
+    studied: list[str] = field(default_factory=lambda: ["simclr"])  # victims of every table but the main one
     n_selection: int = 200  # validation pictures that the fusion rule is chosen on
     evaluation: dict[str, Any] = field(default_factory=dict)  # EvalSettings of the white-box table
 

@@ -47,8 +47,7 @@ class PMGAFT(Defence):
         if batch.original is None:
             raise ValueError("PMG-AFT needs the original encoder's features: fill Batch.original, as training.fit does")
         logits, clean = student(torch.cat([attacked, batch.images]))[1].split(len(attacked))
-        with torch.no_grad():
-            original = student.head(batch.original).detach()  # a head that only hands its input on keeps the graph
+        original = student.head(batch.original).detach()
         ce = F.cross_entropy(logits, batch.labels)
         general = divergence(original, logits).mean()
         kept = divergence(clean.detach(), logits).mean()
