@@ -235,3 +235,16 @@ def test_fare_measures_from_the_original_features() -> None:
     assert float(total) == pytest.approx(1.5 * 32 * 0.01**2, rel=1e-3)
     with pytest.raises(ValueError, match="original"):
         FARE().loss(student, Batch(batch.images, batch.labels, batch.indices), batch.images)
+
+
+def test_fare_with_labels_adds_cross_entropy_to_the_loss_and_to_what_the_attack_maximises() -> None:
+    student = tiny_student()
+    batch = tiny_batch(student)
+    plain, labelled = FARE(), FARE(label_weight=3.0)
+    ce = F.cross_entropy(student.logits(batch.images), batch.labels, reduction="none")
+    expected = plain.loss(student, batch, batch.images).total + 3 * ce.mean()
+    torch.testing.assert_close(labelled.loss(student, batch, batch.images).total, expected)
+    attacked = [defence.attack_loss(student, batch)(batch.images) for defence in (plain, labelled)]
+    torch.testing.assert_close(attacked[1], attacked[0] + 3 * ce)
+    with pytest.raises(ValueError, match="label_weight"):
+        FARE(label_weight=-1.0)

@@ -44,6 +44,7 @@ n_selection: 4
 attacks: {feature_uap: 1, l4a_base: 1}
 tunings:
   gen_af: {defence: gen_af, options: {attack_steps: 1}}
+  gen_af_stage_2: {defence: clean, after: gen_af}
   clean: {defence: clean}
   clean_own: {defence: clean, on: own}
   pgd_at: {defence: tecoa, options: {attack_steps: 1}}

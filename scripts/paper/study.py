@@ -9,6 +9,7 @@ store side by side, all files are written atomically.
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 from dataclasses import dataclass, field, replace
@@ -23,10 +24,10 @@ sys.path.insert(0, str(ROOT / "recipes"))
 
 import ssl_story  # noqa: E402
 
-from zepad_mm.attacks import UNIVERSAL_ATTACKS, Perturbation  # noqa: E402
+from zepad_mm.attacks import PGD, UNIVERSAL_ATTACKS, Perturbation  # noqa: E402
 from zepad_mm.branch import Branch, BranchConfig  # noqa: E402
 from zepad_mm.data import LabelledImages  # noqa: E402
-from zepad_mm.defences import make_defence  # noqa: E402
+from zepad_mm.defences import Student, make_defence, robustness_contributions, thaw_redundant  # noqa: E402
 from zepad_mm.encoders import Encoder, load_encoder, streamlined  # noqa: E402
 from zepad_mm.files import read_json, read_tensors, write_tensors  # noqa: E402
 from zepad_mm.training import (  # noqa: E402
@@ -55,7 +56,9 @@ class Settings(ssl_story.Settings):
     adv_au: str = "byol"  # the auxiliary encoder, a name in the zoo
     adv_au_for_itself: str = "nnclr"  # where the victim is the auxiliary encoder
     more_adv_au: list[str] = field(default_factory=list)  # further ones, for the table of their number
-    tunings: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> defence, options, on (public or own)
+    # name -> defence, options, train, on (public or own), after (the tuning that this is Gen-AF's second stage of)
+    tunings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    n_critical: int = 1000  # tuning pictures that the second stage ranks layers by
     tuning: str = "gen_af"  # the paper's
     our_tuning: str = "fare"  # ours
     other_tuning: str = "half_clean"  # of the auxiliary encoder where the two differ
@@ -131,7 +134,10 @@ class Study:
         validation = pool.subset(validation_rows).sample(config.n_validation, config.seed)
         defence = make_defence(about["defence"], about.get("options", {}))
         settings = replace(config.train, **about.get("train", {}))
-        student = build_student(self.source(base), train, head="mlp", seed=config.seed)
+        if "after" in about:
+            student, thawed = self._second_stage(f"{base}+{about['after']}", train, settings.batch_size)
+        else:
+            student, thawed = build_student(self.source(base), train, head="mlp", seed=config.seed), None
         done = fit(student, train, validation, defence, settings, out=folder / "run", accelerator=self.accelerator)
         write_head(folder / "head.safetensors", student.head, train.class_names)
         record = {
@@ -141,8 +147,21 @@ class Study:
             "best_step": done.best_step,
             "validation": done.validation.to_dict() if done.validation else None,
             "seconds": round(done.seconds, 1),
+            "thawed": thawed,
         }
         write_tuned(folder, student.encoder, record)
+
+    def _second_stage(self, stage_one: str, train: LabelledImages, batch_size: int) -> tuple[Student, list[str]]:
+        """What stage one left, all but its least robust-critical layers frozen, and the names of those (Gen-AF)."""
+        encoder = self.encoder(stage_one)
+        head = load_head(self.out / "tuned" / stage_one / "head.safetensors")[0]
+        student = Student(copy.deepcopy(encoder), head).to(self.device)
+        pictures = train.sample(self.config.n_critical, self.config.seed)
+        pgd, parts = PGD(epsilon=8 / 255, steps=10, step_size=2 / 255), pictures.batches(batch_size)
+        attacked = torch.cat([pgd(student.logits, images.to(self.device), labels) for images, labels in parts])
+        labels = pictures.labels.to(self.device)
+        thawed = thaw_redundant(student, robustness_contributions(student, attacked, labels, batch_size=batch_size))
+        return student, thawed
 
     def tuning_record(self, name: str) -> dict[str, Any]:
         """What the tuning of an encoder left: seconds, validation and so on."""

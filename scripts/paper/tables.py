@@ -22,13 +22,14 @@ from zepad_mm.selection import select_fusion
 # name -> study to record
 TABLES: Registry[Any] = Registry("table")
 BASELINES = {"pgd_at": "PGD-AT", "trades": "TRADES", "mart": "MART", "gen_af": "Gen-AF, stage 1"}
+BASELINES |= {"gen_af_stage_2": "Gen-AF, both stages"}
 
 
 @TABLES.register("choice")
 def choice(study: Study) -> dict[str, Any]:
     """What ours is made of, decided on validation pictures of the first studied victim: the tuning, then the rule."""
     config, victim, rows = study.config, study.config.studied[0], []
-    tunings = [name for name in config.tunings if not name.startswith(("clean", "released", "lambda"))]
+    tunings = [name for name in config.tunings if not name.startswith(("clean", "released", "lambda", "gen_af_"))]
     lines = {"undefended": single(victim)}
     for name in tunings:
         lines[f"{name} alone"] = single(f"{victim}+{name}")

@@ -11,6 +11,7 @@ from zepad_mm.defences.base import DEFENCES, Batch, Defence, LossParts, Student,
 from zepad_mm.defences.clean import Clean
 from zepad_mm.defences.fare import FARE
 from zepad_mm.defences.gen_af import GenAF, GenAFReleased, topology_loss
+from zepad_mm.defences.layers import robustness_contributions, thaw_redundant
 from zepad_mm.defences.mart import MART
 from zepad_mm.defences.pmg_aft import PMGAFT
 from zepad_mm.defences.tecoa import TeCoA
@@ -31,6 +32,8 @@ __all__ = [
     "Student",
     "TeCoA",
     "make_defence",
+    "robustness_contributions",
+    "thaw_redundant",
     "topology_loss",
 ]
 del _clean, _fare, _gen_af, _mart, _pmg_aft, _tecoa, _trades

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zepad_mm.defences.base import DEFENCES, AttackLoss, Batch, Defence, LossParts, Student
@@ -17,10 +18,13 @@ class FARE(Defence):
     """Attacked images shall have the features that the original encoder gave their clean selves. No labels needed.
 
     L = mean_i |f(x_i') - f0(x_i)|^2 + clean_weight * mean_i |f(x_i) - f0(x_i)|^2, the attack maximising the first
-    term. The features are not normalised, as in the paper, so the loss has their scale.
+    term. The features are not normalised, as in the paper, so the loss has their scale. Ours: ``label_weight``
+    adds CE(x_i') to the loss and to what the attack maximises, so that the known names hold better while the distance
+    keeps the rest where it was; the head gets no gradient.
     """
 
     clean_weight: float = 0.0  # on the same distance of clean images; needs a second forward, joined to the first
+    label_weight: float = 0.0  # on the cross-entropy of attacked images; needs labels, and weighs against squared units
 
     name: ClassVar[str] = "fare"
     needs_original: ClassVar[bool] = True
@@ -28,23 +32,39 @@ class FARE(Defence):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.clean_weight < 0:
-            raise ValueError(f"clean_weight: expected at least 0, got {self.clean_weight}")
+        for field in ("clean_weight", "label_weight"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field}: expected at least 0, got {getattr(self, field)}")
 
     def attack_loss(self, student: Student, batch: Batch) -> AttackLoss:
         original = _original(batch)
-        return lambda images: (student.encoder(images) - original).square().sum(-1)
+
+        def loss(images: Tensor) -> Tensor:
+            features = student.encoder(images)
+            distances = (features - original).square().sum(-1)
+            if self.label_weight == 0:
+                return distances
+            labelled = F.cross_entropy(student.head(features), batch.labels, reduction="none")
+            return distances + self.label_weight * labelled
+
+        return loss
 
     def loss(self, student: Student, batch: Batch, attacked: Tensor) -> LossParts:
-        original = _original(batch)
-        if self.clean_weight == 0:
-            attacked_loss = (student.encoder(attacked) - original).square().sum(-1).mean()
-            return LossParts(attacked_loss, {"distance_attacked": attacked_loss.detach()})
-        features = student.encoder(torch.cat([attacked, batch.images]))
-        distances = (features - torch.cat([original, original])).square().sum(-1)
-        attacked_loss, clean_loss = distances[: len(attacked)].mean(), distances[len(attacked) :].mean()
-        parts = {"distance_attacked": attacked_loss.detach(), "distance_clean": clean_loss.detach()}
-        return LossParts(attacked_loss + self.clean_weight * clean_loss, parts)
+        original, size = _original(batch), len(attacked)
+        images, targets = attacked, original
+        if self.clean_weight > 0:
+            images, targets = torch.cat([attacked, batch.images]), torch.cat([original, original])
+        features = student.encoder(images)
+        distances = (features - targets).square().sum(-1)
+        total = distances[:size].mean()
+        parts = {"distance_attacked": total.detach()}
+        if self.clean_weight > 0:
+            clean = distances[size:].mean()
+            total, parts["distance_clean"] = total + self.clean_weight * clean, clean.detach()
+        if self.label_weight > 0:
+            ce = F.cross_entropy(student.head(features[:size]), batch.labels)
+            total, parts["ce_attacked"] = total + self.label_weight * ce, ce.detach()
+        return LossParts(total, parts)
 
 
 def _original(batch: Batch) -> Tensor:
