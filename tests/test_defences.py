@@ -9,7 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zepad_mm.defences import DEFENCES, FARE, Batch, GenAF, GenAFReleased, Student, TeCoA, make_defence, topology_loss
+from zepad_mm.defences import (
+    DEFENCES,
+    FARE,
+    Batch,
+    GenAF,
+    GenAFReleased,
+    Student,
+    TeCoA,
+    make_defence,
+    robustness_contributions,
+    thaw_redundant,
+    topology_loss,
+)
 from zepad_mm.encoders import Encoder, Preprocess
 
 NAMES = DEFENCES.names()
@@ -248,3 +260,29 @@ def test_fare_with_labels_adds_cross_entropy_to_the_loss_and_to_what_the_attack_
     torch.testing.assert_close(attacked[1], attacked[0] + 3 * ce)
     with pytest.raises(ValueError, match="label_weight"):
         FARE(label_weight=-1.0)
+
+
+def test_the_second_stage_of_gen_af_thaws_the_layers_that_robustness_needs_least() -> None:
+    student, batch = tiny_student(), tiny_batch(tiny_student())
+    student.encoder.backbone.append(nn.Linear(32, 32))
+    student.encoder.backbone.append(nn.Linear(32, 32))
+    with torch.no_grad():
+        student.encoder.backbone[
+            -2
+        ].weight.zero_()  # nothing passes it: its own weight and the first one's do not matter
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    found = robustness_contributions(student, batch.images, batch.labels, epochs=2, batch_size=4)
+    assert list(found) == ["backbone.0", "backbone.5", "backbone.6"]
+    assert found["backbone.0"] == pytest.approx(0, abs=1e-7)
+    assert found["backbone.6"] > 1e-4
+    for name, value in student.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    assert all(parameter.requires_grad for parameter in student.parameters())
+    assert thaw_redundant(student, found, 0.34) == ["backbone.0"]
+    thawed = {name for name, parameter in student.encoder.named_parameters() if parameter.requires_grad}
+    assert thawed == {"backbone.0.weight", "backbone.0.bias"}
+    assert all(parameter.requires_grad for parameter in student.head.parameters())
+    with pytest.raises(ValueError, match="share"):
+        thaw_redundant(student, found, 0.0)
+    with pytest.raises(ValueError, match="at least one image"):
+        robustness_contributions(student, batch.images[:0], batch.labels[:0])

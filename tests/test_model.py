@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from conftest import CLASSES, make_zepad, write_clip
 
 from zepad_mm.attacks import PGD
+from zepad_mm.classifier import RobustZeroShotClassifier
 from zepad_mm.encoders import load_encoder
 from zepad_mm.files import read_tensors, write_tensors
 from zepad_mm.model import ZePAD, ZePADConfig
@@ -161,6 +164,18 @@ def test_other_classes_without_training(zepad: ZePAD, images: torch.Tensor) -> N
         zepad.set_classes(["cat", "cat"])
     with pytest.raises(ValueError, match=r"exactly one '\{\}'"):
         zepad.set_classes(["cat", "dog"], ["a photo"])
+
+
+def test_names_that_the_branches_were_not_tuned_under_are_warned_of(zepad: ZePAD) -> None:
+    narrow = ZePAD(replace(zepad.config, tuned_names=("hat", "dress")), list(zepad.branches.values()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        narrow.set_classes(["Hat", "dress"])  # known, in another spelling
+        zepad.set_classes(["cat", "dog"])  # tuned to keep any name
+    with pytest.warns(UserWarning, match=r"2 names and may have forgotten others: cat, dog, frog, \.\.\."):
+        narrow.set_classes(["hat", "cat", "dog", "frog", "car"])
+    with pytest.warns(UserWarning, match="have forgotten others: cat"):
+        RobustZeroShotClassifier(narrow).task(["cat", "hat"])
 
 
 def test_changing_the_rule(zepad: ZePAD, images: torch.Tensor) -> None:

@@ -205,6 +205,11 @@ def _limitations(config: ZePADConfig, report: Report) -> Iterator[str]:
     classes = report.meta["config"]["model"]["class_names"]
     if tuple(classes) != config.class_names:
         yield f"It was evaluated for other classes than it is saved with: {', '.join(classes)}."
+    if config.tuned_names:
+        yield (
+            f"Its robust branches were tuned by labels on {len(config.tuned_names)} names alone "
+            f"({', '.join(config.tuned_names)}): on others expect both accuracies to fall far."
+        )
     for source in config.sources:
         if is_local(source):
             yield f"The base encoder `{source}` lies on one machine: nobody else can load this model."

@@ -125,6 +125,7 @@ def defend(
         branches=tuple(branch for branch, _ in parts),
         class_names=names,
         prompts=templates_of(settings.prompts),
+        tuned_names=() if robust or _keep(settings) else names,
     )
     model = ZePAD(
         config, [Branch(branch, tower, zero_shot_head(text, names, settings.prompts)) for branch, tower in parts]
@@ -153,6 +154,11 @@ def tune_branches(
     encoder, _ = load_clip(source)
     pictures = _splits(data, settings, encoder.preprocess.image_size)
     _tuned(source, encoder, pictures, settings, Path(out) / TUNED, accelerator or make_accelerator())
+
+
+def _keep(settings: DefendSettings) -> bool:
+    """Whether a robust branch is tuned in a way that names it was not tuned under survive."""
+    return any(DEFENCES.get(name).keeps_features for name in settings.defences)
 
 
 def _splits(source: str, settings: DefendSettings, image_size: int) -> tuple[LabelledImages, LabelledImages]:

@@ -158,6 +158,7 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
             raise ValueError(f"the heads of {', '.join(trained)} were trained for {len(self.class_names)} classes")
         if names == self.class_names and templates == self.config.prompts:
             return self
+        self.config.warn_of_strangers(names)
         embeddings = self.text.class_embeddings(names, templates)
         for branch in self.branches.values():
             scale = branch.head.logit_scale.item()  # type: ignore[union-attr, operator]
@@ -201,7 +202,8 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
         """Load a defended model and, at the revisions it was made on, the base encoders below it.
 
         Args:
-            pretrained_model_name_or_path: ``"embedded"``, a folder, or a name on the Hub, ``owner/name``.
+            pretrained_model_name_or_path: ``"embedded"`` (tuned on ten names of clothes), ``"embedded-general"`` (tuned
+                to keep any name), a folder, or a name on the Hub, ``owner/name``.
             revision: branch, tag or commit on the Hub; None is the main branch.
             token: for what is private; None takes the one of ``hf auth login``.
             cache_dir: where downloads are kept; None is the client's own.

@@ -7,6 +7,7 @@ full), ``branches/NAME/`` (adapters, loadable by peft alone).
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,8 @@ from zepad_mm.heads import HEADS
 from zepad_mm.hub import Access, card_text, fetch
 
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "zepad"
+GENERAL_MODEL = Path(__file__).parent / "assets" / "zepad_general"
+SHIPPED = {"embedded": EMBEDDED_MODEL, "embedded-general": GENERAL_MODEL}  # names that need no download
 FORMAT = 1
 CONFIG, WEIGHTS, ADAPTERS = "config.json", "model.safetensors", "branches"
 GENERATED = "<!-- written with the model, and again at each save; remove this line to keep a text of your own -->"
@@ -53,6 +56,7 @@ class ZePADConfig(Config):
     fusion_params: dict[str, Any] = field(default_factory=dict)  # constants of the rule; missing ones are its defaults
     detector: DetectorConfig = field(default_factory=DetectorConfig)
     revisions: dict[str, str] = field(default_factory=dict)  # source -> commit of the base, where it is known
+    tuned_names: tuple[str, ...] = ()  # all that the robust branches know; empty: tuned to keep other names too
     storage_dtype: str = "float32"  # of the saved weights: "float32" or "float16"
     fingerprint: tuple[float, ...] = ()  # logits of a fixed picture, checked on load
     encoders: dict[str, Any] = field(default_factory=dict)  # fingerprint of each branch's encoder: says what changed
@@ -72,6 +76,19 @@ class ZePADConfig(Config):
         """Every base encoder, each once, the public one first."""
         return tuple(dict.fromkeys((self.public_source, *(branch.source for branch in self.branches))))
 
+    def warn_of_strangers(self, names: Sequence[str]) -> None:
+        """Say so, once for each set of names, if the robust branches were tuned under none but other names."""
+        known = {name.lower() for name in self.tuned_names}
+        strangers = [name for name in names if name.lower() not in known]
+        if known and strangers:
+            few = ", ".join(strangers[:3]) + (", ..." if len(strangers) > 3 else "")
+            warnings.warn(
+                f"the robust branches were tuned by labels on {len(known)} names and may have forgotten others: {few}. "
+                "Measure it with evaluate on pictures of your own; a model that was tuned without labels ('fare', "
+                '"embedded-general") keeps other names',
+                stacklevel=3,
+            )
+
     @property
     def zero_shot(self) -> bool:
         """Whether it answers for any class names."""
@@ -79,21 +96,21 @@ class ZePADConfig(Config):
 
 
 def located(name: str | Path, revision: str | None, access: Access) -> Path:
-    """The folder of a model: the embedded one, one on this disk, or one fetched from the Hub.
+    """The folder of a model: a shipped one, one on this disk, or one fetched from the Hub.
 
     Raises:
         FileNotFoundError: there is none; ValueError: a revision of what has none; else as ``hub.fetch``.
     """
     name = str(name)
-    if name != "embedded" and not Path(name).is_dir():
+    if name not in SHIPPED and not Path(name).is_dir():
         files = (CONFIG, WEIGHTS, f"{ADAPTERS}/*", "README.md")
         return fetch(name, files, required=(CONFIG, WEIGHTS), revision=revision, access=access)
     if revision is not None:
         raise ValueError(f"revision: {name} is no repository on the Hub and has no revisions; leave revision out")
-    if name == "embedded":
-        if not (EMBEDDED_MODEL / CONFIG).is_file():
-            raise FileNotFoundError(f"{EMBEDDED_MODEL} is empty; rebuild it with scripts/build_embedded_zepad.py")
-        return EMBEDDED_MODEL
+    if name in SHIPPED:
+        if not (SHIPPED[name] / CONFIG).is_file():
+            raise FileNotFoundError(f"{SHIPPED[name]} is empty; rebuild it with scripts/build_embedded_zepad.py")
+        return SHIPPED[name]
     if not (Path(name) / CONFIG).is_file():
         raise FileNotFoundError(f"{name}/{CONFIG} does not exist; expected a folder by ZePAD.save_pretrained")
     return Path(name)

@@ -2,50 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from statistics import mean
 from typing import Any
 
 import published
+from cells import Rows, distinct, grid, one, origin, percent, pick, worst
+from sections_clip import clip, clip_abroad
 
-Rows = list[dict[str, Any]]
 ASKED_GAIN, ASKED_RULE, ASKED_AUROC = 50.0, 82.52, 0.95  # what the plan of this project asked for
-
-
-def percent(row: dict[str, Any]) -> str:
-    return f"{100 * row['accuracy']:.1f} ({100 * row['ci_low']:.0f}-{100 * row['ci_high']:.0f})"
-
-
-def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return (
-        "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)])
-        + "\n"
-    )
-
-
-def origin(record: dict[str, Any]) -> str:
-    """Where the figures come from, in one line."""
-    meta = record["meta"]
-    return f"Commit {meta['commit']}, seed {meta['seed']}, {meta['hardware']}.\n"
-
-
-def pick(rows: Rows, **wanted: Any) -> Rows:
-    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
-
-
-def one(rows: Rows, **wanted: Any) -> dict[str, Any]:
-    (found,) = pick(rows, **wanted)
-    return found
-
-
-def worst(rows: Rows, **wanted: Any) -> dict[str, Any]:
-    """The attack that left least."""
-    return min(pick(rows, **wanted), key=lambda row: row["accuracy"])
-
-
-def distinct(rows: Rows, key: str) -> list[Any]:
-    return list(dict.fromkeys(row[key] for row in rows))
 
 
 def main(record: dict[str, Any]) -> str:
@@ -264,40 +229,6 @@ def verdict(rows: Rows) -> str:
         f"(at most 1 was asked for), and on clean pictures {won:+.1f} against that branch, {gap:.1f} below the "
         "undefended encoder (half of it was asked for).\n"
     )
-
-
-def clip(report: dict[str, Any]) -> str:
-    """Table 9 from the report of the demo: the embedded CLIP, zero-shot, every column the worst case of its threat."""
-    rows, threats = report["rows"], ("clean", "T1", "T1b", "T2")
-    lines = []
-    for model in distinct(rows, "model"):
-        cells = [pick(rows, model=model, threat=t, attack="none" if t == "clean" else "worst") for t in threats]
-        if all(cells):
-            bounds = ["≤ " if cell[0].get("upper_bound") else "" for cell in cells]
-            lines.append([model, *(bound + percent(cell[0]) for bound, cell in zip(bounds, cells, strict=True))])
-    two = pick(rows, threat="T2")[0]
-    text = (
-        f"The embedded CLIP on {two['dataset']}, n = {two['n']}, T1 and T1b at 10/255, T2 at "
-        f"{255 * two['epsilon']:.0f}/255, by `scripts/demo`. The paper prints no figures for CLIP.\n"
-    )
-    return "\n".join([text, grid(["model", *threats], lines), origin(report)])
-
-
-def clip_abroad(record: dict[str, Any]) -> str:
-    """Names, styles and prompts that the embedded CLIP or its defence never saw; LoRA ranks."""
-    threats = ("clean", "T1", "T2")
-    lines = [
-        [row["task"], f"{row['names_read']} of {row['n_classes']}", row["pictures"], row["prompts"], row["model"]]
-        + [percent(row[threat]) for threat in threats]
-        for row in record["zero_shot"]
-    ]
-    head = ["pictures", "names read", "set", "prompts", "model", "clean", "T1, 10/255", "T2, 4/255 (one PGD: at most)"]
-    text = (
-        "The shipped defence was tuned by cross-entropy on ten names of clothing: on other sets it loses most of what "
-        "the public CLIP knew, clean pictures included. Ranks of LoRA are in `recipes/results/clip.md`, as far as they "
-        "were run.\n"
-    )
-    return "\n".join([text, grid(head, lines), origin({"meta": {"seed": 0, **record["meta"]}})])
 
 
 def detection(record: dict[str, Any]) -> str:

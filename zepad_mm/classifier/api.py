@@ -59,7 +59,7 @@ class RobustZeroShotClassifier:
         dtype: torch.dtype | None = None,
         **hub: Any,
     ) -> RobustZeroShotClassifier:
-        """From ``"embedded"``, a folder or the Hub.
+        """From ``"embedded"``, ``"embedded-general"``, a folder or the Hub.
 
         Args:
             name: see above.
@@ -117,6 +117,7 @@ class RobustZeroShotClassifier:
             ValueError: no labels, empty or double ones, or a template without ``{}``.
         """
         names = check_names(candidate_labels, "candidate_labels")
+        self.model.config.warn_of_strangers(names)
         templates = templates_of(hypothesis_template)
         with self._one_at_a_time:
             text, device = self.model.text, self.model.device

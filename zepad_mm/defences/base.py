@@ -99,6 +99,7 @@ class Defence(Config, ABC):
     needs_original: ClassVar[bool] = False  # whether Batch.original has to be filled
     per_sample: ClassVar[bool] = True  # whether the loss is a mean over samples that know nothing of each other
     trains_head: ClassVar[bool] = True  # whether the objective gives the head a gradient
+    keeps_features: ClassVar[bool] = False  # whether it holds features where they were, so that other names survive
 
     def __post_init__(self) -> None:
         check_epsilon(self.epsilon)

@@ -29,6 +29,7 @@ class FARE(Defence):
     name: ClassVar[str] = "fare"
     needs_original: ClassVar[bool] = True
     trains_head: ClassVar[bool] = False
+    keeps_features: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -68,7 +68,7 @@ def _mean_loss(student: Student, batches: list[tuple[Tensor, Tensor]]) -> float:
 
 def _ascend(
     student: Student,
-    weight: nn.Parameter,
+    weight: Tensor,
     kept: Tensor,
     batches: list[tuple[Tensor, Tensor]],
     rate: float,
