@@ -39,6 +39,7 @@ from zepad_mm.training import load_tuned
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
+N_VALIDATION = 400  # pictures that the rule and the threshold are chosen on, at most
 PUBLIC = "open_clip:embedded"
 PUBLIC_BRANCH = BranchConfig(name="benign", role="bmp", source=PUBLIC, objective="none: the public encoder")
 
@@ -104,7 +105,8 @@ def main() -> None:
         parser.error(f"{args.model} is tuned on more than the clothes: give --data, e.g. --data DIR/tinyimagenet80")
     sources = ["embedded:train+surrogate", "embedded:train+surrogate", *args.data]  # a few clothes, so they count twice
     pool = str(join(sources, args.work / "pool", UNSEEN)) if build.joined else "embedded"
-    validation, surrogate = load_data(pool, "validation"), load_data("embedded", "surrogate")
+    validation = load_data(pool, "validation").sample(N_VALIDATION, seed=0)
+    surrogate = load_data("embedded", "surrogate")
     tune(build, args.work, pool)
     model, records = assemble(build, args.work, validation.class_names)
     selection = select_fusion(model, validation, epsilon=build.epsilon)
