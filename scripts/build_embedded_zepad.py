@@ -2,13 +2,13 @@
 """Tune, assemble and choose the shipped defended models.
 
     python scripts/build_embedded_zepad.py                     # "embedded", from the pictures that ship
-    python scripts/build_embedded_zepad.py --model embedded-general --data DIR/tinyimagenet80
+    python scripts/build_embedded_zepad.py --model general --data DIR/tinyimagenet80
     python scripts/build_embedded_zepad.py --out my-model      # elsewhere; the shipped model stays
 
-"embedded" was tuned by labels on ten names of clothes and is robust there; "embedded-general" by FARE on the clothes
-and on the sets of --data, so that other names keep their accuracy. Recipes with committed configs (about 70 minutes on
-two cores; each resumes where it was killed), then the fusion rule, its constants and the detector's threshold from
-validation pictures. No test picture is touched.
+"embedded" was tuned by labels on ten names of clothes and is robust there; "general" (recipes/models/general) by FARE
+on the clothes and on the sets of --data, so that other names keep their accuracy. Recipes with committed configs (about
+70 minutes on two cores; each resumes where it was killed), then the fusion rule, its constants and the detector's
+threshold from validation pictures. No test picture is touched.
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ from zepad_mm.data import load_data
 from zepad_mm.encoders import has_lora, load_clip
 from zepad_mm.files import read_json, write_json
 from zepad_mm.heads import zero_shot_head
-from zepad_mm.model import ZePAD, ZePADConfig
+from zepad_mm.model import EMBEDDED_MODEL, ZePAD, ZePADConfig
 from zepad_mm.prompts import templates_of
 from zepad_mm.provenance import provenance
 from zepad_mm.selection import select_detector, select_fusion
-from zepad_mm.storage import SHIPPED
 from zepad_mm.training import load_tuned
 
 ROOT = Path(__file__).parents[1]
@@ -72,7 +71,7 @@ class Build:
 
 BUILDS = {
     "embedded": Build(
-        SHIPPED["embedded"],
+        EMBEDDED_MODEL,
         (
             Part("tecoa", "mpae", "TeCoA at 4/255"),
             Part("gen_af", "mpae", "ZePAD objective (corrected) at 4/255"),
@@ -81,8 +80,8 @@ BUILDS = {
         joined=False,
         epsilon=4 / 255,
     ),
-    "embedded-general": Build(
-        SHIPPED["embedded-general"],
+    "general": Build(
+        ROOT / "recipes" / "models" / "general",
         (
             Part("fare", "mpae", "FARE at 4/255, no labels"),
             Part("fare_labels", "mpae", "FARE at 4/255 with cross-entropy beside it"),

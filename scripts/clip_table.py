@@ -39,12 +39,12 @@ from zepad_mm.evaluation.metrics import share
 from zepad_mm.files import read_json, write_json, write_text
 from zepad_mm.heads import zero_shot_head
 from zepad_mm.provenance import provenance
-from zepad_mm.storage import SHIPPED
 from zepad_mm.training import TrainSettings, Validation, build_student, fit, load_tuned, write_tuned
 
 NAME = "clip"
 PROMPT_SETS = ("single", "photo", "style")
 THREATS = ("clean", "T1", "T2")
+MODELS = {"embedded": "embedded", "general": Path(__file__).parents[1] / "recipes" / "models" / "general"}
 BASELINES = {  # with two attack steps, as the shipped branches
     "tecoa": {"attack_steps": 2, "clean_fraction": 0.25},
     "fare": {"attack_steps": 2, "clean_weight": 0.5},
@@ -261,7 +261,7 @@ def main(options: argparse.Namespace) -> Path:
     names = options.attacks.split(",")
     perturbations = {name: crafted(name, crafting, encoder, surrogate) for name in tqdm(names, desc="crafting")}
     plain = streamlined(encoder)
-    defences = {name: streamlined(ZePAD.from_pretrained(name)) for name in SHIPPED}
+    defences = {name: streamlined(ZePAD.from_pretrained(where)) for name, where in MODELS.items()}
     prompt_sets = sorted(options.prompts.split(","), key=lambda prompts: prompts != "photo")  # the main column first
     for prompts, task in tqdm([(prompts, task) for prompts in prompt_sets for task in found], desc="zero-shot"):
         names = task.data.class_names

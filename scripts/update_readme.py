@@ -20,12 +20,13 @@ from _recipes_readme import recipes_readme
 from zepad_mm.card import model_card
 from zepad_mm.evaluation.report import Report
 from zepad_mm.files import read_json, write_text
-from zepad_mm.storage import CONFIG, PLACEHOLDER, SHIPPED, ZePADConfig
+from zepad_mm.storage import CONFIG, EMBEDDED_MODEL, PLACEHOLDER, ZePADConfig
 
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "recipes" / "results" / "demo" / "report.json"
 ABROAD = ROOT / "recipes" / "results" / "clip.json"
 GENERAL_REPORT = ROOT / "recipes" / "results" / "general" / "report.json"
+GENERAL = "recipes/models/general"
 THREATS = ("clean", "T1", "T2")
 START = "<!-- table: written by scripts/update_readme.py from recipes/results/demo/report.json -->"
 END = "<!-- /table -->"
@@ -126,8 +127,8 @@ def caveats(report: dict[str, Any]) -> list[str]:
 def abroad(found: dict[str, Any]) -> str:
     """What becomes of the shipped defences on sets that they were not tuned on."""
     rows = {(row["task"], row["model"]): row for row in found["zero_shot"] if row["prompts"] == "photo"}
-    models = ("undefended", *SHIPPED)
-    title = {"undefended": "undefended", **{name: f'`"{name}"`' for name in SHIPPED}}
+    title = {"undefended": "undefended", "embedded": '`"embedded"`', "general": f"`{GENERAL}`"}
+    models = tuple(title)
     lines = [
         "| clean / T1 / T2 at 4/255, % | " + " | ".join(title[model] for model in models) + " |",
         "|---|" + "---|" * len(models),
@@ -138,11 +139,11 @@ def abroad(found: dict[str, Any]) -> str:
     n = next(iter(rows.values()))["n"]
     return "\n".join(
         [
-            '**Two defended models ship.** `"embedded"`, the one above, was tuned by labels on ten names and is for '
-            "these ten: on others its robust branches have forgotten most of what the CLIP knew, and it says so when "
-            'you ask for one. `"embedded-general"` was tuned by FARE, which holds the features where they were, on the '
-            "clothes and on Tiny-ImageNet classes: it gives up robustness to a white-box attacker and keeps other "
-            "names.",
+            '**The shipped model is for the ten names it was tuned on.** On others the robust branches of `"embedded"` '
+            "have forgotten most of what the CLIP knew, and it warns when it is asked for one. "
+            f"[`{GENERAL}`]({GENERAL}/README.md) was tuned by FARE, which holds the features where they were, on the "
+            "clothes and on Tiny-ImageNet classes: it is less robust to a white-box attacker and keeps other names. "
+            f'`ZePAD.from_pretrained("{GENERAL}")` loads it from a clone; `zepad defend --defences fare` makes one.',
             "",
             *lines,
             "",
@@ -163,9 +164,9 @@ def readme(old: str) -> str:
     return f"{before}{START}\n\n{block}\n\n{END}{rest.split(END)[1]}"
 
 
-def card(name: str, report: Path, _: str) -> str:
-    """The card of a model in the package."""
-    config = ZePADConfig.from_dict(read_json(SHIPPED[name] / CONFIG))
+def card(model: Path, report: Path, name: str, _: str) -> str:
+    """The card of a committed model, which is loaded by ``name``."""
+    config = ZePADConfig.from_dict(read_json(model / CONFIG))
     return model_card(config, Report.load(report.parent)).replace(PLACEHOLDER, name)
 
 
@@ -176,8 +177,8 @@ def main() -> None:
     stale = []
     recipes = ROOT / "recipes" / "README.md"
     writers: dict[Path, Callable[[str], str]] = {ROOT / "README.md": readme, recipes: recipes_readme}
-    for name, report in (("embedded", REPORT), ("embedded-general", GENERAL_REPORT)):
-        writers[SHIPPED[name] / "README.md"] = partial(card, name, report)
+    writers[EMBEDDED_MODEL / "README.md"] = partial(card, EMBEDDED_MODEL, REPORT, "embedded")
+    writers[ROOT / GENERAL / "README.md"] = partial(card, ROOT / GENERAL, GENERAL_REPORT, GENERAL)
     for path, write in writers.items():
         old = path.read_text(encoding="utf-8")
         new = write(old)

@@ -64,7 +64,7 @@ def test_the_clip_table_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     tasks = {row["task"]: row for row in record["zero_shot"]}
     assert set(tasks) == {"clothing", "few odd, names read", "few odd, names never read"}
     assert [row["names_read"] for row in tasks.values()] == [10, 2, 0]
-    assert {row["model"] for row in record["zero_shot"]} == {"undefended", "embedded", "embedded-general"}
+    assert {row["model"] for row in record["zero_shot"]} == {"undefended", "embedded", "general"}
     for row in (*record["zero_shot"], *record["baselines"]):
         assert row["T1"]["accuracy"] <= row["clean"]["accuracy"]
         assert row["T2"]["ci_low"] <= row["T2"]["accuracy"] <= row["clean"]["accuracy"]

@@ -202,8 +202,8 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
         """Load a defended model and, at the revisions it was made on, the base encoders below it.
 
         Args:
-            pretrained_model_name_or_path: ``"embedded"`` (tuned on ten names of clothes), ``"embedded-general"`` (tuned
-                to keep any name), a folder, or a name on the Hub, ``owner/name``.
+            pretrained_model_name_or_path: ``"embedded"`` (tuned on ten names of clothes), a folder, or a name on the
+                Hub, ``owner/name``.
             revision: branch, tag or commit on the Hub; None is the main branch.
             token: for what is private; None takes the one of ``hf auth login``.
             cache_dir: where downloads are kept; None is the client's own.

@@ -27,8 +27,6 @@ from zepad_mm.heads import HEADS
 from zepad_mm.hub import Access, card_text, fetch
 
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "zepad"
-GENERAL_MODEL = Path(__file__).parent / "assets" / "zepad_general"
-SHIPPED = {"embedded": EMBEDDED_MODEL, "embedded-general": GENERAL_MODEL}  # names that need no download
 FORMAT = 1
 CONFIG, WEIGHTS, ADAPTERS = "config.json", "model.safetensors", "branches"
 GENERATED = "<!-- written with the model, and again at each save; remove this line to keep a text of your own -->"
@@ -84,8 +82,8 @@ class ZePADConfig(Config):
             few = ", ".join(strangers[:3]) + (", ..." if len(strangers) > 3 else "")
             warnings.warn(
                 f"the robust branches were tuned by labels on {len(known)} names and may have forgotten others: {few}. "
-                "Measure it with evaluate on pictures of your own; a model that was tuned without labels ('fare', "
-                '"embedded-general") keeps other names',
+                "Measure it with evaluate on pictures of your own, or tune by 'fare', which keeps other names (zepad "
+                "defend --defences fare)",
                 stacklevel=3,
             )
 
@@ -96,21 +94,21 @@ class ZePADConfig(Config):
 
 
 def located(name: str | Path, revision: str | None, access: Access) -> Path:
-    """The folder of a model: a shipped one, one on this disk, or one fetched from the Hub.
+    """The folder of a model: the embedded one, one on this disk, or one fetched from the Hub.
 
     Raises:
         FileNotFoundError: there is none; ValueError: a revision of what has none; else as ``hub.fetch``.
     """
     name = str(name)
-    if name not in SHIPPED and not Path(name).is_dir():
+    if name != "embedded" and not Path(name).is_dir():
         files = (CONFIG, WEIGHTS, f"{ADAPTERS}/*", "README.md")
         return fetch(name, files, required=(CONFIG, WEIGHTS), revision=revision, access=access)
     if revision is not None:
         raise ValueError(f"revision: {name} is no repository on the Hub and has no revisions; leave revision out")
-    if name in SHIPPED:
-        if not (SHIPPED[name] / CONFIG).is_file():
-            raise FileNotFoundError(f"{SHIPPED[name]} is empty; rebuild it with scripts/build_embedded_zepad.py")
-        return SHIPPED[name]
+    if name == "embedded":
+        if not (EMBEDDED_MODEL / CONFIG).is_file():
+            raise FileNotFoundError(f"{EMBEDDED_MODEL} is empty; rebuild it with scripts/build_embedded_zepad.py")
+        return EMBEDDED_MODEL
     if not (Path(name) / CONFIG).is_file():
         raise FileNotFoundError(f"{name}/{CONFIG} does not exist; expected a folder by ZePAD.save_pretrained")
     return Path(name)

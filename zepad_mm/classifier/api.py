@@ -59,7 +59,7 @@ class RobustZeroShotClassifier:
         dtype: torch.dtype | None = None,
         **hub: Any,
     ) -> RobustZeroShotClassifier:
-        """From ``"embedded"``, ``"embedded-general"``, a folder or the Hub.
+        """From ``"embedded"``, a folder or the Hub.
 
         Args:
             name: see above.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MODEL = '"embedded", "embedded-general", a folder, or a name on the Hub'
+MODEL = '"embedded", a folder, or a name on the Hub'
 DATA = '"embedded", a folder, or a name on the Hub'
 SOURCE = "a source, e.g. open_clip:embedded, open_clip:ViT-B-32/openai or hf:openai/clip-vit-base-patch32"
 
