@@ -160,9 +160,12 @@ def test_the_readme_table_comes_from_the_committed_report() -> None:
     assert (ROOT / "README.md").read_text() == before
 
 
-def test_the_committed_report_is_of_the_shipped_model_and_keeps_what_the_readme_says() -> None:
-    report = json.loads((ROOT / "recipes" / "results" / "demo" / "report.json").read_text())
-    shipped = json.loads((ROOT / "zepad_mm" / "assets" / "zepad" / "config.json").read_text())
+@pytest.mark.parametrize(
+    ("folder", "results"), [("zepad_mm/assets/zepad", "demo"), ("recipes/models/general", "general")]
+)
+def test_the_committed_report_is_of_the_committed_model(folder: str, results: str) -> None:
+    report = json.loads((ROOT / "recipes" / "results" / results / "report.json").read_text())
+    shipped = json.loads((ROOT / folder / "config.json").read_text())
     measured = report["meta"]["config"]["model"]
     assert {k: measured[k] for k in ("fusion", "fusion_params")} == {k: shipped[k] for k in ("fusion", "fusion_params")}
     assert measured["detector"] == shipped["detector"]
@@ -174,6 +177,9 @@ def test_the_embedded_assets_are_small_and_licensed() -> None:
     files = [path for path in assets.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 30 * 2**20
     assert (assets / "clip" / "open_clip_model.safetensors").stat().st_size <= 16e6
+    general = ROOT / "recipes" / "models" / "general"
+    assert sum(path.stat().st_size for path in general.rglob("*")) < 16 * 2**20
+    assert (general / "README.md").read_text().strip()
     for folder in ("clip", "clothing", "zepad"):
         assert (assets / folder / "README.md").read_text().strip()
     goals = {row["data"]: row for row in json.loads((assets / "clip" / "build.json").read_text())["rows"]}
