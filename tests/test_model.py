@@ -17,6 +17,8 @@ from zepad_mm.encoders import load_encoder
 from zepad_mm.files import read_tensors, write_tensors
 from zepad_mm.model import ZePAD, ZePADConfig
 
+ROOT = Path(__file__).parents[1]
+
 
 def test_forward_is_the_fusion_of_the_branches(zepad: ZePAD, images: torch.Tensor) -> None:
     with torch.no_grad():
@@ -203,12 +205,15 @@ def test_bad_images_are_told_how_to_be_good(zepad: ZePAD, images: torch.Tensor, 
             call(bad(images))  # type: ignore[operator]
 
 
-def test_the_shipped_model_is_right_more_often_than_the_undefended_one_under_attack() -> None:
+@pytest.mark.parametrize(
+    "name", ["embedded", str(ROOT / "recipes" / "models" / "general")], ids=["embedded", "general"]
+)
+def test_a_committed_model_is_right_more_often_than_the_undefended_one_under_attack(name: str) -> None:
     """Both see the same few-step perturbation made on the public encoder; the full figures are in the report."""
     from zepad_mm.attacks import FeatureUAP
     from zepad_mm.data import load_embedded
 
-    model = ZePAD.from_pretrained("embedded")
+    model = ZePAD.from_pretrained(name)
     images, labels = load_embedded("test", n=128)
     surrogate, _ = load_embedded("surrogate", n=128)
     made = FeatureUAP(epsilon=10 / 255, steps=30, batch_size=32).fit(model.undefended.encoder, surrogate)
