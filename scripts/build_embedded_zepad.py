@@ -83,10 +83,7 @@ BUILDS = {
     ),
     "general": Build(
         ROOT / "recipes" / "models" / "general",
-        (
-            Part("fare", "mpae", "FARE at 4/255, no labels"),
-            Part("fare_labels", "mpae", "FARE at 4/255 with cross-entropy beside it"),
-        ),
+        (Part("fare_labels", "mpae", "FARE at 4/255 with cross-entropy beside it"),),  # plain FARE beside it: weaker
         joined=True,
         epsilon=2 / 255,
         tolerance=0.06,  # with less, the rule stays below the clean accuracy of the undefended CLIP

@@ -55,7 +55,7 @@ STATE = (
     ),
     ("+29.20 BA, +73.86 RA", "the abstract's figures", "not reached at this scale", "table 1"),
     ("BA, RA, ASR", "metrics", "works", "all tables"),
-    ("CLIP", "the idea on a CLIP", "works; by labels it forgets other names, by FARE it keeps them", "tables 9, 9 b"),
+    ("CLIP", "the idea on a CLIP", "works; by labels it forgets other names, by FARE it keeps them", "tables 9 to 9 b"),
     ("Fig. 1", "overview", "works", "README"),
     ("Fig. 2", "confidence distributions", "measured", "figure 2 below"),
     ("Fig. 3", "t-SNE", "measured", "figure 3 below"),
