@@ -49,6 +49,7 @@ tunings:
   clean_own: {defence: clean, on: own}
   pgd_at: {defence: tecoa, options: {attack_steps: 1}}
   fare: {defence: fare, options: {attack_steps: 1}, train: {selection: last}}
+  fare_labels: {defence: fare, options: {attack_steps: 1, label_weight: 1}, head: probe, train: {selection: last}}
   half_clean: {defence: tecoa, options: {attack_steps: 1, clean_fraction: 0.5}}
   released: {defence: gen_af_released, options: {attack_steps: 1}}
 train: {steps: 1, batch_size: 16, validation_attack_steps: 1, bn_mode: train, samples: 0}

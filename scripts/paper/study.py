@@ -56,12 +56,13 @@ class Settings(ssl_story.Settings):
     adv_au: str = "byol"  # the auxiliary encoder, a name in the zoo
     adv_au_for_itself: str = "nnclr"  # where the victim is the auxiliary encoder
     more_adv_au: list[str] = field(default_factory=list)  # further ones, for the table of their number
-    # name -> defence, options, train, on (public or own), after (the tuning that this is Gen-AF's second stage of)
+    # name -> defence, options, head, train, on (public or own), after (the tuning that this is Gen-AF's second stage of)
     tunings: dict[str, dict[str, Any]] = field(default_factory=dict)
     n_critical: int = 1000  # tuning pictures that the second stage ranks layers by
     tuning: str = "gen_af"  # the paper's
     our_tuning: str = "fare"  # ours
     other_tuning: str = "half_clean"  # of the auxiliary encoder where the two differ
+    labelled_tuning: str = "fare_labels"  # a candidate for ours
     our_bmp: str = "bmp+clean_own"  # the benign encoder of ours
     attacks: dict[str, int] = field(default_factory=lambda: {"adv_encoder": 60, "uapgd": 150})  # T1: name -> steps
     family_steps: int = 100  # of T1b's feature_uap
@@ -96,6 +97,11 @@ class Study:
     def ours(self, victim: str) -> tuple[str, str, str]:
         """The three encoders of ours: another tuning, beside a benign encoder with local labels."""
         how = self.config.our_tuning
+        return f"{victim}+{how}", f"{self.partner(victim)}+{how}", self.config.our_bmp
+
+    def labelled(self, victim: str) -> tuple[str, str, str]:
+        """Ours, tuned by FARE with labels beside the distance."""
+        how = self.config.labelled_tuning
         return f"{victim}+{how}", f"{self.partner(victim)}+{how}", self.config.our_bmp
 
     def mixed(self, victim: str) -> tuple[str, str, str]:
@@ -137,7 +143,10 @@ class Study:
         if "after" in about:
             student, thawed = self._second_stage(f"{base}+{about['after']}", train, settings.batch_size)
         else:
-            student, thawed = build_student(self.source(base), train, head="mlp", seed=config.seed), None
+            student, thawed = (
+                build_student(self.source(base), train, head=about.get("head", "mlp"), seed=config.seed),
+                None,
+            )
         done = fit(student, train, validation, defence, settings, out=folder / "run", accelerator=self.accelerator)
         write_head(folder / "head.safetensors", student.head, train.class_names)
         record = {

@@ -71,6 +71,7 @@ def ablation(study: Study) -> dict[str, Any]:
             "full, our rule": fused(study.config.rule, members, **study.config.rule_options),
             "ours": fused(study.config.rule, study.ours(victim), **study.config.rule_options),
             "ours, two objectives": fused(study.config.rule, study.mixed(victim), **study.config.rule_options),
+            "ours, FARE with labels": fused(study.config.rule, study.labelled(victim), **study.config.rule_options),
             "ours: tuned victim alone": single(study.ours(victim)[0]),
             "ours: tuned auxiliary encoder alone": single(study.ours(victim)[1]),
             "ours: BMP alone": single(study.config.our_bmp),
@@ -150,6 +151,7 @@ def white_box(study: Study) -> dict[str, Any]:
         f"{first}, the paper's tuning": study.defended(first),
         f"{first}, the paper's tuning, rule selected": study.defended(first),
         f"{first}, two objectives": study.mixed(first),
+        f"{first}, FARE with labels, rule selected": study.labelled(first),
         **{f"{victim}, ours": study.ours(victim) for victim in config.studied},
         **{f"{victim}, ours, rule selected": study.ours(victim) for victim in config.studied},
     }
