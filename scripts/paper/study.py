@@ -56,7 +56,7 @@ class Settings(ssl_story.Settings):
     adv_au: str = "byol"  # the auxiliary encoder, a name in the zoo
     adv_au_for_itself: str = "nnclr"  # where the victim is the auxiliary encoder
     more_adv_au: list[str] = field(default_factory=list)  # further ones, for the table of their number
-    # name -> defence, options, head, train, on (public or own), after (the tuning that this is Gen-AF's second stage of)
+    # name -> defence, options, head, train, on (public or own), after (a tuning: this is Gen-AF's second stage of it)
     tunings: dict[str, dict[str, Any]] = field(default_factory=dict)
     n_critical: int = 1000  # tuning pictures that the second stage ranks layers by
     tuning: str = "gen_af"  # the paper's
