@@ -35,8 +35,8 @@ def clip_abroad(record: dict[str, Any]) -> str:
     head = ["pictures", "names read", "set", "prompts", "model", "clean", "T1, 10/255", "T2, 4/255 (one PGD: at most)"]
     text = (
         "`embedded` was tuned by labels on ten names of clothing: on other sets it loses most of what the public CLIP "
-        "knew, clean pictures included. `general` (`recipes/models/general`) was tuned by FARE, one branch with "
-        "labels beside it, on clothes and on the 64 named classes of tinyimagenet80.\n"
+        "knew, clean pictures included. `general` (`recipes/models/general`) was tuned by FARE with "
+        "labels on clothes and on the 64 named classes of tinyimagenet80.\n"
     )
     tuned = [
         [row["defence"], str(row["rank"] or "all weights"), row["task"], *(percent(row[threat]) for threat in threats)]
