@@ -141,8 +141,9 @@ def abroad(found: dict[str, Any]) -> str:
         [
             '**The shipped model is for the ten names it was tuned on.** On others the robust branches of `"embedded"` '
             "have forgotten most of what the CLIP knew, and it warns when it is asked for one. "
-            f"[`{GENERAL}`]({GENERAL}/README.md) was tuned by FARE, which holds the features where they were, "
-            "with labels beside it, on the clothes and on Tiny-ImageNet classes: it is less robust to a white-box attacker and keeps other names. "
+            f"[`{GENERAL}`]({GENERAL}/README.md) was tuned by FARE, which holds the features where they were, with "
+            "labels beside it, on the clothes and on Tiny-ImageNet classes: it is less robust to a white-box attacker "
+            "and keeps other names. "
             f'`ZePAD.from_pretrained("{GENERAL}")` loads it from a clone; `zepad defend --defences fare` makes one.',
             "",
             *lines,
