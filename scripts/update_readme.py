@@ -143,7 +143,7 @@ def abroad(found: dict[str, Any]) -> str:
             "have forgotten most of what the CLIP knew, and it warns when it is asked for one. "
             f"[`{GENERAL}`]({GENERAL}/README.md) was tuned by FARE, which holds the features where they were, with "
             "labels beside it, on the clothes and on Tiny-ImageNet classes: it is less robust to a white-box attacker "
-            "and keeps other names. "
+            "and keeps most of what the CLIP knew of other names. "
             f'`ZePAD.from_pretrained("{GENERAL}")` loads it from a clone; `zepad defend --defences fare` makes one.',
             "",
             *lines,

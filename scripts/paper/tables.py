@@ -151,9 +151,9 @@ def white_box(study: Study) -> dict[str, Any]:
         f"{first}, the paper's tuning": study.defended(first),
         f"{first}, the paper's tuning, rule selected": study.defended(first),
         f"{first}, two objectives": study.mixed(first),
-        f"{first}, FARE with labels, rule selected": study.labelled(first),
         **{f"{victim}, ours": study.ours(victim) for victim in config.studied},
         **{f"{victim}, ours, rule selected": study.ours(victim) for victim in config.studied},
+        **{f"{victim}, FARE with labels, rule selected": study.labelled(victim) for victim in config.studied},
     }
     for title, members in chosen.items():
         out = study.out / "white_box" / title.replace(", ", "-").replace(" ", "-").replace("'", "")
