@@ -144,7 +144,7 @@ def abroad(found: dict[str, Any]) -> str:
             f"[`{GENERAL}`]({GENERAL}/README.md) was tuned by FARE, which holds the features where they were, with "
             "labels beside it, on the clothes and on Tiny-ImageNet classes: it is less robust to a white-box attacker "
             "and keeps most of what the CLIP knew of other names. "
-            f'`ZePAD.from_pretrained("{GENERAL}")` loads it from a clone; `zepad defend --defences fare` tunes that way, '
+            f'`ZePAD.from_pretrained("{GENERAL}")` loads it from a clone; `zepad defend --defences fare` tunes so, '
             "without labels.",
             "",
             *lines,
