@@ -25,9 +25,9 @@ from jsonargparse import ArgumentParser
 from torchvision.utils import save_image
 
 from zepad_mm.attacks import UNIVERSAL_ATTACKS
-from zepad_mm.config import Config
 from zepad_mm.data import load_data
 from zepad_mm.encoders import load_encoder
+from zepad_mm.utils.config import Config
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,11 +28,11 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from zepad_mm.card import write_card
-from zepad_mm.config import Config
 from zepad_mm.defend import DefendSettings, defend, tune_branches
 from zepad_mm.evaluation import Report, evaluate
+from zepad_mm.evaluation.model_card import write_card
 from zepad_mm.training import make_accelerator
+from zepad_mm.utils.config import Config
 
 
 @dataclass(frozen=True, kw_only=True)

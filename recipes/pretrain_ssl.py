@@ -38,7 +38,6 @@ from torch import nn
 from tqdm import tqdm
 
 from zepad_mm.data import LabelledImages, load_data
-from zepad_mm.files import write_json
 from zepad_mm.pretraining import (
     METHODS,
     Learner,
@@ -50,9 +49,10 @@ from zepad_mm.pretraining import (
     save_encoder,
     save_state,
 )
-from zepad_mm.provenance import provenance
 from zepad_mm.training import make_accelerator
-from zepad_mm.training.processes import seeded
+from zepad_mm.utils.io import write_json
+from zepad_mm.utils.provenance import provenance
+from zepad_mm.utils.seeding import seeded
 
 PARTS = ("all", "first_half", "second_half")
 SMALL_RESNET = {"channels": [32, 64, 128, 256], "layers": [1, 1, 1, 1], "zero_init_last": False}

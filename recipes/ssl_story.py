@@ -36,17 +36,15 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from torch import Tensor
 from tqdm import tqdm
 
-from zepad_mm import fusion
 from zepad_mm.attacks import PGD, UNIVERSAL_ATTACKS, Perturbation
-from zepad_mm.branch import Branch, BranchConfig
 from zepad_mm.data import LabelledImages, load_data
 from zepad_mm.defences import make_defence
-from zepad_mm.detection import SCORES
 from zepad_mm.encoders import Encoder, load_encoder, streamlined
 from zepad_mm.evaluation.metrics import detect, fooling_rate, paper_rule_accuracy, share
-from zepad_mm.files import read_json, write_json, write_text
-from zepad_mm.model import ZePAD, ZePADConfig
-from zepad_mm.provenance import provenance
+from zepad_mm.models import fusion
+from zepad_mm.models.branch import Branch, BranchConfig
+from zepad_mm.models.detection import SCORES
+from zepad_mm.models.zepad import ZePAD, ZePADConfig
 from zepad_mm.training import (
     HeadSettings,
     TrainSettings,
@@ -57,6 +55,8 @@ from zepad_mm.training import (
     make_accelerator,
     train_head_on_features,
 )
+from zepad_mm.utils.io import read_json, write_json, write_text
+from zepad_mm.utils.provenance import provenance
 
 BENIGN = (False, False, True)
 DEFENDED = ("victim_tuned", "adv_au_tuned", "bmp")

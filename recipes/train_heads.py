@@ -25,11 +25,8 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from zepad_mm.config import Config
 from zepad_mm.data import load_data
 from zepad_mm.defences import Student
-from zepad_mm.files import write_json
-from zepad_mm.provenance import origin
 from zepad_mm.training import (
     HeadSettings,
     fresh_head,
@@ -39,6 +36,9 @@ from zepad_mm.training import (
     validate,
     write_head,
 )
+from zepad_mm.utils.config import Config
+from zepad_mm.utils.io import write_json
+from zepad_mm.utils.provenance import origin
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,6 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from zepad_mm.config import Config
 from zepad_mm.defences import Clean
 from zepad_mm.encoders import LoraSettings
 from zepad_mm.training import (
@@ -42,6 +41,7 @@ from zepad_mm.training import (
     write_head,
     write_tuned,
 )
+from zepad_mm.utils.config import Config
 
 
 @dataclass(frozen=True, kw_only=True)

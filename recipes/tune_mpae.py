@@ -32,7 +32,6 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from zepad_mm.config import Config
 from zepad_mm.defences import make_defence
 from zepad_mm.encoders import LoraSettings
 from zepad_mm.training import (
@@ -46,6 +45,7 @@ from zepad_mm.training import (
     write_head,
     write_tuned,
 )
+from zepad_mm.utils.config import Config
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import torch
 from timm.data import ImageNetInfo
 from torch import Tensor
 
-from zepad_mm.prompts import PROMPTS
+from zepad_mm.encoders.prompts import PROMPTS
 
 # classes of tinyimagenet80 that stand in no text of the training
 UNSEEN = (

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from zepad_mm.data import LabelledImages, load_data
 from zepad_mm.encoders import load_clip
-from zepad_mm.files import write_json, write_tensors, write_text
-from zepad_mm.heads import zero_shot_head
-from zepad_mm.provenance import provenance
+from zepad_mm.models.heads import zero_shot_head
+from zepad_mm.utils.io import write_json, write_tensors, write_text
+from zepad_mm.utils.provenance import provenance
 
 CONFIG: dict[str, Any] = {
     "model_cfg": {

@@ -12,7 +12,6 @@ from _encoder_zoo import Made
 from peft import PeftModel
 from torch import Tensor, nn
 
-from zepad_mm.branch import Branch, BranchConfig
 from zepad_mm.encoders import (
     Encoder,
     LoraSettings,
@@ -25,11 +24,12 @@ from zepad_mm.encoders import (
     set_gradient_checkpointing,
 )
 from zepad_mm.encoders.attention import unfuse_attention
-from zepad_mm.encoders.hf import NaFlexBackbone
-from zepad_mm.heads import HEADS, zero_shot_head
-from zepad_mm.model import ZePAD, ZePADConfig
+from zepad_mm.encoders.huggingface import NaFlexBackbone
+from zepad_mm.models.branch import Branch, BranchConfig
+from zepad_mm.models.heads import HEADS, zero_shot_head
+from zepad_mm.models.zepad import ZePAD, ZePADConfig
+from zepad_mm.training.artifacts import load_tuned, write_tuned
 from zepad_mm.training.heads import HeadSettings, train_head_on_features
-from zepad_mm.training.tuned import load_tuned, write_tuned
 
 TOLERANCE = 1e-5  # of parity, in features and in zero-shot probabilities, fp32
 CLASSES = ("cat", "dog", "ball")

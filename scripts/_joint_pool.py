@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import ClassLabel, Features, Image, concatenate_datasets
 
-from zepad_mm.data.opening import class_names_of, columns_of, open_table
+from zepad_mm.data.loading import class_names_of, columns_of, open_table
 
 SHARE_HELD_OUT = 0.05  # of a set without a validation split
 

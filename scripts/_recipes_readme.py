@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from zepad_mm.files import read_json
+from zepad_mm.utils.io import read_json
 
 RESULTS = Path(__file__).parents[1] / "recipes" / "results"
 START = "<!-- tables: written by scripts/update_readme.py from recipes/results/*.json -->"

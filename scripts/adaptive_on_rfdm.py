@@ -23,8 +23,8 @@ from zepad_mm.attacks import APGD, FUSED_LOSSES, Attack, FusedAttack
 from zepad_mm.data import load_embedded
 from zepad_mm.encoders import streamlined
 from zepad_mm.evaluation.metrics import share
-from zepad_mm.files import read_json, write_json, write_text
-from zepad_mm.provenance import provenance
+from zepad_mm.utils.io import read_json, write_json, write_text
+from zepad_mm.utils.provenance import provenance
 
 NAME = "adaptive_on_rfdm"
 GENERIC = "apgd_targeted"

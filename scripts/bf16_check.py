@@ -22,9 +22,9 @@ from zepad_mm.attacks import PGD
 from zepad_mm.data import load_data
 from zepad_mm.encoders import streamlined
 from zepad_mm.evaluation.metrics import share
-from zepad_mm.files import write_json
-from zepad_mm.model import ZePAD
-from zepad_mm.provenance import provenance
+from zepad_mm.models.zepad import ZePAD
+from zepad_mm.utils.io import write_json
+from zepad_mm.utils.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from zepad_mm.data import LabelledImages, load_data
-from zepad_mm.prompts import PROMPTS
+from zepad_mm.encoders.prompts import PROMPTS
 
 OUT = Path(__file__).parents[1] / "zepad_mm" / "assets" / "clip"
 SHARES = {"imagenet20": 0.33, "tinyimagenet80": 0.37, "clothing": 0.30}  # of the pictures of a step

@@ -25,16 +25,16 @@ from _clip_names import UNSEEN
 from _joint_pool import join
 
 from zepad_mm.attacks import FeatureUAP
-from zepad_mm.branch import Branch, BranchConfig
 from zepad_mm.data import load_data
 from zepad_mm.encoders import has_lora, load_clip
-from zepad_mm.files import read_json, write_json
-from zepad_mm.heads import zero_shot_head
-from zepad_mm.model import EMBEDDED_MODEL, ZePAD, ZePADConfig
-from zepad_mm.prompts import templates_of
-from zepad_mm.provenance import provenance
+from zepad_mm.encoders.prompts import templates_of
+from zepad_mm.models.branch import Branch, BranchConfig
+from zepad_mm.models.heads import zero_shot_head
+from zepad_mm.models.zepad import EMBEDDED_MODEL, ZePAD, ZePADConfig
 from zepad_mm.selection import select_detector, select_fusion
 from zepad_mm.training import load_tuned
+from zepad_mm.utils.io import read_json, write_json
+from zepad_mm.utils.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"

@@ -23,8 +23,8 @@ sys.path.insert(0, str(ROOT / "recipes"))
 
 import pretrain_ssl  # noqa: E402
 
-from zepad_mm.files import read_json, read_tensors, write_json, write_tensors, write_text  # noqa: E402
-from zepad_mm.provenance import provenance  # noqa: E402
+from zepad_mm.utils.io import read_json, read_tensors, write_json, write_tensors, write_text  # noqa: E402
+from zepad_mm.utils.provenance import provenance  # noqa: E402
 
 # the paper's methods, and where the shared constants of the config do not fit one
 METHODS: dict[str, list[str]] = {

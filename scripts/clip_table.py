@@ -36,10 +36,10 @@ from zepad_mm.data import LabelledImages, load_data
 from zepad_mm.defences import make_defence
 from zepad_mm.encoders import Encoder, LoraSettings, load_clip, streamlined
 from zepad_mm.evaluation.metrics import share
-from zepad_mm.files import read_json, write_json, write_text
-from zepad_mm.heads import zero_shot_head
-from zepad_mm.provenance import provenance
+from zepad_mm.models.heads import zero_shot_head
 from zepad_mm.training import TrainSettings, Validation, build_student, fit, load_tuned, write_tuned
+from zepad_mm.utils.io import read_json, write_json, write_text
+from zepad_mm.utils.provenance import provenance
 
 NAME = "clip"
 PROMPT_SETS = ("single", "photo", "style")

@@ -20,13 +20,13 @@ from tqdm.auto import tqdm
 
 from zepad_mm import ZePAD
 from zepad_mm.attacks import UNIVERSAL_ATTACKS, Perturbation, UniversalAttack
-from zepad_mm.checks import budget_text
 from zepad_mm.data import LabelledImages, load_data
 from zepad_mm.encoders import load_clip
 from zepad_mm.evaluation.metrics import share
-from zepad_mm.files import write_json, write_text
-from zepad_mm.heads import zero_shot_head
-from zepad_mm.provenance import provenance
+from zepad_mm.models.heads import zero_shot_head
+from zepad_mm.utils.io import write_json, write_text
+from zepad_mm.utils.provenance import provenance
+from zepad_mm.utils.validation import budget_text
 
 SOURCE = "open_clip:embedded"
 

@@ -20,8 +20,8 @@ import transformers
 from _encoder_checks import TOLERANCE, Row, check
 from _encoder_zoo import ZOO
 
-from zepad_mm.files import write_json, write_text
-from zepad_mm.provenance import provenance
+from zepad_mm.utils.io import write_json, write_text
+from zepad_mm.utils.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = (

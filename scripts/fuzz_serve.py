@@ -25,8 +25,8 @@ from typing import Any
 import httpx
 from _serving import files, served
 
-from zepad_mm.files import write_json
-from zepad_mm.provenance import provenance
+from zepad_mm.utils.io import write_json
+from zepad_mm.utils.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
 TEXTS = ("", " ", "cat", "dog", "\x00", "\udfff".encode("utf-8", "surrogatepass").decode("utf-8", "replace"), "🐈" * 30)

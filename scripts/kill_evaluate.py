@@ -19,8 +19,8 @@ from typing import Any
 from _killing import torment
 
 from zepad_mm.evaluation import Records, Report
-from zepad_mm.files import read_tensors, write_json
-from zepad_mm.provenance import provenance
+from zepad_mm.utils.io import read_tensors, write_json
+from zepad_mm.utils.provenance import provenance
 
 ZEPAD = [sys.executable, "-c", "import sys; from zepad_mm.cli import main; sys.exit(main())"]
 EVALUATE = ["evaluate", "embedded", "--preset", "smoke", "--threats", "clean,T1,T2,T3", "--n", "12", "--no-figures"]

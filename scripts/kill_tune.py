@@ -20,9 +20,9 @@ from typing import Any
 
 from _killing import torment
 
-from zepad_mm.files import read_tensors, write_json
-from zepad_mm.provenance import provenance
 from zepad_mm.training.checkpoint import CHECKPOINT
+from zepad_mm.utils.io import read_tensors, write_json
+from zepad_mm.utils.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
 TUNE = ["recipes/tune_mpae.py", "--config", "recipes/configs/smoke/tune_mpae.yaml", "--settings.log_every", "1"]

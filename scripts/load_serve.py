@@ -24,8 +24,8 @@ from typing import Any
 import httpx
 from _serving import files, resident_mb, served
 
-from zepad_mm.files import write_json
-from zepad_mm.provenance import provenance
+from zepad_mm.utils.io import write_json
+from zepad_mm.utils.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
 ALLOWED = {"200", "400", "503"}

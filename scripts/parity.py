@@ -22,8 +22,8 @@ from zepad_mm import ZePAD
 from zepad_mm.attacks import APGD, PGD, Attack, Square
 from zepad_mm.data import load_embedded
 from zepad_mm.encoders import streamlined
-from zepad_mm.files import read_json, write_json, write_text
-from zepad_mm.provenance import provenance
+from zepad_mm.utils.io import read_json, write_json, write_text
+from zepad_mm.utils.provenance import provenance
 
 OUT = Path(__file__).parents[1] / "recipes" / "results" / "parity.json"
 WORST = "apgd-ce + apgd-t + square"

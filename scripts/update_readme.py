@@ -17,10 +17,10 @@ from typing import Any
 
 from _recipes_readme import recipes_readme
 
-from zepad_mm.card import model_card
+from zepad_mm.evaluation.model_card import model_card
 from zepad_mm.evaluation.report import Report
-from zepad_mm.files import read_json, write_text
-from zepad_mm.storage import CONFIG, EMBEDDED_MODEL, PLACEHOLDER, ZePADConfig
+from zepad_mm.models.serialization import CONFIG, EMBEDDED_MODEL, PLACEHOLDER, ZePADConfig
+from zepad_mm.utils.io import read_json, write_text
 
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "recipes" / "results" / "demo" / "report.json"

@@ -11,10 +11,10 @@ from filelock import FileLock
 from safetensors.torch import save_file
 from torch import nn
 
-from zepad_mm.branch import Branch, BranchConfig
 from zepad_mm.encoders import LoraSettings, add_lora, load_clip
-from zepad_mm.heads import zero_shot_head
-from zepad_mm.model import DetectorConfig, ZePAD, ZePADConfig
+from zepad_mm.models.branch import Branch, BranchConfig
+from zepad_mm.models.heads import zero_shot_head
+from zepad_mm.models.zepad import DetectorConfig, ZePAD, ZePADConfig
 
 torch.set_num_threads(1)
 

@@ -27,7 +27,7 @@ from zepad_mm.attacks import (
     load_attacked,
     save_attacked,
 )
-from zepad_mm.fusion import build
+from zepad_mm.models.fusion import build
 
 EPSILON = {"linf": 4 / 255, "l2": 0.4}
 LEVEL = 1 / 255

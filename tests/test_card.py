@@ -10,10 +10,10 @@ import pytest
 from conftest import make_zepad
 from huggingface_hub import ModelCard
 
-from zepad_mm.card import model_card, write_card
 from zepad_mm.evaluation import Report
-from zepad_mm.files import read_json
-from zepad_mm.model import EMBEDDED_MODEL, ZePADConfig
+from zepad_mm.evaluation.model_card import model_card, write_card
+from zepad_mm.models.zepad import EMBEDDED_MODEL, ZePADConfig
+from zepad_mm.utils.io import read_json
 
 DEMO = Path(__file__).parents[1] / "recipes" / "results" / "demo"
 
@@ -95,7 +95,7 @@ def test_what_was_not_measured_is_said(config: ZePADConfig, report: Report) -> N
     assert "under `fog` (severity 5) it flags 50.0 %" in text
     text = model_card(replace(config, class_names=("a", "b")), report)
     assert "other classes than it is saved with: dress, hat" in text
-    assert "nothing says how robust it is" in model_card(config, None)
+    assert "Not evaluated yet" in model_card(config, None)
 
 
 def test_the_report_of_another_model_is_refused(config: ZePADConfig, report: Report) -> None:
@@ -143,4 +143,4 @@ def test_the_card_of_an_evaluation_just_made(clip_source: str, tmp_path: Path, i
     assert (tmp_path / "README.md").read_text() == text
     # a model that is saved again is another model: the figures go
     model.set_fusion("equal").save_pretrained(tmp_path)
-    assert "nothing says how robust it is" in (tmp_path / "README.md").read_text()
+    assert "Not evaluated yet" in (tmp_path / "README.md").read_text()

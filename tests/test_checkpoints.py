@@ -19,7 +19,7 @@ from torchvision.models import resnet18, resnet34, resnet50
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from zepad_mm.encoders import load_encoder
-from zepad_mm.encoders.ssl import CIFAR, IMAGENET
+from zepad_mm.encoders.ssl_checkpoints import CIFAR, IMAGENET
 
 pl = pytest.importorskip("pytorch_lightning")
 lightly = pytest.importorskip("lightly")
@@ -317,7 +317,7 @@ def test_the_layout(write: Callable[[], Written], tmp_path: Path, caplog: pytest
         got = encoder.backbone((images - mean) / std)
     scale = expected.abs().max()
     torch.testing.assert_close(got / scale, expected / scale, atol=1e-5, rtol=1e-5)
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "zepad_mm.encoders.ssl"]
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "zepad_mm.encoders.ssl_checkpoints"]
     assert written.left_out in line.split("left out: ")[1]
 
 

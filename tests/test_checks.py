@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from zepad_mm.checks import check_epsilon, check_images, check_labels, check_names
+from zepad_mm.utils.validation import check_epsilon, check_images, check_labels, check_names
 
 GOOD = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 

@@ -23,11 +23,11 @@ from torchvision.transforms.functional import to_pil_image
 from transformers import pipeline
 
 from zepad_mm.attacks import PGD
-from zepad_mm.branch import Branch, BranchConfig
 from zepad_mm.classifier import RobustZeroShotClassifier
 from zepad_mm.encoders import load_clip
-from zepad_mm.heads import zero_shot_head
-from zepad_mm.model import DetectorConfig, ZePAD, ZePADConfig
+from zepad_mm.models.branch import Branch, BranchConfig
+from zepad_mm.models.heads import zero_shot_head
+from zepad_mm.models.zepad import DetectorConfig, ZePAD, ZePADConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import _encoder_zoo as zoo
@@ -189,7 +189,7 @@ def test_urls(classifier: RobustZeroShotClassifier, images: torch.Tensor, monkey
         for path, message in (("/missing.png", "404"), ("/page.html", "could not be read as a picture")):
             with pytest.raises(ValueError, match=message):
                 classifier(url + path, LABELS)
-        monkeypatch.setattr("zepad_mm.classifier.pictures.MAX_BYTES", 100)
+        monkeypatch.setattr("zepad_mm.classifier.images.MAX_BYTES", 100)
         with pytest.raises(ValueError, match="is larger than"):
             classifier(f"{url}/picture.png", LABELS)
         server.shutdown()

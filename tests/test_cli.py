@@ -21,7 +21,7 @@ from PIL import Image
 from zepad_mm import __version__
 from zepad_mm.attacks import Perturbation
 from zepad_mm.cli import COMMANDS, budget, main
-from zepad_mm.model import DetectorConfig, ZePAD
+from zepad_mm.models.zepad import DetectorConfig, ZePAD
 
 
 @pytest.fixture(scope="module")

@@ -30,8 +30,8 @@ from zepad_mm.attacks import (
     load_published,
 )
 from zepad_mm.attacks.patch import paste
-from zepad_mm.attacks.universal.layers import Activations, blocks_of
-from zepad_mm.attacks.universal.pseudo import cluster
+from zepad_mm.attacks.universal.layer_outputs import Activations, blocks_of
+from zepad_mm.attacks.universal.surrogate_heads import cluster
 from zepad_mm.attacks.universal.x_transfer import UpperConfidence
 from zepad_mm.encoders import load_encoder
 

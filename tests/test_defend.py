@@ -13,7 +13,7 @@ from PIL import Image
 from zepad_mm.classifier import RobustZeroShotClassifier
 from zepad_mm.defend import NAMES, DefendSettings, defend
 from zepad_mm.encoders import LoraSettings
-from zepad_mm.model import ZePAD
+from zepad_mm.models.zepad import ZePAD
 from zepad_mm.training import TrainSettings
 
 SMALL = DefendSettings(

@@ -36,11 +36,11 @@ from zepad_mm.encoders import (  # noqa: E402
     set_gradient_checkpointing,
     streamlined,
 )
-from zepad_mm.encoders.hf_preprocess import preprocess_of  # noqa: E402
-from zepad_mm.heads import zero_shot_head  # noqa: E402
-from zepad_mm.model import ZePAD  # noqa: E402
-from zepad_mm.training.students import build_student  # noqa: E402
-from zepad_mm.training.tuned import load_tuned, write_tuned  # noqa: E402
+from zepad_mm.encoders.huggingface_preprocess import preprocess_of  # noqa: E402
+from zepad_mm.models.heads import zero_shot_head  # noqa: E402
+from zepad_mm.models.zepad import ZePAD  # noqa: E402
+from zepad_mm.training.artifacts import load_tuned, write_tuned  # noqa: E402
+from zepad_mm.training.student import build_student  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

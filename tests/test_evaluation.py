@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from toy_defence import CLASSES, SETTINGS, defended, pictures
 
 from zepad_mm.attacks import PGD, Perturbation
-from zepad_mm.branch import Branch, BranchConfig
 from zepad_mm.encoders import Encoder
 from zepad_mm.evaluation import PRESETS, EvalData, EvalSettings, Records, Report, acceptance, evaluate, read_stage
 from zepad_mm.evaluation import runner as runner_module
+from zepad_mm.evaluation.context import Session
+from zepad_mm.evaluation.plots import confidence_figure, contact_sheet, tradeoff_figure, write_figures
 from zepad_mm.evaluation.records import INCLUDED
-from zepad_mm.evaluation.session import Session
-from zepad_mm.fusion import RULES, Decision, Fusion, build
-from zepad_mm.model import DetectorConfig, ZePAD, ZePADConfig
-from zepad_mm.plots import confidence_figure, contact_sheet, tradeoff_figure, write_figures
+from zepad_mm.models.branch import Branch, BranchConfig
+from zepad_mm.models.fusion import RULES, Decision, Fusion, build
+from zepad_mm.models.zepad import DetectorConfig, ZePAD, ZePADConfig
 
 
 @pytest.fixture(scope="module")

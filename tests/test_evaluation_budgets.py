@@ -12,8 +12,8 @@ from toy_defence import SETTINGS, SIZE, defended, pictures
 
 from zepad_mm.attacks import Perturbation
 from zepad_mm.evaluation import PRESETS, EvalData, EvalSettings, Records, Report, evaluate
-from zepad_mm.model import ZePAD
-from zepad_mm.plots import write_figures
+from zepad_mm.evaluation.plots import write_figures
+from zepad_mm.models.zepad import ZePAD
 
 L2 = 1.5
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import CLASSES, make_zepad
 
-from zepad_mm.export import OUTPUTS, Exported, export_onnx
-from zepad_mm.model import ZePAD
+from zepad_mm.models.onnx import OUTPUTS, Exported, export_onnx
+from zepad_mm.models.zepad import ZePAD
 
 SIZE = 48  # not the encoder's 32: the antialiased resize is part of the graph
 
@@ -39,7 +39,7 @@ def test_onnxruntime_says_what_torch_says(model: ZePAD, exported: Exported, batc
         torch.testing.assert_close(torch.from_numpy(theirs), getattr(decision, name), atol=1e-4, rtol=1e-4)
     about = session.get_modelmeta().custom_metadata_map
     assert json.loads(about["zepad_mm.class_names"]) == list(CLASSES)
-    assert json.loads(about["zepad_mm.fusion"])["rule"] == "capped_rfdm"
+    assert json.loads(about["zepad_mm.models.fusion"])["rule"] == "capped_rfdm"
 
 
 def louder(model: ZePAD) -> ZePAD:
@@ -55,7 +55,7 @@ def test_a_graph_that_answers_otherwise_is_not_kept(
 ) -> None:
     import onnx_ir
 
-    from zepad_mm import export
+    from zepad_mm.models import onnx as export
 
     class Other:
         """The graph of a model with other branches, in the place of this one's."""

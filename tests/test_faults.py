@@ -30,8 +30,8 @@ from torch import Tensor
 
 from zepad_mm.data import open_images
 from zepad_mm.defences import Defence, LossParts, Student, TeCoA, make_defence
-from zepad_mm.files import read_tensors
 from zepad_mm.training import fit
+from zepad_mm.utils.io import read_tensors
 
 
 def _killed(out: Path) -> None:

@@ -19,7 +19,7 @@ from torchvision.transforms.functional import to_pil_image
 from zepad_mm.data import StreamedImages, load_data, open_images, stream_images
 from zepad_mm.training import DataSettings, build_student, fit
 from zepad_mm.training.checkpoint import trained_state
-from zepad_mm.training.feed import TrainData, shares
+from zepad_mm.training.dataloader import TrainData, shares
 
 ROOT = Path(__file__).parents[1]
 N, FILES = 48, 4

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from zepad_mm import detection
-from zepad_mm.fusion import RULES, build, rfdm_weights
+from zepad_mm.models import detection
+from zepad_mm.models.fusion import RULES, build, rfdm_weights
 
 BENIGN = (False, False, True)
 

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 import zepad_mm
-from zepad_mm.config import Config
 from zepad_mm.data import LabelledImages, load_data, load_embedded, to_tensor
-from zepad_mm.files import read_json, read_tensors, replacing, write_json, write_tensors
-from zepad_mm.prompts import clean_name, templates_of
-from zepad_mm.registry import Registry
+from zepad_mm.encoders.prompts import clean_name, templates_of
+from zepad_mm.utils.config import Config
+from zepad_mm.utils.io import read_json, read_tensors, replacing, write_json, write_tensors
+from zepad_mm.utils.registry import Registry
 
 
 def test_the_top_level_is_lazy() -> None:

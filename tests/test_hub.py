@@ -25,12 +25,12 @@ from huggingface_hub import ModelCard, constants
 
 from zepad_mm import RobustZeroShotClassifier, load_encoder
 from zepad_mm.attacks import Perturbation
-from zepad_mm.branch import Branch, BranchConfig
 from zepad_mm.encoders import ENCODERS
 from zepad_mm.evaluation import EvalData, EvalSettings, Records, Report, evaluate, fetch_report, push_report
-from zepad_mm.heads import HEADS
-from zepad_mm.hub import fetch, push_folder
-from zepad_mm.model import ZePAD, ZePADConfig
+from zepad_mm.models.branch import Branch, BranchConfig
+from zepad_mm.models.heads import HEADS
+from zepad_mm.models.zepad import ZePAD, ZePADConfig
+from zepad_mm.utils.hub import fetch, push_folder
 
 BASE = "open_clip:hf-hub:acme/tiny-clip"
 OWNER, GUEST = "hf_OwnerSecretOwnerSecret", "hf_GuestSecretGuestSecret"
@@ -528,7 +528,7 @@ README: dict[str, Callable[[Path, int], None]] = {
 def test_the_examples_of_the_readme(hub: Hub, tmp_path: Path) -> None:
     """All of them in one process of its own, as a user would run them."""
     images = torch.ones(1, 3, 40, 40) / 3
-    lines, expected = ["import torch", "from zepad_mm import load_encoder", "from zepad_mm.hub import fetch"], []
+    lines, expected = ["import torch", "from zepad_mm import load_encoder", "from zepad_mm.utils.hub import fetch"], []
     for source, (name, local, write) in EXAMPLES.items():
         if local.partition(":")[0] not in ENCODERS:
             continue

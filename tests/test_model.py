@@ -14,8 +14,8 @@ from conftest import CLASSES, make_zepad, write_clip
 from zepad_mm.attacks import PGD
 from zepad_mm.classifier import RobustZeroShotClassifier
 from zepad_mm.encoders import load_encoder
-from zepad_mm.files import read_tensors, write_tensors
-from zepad_mm.model import ZePAD, ZePADConfig
+from zepad_mm.models.zepad import ZePAD, ZePADConfig
+from zepad_mm.utils.io import read_tensors, write_tensors
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,8 +10,8 @@ import pytest
 import timm
 import torch
 
-from zepad_mm.files import write_json
 from zepad_mm.pretraining import save_encoder
+from zepad_mm.utils.io import write_json
 
 pytest.importorskip("lightly")
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from zepad_mm.attacks import Perturbation
 from zepad_mm.attacks.base import NORMS
-from zepad_mm.files import read_tensors, write_tensors
+from zepad_mm.utils.io import read_tensors, write_tensors
 
 EPSILON = {"linf": 10 / 255, "l2": 1.5}
 PROVENANCE = {"attack": "FeatureUAP()", "images": 7, "final_loss": 0.25, "encoders": ["a"]}

@@ -13,7 +13,7 @@ import torch
 from zepad_mm.data import LabelledImages, load_data
 from zepad_mm.defences import FARE, Clean, Student
 from zepad_mm.encoders import add_lora, load_encoder
-from zepad_mm.heads import LinearHead
+from zepad_mm.models.heads import LinearHead
 from zepad_mm.training import Plan, TrainSettings, encode_images, fit, plan
 from zepad_mm.training.flops import count_flops
 

@@ -23,11 +23,11 @@ import ssl_story  # noqa: E402
 
 from zepad_mm import pretraining  # noqa: E402
 from zepad_mm.encoders import load_encoder  # noqa: E402
-from zepad_mm.files import read_tensors  # noqa: E402
-from zepad_mm.model import ZePAD  # noqa: E402
+from zepad_mm.models.zepad import ZePAD  # noqa: E402
 from zepad_mm.pretraining.contrastive import supervised_contrastive  # noqa: E402
 from zepad_mm.pretraining.distillation import relational  # noqa: E402
 from zepad_mm.pretraining.redundancy import iterative_whitening, normalised_covariance  # noqa: E402
+from zepad_mm.utils.io import read_tensors  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -12,11 +12,11 @@ from conftest import make_zepad, write_clip
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from zepad_mm.branch import Branch
 from zepad_mm.encoders import load_clip, load_encoder
-from zepad_mm.encoders.robust import split_weights
-from zepad_mm.heads import zero_shot_head
-from zepad_mm.model import ZePAD
+from zepad_mm.encoders.robust_weights import split_weights
+from zepad_mm.models.branch import Branch
+from zepad_mm.models.heads import zero_shot_head
+from zepad_mm.models.zepad import ZePAD
 
 
 def robust_formats(clip: Any) -> dict[str, Any]:

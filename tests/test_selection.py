@@ -8,8 +8,8 @@ from conftest import CLASSES, make_zepad
 
 from zepad_mm import selection
 from zepad_mm.data import LabelledImages
-from zepad_mm.fusion import RULES
-from zepad_mm.model import ZePAD
+from zepad_mm.models.fusion import RULES
+from zepad_mm.models.zepad import ZePAD
 from zepad_mm.selection import GRIDS, select_detector, select_fusion
 
 

@@ -17,7 +17,6 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import _encoder_zoo as zoo  # noqa: E402
 from _encoder_checks import kick, pictures  # noqa: E402
 
-from zepad_mm.branch import Branch, BranchConfig  # noqa: E402
 from zepad_mm.encoders import (  # noqa: E402
     Encoder,
     LoraSettings,
@@ -30,10 +29,11 @@ from zepad_mm.encoders import (  # noqa: E402
     set_gradient_checkpointing,
     streamlined,
 )
-from zepad_mm.encoders.trunk import blocks_of  # noqa: E402
-from zepad_mm.heads import zero_shot_head  # noqa: E402
-from zepad_mm.model import ZePAD, ZePADConfig  # noqa: E402
-from zepad_mm.sharing import share_trunk  # noqa: E402
+from zepad_mm.encoders.shared_trunk import blocks_of  # noqa: E402
+from zepad_mm.models.branch import Branch, BranchConfig  # noqa: E402
+from zepad_mm.models.heads import zero_shot_head  # noqa: E402
+from zepad_mm.models.sharing import share_trunk  # noqa: E402
+from zepad_mm.models.zepad import ZePAD, ZePADConfig  # noqa: E402
 
 VITS = ["open_clip: ViT, MultiheadAttention", "open_clip: ViT, fused in_proj, q/k norm", "hf: CLIP", "hf: DINOv3"]
 

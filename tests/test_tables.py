@@ -16,9 +16,9 @@ import pytest
 from zepad_mm.cli import main
 from zepad_mm.evaluation import Report
 from zepad_mm.evaluation.metrics import wilson
+from zepad_mm.evaluation.plots import budget_figure, budget_sweep
 from zepad_mm.evaluation.report import interval
 from zepad_mm.evaluation.tables import FORMATS, as_csv, as_json, as_latex, as_markdown, entries, latex
-from zepad_mm.plots import budget_figure, budget_sweep
 
 FIGURES = {
     "undefended": {"clean": 700, "T1": 200, "T2": 0},

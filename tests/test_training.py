@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from zepad_mm.data import LabelledImages
 from zepad_mm.defences import DEFENCES, Defence, LossParts, Student, TeCoA, make_defence
 from zepad_mm.encoders import Encoder, LoraSettings, Preprocess, TextEncoder, add_lora, has_lora, load_encoder
-from zepad_mm.files import read_tensors, write_tensors
-from zepad_mm.heads import ZeroShotHead
+from zepad_mm.models.heads import ZeroShotHead
 from zepad_mm.training import (
     HeadSettings,
     TrainSettings,
@@ -39,8 +38,10 @@ from zepad_mm.training import (
     write_head,
     write_tuned,
 )
-from zepad_mm.training.processes import augment, derived_generator
-from zepad_mm.training.setup import training_mode
+from zepad_mm.training.dataloader import augment
+from zepad_mm.training.run_setup import training_mode
+from zepad_mm.utils.io import read_tensors, write_tensors
+from zepad_mm.utils.seeding import derived_generator
 
 ROOT = Path(__file__).parents[1]
 QUICK = TeCoA(epsilon=4 / 255, attack_steps=2, clean_fraction=0.5)

@@ -16,7 +16,7 @@ from zepad_mm.attacks import FEATURE_LOSSES, UNIVERSAL_ATTACKS, AdvEncoder, Feat
 from zepad_mm.attacks.universal.adv_encoder import high_pass
 from zepad_mm.attacks.universal.base import FeatureAttack
 from zepad_mm.attacks.universal.generator import PerturbationGenerator
-from zepad_mm.attacks.universal.pseudo import HeadedAttack
+from zepad_mm.attacks.universal.surrogate_heads import HeadedAttack
 
 SIDE = 16
 EPSILON = {"linf": 32 / 255, "l2": 3.0, "patch": 0.1}

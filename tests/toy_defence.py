@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from zepad_mm.attacks import PGD
-from zepad_mm.branch import Branch, BranchConfig
 from zepad_mm.data import LabelledImages
 from zepad_mm.encoders import Encoder, Preprocess
 from zepad_mm.evaluation import EvalData, EvalSettings
-from zepad_mm.heads import LinearHead
-from zepad_mm.model import ZePAD, ZePADConfig
+from zepad_mm.models.branch import Branch, BranchConfig
+from zepad_mm.models.heads import LinearHead
+from zepad_mm.models.zepad import ZePAD, ZePADConfig
 
 CLASSES = ("stripes", "bars", "checks")
 SIZE = 16

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from zepad_mm.classifier import RobustZeroShotClassifier
     from zepad_mm.encoders import load_encoder
     from zepad_mm.evaluation import evaluate
-    from zepad_mm.model import ZePAD
+    from zepad_mm.models.zepad import ZePAD
 
 _HOMES = {
     "RobustZeroShotClassifier": "zepad_mm.classifier",
-    "ZePAD": "zepad_mm.model",
+    "ZePAD": "zepad_mm.models.zepad",
     "evaluate": "zepad_mm.evaluation",
     "load_encoder": "zepad_mm.encoders",
 }

@@ -16,18 +16,18 @@ from typing import Any
 from accelerate import Accelerator
 
 from zepad_mm.attacks import FeatureUAP
-from zepad_mm.branch import Branch, BranchConfig
-from zepad_mm.checks import check_epsilon, check_names
-from zepad_mm.config import Config
 from zepad_mm.data import LabelledImages, load_data
 from zepad_mm.defences import DEFENCES, make_defence
 from zepad_mm.encoders import Encoder, LoraSettings, has_lora, load_clip, load_encoder
-from zepad_mm.files import read_json
-from zepad_mm.heads import zero_shot_head
-from zepad_mm.model import ZePAD, ZePADConfig
-from zepad_mm.prompts import templates_of
+from zepad_mm.encoders.prompts import templates_of
+from zepad_mm.models.branch import Branch, BranchConfig
+from zepad_mm.models.heads import zero_shot_head
+from zepad_mm.models.zepad import ZePAD, ZePADConfig
 from zepad_mm.selection import select_detector, select_fusion
 from zepad_mm.training import TrainSettings, build_student, fit, load_tuned, make_accelerator, write_tuned
+from zepad_mm.utils.config import Config
+from zepad_mm.utils.io import read_json
+from zepad_mm.utils.validation import check_epsilon, check_names
 
 log = logging.getLogger(__name__)
 

@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from zepad_mm.attacks import PGD
 from zepad_mm.data import LabelledImages
-from zepad_mm.detection import SCORES, threshold_at
 from zepad_mm.encoders import streamlined
-from zepad_mm.fusion import Fusion, build
-from zepad_mm.model import DetectorConfig, ZePAD
+from zepad_mm.models.detection import SCORES, threshold_at
+from zepad_mm.models.fusion import Fusion, build
+from zepad_mm.models.zepad import DetectorConfig, ZePAD
 
 GRIDS: dict[str, dict[str, Sequence[float]]] = {
     "rfdm": {"k": (0.0, 1.0, 3.0)},

@@ -34,16 +34,16 @@ import torch
 import transformers
 from torchvision.transforms.functional import to_pil_image
 
-from zepad_mm.branch import Branch, BranchConfig
 from zepad_mm.classifier import RobustZeroShotClassifier
 from zepad_mm.defend import defend
 from zepad_mm.encoders import LoraSettings, add_lora, load_clip
-from zepad_mm.encoders.trunk import blocks_of
-from zepad_mm.files import write_json
-from zepad_mm.heads import zero_shot_head
-from zepad_mm.model import ZePAD, ZePADConfig
-from zepad_mm.provenance import provenance
-from zepad_mm.sharing import share_trunk
+from zepad_mm.encoders.shared_trunk import blocks_of
+from zepad_mm.models.branch import Branch, BranchConfig
+from zepad_mm.models.heads import zero_shot_head
+from zepad_mm.models.sharing import share_trunk
+from zepad_mm.models.zepad import ZePAD, ZePADConfig
+from zepad_mm.utils.io import write_json
+from zepad_mm.utils.provenance import provenance
 
 ROOT = Path(__file__).parents[2]
 LABELS = ["dress", "hat", "jacket", "pants", "shirt", "shoes", "shorts", "skirt", "t-shirt", "coat"]

@@ -32,8 +32,8 @@ from zepad_mm.attacks.universal import base
 from zepad_mm.attacks.universal.base import Surrogate
 from zepad_mm.data import load_data
 from zepad_mm.encoders import load_encoder, streamlined
-from zepad_mm.files import write_json
-from zepad_mm.provenance import provenance
+from zepad_mm.utils.io import write_json
+from zepad_mm.utils.provenance import provenance
 
 ROOT = Path(__file__).parents[2]
 ATTACKS = ("adv_encoder", "feature_uap", "etu", "x_transfer", "l4a_base")  # the last is PAP

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from zepad_mm.data import load_data
 from zepad_mm.defences import make_defence
-from zepad_mm.files import write_json
-from zepad_mm.provenance import provenance
 from zepad_mm.training import TrainSettings, build_student, fit, make_accelerator, plan
+from zepad_mm.utils.io import write_json
+from zepad_mm.utils.provenance import provenance
 
 ROOT = Path(__file__).parents[2]
 CASES = (("fare", "lora", 3), ("tecoa", "full", 3), ("clean", "full", 1))

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from zepad_mm.encoders import add_lora, count_parameters, load_encoder
-from zepad_mm.files import write_json
-from zepad_mm.provenance import provenance
+from zepad_mm.utils.io import write_json
+from zepad_mm.utils.provenance import provenance
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "recipes/configs/smoke/tune_mpae.yaml"

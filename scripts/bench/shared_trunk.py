@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from zepad_mm.encoders import Encoder, LoraSettings, SharedTrunk, add_lora, load_encoder
 from zepad_mm.encoders.attention import unfuse_attention
-from zepad_mm.encoders.trunk import blocks_of
-from zepad_mm.files import write_json, write_text
-from zepad_mm.provenance import provenance
+from zepad_mm.encoders.shared_trunk import blocks_of
+from zepad_mm.utils.io import write_json, write_text
+from zepad_mm.utils.provenance import provenance
 
 ROOT = Path(__file__).parents[2]
 Run = Callable[[Tensor], list[Tensor]]

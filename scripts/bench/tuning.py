@@ -41,13 +41,13 @@ from accelerate.state import AcceleratorState
 from zepad_mm.data import LabelledImages
 from zepad_mm.defences import FARE, Batch, Student
 from zepad_mm.encoders import LoraSettings, add_lora, load_encoder
-from zepad_mm.files import write_json
-from zepad_mm.heads import LinearHead
-from zepad_mm.provenance import provenance
+from zepad_mm.models.heads import LinearHead
 from zepad_mm.training import TrainSettings
+from zepad_mm.training.cost import highest_mb
 from zepad_mm.training.flops import count_flops
 from zepad_mm.training.loop import _Run
-from zepad_mm.training.plan import highest_mb
+from zepad_mm.utils.io import write_json
+from zepad_mm.utils.provenance import provenance
 
 ROOT = Path(__file__).parents[2]
 CONTESTANTS = ("textbook", "full", "lora", "lora_bf16")
@@ -179,7 +179,7 @@ def seconds(run: Callable[[], Any], device: str) -> float:
 
 def where_time_goes(run: _Run, images: torch.Tensor, args: argparse.Namespace) -> dict[str, float]:
     """Seconds of the attack, of one clean target that is no longer paid for, of a whole step, and of fetching data."""
-    from zepad_mm.training.feed import shares
+    from zepad_mm.training.dataloader import shares
 
     device = run.device
     with torch.no_grad(), run.accelerator.autocast():

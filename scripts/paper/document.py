@@ -13,7 +13,7 @@ from pathlib import Path
 import published
 from sections import SECTIONS
 
-from zepad_mm.files import read_json, write_text
+from zepad_mm.utils.io import read_json, write_text
 
 ROOT = Path(__file__).parents[2]
 RESULTS, DOCUMENT = ROOT / "recipes" / "results", ROOT / "docs" / "RESULTS.md"

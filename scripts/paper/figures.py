@@ -15,8 +15,8 @@ from study import Study
 from tables import TABLES
 from torch import Tensor
 
-from zepad_mm.fusion import rfdm_weights
-from zepad_mm.plots import confidence_figure, save
+from zepad_mm.evaluation.plots import confidence_figure, save
+from zepad_mm.models.fusion import rfdm_weights
 from zepad_mm.training import encode_images
 
 

@@ -8,9 +8,9 @@ import torch
 from study import Line, Study
 from torch import Tensor
 
-from zepad_mm import fusion
-from zepad_mm.detection import SCORES
 from zepad_mm.evaluation.metrics import detect, fooling_rate, paper_rule_accuracy, share
+from zepad_mm.models import fusion
+from zepad_mm.models.detection import SCORES
 
 
 def fused(rule: str, members: tuple[str, ...], **constants: float) -> Line:

@@ -22,8 +22,8 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from study import ROOT, Settings, Study, without_folders
 from tables import TABLES
 
-from zepad_mm.files import write_json
-from zepad_mm.provenance import provenance
+from zepad_mm.utils.io import write_json
+from zepad_mm.utils.provenance import provenance
 
 
 def parse(arguments: list[str] | None = None) -> tuple[Settings, list[str], bool]:

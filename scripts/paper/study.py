@@ -25,11 +25,10 @@ sys.path.insert(0, str(ROOT / "recipes"))
 import ssl_story  # noqa: E402
 
 from zepad_mm.attacks import PGD, UNIVERSAL_ATTACKS, Perturbation  # noqa: E402
-from zepad_mm.branch import Branch, BranchConfig  # noqa: E402
 from zepad_mm.data import LabelledImages  # noqa: E402
 from zepad_mm.defences import Student, make_defence, robustness_contributions, thaw_redundant  # noqa: E402
 from zepad_mm.encoders import Encoder, load_encoder, streamlined  # noqa: E402
-from zepad_mm.files import read_json, read_tensors, write_tensors  # noqa: E402
+from zepad_mm.models.branch import Branch, BranchConfig  # noqa: E402
 from zepad_mm.training import (  # noqa: E402
     build_student,
     encode_images,
@@ -42,7 +41,8 @@ from zepad_mm.training import (  # noqa: E402
     write_head,
     write_tuned,
 )
-from zepad_mm.training.tuned import TUNED  # noqa: E402
+from zepad_mm.training.artifacts import TUNED  # noqa: E402
+from zepad_mm.utils.io import read_json, read_tensors, write_tensors  # noqa: E402
 
 Line, without_folders = ssl_story.Line, ssl_story.without_folders  # behind the path that they are found by
 

@@ -10,14 +10,14 @@ from lines import detection_rows, fused, main_lines, rows_of, single
 from study import Line, Study
 
 from zepad_mm.attacks import PGD
-from zepad_mm.branch import Branch
 from zepad_mm.data import LabelledImages
 from zepad_mm.encoders import streamlined
 from zepad_mm.evaluation import EvalData, EvalSettings, evaluate
 from zepad_mm.evaluation.metrics import share
-from zepad_mm.model import ZePAD, ZePADConfig
-from zepad_mm.registry import Registry
+from zepad_mm.models.branch import Branch
+from zepad_mm.models.zepad import ZePAD, ZePADConfig
 from zepad_mm.selection import select_fusion
+from zepad_mm.utils.registry import Registry
 
 # name -> study to record
 TABLES: Registry[Any] = Registry("table")

@@ -5,9 +5,9 @@ from zepad_mm.attacks.apgd import APGD
 from zepad_mm.attacks.base import ATTACKS, Attack, frozen
 from zepad_mm.attacks.curve import Curve, curve
 from zepad_mm.attacks.detector_aware import MODES, DetectorAware
-from zepad_mm.attacks.gradient import PGD
 from zepad_mm.attacks.losses import FEATURE_LOSSES, LOGIT_LOSSES
 from zepad_mm.attacks.perturbation import Perturbation
+from zepad_mm.attacks.pgd import PGD
 from zepad_mm.attacks.published import load_published
 from zepad_mm.attacks.saved import Attacked, load_attacked, save_attacked
 from zepad_mm.attacks.square import Square

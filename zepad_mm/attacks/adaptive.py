@@ -13,15 +13,15 @@ from torch import Tensor
 
 from zepad_mm.attacks.apgd import APGD
 from zepad_mm.attacks.base import Attack, Model, frozen
-from zepad_mm.attacks.gradient import PGD
 from zepad_mm.attacks.losses import cross_entropy, difference_of_logits_ratio, margin
 from zepad_mm.attacks.objective import Objective, Worst, not_clearly_wrong
-from zepad_mm.checks import check_labels
-from zepad_mm.registry import Registry
+from zepad_mm.attacks.pgd import PGD
+from zepad_mm.utils.registry import Registry
+from zepad_mm.utils.validation import check_labels
 
 
 class Fused(Protocol):
-    """What a fusion gives: ``zepad_mm.fusion.Decision`` is one."""
+    """What a fusion gives: ``zepad_mm.models.fusion.Decision`` is one."""
 
     @property
     def logits(self) -> Tensor:

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zepad_mm.attacks.wrappers import Model, bpda
-from zepad_mm.checks import check_epsilon, check_images
-from zepad_mm.registry import Registry
+from zepad_mm.utils.registry import Registry
+from zepad_mm.utils.validation import check_epsilon, check_images
 
 NORMS = ("linf", "l2")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zepad_mm.attacks.base import Attack, Model
-from zepad_mm.checks import check_labels
+from zepad_mm.utils.validation import check_labels
 
 
 @dataclass(frozen=True, eq=False)

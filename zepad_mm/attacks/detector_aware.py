@@ -11,7 +11,7 @@ from torch import Tensor
 from zepad_mm.attacks.adaptive import ADAPTIVE_ATTACKS, BranchedAttack
 from zepad_mm.attacks.losses import margin
 from zepad_mm.attacks.objective import CLEARLY_WRONG, Objective
-from zepad_mm.registry import Registry
+from zepad_mm.utils.registry import Registry
 
 # name -> what one run of it climbs
 MODES: Registry[Callable[[DetectorAware, Tensor], list[Objective]]] = Registry("way around a detector")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zepad_mm.registry import Registry
+from zepad_mm.utils.registry import Registry
 
 # name -> loss(outputs, target) -> (B,), higher is worse for the defender
 LOGIT_LOSSES: Registry[Callable[[Tensor, Tensor], Tensor]] = Registry("loss on logits")

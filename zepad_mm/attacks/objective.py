@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zepad_mm.attacks.base import Model
 from zepad_mm.attacks.losses import FEATURE_LOSSES, LOGIT_LOSSES, targeted
-from zepad_mm.checks import check_labels
+from zepad_mm.utils.validation import check_labels
 
 # An answer counts as wrong once the margin is this part of the largest logit: thinner ones flip back when the picture
 # is scored again in another batch, where sums are taken in another order.

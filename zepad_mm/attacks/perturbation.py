@@ -14,9 +14,9 @@ from torch import Tensor
 
 from zepad_mm.attacks.base import check_budget, fit_delta, project
 from zepad_mm.attacks.patch import check_place, paste
-from zepad_mm.checks import budget_text, check_images
-from zepad_mm.files import read_tensors, write_tensors, write_text
-from zepad_mm.hub import Access, card_text, fetch, push_folder
+from zepad_mm.utils.hub import Access, card_text, fetch, push_folder
+from zepad_mm.utils.io import read_tensors, write_tensors, write_text
+from zepad_mm.utils.validation import budget_text, check_images
 
 FORMAT = "zepad-mm perturbation 1"
 FILE = "perturbation.safetensors"  # its name in a repository
@@ -138,7 +138,7 @@ class Perturbation:
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | None = None, branch: str | None = None
     ) -> str:
-        """Publish it with a card; see :func:`zepad_mm.hub.push_folder`. Returns the address of the commit."""
+        """Publish it with a card; see :func:`zepad_mm.utils.hub.push_folder`. Returns the address of the commit."""
         with TemporaryDirectory() as folder:
             self.save(Path(folder) / FILE)
             write_text(Path(folder) / "README.md", self._card(repo_id))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zepad_mm.attacks.perturbation import FORMAT, Perturbation
-from zepad_mm.files import read_tensors
+from zepad_mm.utils.io import read_tensors
 
 TORCH_FILES = (".pt", ".pth", ".bin", ".ckpt")
 

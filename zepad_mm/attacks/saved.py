@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from zepad_mm.attacks.base import check_levels
-from zepad_mm.checks import check_images, check_labels
-from zepad_mm.files import read_json, replacing, write_json
+from zepad_mm.utils.io import read_json, replacing, write_json
+from zepad_mm.utils.validation import check_images, check_labels
 
 FORMAT = "zepad-mm attacked pictures 1"
 

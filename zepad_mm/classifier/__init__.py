@@ -1,7 +1,7 @@
 """Zero-shot classification that stands up to downstream-agnostic perturbations, shaped like transformers' pipeline."""
 
-from zepad_mm.classifier.api import ON_ADVERSARIAL, RobustZeroShotClassifier
-from zepad_mm.classifier.pictures import MAX_PIXELS, pixels_of
+from zepad_mm.classifier.classifier import ON_ADVERSARIAL, RobustZeroShotClassifier
+from zepad_mm.classifier.images import MAX_PIXELS, pixels_of
 from zepad_mm.classifier.task import Task
 
 __all__ = ["MAX_PIXELS", "ON_ADVERSARIAL", "RobustZeroShotClassifier", "Task", "pixels_of"]

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zepad_mm.fusion import Decision
-from zepad_mm.heads import ZeroShotHead
-from zepad_mm.model import ZePAD
+from zepad_mm.models.fusion import Decision
+from zepad_mm.models.heads import ZeroShotHead
+from zepad_mm.models.zepad import ZePAD
 
 
 @dataclass(frozen=True)

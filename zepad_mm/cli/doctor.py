@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 from zepad_mm.cli.common import Command, told
@@ -12,13 +11,13 @@ EXTRAS = ("serve", "attacks", "ssl")  # what users may want; the others are for 
 
 
 def _run(options: Any) -> int:
-    from zepad_mm.provenance import commit, hardware, versions
+    from zepad_mm.utils.io import ASSETS
+    from zepad_mm.utils.provenance import commit, hardware, versions
 
     missing = _missing(None)
     extras = {name: _missing(name) for name in EXTRAS}
-    assets = Path(__file__).parents[1] / "assets"
     shipped = {
-        name: (assets / name).is_dir() and any((assets / name).iterdir()) for name in ("clip", "clothing", "zepad")
+        name: (ASSETS / name).is_dir() and any((ASSETS / name).iterdir()) for name in ("clip", "clothing", "zepad")
     }
     found = {
         "commit": commit(),

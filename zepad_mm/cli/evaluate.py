@@ -41,7 +41,7 @@ def _evaluate(options: Any) -> int:
 
 def _judge(options: Any, settings: Any, source: str, *, resume: bool, figures: bool) -> int:
     from zepad_mm.evaluation import EvalData, evaluate
-    from zepad_mm.model import ZePAD
+    from zepad_mm.models.zepad import ZePAD
 
     model = ZePAD.from_pretrained(options.model)
     data = EvalData.load(source, settings)
@@ -50,7 +50,7 @@ def _judge(options: Any, settings: Any, source: str, *, resume: bool, figures: b
     report = evaluate(model, data=data, settings=settings, out=options.out, resume=resume)
     files = written(options.out, "report.json", "report.md", "records.parquet")
     if figures:
-        from zepad_mm.plots import write_figures
+        from zepad_mm.evaluation.plots import write_figures
 
         files += map(str, write_figures(report, options.out, model, data))
     told(options, report.to_dict(), f"{report.markdown()}\nWritten: {', '.join(files)}")
@@ -99,7 +99,7 @@ def _declare_report(parser: Any) -> None:
 def _report(options: Any) -> int:
     from zepad_mm.evaluation import Report
     from zepad_mm.evaluation.tables import FORMATS, entries
-    from zepad_mm.files import write_text
+    from zepad_mm.utils.io import write_text
 
     render = FORMATS.get(options.format)
     reports = {}

@@ -16,8 +16,8 @@ def _declare_card(parser: Any) -> None:
 
 
 def _card(options: Any) -> int:
-    from zepad_mm.card import write_card
     from zepad_mm.evaluation import Report
+    from zepad_mm.evaluation.model_card import write_card
 
     write_card(options.folder, None if options.report is None else Report.load(options.report))
     path = str(Path(options.folder) / "README.md")
@@ -42,9 +42,9 @@ def _declare_push(parser: Any) -> None:
 
 
 def _push(options: Any) -> int:
-    from zepad_mm.card import model_card
     from zepad_mm.evaluation import Report
-    from zepad_mm.model import ZePAD
+    from zepad_mm.evaluation.model_card import model_card
+    from zepad_mm.models.zepad import ZePAD
 
     report = None if options.report is None else Report.load(options.report)
     model = ZePAD.from_pretrained(options.model)

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from zepad_mm.prompts import clean_name
-from zepad_mm.registry import Registry
+from zepad_mm.encoders.prompts import clean_name
+from zepad_mm.utils.registry import Registry
 
 log = logging.getLogger(__name__)
 

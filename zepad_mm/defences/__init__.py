@@ -11,7 +11,7 @@ from zepad_mm.defences.base import DEFENCES, Batch, Defence, LossParts, Student,
 from zepad_mm.defences.clean import Clean
 from zepad_mm.defences.fare import FARE
 from zepad_mm.defences.gen_af import GenAF, GenAFReleased, topology_loss
-from zepad_mm.defences.layers import robustness_contributions, thaw_redundant
+from zepad_mm.defences.gen_af_stage2 import robustness_contributions, thaw_redundant
 from zepad_mm.defences.mart import MART
 from zepad_mm.defences.pmg_aft import PMGAFT
 from zepad_mm.defences.tecoa import TeCoA

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from zepad_mm.attacks.base import frozen, project, random_delta
-from zepad_mm.checks import check_epsilon
-from zepad_mm.config import Config
 from zepad_mm.encoders import Encoder, folded_lora
-from zepad_mm.registry import Registry
+from zepad_mm.utils.config import Config
+from zepad_mm.utils.registry import Registry
+from zepad_mm.utils.validation import check_epsilon
 
 # name -> configuration class
 DEFENCES: Registry[type[Defence]] = Registry("defence")

@@ -1,13 +1,14 @@
 """How any backbone becomes an :class:`Encoder`."""
 
-from zepad_mm.encoders import hf as _hf
+from zepad_mm.encoders import huggingface as _huggingface
 from zepad_mm.encoders import open_clip as _open_clip
-from zepad_mm.encoders import ssl as _ssl
+from zepad_mm.encoders import ssl_checkpoints as _ssl_checkpoints
 from zepad_mm.encoders import timm as _timm
 from zepad_mm.encoders.base import ENCODERS, Encoder, Preprocess, load_encoder
-from zepad_mm.encoders.checkpointing import set_gradient_checkpointing
 from zepad_mm.encoders.clip import CLIPS, TextEncoder, is_clip, load_clip
 from zepad_mm.encoders.fingerprint import Fingerprint, differences, fingerprint, what_changed
+from zepad_mm.encoders.gradient_checkpointing import set_gradient_checkpointing
+from zepad_mm.encoders.inference import streamlined
 from zepad_mm.encoders.lora import (
     LoraSettings,
     add_lora,
@@ -17,8 +18,7 @@ from zepad_mm.encoders.lora import (
     load_lora,
     merge_lora,
 )
-from zepad_mm.encoders.streamline import streamlined
-from zepad_mm.encoders.trunk import SharedTrunk
+from zepad_mm.encoders.shared_trunk import SharedTrunk
 
 __all__ = [
     "CLIPS",
@@ -44,4 +44,4 @@ __all__ = [
     "streamlined",
     "what_changed",
 ]
-del _hf, _open_clip, _ssl, _timm
+del _huggingface, _open_clip, _ssl_checkpoints, _timm

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zepad_mm.bases import at_revision
-from zepad_mm.checks import check_images
-from zepad_mm.config import Config
-from zepad_mm.hub import Access
-from zepad_mm.registry import Registry
+from zepad_mm.encoders.sources import at_revision
+from zepad_mm.utils.config import Config
+from zepad_mm.utils.hub import Access
+from zepad_mm.utils.registry import Registry
+from zepad_mm.utils.validation import check_images
 
 INTERPOLATIONS = ("bilinear", "bicubic")
 RESIZE_MODES = ("squash", "shortest")
@@ -137,14 +137,15 @@ def load_encoder(
         source: ``open_clip:NAME/TAG``, ``open_clip:hf-hub:org/repo``, ``open_clip:local-dir:PATH``,
             ``open_clip:embedded``, any of them with ``+WEIGHTS`` (a robust state dict over that base);
             ``hf:org/name``, ``hf:org/name@revision``, ``hf:local-dir:PATH``; ``timm:NAME``, ``timm:local-dir:PATH``;
-            ``ssl:CHECKPOINT``, ``ssl:CHECKPOINT?stem=3x3p1&mean=0.5,0.5,0.5`` (see :mod:`zepad_mm.encoders.ssl`).
+            ``ssl:CHECKPOINT``, ``ssl:CHECKPOINT?stem=3x3p1&mean=0.5,0.5,0.5``
+            (see :mod:`zepad_mm.encoders.ssl_checkpoints`).
         pretrained: load the weights; False builds the architecture alone, randomly initialised.
         revision: commit, branch or tag on the Hub; None is what the source names, or the main branch.
         access: of the Hub: token, cache and the rest.
 
     Raises:
         ValueError: unknown kind or model, or damaged weights; FileNotFoundError: the folder or file is missing;
-        PermissionError, ConnectionError: see :func:`zepad_mm.hub.fetch`.
+        PermissionError, ConnectionError: see :func:`zepad_mm.utils.hub.fetch`.
     """
     loader = ENCODERS.get(parse_source(source).kind)
     with at_revision(source, revision, access or Access(), pretrained) as local:

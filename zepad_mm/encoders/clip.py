@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zepad_mm.bases import at_revision
-from zepad_mm.checks import check_names
 from zepad_mm.encoders.base import Encoder, parse_source
-from zepad_mm.hub import Access
-from zepad_mm.prompts import clean_name, templates_of
-from zepad_mm.registry import Registry
+from zepad_mm.encoders.prompts import clean_name, templates_of
+from zepad_mm.encoders.sources import at_revision
+from zepad_mm.utils.hub import Access
+from zepad_mm.utils.registry import Registry
+from zepad_mm.utils.validation import check_names
 
 CACHED_SETS = 64  # sets of class names whose embeddings a text tower keeps
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zepad_mm.config import Config
 from zepad_mm.encoders.base import Encoder, Preprocess
+from zepad_mm.utils.config import Config
 
 KEPT = 16  # features of each picture
 SAME = 1e-4  # of the largest feature: other hardware moves features by less

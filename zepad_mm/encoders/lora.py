@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from zepad_mm.config import Config
 from zepad_mm.encoders.attention import unfuse_attention
 from zepad_mm.encoders.base import Encoder, feature_dim_of
-from zepad_mm.encoders.trunk import blocks_of
+from zepad_mm.encoders.shared_trunk import blocks_of
+from zepad_mm.utils.config import Config
 
 
 @dataclass(frozen=True, kw_only=True)

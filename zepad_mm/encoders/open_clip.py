@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from zepad_mm.encoders.base import ENCODERS, Encoder, Preprocess, feature_dim_of
 from zepad_mm.encoders.clip import CLIPS, ClipKind, TextEncoder
-from zepad_mm.encoders.robust import load_over, split_weights
+from zepad_mm.encoders.robust_weights import load_over, split_weights
+from zepad_mm.utils.io import ASSETS
 
 log = logging.getLogger(__name__)
-EMBEDDED_CLIP = Path(__file__).parents[1] / "assets" / "clip"
+EMBEDDED_CLIP = ASSETS / "clip"
 
 
 @ENCODERS.register("open_clip")

@@ -66,7 +66,7 @@ FIRST = {
 
 
 def find_networks(tensors: dict[str, Tensor]) -> list[Network]:
-    """Every backbone in a flat table of tensors (:func:`zepad_mm.encoders.checkpoint.read_foreign`)."""
+    """Every backbone in a flat table of tensors (:func:`zepad_mm.encoders.state_dict.read_foreign`)."""
     found = []
     for family, (first, parts) in FIRST.items():
         for name in tensors:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from zepad_mm.evaluation.session import Session
+from zepad_mm.evaluation.context import Session
 
 
 def certified_shares(session: Session) -> dict[str, float] | None:

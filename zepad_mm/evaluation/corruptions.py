@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur as blur
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from zepad_mm.checks import check_images
-from zepad_mm.registry import Registry
+from zepad_mm.utils.registry import Registry
+from zepad_mm.utils.validation import check_images
 
 SEVERITIES = (1, 2, 3, 4, 5)
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from zepad_mm.attacks import APGD, Attack, frozen
 from zepad_mm.attacks.base import steepest
 from zepad_mm.attacks.objective import input_gradient
-from zepad_mm.checks import budget_text
+from zepad_mm.evaluation.context import Session
 from zepad_mm.evaluation.records import Records
-from zepad_mm.evaluation.session import Session
 from zepad_mm.evaluation.white_box import own_attack, strike
+from zepad_mm.utils.validation import budget_text
 
 SWEEP = (1, 2, 4, 16)  # times the budget; at the last, nothing can hold
 MOVED = 0.01  # accuracy that more steps may cost before the attack counts as unfinished

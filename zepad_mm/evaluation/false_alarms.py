@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from zepad_mm.detection import SCORES, threshold_at
+from zepad_mm.evaluation.context import Session
 from zepad_mm.evaluation.corruptions import OUT_OF_DISTRIBUTION, corrupt
 from zepad_mm.evaluation.metrics import FALSE_POSITIVE_RATES, Share, share
-from zepad_mm.evaluation.session import Session
 from zepad_mm.evaluation.settings import EvalSettings
+from zepad_mm.models.detection import SCORES, threshold_at
 
 
 def false_alarm_stages(settings: EvalSettings) -> list[tuple[str, str, int | None]]:

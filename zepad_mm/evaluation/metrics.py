@@ -9,7 +9,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from zepad_mm.detection import PAPER_GAP, threshold_at
+from zepad_mm.models.detection import PAPER_GAP, threshold_at
 
 FALSE_POSITIVE_RATES = (0.01, 0.05)  # of clean validation pictures, that thresholds are set for
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zepad_mm.evaluation.context import Session
 from zepad_mm.evaluation.metrics import flipped_when_right, fooling_rate, share
-from zepad_mm.evaluation.session import Session
-from zepad_mm.files import replacing
+from zepad_mm.utils.io import replacing
 
 FILE = "records.parquet"
 WORST = "worst"
@@ -24,7 +24,7 @@ INCLUDED = {"T1": ("T1",), "T1p": ("T1p",), "T1b": ("T1", "T1b"), "T2": ("T2",),
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attack in the records; see :class:`zepad_mm.evaluation.session.Example`."""
+    """One attack in the records; see :class:`zepad_mm.evaluation.context.Example`."""
 
     threat: str
     attack: str

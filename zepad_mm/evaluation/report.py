@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zepad_mm.checks import budget_text
-from zepad_mm.files import read_json, write_json, write_text
+from zepad_mm.utils.io import read_json, write_json, write_text
+from zepad_mm.utils.validation import budget_text
 
 JSON, MARKDOWN = "report.json", "report.md"
 TITLES = {

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 from zepad_mm.attacks import FUSED_LOSSES, MODES, UNIVERSAL_ATTACKS
 from zepad_mm.attacks.base import NORMS, check_budget
-from zepad_mm.config import Config
 from zepad_mm.evaluation.corruptions import CORRUPTIONS, OUT_OF_DISTRIBUTION, SEVERITIES, check_severity
-from zepad_mm.fusion import RULES
-from zepad_mm.registry import Registry
+from zepad_mm.models.fusion import RULES
+from zepad_mm.utils.config import Config
+from zepad_mm.utils.registry import Registry
 
 # What each threat model lets the attacker know.
 THREATS = {

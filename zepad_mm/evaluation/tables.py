@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from zepad_mm.checks import budget_text
 from zepad_mm.evaluation.report import Report, cell, markdown_table
-from zepad_mm.registry import Registry
+from zepad_mm.utils.registry import Registry
+from zepad_mm.utils.validation import budget_text
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from zepad_mm.attacks import UNIVERSAL_ATTACKS, Perturbation, UniversalAttack, load_published
 from zepad_mm.attacks.patch import patch_size
-from zepad_mm.attacks.universal.patched import Patched
-from zepad_mm.evaluation.session import UNDEFENDED, Example, Session
+from zepad_mm.attacks.universal.patch_attack import Patched
+from zepad_mm.evaluation.context import UNDEFENDED, Example, Session
 
 
 def run_clean(session: Session) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zepad_mm.attacks import APGD, PGD, Attack, DetectorAware, FusedAttack, Perturbation, Square
-from zepad_mm.evaluation.session import Example, Row, Session, Through
+from zepad_mm.evaluation.context import Example, Row, Session, Through
 from zepad_mm.evaluation.universal import of_all
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from lightly.models.modules.memory_bank import MemoryBankModule
 from lightly.models.utils import update_momentum
 from torch import Tensor, nn
 
-from zepad_mm.config import Config
-from zepad_mm.registry import Registry
+from zepad_mm.utils.config import Config
+from zepad_mm.utils.registry import Registry
 
 
 @dataclass(frozen=True, kw_only=True)

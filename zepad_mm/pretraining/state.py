@@ -12,8 +12,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from zepad_mm.files import read_tensors, write_tensors
 from zepad_mm.pretraining.base import Learner
+from zepad_mm.utils.io import read_tensors, write_tensors
 
 
 def save_state(

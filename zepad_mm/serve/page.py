@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from PIL import Image
 
 from zepad_mm.data import load_data
-from zepad_mm.prompts import PROMPTS
+from zepad_mm.encoders.prompts import PROMPTS
 from zepad_mm.serve.limits import BusyError
 from zepad_mm.serve.service import ATTACKS, Attacked, Service, png
 from zepad_mm.serve.settings import MAX_LEVELS

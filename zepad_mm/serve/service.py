@@ -6,7 +6,6 @@ import io
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +18,9 @@ from zepad_mm.data import load_data
 from zepad_mm.encoders import Preprocess
 from zepad_mm.serve.limits import Desk
 from zepad_mm.serve.settings import MAX_LEVELS, ServeSettings
+from zepad_mm.utils.io import ASSETS
 
-SHIPPED = Path(__file__).parents[1] / "assets" / "perturbation" / "embedded.safetensors"
+SHIPPED = ASSETS / "perturbation" / "embedded.safetensors"
 SHIPPED_FOR = "open_clip:embedded"
 ATTACKS = {
     "universal": "one perturbation for all pictures, made on the public encoder (T1)",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from zepad_mm.config import Config
+from zepad_mm.utils.config import Config
 
 MAX_LEVELS = 16  # largest budget that is offered, in levels of 255
 

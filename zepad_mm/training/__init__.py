@@ -1,15 +1,16 @@
 """Training: one resumable loop for every tuning objective, heads on frozen features, and what they leave on disk."""
 
-from zepad_mm.training.data import DataSettings
-from zepad_mm.training.feed import size_of
+from zepad_mm.training.artifacts import load_head, load_tuned, write_head, write_tuned
+from zepad_mm.training.cost import Plan, plan
+from zepad_mm.training.data_settings import DataSettings
+from zepad_mm.training.dataloader import size_of
+from zepad_mm.training.feature_cache import encode_images
 from zepad_mm.training.heads import HeadResult, HeadSettings, fresh_head, train_head, train_head_on_features
 from zepad_mm.training.loop import FitResult, fit
-from zepad_mm.training.plan import Plan, plan
-from zepad_mm.training.processes import encode_images, make_accelerator
 from zepad_mm.training.settings import TrainSettings
-from zepad_mm.training.students import ADAPTATIONS, build_student, load_encoder_or_tuned
-from zepad_mm.training.tuned import load_head, load_tuned, write_head, write_tuned
+from zepad_mm.training.student import ADAPTATIONS, build_student, load_encoder_or_tuned
 from zepad_mm.training.validation import Validation, validate
+from zepad_mm.utils.distributed import make_accelerator
 
 __all__ = [
     "ADAPTATIONS",

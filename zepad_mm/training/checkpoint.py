@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zepad_mm.files import read_tensors, write_tensors
+from zepad_mm.utils.io import read_tensors, write_tensors
 
 FORMAT = "zepad-mm training 1"
 CHECKPOINT = "checkpoint.safetensors"

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from zepad_mm.config import Config
 from zepad_mm.data import LabelledImages
 from zepad_mm.encoders import Encoder
-from zepad_mm.heads import HEADS
-from zepad_mm.training.processes import derived_generator, derived_seed, encode_images, seeded
+from zepad_mm.models.heads import HEADS
+from zepad_mm.training.feature_cache import encode_images
+from zepad_mm.utils.config import Config
+from zepad_mm.utils.seeding import derived_generator, derived_seed, seeded
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from zepad_mm.data import LabelledImages
 from zepad_mm.defences.base import Batch, Defence, Student, parts_of
-from zepad_mm.files import write_text
 from zepad_mm.training.checkpoint import (
     CHECKPOINT,
     Position,
@@ -28,12 +27,10 @@ from zepad_mm.training.checkpoint import (
     save_best,
     save_checkpoint,
 )
-from zepad_mm.training.faults import check_finite
-from zepad_mm.training.feed import Share, TrainData, order_of, shares, steps_of
-from zepad_mm.training.originals import clean_targets
-from zepad_mm.training.processes import augment, derived_generator, make_accelerator, seeded
-from zepad_mm.training.settings import TrainSettings
-from zepad_mm.training.setup import (
+from zepad_mm.training.dataloader import Share, TrainData, augment, order_of, shares, steps_of
+from zepad_mm.training.feature_cache import clean_targets
+from zepad_mm.training.nan_guard import check_finite
+from zepad_mm.training.run_setup import (
     Objective,
     check_folder,
     check_run,
@@ -42,8 +39,12 @@ from zepad_mm.training.setup import (
     quicken,
     training_mode,
 )
+from zepad_mm.training.settings import TrainSettings
 from zepad_mm.training.tracking import start_trackers, track, write_samples
 from zepad_mm.training.validation import Validation, validate
+from zepad_mm.utils.distributed import make_accelerator
+from zepad_mm.utils.io import write_text
+from zepad_mm.utils.seeding import derived_generator, seeded
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from zepad_mm.checks import check_epsilon
-from zepad_mm.config import Config
+from zepad_mm.utils.config import Config
+from zepad_mm.utils.validation import check_epsilon
 
 
 @dataclass(frozen=True, kw_only=True)

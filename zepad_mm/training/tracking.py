@@ -9,9 +9,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from zepad_mm.files import replacing
+from zepad_mm.utils.io import replacing
 
-TRACKERS = ("none", "tensorboard", "trackio")
 SAMPLES = "samples"
 
 

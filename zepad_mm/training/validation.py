@@ -11,9 +11,9 @@ from torch import Tensor
 
 from zepad_mm.attacks import PGD
 from zepad_mm.attacks.base import frozen
-from zepad_mm.config import Config
 from zepad_mm.data import LabelledImages
 from zepad_mm.defences.base import Student
+from zepad_mm.utils.config import Config
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,8 @@ from zepad_mm.attacks.losses import info_nce
 from zepad_mm.attacks.perturbation import Perturbation
 from zepad_mm.attacks.universal.base import UNIVERSAL_ATTACKS, Surrogate
 from zepad_mm.attacks.universal.generator import GeneratorAttack
-from zepad_mm.attacks.universal.patched import Patched
-from zepad_mm.attacks.universal.pseudo import cluster
+from zepad_mm.attacks.universal.patch_attack import Patched
+from zepad_mm.attacks.universal.surrogate_heads import cluster
 
 
 @UNIVERSAL_ATTACKS.register("adv_clip")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zepad_mm.attacks.universal.base import UNIVERSAL_ATTACKS, FeatureAttack, Surrogate
 from zepad_mm.attacks.universal.generator import GeneratorAttack
-from zepad_mm.attacks.universal.patched import Patched
+from zepad_mm.attacks.universal.patch_attack import Patched
 
 
 @UNIVERSAL_ATTACKS.register("adv_encoder")

@@ -27,7 +27,7 @@ from zepad_mm.attacks.base import (
 )
 from zepad_mm.attacks.losses import FEATURE_LOSSES
 from zepad_mm.attacks.perturbation import Perturbation
-from zepad_mm.registry import Registry
+from zepad_mm.utils.registry import Registry
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zepad_mm.attacks.universal.ascent import SignAscent
 from zepad_mm.attacks.universal.base import UNIVERSAL_ATTACKS, Surrogate
-from zepad_mm.attacks.universal.layers import Activations, Layer, mean_square
+from zepad_mm.attacks.universal.gradient_ascent import SignAscent
+from zepad_mm.attacks.universal.layer_outputs import Activations, Layer, mean_square
 
 
 @UNIVERSAL_ATTACKS.register("l4a_base")

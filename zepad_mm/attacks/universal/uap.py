@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zepad_mm.attacks.base import Model, project, random_delta
 from zepad_mm.attacks.universal.base import UNIVERSAL_ATTACKS, Surrogate
-from zepad_mm.attacks.universal.pseudo import Head, HeadedAttack
+from zepad_mm.attacks.universal.surrogate_heads import Head, HeadedAttack
 
 
 @UNIVERSAL_ATTACKS.register("uap")

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zepad_mm.attacks.universal.ascent import SignAscent
 from zepad_mm.attacks.universal.base import UNIVERSAL_ATTACKS, Surrogate
-from zepad_mm.attacks.universal.pseudo import HeadedAttack
+from zepad_mm.attacks.universal.gradient_ascent import SignAscent
+from zepad_mm.attacks.universal.surrogate_heads import HeadedAttack
 
 
 @UNIVERSAL_ATTACKS.register("uapgd")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zepad_mm.attacks.universal.ascent import SignAscent
 from zepad_mm.attacks.universal.base import UNIVERSAL_ATTACKS, FeatureAttack, Surrogate
+from zepad_mm.attacks.universal.gradient_ascent import SignAscent
 
 
 class UpperConfidence:

@@ -1,0 +1,255 @@
+"""The classifier: images and candidate labels in, scores out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zepad_mm.classifier.images import MAX_PIXELS, as_many, pixels_of
+from zepad_mm.classifier.task import Task, encoded
+from zepad_mm.defend import DefendSettings, defend
+from zepad_mm.encoders import Preprocess
+from zepad_mm.encoders.prompts import templates_of
+from zepad_mm.models.fusion import Decision
+from zepad_mm.models.heads import ZeroShotHead
+from zepad_mm.models.zepad import ZePAD
+from zepad_mm.utils.validation import check_names
+
+Labels = list[dict[str, Any]]
+ON_ADVERSARIAL = ("ignore", "flag", "abstain")
+
+
+class RobustZeroShotClassifier:
+    """Images and candidate labels in, scores out. May be called from several threads at once.
+
+    Args:
+        model: a defended CLIP, all of whose heads are zero-shot. Its heads and classes are left as they are.
+        batch_size: images per forward pass.
+        max_pixels: width times height beyond which a file is refused before it is decoded.
+
+    Raises:
+        ValueError: a branch with a trained head, which cannot answer for other labels.
+    """
+
+    def __init__(self, model: ZePAD, batch_size: int = 32, max_pixels: int = MAX_PIXELS) -> None:
+        trained = [branch.name for branch in model.config.branches if branch.head != "zero_shot"]
+        if trained:
+            raise ValueError(f"zero-shot classification needs zero-shot heads; {', '.join(trained)} have trained ones")
+        if batch_size < 1 or max_pixels < 1:
+            raise ValueError(f"expected batch_size and max_pixels of at least 1, got {batch_size} and {max_pixels}")
+        self.model = model.eval()
+        self.batch_size = batch_size
+        self.max_pixels = max_pixels
+        self._one_at_a_time = threading.Lock()  # tokenizers, the cache of embeddings and lazy loading are not safe
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        batch_size: int = 32,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        **hub: Any,
+    ) -> RobustZeroShotClassifier:
+        """From ``"embedded"``, a folder or the Hub.
+
+        Args:
+            name: see above.
+            batch_size: images per forward pass.
+            device, dtype: as for :meth:`to`.
+            hub: as for :meth:`ZePAD.from_pretrained`.
+        """
+        return cls(ZePAD.from_pretrained(name, **hub), batch_size).to(device, dtype)
+
+    @classmethod
+    def defend(
+        cls,
+        source: str,
+        *,
+        robust: Sequence[str] = (),
+        data: str | None = None,
+        out: str | Path | None = None,
+        settings: DefendSettings | None = None,
+        batch_size: int = 32,
+    ) -> RobustZeroShotClassifier:
+        """From a public CLIP to a defended classifier: around ready robust weights, or around freshly tuned ones.
+
+        Args:
+            source, robust, data, out, settings: as for :func:`zepad_mm.defend.defend`.
+            batch_size: images per forward pass.
+        """
+        return cls(defend(source, robust=robust, data=data, out=out, settings=settings), batch_size)
+
+    def to(
+        self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> RobustZeroShotClassifier:
+        """Move the model, in place.
+
+        Args:
+            device: None leaves it where it is.
+            dtype: precision of the branches' encoders: torch.float32, float16 or bfloat16. Pictures are resized, texts
+                encoded, and heads and fusion computed in float32 whatever it is. None leaves it.
+
+        Raises:
+            ValueError: a dtype that is no floating point.
+        """
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype: expected torch.float32, torch.float16 or torch.bfloat16, got {dtype}")
+        for branch in self.model.branches.values():
+            branch.encoder.to(dtype=dtype)  # type: ignore[union-attr, operator]
+        self.model.to(device)
+        return self
+
+    def task(self, candidate_labels: Sequence[str], hypothesis_template: str | Sequence[str] = "photo") -> Task:
+        """The model pointed at labels: logits of the defended and of the undefended model, for attacks of your own.
+
+        The embeddings of a label set are computed once and kept, the last 64 sets of them.
+
+        Raises:
+            ValueError: no labels, empty or double ones, or a template without ``{}``.
+        """
+        names = check_names(candidate_labels, "candidate_labels")
+        self.model.config.warn_of_strangers(names)
+        templates = templates_of(hypothesis_template)
+        with self._one_at_a_time:
+            text, device = self.model.text, self.model.device
+            embeddings = text.to(device).class_embeddings(names, templates).to(device)
+            self.model.undefended.encoder.to(device)  # it was loaded on demand, perhaps before the model was moved
+        scales = {name: self.model.branch(name).head.logit_scale for name in self.model.branches}
+        heads = {name: ZeroShotHead.from_embeddings(embeddings, float(scale)) for name, scale in scales.items()}  # type: ignore[arg-type]
+        return Task(self.model, tuple(names), heads, ZeroShotHead.from_embeddings(embeddings, text.logit_scale))
+
+    def __call__(
+        self,
+        images: Any,
+        candidate_labels: Sequence[str],
+        *,
+        hypothesis_template: str | Sequence[str] = "photo",
+        top_k: int | None = None,
+        return_evidence: bool = False,
+        on_adversarial: str = "ignore",
+    ) -> Any:
+        """Classify one image, many, or a stream of them.
+
+        Args:
+            images: a PIL picture, path, URL, the bytes of a file, an open file, a uint8 or [0, 1] array or tensor; or
+                many: a list or tuple of these, a (B, 3, H, W) tensor, a (B, H, W, 3) array; or a stream: any other
+                iterable, such as a generator or a column of ``datasets``.
+            candidate_labels: what it may be; at least one.
+            hypothesis_template: a template with one ``{}``, several, or a named prompt set.
+            top_k: keep that many best labels.
+            return_evidence: give ``{"labels", "evidence"}`` for each image, with the branch confidences, the fusion
+                weights, the suspicion score, whether it is flagged (None: the model has no threshold), and what the
+                undefended encoder says.
+            on_adversarial: what is done with images whose suspicion exceeds the model's threshold. "ignore": nothing;
+                "flag": every label gets a third key, "flagged"; "abstain": they get no labels, ``[]``.
+
+        Returns:
+            ``[{"score", "label"}, ...]``, best first, for one image, as transformers'
+            zero-shot-image-classification pipeline; a list of those for many; an iterator over those for a stream,
+            which is read a batch at a time, as results are asked for. Scores sum to 1, of a SigLIP too: the fusion
+            weighs labels against each other, where the pipeline gives a SigLIP's labels a sigmoid each. An answer
+            depends on the neighbours in its batch by float rounding only.
+
+        Raises:
+            ValueError: no labels, a template without ``{}``, what cannot be read as a picture, pixels out of range, or
+                a model without a threshold where ``on_adversarial`` needs one.
+        """
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k: expected a positive number, got {top_k}")
+        if on_adversarial not in ON_ADVERSARIAL:
+            raise ValueError(f"on_adversarial: expected one of {', '.join(ON_ADVERSARIAL)}, got {on_adversarial!r}")
+        if on_adversarial != "ignore" and self.model.config.detector.threshold is None:
+            raise ValueError(
+                f"on_adversarial={on_adversarial!r} needs a threshold, and this model has none; choose one on clean "
+                "pictures of yours: zepad_mm.selection.select_detector"
+            )
+        task = self.task(candidate_labels, hypothesis_template)
+        single, pictures = as_many(images)
+        answers = self._answers(task, pictures, single, top_k, return_evidence, on_adversarial)
+        if single:
+            return next(answers)
+        return list(answers) if isinstance(images, list | tuple | Tensor) or hasattr(images, "dtype") else answers
+
+    def _answers(
+        self, task: Task, pictures: Iterable[Any], single: bool, top_k: int | None, evidence: bool, on_adversarial: str
+    ) -> Iterator[Any]:
+        encoders = {name: self.model.branch(name).encoder for name in self.model.branches}
+        if evidence:
+            encoders[""] = self.model.undefended.encoder  # the empty name is no branch's
+        geometries = {name: _geometry(encoder.preprocess) for name, encoder in encoders.items()}
+        for batch in self._batches(pictures, set(geometries.values()), single):
+            with torch.no_grad(), self.model.sharing():
+                logits, features = {}, {}
+                for name, encoder in encoders.items():
+                    if encoder not in features:  # a benign branch that nobody changed is the undefended encoder too
+                        features[encoder] = encoded(encoder, batch[geometries[name]])
+                    logits[name] = (task.heads[name] if name else task.plain)(features[encoder])
+                plain = logits.pop("").softmax(-1).cpu() if evidence else None
+                decision = _on_cpu(self.model.fuse(torch.stack(list(logits.values()))))
+                scores, flags = decision.logits.softmax(-1), self.model.is_adversarial(decision)
+            for index, row in enumerate(scores):
+                answer = _ranked(row, task.names, top_k)
+                if on_adversarial == "flag":
+                    answer = [{**entry, "flagged": bool(flags[index])} for entry in answer]
+                if on_adversarial == "abstain" and flags[index]:
+                    answer = []
+                if plain is None:
+                    yield answer
+                else:
+                    found = self._evidence(decision, index, bool(flags[index]))
+                    yield {
+                        "labels": answer,
+                        "evidence": {**found, "undefended": _ranked(plain[index], task.names, top_k)},
+                    }
+
+    def _evidence(self, decision: Decision, index: int, flagged: bool) -> dict[str, Any]:
+        names = list(self.model.branches)
+        return {
+            "confidences": dict(zip(names, decision.confidences[:, index].tolist(), strict=True)),
+            "weights": dict(zip(names, decision.weights[:, index].tolist(), strict=True)),
+            "dae_score": float(decision.dae_score[index]),
+            "flagged": None if self.model.config.detector.threshold is None else flagged,
+        }
+
+    def _batches(
+        self, pictures: Iterable[Any], geometries: set[Preprocess], single: bool
+    ) -> Iterator[dict[Preprocess, Tensor]]:
+        """Stacks of pictures, each cut to size by itself, so that pictures of all sizes share a batch."""
+        numbered = enumerate(pictures)
+        while chunk := list(islice(numbered, self.batch_size)):
+            rows: dict[Preprocess, list[Tensor]] = {geometry: [] for geometry in geometries}
+            for number, picture in chunk:
+                try:
+                    pixels = pixels_of(picture, self.max_pixels)
+                    for geometry in geometries:
+                        rows[geometry].append(geometry.resize(pixels[None])[0])
+                except ValueError as error:
+                    raise error if single else ValueError(f"picture {number}: {error}") from error
+            yield {
+                geometry: torch.stack([row.to(cut[0].device) for row in cut]).to(self.model.device)
+                for geometry, cut in rows.items()
+            }
+
+
+def _geometry(preprocess: Preprocess) -> Preprocess:
+    """What decides the size and the crop alone: encoders that differ in mean and std share the resized picture."""
+    return replace(preprocess, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+
+def _ranked(scores: Tensor, names: Sequence[str], top_k: int | None) -> Labels:
+    order = scores.argsort(descending=True, stable=True)[:top_k].tolist()
+    return [{"score": float(scores[i]), "label": names[i]} for i in order]
+
+
+def _on_cpu(decision: Decision) -> Decision:
+    parts = (decision.logits, decision.weights, decision.confidences, decision.dae_score)
+    return Decision(*(part.cpu() for part in parts))

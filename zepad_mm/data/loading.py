@@ -1,0 +1,104 @@
+"""Where pictures come from: parquet files, class folders, the Hub, the embedded set; and how one becomes a tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+import zepad_mm.data.catalogue_entries  # noqa: F401  fills the catalogue
+from zepad_mm.data.catalogue import CATALOGUE, find, part_of
+from zepad_mm.encoders.prompts import clean_name
+from zepad_mm.utils.io import ASSETS
+
+EMBEDDED_DATA = ASSETS / "clothing"
+EMBEDDED_SPLITS = ("surrogate", "train", "validation", "test")
+
+
+def to_tensor(picture: Any, image_size: int | None = None) -> Tensor:
+    """A PIL picture as (3, H, W) float32 in [0, 1]; squashed to a square of ``image_size`` where one is given."""
+    from torchvision.transforms.functional import pil_to_tensor
+
+    pixels = pil_to_tensor(picture.convert("RGB")).float() / 255
+    if image_size is None or pixels.shape[-2:] == (image_size, image_size):
+        return pixels
+    resized = F.interpolate(pixels[None], (image_size, image_size), mode="bicubic", antialias=True)[0]
+    return resized.clamp(0, 1)
+
+
+def open_table(source: str, split: str, streaming: bool = False) -> Any:
+    """A split, or several as ``train+test``: a memory-mapped ``datasets.Dataset``, or a stream; nothing is decoded.
+
+    Raises:
+        FileNotFoundError: no such folder or split; ValueError: a file that is cut off.
+    """
+    from datasets import concatenate_datasets
+
+    tables = [_open(source, part, streaming) for part in split.split("+")]
+    return tables[0] if len(tables) == 1 else concatenate_datasets(tables)
+
+
+def _open(source: str, split: str, streaming: bool) -> Any:
+    import datasets
+    from datasets import load_dataset
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    datasets.disable_progress_bars()
+    folder = EMBEDDED_DATA if source == "embedded" else Path(source)
+    if folder.is_dir():
+        files = sorted(str(path) for path in folder.glob(f"{split}*.parquet"))
+        if files:
+            return _read_parquet(files, streaming)
+        if any(folder.glob("*.parquet")):
+            have = sorted({path.name.split("-")[0].removesuffix(".parquet") for path in folder.glob("*.parquet")})
+            raise FileNotFoundError(f"data set {source!r} has no split {split!r}; it has {', '.join(have)}")
+        return load_dataset("imagefolder", data_dir=str(folder), split=split, streaming=streaming)
+    if source == "embedded" or source.startswith((".", "/")):
+        raise FileNotFoundError(f"{folder} is no folder; expected parquet files or class folders of pictures there")
+    entry = find(source)
+    hub, config, theirs = (source, None, split) if entry is None else (entry.hub, entry.config, entry.hub_split(split))
+    try:
+        table = load_dataset(hub, config, split=theirs, streaming=streaming)
+    except Exception as error:
+        raise FileNotFoundError(
+            f"data set {source!r} is neither a folder here nor reachable on the Hub"
+            f"{f' as {hub}' if hub != source else ''} ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else ''})"
+            f"{'; HF_HUB_OFFLINE is set, so only what was downloaded before is found' if HF_HUB_OFFLINE else ''}; give "
+            f"the path of a folder, a Hub name, 'embedded', or one of {', '.join(CATALOGUE)}"
+        ) from error
+    return table if entry is None else part_of(entry, table, split)
+
+
+def _read_parquet(files: list[str], streaming: bool) -> Any:
+    from datasets import Dataset, IterableDataset
+
+    try:
+        return (IterableDataset if streaming else Dataset).from_parquet(files)
+    except Exception as error:  # pyarrow, datasets and fsspec each have their own
+        raise ValueError(f"{', '.join(files)} is not a complete parquet file ({error})") from error
+
+
+def columns_of(table: Any, source: str) -> tuple[str, str]:
+    """The names of the image and of the label column. Raises ValueError when there is none."""
+    from datasets import ClassLabel, Image
+
+    images = [name for name, feature in table.features.items() if isinstance(feature, Image)]
+    labels = [name for name, feature in table.features.items() if isinstance(feature, ClassLabel)]
+    if not images or not labels:
+        raise ValueError(
+            f"data set {source!r} has the columns {dict(table.features)}; expected one of type Image and one ClassLabel"
+        )
+    return images[0], "label" if "label" in labels else labels[0]
+
+
+def class_names_of(table: Any, label_column: str) -> tuple[str, ...]:
+    """The classes' names as prompts want them."""
+    return tuple(clean_name(name) for name in table.features[label_column].names)
+
+
+def name_of(source: str) -> str:
+    """What reports call a data set: no folder of anybody's machine."""
+    return "clothing" if source == "embedded" else Path(source).name

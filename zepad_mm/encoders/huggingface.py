@@ -1,0 +1,273 @@
+"""Image models of transformers: CLIP and SigLIP with their text towers, DINO, ViT, MAE, ConvNeXt, ResNet and their kin.
+
+``hf:org/name``, ``hf:org/name@revision`` or ``hf:local-dir:PATH``. Whatever ``AutoModel`` builds and gives a pooled
+output is an encoder (where there is no trained pooler: the class token, else the mean of the tokens); what also has
+text features is a CLIP.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zepad_mm.encoders.base import ENCODERS, Encoder, feature_dim_of
+from zepad_mm.encoders.clip import CLIPS, ClipKind, TextEncoder
+from zepad_mm.encoders.huggingface_preprocess import preprocess_of
+from zepad_mm.encoders.state_dict import summary
+
+log = logging.getLogger(__name__)
+LOCAL = "local-dir:"
+
+
+class HFBackbone(nn.Module):
+    """A model of transformers, from normalised pixels (B, 3, S, S) to one feature vector per picture (B, D)."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def inputs(self, pixels: Tensor) -> dict[str, Tensor]:
+        """What the model is called with."""
+        return {"pixel_values": pixels}
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        ask = getattr(self.model, "get_image_features", self.model)
+        output = ask(**self.inputs(pixels))
+        pooled = getattr(output, "pooler_output", None)
+        if pooled is None:
+            tokens = output.last_hidden_state
+            if tokens.ndim == 4:
+                pooled = tokens.mean((2, 3))
+            else:
+                pooled = tokens[:, 0] if self._has_class_token() else tokens.mean(1)
+        return pooled.flatten(1)  # convolutional networks pool to (B, D, 1, 1)
+
+    def _has_class_token(self) -> bool:
+        names = (name.rsplit(".", 1)[-1] for name, _ in self.model.named_parameters())
+        return any(name in ("cls_token", "class_token", "class_embedding") for name in names)
+
+
+class MAEBackbone(HFBackbone):
+    """A masked auto-encoder that masks nothing and keeps the order of the patches: the same answer at every call."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        model.config.mask_ratio = 0.0
+
+    def inputs(self, pixels: Tensor) -> dict[str, Tensor]:
+        patches = (pixels.shape[-1] // self.model.config.patch_size) ** 2
+        order = torch.arange(patches, device=pixels.device, dtype=torch.float32)
+        return {"pixel_values": pixels, "noise": order.expand(len(pixels), -1)}
+
+
+class NaFlexBackbone(HFBackbone):
+    """SigLIP 2 of flexible resolution, at the largest square that it takes: pixels are cut into patches here."""
+
+    def __init__(self, model: Any, patch_size: int) -> None:
+        super().__init__(model)
+        self.patch_size = patch_size
+
+    def inputs(self, pixels: Tensor) -> dict[str, Tensor]:
+        size, side = self.patch_size, pixels.shape[-1] // self.patch_size
+        # (B, 3, side * size, side * size) to (B, side * side, size * size * 3), colour last
+        patches = pixels.unflatten(2, (side, size)).unflatten(4, (side, size)).permute(0, 2, 4, 3, 5, 1)
+        whole = torch.ones(len(pixels), side * side, dtype=torch.int32, device=pixels.device)
+        shapes = torch.full((len(pixels), 2), side, dtype=torch.long, device=pixels.device)
+        return {
+            "pixel_values": patches.flatten(3).flatten(1, 2),
+            "pixel_attention_mask": whole,
+            "spatial_shapes": shapes,
+        }
+
+
+class HFTextTower(nn.Module):
+    """The half of a CLIP of transformers that reads text, under the names that :class:`TextEncoder` calls."""
+
+    def __init__(self, model: Any, logit_scale: Tensor, logit_bias: Tensor | None) -> None:
+        super().__init__()
+        self.model = model
+        self.logit_scale = nn.Parameter(logit_scale.detach().reshape(()), requires_grad=False)
+        self.logit_bias = None if logit_bias is None else nn.Parameter(logit_bias.detach().reshape(()), False)
+
+    def encode_text(self, tokens: Any) -> Tensor:
+        """A batch of the model's own tokenizer to embeddings (N, D)."""
+        return self.model.get_text_features(**tokens).pooler_output
+
+
+@ENCODERS.register("hf")
+def _load(rest: str, pretrained: bool) -> Encoder:
+    model = _create(rest, pretrained)
+    if _is_clip_class(type(model)):
+        model = _half(model, "text")
+    return _image_tower(model, rest)
+
+
+def _load_clip(rest: str, pretrained: bool) -> tuple[Encoder, TextEncoder]:
+    from transformers import AutoTokenizer
+
+    model = _create(rest, pretrained)
+    if not _is_clip_class(type(model)) or not hasattr(model, "logit_scale"):
+        raise ValueError(
+            f"zero-shot heads need a CLIP: hf:{rest} is a {type(model).__name__}, which has no text tower to score with"
+        )
+    name, revision = _name_and_revision(rest)
+    with _clear_errors(rest, "its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    config = model.config
+    # as the zero-shot pipeline of transformers: SigLIP has learnt to read padded texts
+    padding = "max_length" if "siglip" in config.model_type else True
+    length = config.text_config.max_position_embeddings
+
+    def tokenize(texts: list[str]) -> Any:
+        return tokenizer(texts, padding=padding, max_length=length, truncation=True, return_tensors="pt")
+
+    text = HFTextTower(_half(model, "vision"), model.logit_scale, getattr(model, "logit_bias", None))
+    return _image_tower(_half(model, "text"), rest), TextEncoder(text, tokenize, f"hf:{rest}")
+
+
+def _has_text(rest: str) -> bool:
+    from transformers import MODEL_MAPPING
+
+    model: Any = MODEL_MAPPING.get(type(_config(rest)), None)
+    return _is_clip_class(model)
+
+
+CLIPS.register("hf")(ClipKind(load=_load_clip, has_text=_has_text))
+
+
+def _is_clip_class(model: Any) -> bool:
+    return hasattr(model, "get_image_features") and hasattr(model, "get_text_features")
+
+
+def _half(model: Any, without: str) -> Any:
+    """The model without its ``text`` or ``vision`` half, sharing the other half's weights; the scale goes with neither.
+
+    A copy of the shell: ``get_image_features`` and ``get_text_features`` stay the library's own code.
+    """
+    shell = copy.copy(model)
+    drop = {"text": ("text_model", "text_projection"), "vision": ("vision_model", "visual_projection")}[without]
+    shell._modules = {name: module for name, module in model._modules.items() if name not in drop}
+    shell._parameters = {}
+    if len(shell._modules) == len(model._modules):
+        raise ValueError(f"{type(model).__name__} keeps its towers under unknown names: {', '.join(model._modules)}")
+    return shell
+
+
+def _image_tower(model: Any, rest: str) -> Encoder:
+    from transformers import AutoImageProcessor
+
+    name, revision = _name_and_revision(rest)
+    with _clear_errors(rest, "its image processor (preprocessor_config.json)"):
+        processor = AutoImageProcessor.from_pretrained(name, revision=revision)
+    config = getattr(model.config, "vision_config", model.config)
+    preprocess = preprocess_of(processor, config, f"hf:{rest}")
+    if config.model_type == "vit_mae":
+        backbone: HFBackbone = MAEBackbone(model)
+    elif config.model_type == "siglip2_vision_model":
+        backbone = NaFlexBackbone(model, config.patch_size)
+    else:
+        backbone = HFBackbone(model)
+    backbone.eval()
+    try:
+        width = feature_dim_of(backbone, preprocess.image_size)
+    except (TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"hf:{rest}: {type(model).__name__} gives no features of pictures, {preprocess.image_size} pixels: {error}"
+        ) from error
+    return Encoder(backbone, preprocess, width, f"hf:{rest}").eval()
+
+
+def _config(rest: str) -> Any:
+    from transformers import AutoConfig
+
+    name, revision = _name_and_revision(rest)
+    with _clear_errors(rest, "its config.json"):
+        return AutoConfig.from_pretrained(name, revision=revision)
+
+
+def _create(rest: str, pretrained: bool) -> Any:
+    """The model in fp32 on the CPU. Raises ValueError when weights are missing; the log names those left out."""
+    from transformers import AutoModel
+
+    name, revision = _name_and_revision(rest)
+    config = _config(rest)
+    with _clear_errors(rest, "its weights"):
+        if not pretrained:
+            model = AutoModel.from_config(config, dtype=torch.float32).eval()
+            pooler = getattr(model, "pooler", None)
+            if pooler is not None and pooler.state_dict() and not _publishes_pooler(config):
+                model.pooler = None  # as below: with and without weights it is the same architecture
+            return model
+        model, report = AutoModel.from_pretrained(
+            name, revision=revision, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    pooler = [key for key in missing if key.startswith("pooler.")]
+    if pooler:
+        # classifiers are published without one; a fresh one would be random, and another at every load
+        log.warning("hf:%s has no weights for %s: the class token is taken instead", rest, ", ".join(pooler))
+        model.pooler = None
+        missing = [key for key in missing if key not in pooler]
+    wrong = sorted(str(entry) for entry in report["mismatched_keys"])
+    if missing or wrong:
+        raise ValueError(
+            f"hf:{rest} lacks {', '.join([*missing, *wrong][:3])} of {type(model).__name__} ({len(missing)} missing, "
+            f"{len(wrong)} of another shape); its weights do not belong to its config.json"
+        )
+    if unexpected:
+        log.warning("hf:%s: left out %s, unknown to %s", rest, summary(unexpected), type(model).__name__)
+    return model.eval()
+
+
+def _publishes_pooler(config: Any) -> bool:
+    """Whether the class that wrote the weights has a pooler, told without reading them."""
+    import transformers
+
+    for name in config.architectures or ():
+        with torch.device("meta"):
+            writer = getattr(transformers, name)(config)
+        if not any("pooler." in key for key in writer.state_dict()):
+            return False
+    return True
+
+
+def _name_and_revision(rest: str) -> tuple[str, str]:
+    """What transformers calls the model, and its revision. Raises FileNotFoundError when it is no folder here."""
+    if rest.startswith(LOCAL):
+        folder = Path(rest.removeprefix(LOCAL))
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder}/config.json does not exist; expected a folder by save_pretrained")
+        return str(folder), "main"
+    name, at, revision = rest.partition("@")
+    if name.count("/") > 1 or not name.strip("/") or (at and not revision):
+        raise ValueError(
+            f"hf:{rest}: expected hf:ORG/NAME, hf:ORG/NAME@REVISION or hf:local-dir:PATH, "
+            "e.g. 'hf:facebook/dinov2-small'"
+        )
+    return name, revision or "main"
+
+
+@contextmanager
+def _clear_errors(rest: str, what: str) -> Iterator[None]:
+    """Whatever goes wrong below in one line that names the source."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except OSError as error:
+        raise FileNotFoundError(f"hf:{rest}: {what} cannot be had: {_first_line(error)}") from error
+    except ImportError as error:  # SigLIP's tokenizer wants sentencepiece
+        raise ImportError(f"hf:{rest}: {what} needs another package: {_first_line(error)}") from error
+    except (SafetensorError, RuntimeError, ValueError, KeyError, EOFError) as error:
+        raise ValueError(f"hf:{rest}: {what} cannot be read: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,92 @@
+"""Robust weights as they are published: a whole open_clip state dict, or its image tower alone, over a base CLIP.
+
+FARE and TeCoA publish ``model.visual.state_dict()``; the first TeCoA code wraps it as ``vision_encoder_state_dict``;
+Delta-CLIP and open_clip's own training write the whole CLIP, perhaps under ``state_dict`` and ``module.``.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from zepad_mm.encoders.state_dict import read_foreign, summary
+
+log = logging.getLogger(__name__)
+
+COMPUTED = ("attn_mask", "input_resolution", "context_length", "vocab_size")  # stored by some, learnt by none
+SHOWN = 3
+
+
+def split_weights(rest: str) -> tuple[str, str]:
+    """``"NAME/TAG+WEIGHTS"`` as (``"NAME/TAG"``, ``"WEIGHTS"``); the second is empty where there are none.
+
+    A folder whose own name has a ``+`` stays whole.
+    """
+    if "+" not in rest or Path(rest.removeprefix("local-dir:")).is_dir():
+        return rest, ""
+    base, _, weights = rest.partition("+")
+    if rest.startswith("local-dir:"):
+        # the first split whose left side is a folder: either side may hold a + of its own
+        cuts = [index for index, letter in enumerate(rest) if letter == "+"]
+        cut = next((i for i in cuts if Path(rest[:i].removeprefix("local-dir:")).is_dir()), cuts[0])
+        base, weights = rest[:cut], rest[cut + 1 :]
+    if not base or not weights:
+        raise ValueError(f"open_clip:{rest}: expected open_clip:BASE+FILE, e.g. 'open_clip:ViT-L-14/openai+fare.pt'")
+    return base, weights
+
+
+def load_over(clip: Any, path: str | Path) -> None:
+    """Replace the weights of an open_clip model by those in a file, in place and strictly.
+
+    A file of the whole CLIP replaces both towers, one of the image tower leaves the text tower as it is. What the file
+    holds beside is named in one warning.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: the file fits neither the model nor its image tower.
+    """
+    tensors = read_foreign(path)
+    tensors = {name: tensor for name, tensor in tensors.items() if name.rsplit(".", 1)[-1] not in COMPUTED}
+    nearest = ""
+    for target, what in ((clip, "the whole CLIP"), (clip.visual, "the image tower")):
+        own: dict[str, Tensor] = target.state_dict()
+        for prefix in _prefixes(tensors, own):
+            missing = [name for name in own if prefix + name not in tensors]
+            if missing:
+                nearest = f"under {prefix!r} it lacks {', '.join(missing[:SHOWN])} of {what}, {len(missing)} in all"
+                continue
+            _replace(target, own, prefix, tensors, path)
+            left = [name for name in tensors if not name.startswith(prefix)]
+            if left:
+                log.warning("%s: took %d tensors for %s and left out %s", path, len(own), what, summary(left))
+            return
+    raise ValueError(
+        f"{path} does not fit {type(clip.visual).__name__} of this base: "
+        f"{nearest or f'it holds {summary(tensors)[:200]}'}; "
+        "expected an open_clip state dict or that of its image tower"
+    )
+
+
+def _prefixes(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
+    """What may stand before the names of ``own`` in the file, found by their most telling name."""
+    telling = max(own, key=len)
+    ends = [name[: -len(telling)] for name in tensors if name.endswith(telling)]
+    return sorted({prefix for prefix in ends if not prefix or prefix.endswith(".")}, key=len)
+
+
+def _replace(target: Any, own: dict[str, Tensor], prefix: str, tensors: dict[str, Tensor], path: str | Path) -> None:
+    unknown = [name for name in tensors if name.startswith(prefix) and name.removeprefix(prefix) not in own]
+    wrong = [
+        f"{name} {tuple(tensors[prefix + name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if tensors[prefix + name].shape != tensor.shape
+    ]
+    for problem, names in (("has the unknown", unknown), ("has", wrong)):
+        if names:
+            raise ValueError(
+                f"{path} is of another model than this base: it {problem} {', '.join(names[:SHOWN])}"
+                f"{f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''}"
+            )
+    target.load_state_dict({name: tensors[prefix + name] for name in own})

@@ -1,0 +1,82 @@
+"""Foreign checkpoints, read without unpickling, as one flat table of tensors."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zepad_mm.utils.io import read_tensors
+
+OF_A_LAYER = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+TRAINING = ("callbacks", "loops", "lr_schedulers", "optimizer_states")  # Lightning's own, beside "state_dict"
+
+
+def read_foreign(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a ``.pt``, ``.pth``, ``.ckpt``, ``.tar`` or ``.safetensors`` file, nested names joined by dots.
+
+    ``{"state_dict": {"backbone.conv1.weight": ...}}`` gives ``state_dict.backbone.conv1.weight``. Optimiser states,
+    numbers and texts are no weights and are passed over.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: damaged, or needs Python objects that are never unpickled here.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; expected a checkpoint (.pt, .pth, .ckpt, .tar, .safetensors)")
+    if path.suffix == ".safetensors":
+        return read_tensors(path)[0]
+    try:
+        # a Namespace is a bag of settings without code; MoCo, DINO and SupCon store theirs beside the weights
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), str(error))
+        raise ValueError(
+            f"{path} holds more than tensors, and unpickling it could run any code: {reason.strip()[:200]}. Where you "
+            "trust it, unpickle it in a program of your own and write its state dict with safetensors.torch.save_file"
+        ) from error
+    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is damaged or no checkpoint of torch: {first_line}") from error
+    tensors = _flat(content)
+    if not tensors:
+        raise ValueError(f"{path} holds no named tensors; expected a state dict, got {type(content).__name__}")
+    return tensors
+
+
+def _flat(content: Any) -> dict[str, Tensor]:
+    if not isinstance(content, dict):
+        return {}
+    found: dict[str, Tensor] = {}
+    for name, value in content.items():
+        if not isinstance(name, str) or name in TRAINING:  # elsewhere an optimiser's state is numbered
+            continue
+        if isinstance(value, Tensor):
+            found[name] = value
+        else:
+            found |= {f"{name}.{key}": tensor for key, tensor in _flat(value).items()}
+    return found
+
+
+def summary(names: Iterable[str], prefixes: Iterable[str] = ()) -> str:
+    """Names of tensors in one line with how many there are, layers of one stack together.
+
+    Args:
+        names: all of them are counted somewhere.
+        prefixes: what begins with one of these is counted under it.
+    """
+    groups: Counter[str] = Counter()
+    for name in names:
+        known = next((prefix for prefix in prefixes if prefix and name.startswith(prefix)), "")
+        parts = name.split(".")
+        stack = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+        stack += parts[-1] not in OF_A_LAYER and stack == len(parts) - 1  # a queue or a token is named itself
+        groups[known.rstrip(".") or ".".join(parts[: max(1, stack)])] += 1
+    return ", ".join(f"{name} ({count})" for name, count in sorted(groups.items())) or "nothing"

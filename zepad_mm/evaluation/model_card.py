@@ -1,0 +1,263 @@
+"""The model card, written from the record of an evaluation: what was tried, on how much, what it left, what is unknown.
+
+Nothing in it is typed by hand: figures and warnings are those of the report, which has to be of this very model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from zepad_mm.encoders.sources import is_local
+from zepad_mm.evaluation.report import Report, budget_of, cell, markdown_table, percent
+from zepad_mm.evaluation.settings import THREATS
+from zepad_mm.models.serialization import (
+    CONFIG,
+    GENERATED,
+    PLACEHOLDER,
+    ZePADConfig,
+    card_metadata,
+    described,
+    short_card,
+)
+from zepad_mm.utils.hub import card_text
+from zepad_mm.utils.io import read_json, write_text
+
+# what makes a model answer as it does, beside its weights
+IDENTITY = ("public_source", "branches", "fusion", "fusion_params", "detector")
+
+
+def model_card(config: ZePADConfig, report: Report | None) -> str:
+    """The text of ``README.md``: metadata that the Hub reads, and Markdown.
+
+    Args:
+        config: of the model.
+        report: an evaluation of that model; None gives a card that says that there is none.
+
+    Raises:
+        ValueError: the report is of another model, or holds no figures of a defended one.
+    """
+    if report is None:
+        return short_card(config)
+    _check_same_model(config, report)
+    parts = [
+        f"{GENERATED}\n# ZePAD over `{config.public_source}`",
+        *_doubts(report),
+        "An image encoder that is defended against adversarial examples: "
+        f"{len(config.branches)} branches, some tuned adversarially, one rule that fuses them. {_headline(report)}",
+        _usage(config),
+        _robustness(report),
+        *_detection(config, report),
+        "## In plain words\n\n" + _bullets(report.words()),
+        *(["## Warnings\n\n" + _bullets(report.meta["warnings"])] if report.meta["warnings"] else []),
+        "## Limitations\n\n" + _bullets(_limitations(config, report)),
+        f"## What it is made of\n\n{described(config)}",
+        _origin(report),
+    ]
+    data = {**card_metadata(config), "model_name": f"ZePAD over {config.public_source}", "metrics": ["accuracy"]}
+    return card_text("\n\n".join(parts), **data, eval_results=list(_results(config, report)))
+
+
+def write_card(folder: str | Path, report: Report | None) -> None:
+    """Write :func:`model_card` into the folder of a saved model, in the place of a card that was written before.
+
+    Raises:
+        FileNotFoundError: no model there; FileExistsError: a card that somebody wrote himself; ValueError: as above.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder / CONFIG} does not exist; expected a folder by ZePAD.save_pretrained")
+    card = folder / "README.md"
+    if card.is_file() and GENERATED not in card.read_text(encoding="utf-8"):
+        raise FileExistsError(f"{card} was not written by zepad-mm and is kept; move it away for a new one")
+    write_text(card, model_card(ZePADConfig.from_dict(read_json(folder / CONFIG)), report))
+
+
+def _check_same_model(config: ZePADConfig, report: Report) -> None:
+    evaluated = report.meta.get("config", {}).get("model")
+    if not isinstance(evaluated, dict) or "zepad" not in report.models:
+        raise ValueError("the report does not say which model it is of; expected one by zepad_mm.evaluate")
+    # as both stand in files: a report that was just made still holds tuples
+    evaluated, ours = (json.loads(json.dumps(values)) for values in (evaluated, config.to_dict()))
+    other = [key for key in IDENTITY if evaluated.get(key) != ours[key]]
+    prints = evaluated.get("fingerprint", []), ours["fingerprint"]
+    # of other classes, or not saved yet, the fingerprints cannot be compared
+    if all(prints) and evaluated.get("class_names") == ours["class_names"]:
+        same = len(prints[0]) == len(prints[1]) and all(
+            math.isclose(a, b, rel_tol=1e-2, abs_tol=2e-2) for a, b in zip(*prints, strict=True)
+        )
+        other += [] if same else ["weights (fingerprint)"]
+    if other:
+        raise ValueError(
+            f"the report is of another model than the card: {', '.join(other)} differ; evaluate this one, e.g. "
+            "zepad evaluate FOLDER"
+        )
+
+
+def _doubts(report: Report) -> list[str]:
+    if not report.doubted:
+        return []
+    doubts = [text for text in report.meta["warnings"] if text.startswith("likely overestimated")]
+    lines = "\n".join(f"> - {text}" for text in doubts)
+    return [
+        "> **The robustness figures below are likely overestimated.** The evaluation's own checks found more than its "
+        f"attacks did:\n>\n{lines}"
+    ]
+
+
+def _headline(report: Report) -> str:
+    clean = report.row("zepad")
+    told = f"On {clean['n']} pictures of `{clean['dataset']}` it is right on {percent(clean['accuracy'])} %"
+    if "T2" not in report.threats:
+        return f"{told}. **No white-box attack was run.**"
+    worst = report.row("zepad", "T2")
+    return f"{told}, and on {percent(worst['accuracy'])} % against a white-box attacker at {_budget(worst)}."
+
+
+def _usage(config: ZePADConfig) -> str:
+    if config.zero_shot:
+        lines = (
+            "from zepad_mm import RobustZeroShotClassifier",
+            "",
+            f'RobustZeroShotClassifier.from_pretrained("{PLACEHOLDER}")("picture.jpg", ["a cat", "a dog"])',
+        )
+    else:
+        lines = (
+            "from zepad_mm import ZePAD",
+            "",
+            f'logits = ZePAD.from_pretrained("{PLACEHOLDER}")(images)  # (B, 3, H, W) in [0, 1]',
+        )
+    return "## Use\n\n```python\n" + "\n".join(lines) + "\n```"
+
+
+def _robustness(report: Report) -> str:
+    lines = []
+    for threat in report.threats:
+        row = report.row("zepad", threat)
+        before = "-" if threat == "T3" else cell(report.row("undefended", threat))
+        name = f"{threat}: {THREATS[threat]}" if threat != "clean" else THREATS[threat]
+        lines.append([name, _budget(row), before, cell(row)])
+    head = ["threat model", "budget", "undefended", "this model"]
+    notes = (
+        "Accuracy in %, with its 95 % Wilson interval, in the worst case per picture over all attacks of a line: a "
+        "picture counts only if it is answered right without an attack and under each."
+        + (" T3 counts as right what is right or flagged." if "T3" in report.threats else "")
+    )
+    return f"## Robustness\n\n{notes}\n\n{markdown_table(head, lines)}\n\n{_bullets(_effort(report))}"
+
+
+def _effort(report: Report) -> Iterator[str]:
+    """How hard each threat was tried, in words."""
+    settings = report.meta["config"]["evaluation"]
+    for threat in report.threats:
+        rows = [row for row in report.rows if row["model"] == "zepad" and row["threat"] == threat]
+        tried = ", ".join(f"`{row['attack']}`" for row in rows if row["attack"] != "worst" and not row["control"])
+        if threat in ("T1", "T1b"):
+            yield f"{threat}: {tried}."
+        elif threat == "T2":
+            restarts = f"{settings['restarts']} restart{'s' if settings['restarts'] > 1 else ''}"
+            yield f"T2: {settings['steps']} steps and {restarts} for attacks on single pictures; in all {tried}."
+        elif threat == "T3":
+            yield f"T3: {settings['detector_steps']} steps each: {tried}."
+
+
+def _detection(config: ZePADConfig, report: Report) -> Iterator[str]:
+    score = config.detector.score
+    lines = [
+        [
+            f"{row['threat']} `{row['attack']}`",
+            f"{row['auroc']:.3f}",
+            percent(row["tpr_at_fpr1"]),
+            f"{percent(row['tpr_at_fpr5'])} ({percent(row['fpr_at_fpr5'])})",
+            str(row["n"]),
+        ]
+        for row in report.detection
+        if row["score"] == score
+    ]
+    if not lines:
+        return
+    head = ["attack", "AUROC", "caught at 1 % false alarms", "at 5 % (false alarms paid)", "n"]
+    alarms = [row for row in report.meta.get("false_alarms") or [] if row["score"] == score and row["kind"] != "clean"]
+    told = ""
+    if alarms:
+        most = max(alarms, key=lambda row: row["flagged_at_fpr5"])
+        degree = f" (severity {most['severity']})" if most["severity"] else ""
+        told = (
+            f"\n\nNobody attacked them, and still: of pictures under `{most['name']}`{degree} it flags "
+            f"{percent(most['flagged_at_fpr5'])} % at the threshold for 5 %, the most of the {len(alarms)} kinds tried."
+        )
+    note = f"Score `{score}`; thresholds from clean validation pictures. Advisory: an attacker who knows it evades it."
+    yield f"## Detection\n\n{note}\n\n{markdown_table(head, lines)}{told}"
+
+
+def _limitations(config: ZePADConfig, report: Report) -> Iterator[str]:
+    clean = report.row("zepad")
+    norms = sorted({row["norm"] for row in report.rows})
+    yield (
+        f"Measured on {clean['n']} pictures of `{clean['dataset']}` with seed {report.meta['seed']} alone: nothing is "
+        "known about other pictures and classes."
+    )
+    yield (
+        "The intervals say how far chance in the choice of pictures goes. They do not cover attacks that nobody tried: "
+        "on the same pictures a better attack can only leave less."
+    )
+    yield f"Budgets were measured in {', '.join(norms)} only; nothing is said of other kinds of change to a picture."
+    absent = [f"{name} ({meaning})" for name, meaning in THREATS.items() if name not in report.threats]
+    if absent:
+        yield f"Not measured: {'; '.join(absent)}."
+    classes = report.meta["config"]["model"]["class_names"]
+    if tuple(classes) != config.class_names:
+        yield f"It was evaluated for other classes than it is saved with: {', '.join(classes)}."
+    if config.tuned_names:
+        yield (
+            f"Its robust branches were tuned by labels on {len(config.tuned_names)} names alone "
+            f"({', '.join(config.tuned_names)}): on others expect both accuracies to fall far."
+        )
+    for source in config.sources:
+        if is_local(source):
+            yield f"The base encoder `{source}` lies on one machine: nobody else can load this model."
+    yield "The licence of the base encoder applies to what was derived from it."
+
+
+def _origin(report: Report) -> str:
+    meta = report.meta
+    versions = ", ".join(f"{name} {number}" for name, number in meta["versions"].items())
+    return (
+        f"## Where the figures come from\n\n`zepad evaluate`, commit {meta['commit']}, seed {meta['seed']}, "
+        f"{meta['hardware']}, {meta['wall_s']:.0f} s; {versions}."
+    )
+
+
+def _results(config: ZePADConfig, report: Report) -> Iterator[EvalResult]:
+    """The figures as the Hub reads them, one for each threat."""
+    task = card_metadata(config)["pipeline_tag"]
+    split = report.meta["config"]["evaluation"]["test_split"]
+    for threat in report.threats:
+        row = report.row("zepad", threat)
+        name = "accuracy" if threat == "clean" else f"accuracy under {threat}, {_budget(row)}, worst case per picture"
+        name = f"right or flagged under T3, {_budget(row)}" if threat == "T3" else name
+        doubted = " (likely overestimated)" if report.doubted and threat != "clean" else ""
+        copied: dict[str, Any] = {key: row[key] for key in ("threat", "norm", "epsilon", "n", "ci_low", "ci_high")}
+        yield EvalResult(
+            task_type=task,
+            dataset_type=row["dataset"],
+            dataset_name=row["dataset"],
+            dataset_split=split,
+            metric_type="accuracy",
+            metric_name=name + doubted,
+            metric_value=row["accuracy"],
+            metric_args=copied,
+        )
+
+
+def _budget(row: dict[str, Any]) -> str:
+    return "-" if row["threat"] == "clean" else budget_of(row)
+
+
+def _bullets(lines: Any) -> str:
+    return "\n".join(f"- {line}" for line in lines)

@@ -1,0 +1,205 @@
+"""Figures. Each function takes figures and tensors and returns a matplotlib Figure; nothing is shown or saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from zepad_mm.attacks import Perturbation
+from zepad_mm.evaluation import EvalData, Records, Report, read_stage
+from zepad_mm.evaluation.metrics import wilson
+from zepad_mm.evaluation.report import budget_of
+from zepad_mm.models.zepad import ZePAD
+from zepad_mm.utils.io import replacing
+from zepad_mm.utils.validation import budget_text
+
+COLOURS = ("#3b6fb6", "#c2543d", "#4f9d69", "#8a63a8", "#b08d2e", "#5a5a5a")
+
+
+def confidence_figure(logits: Mapping[str, Tensor], names: Sequence[str], benign: Sequence[bool]) -> Figure:
+    """How sure each branch is, without and under attack (the paper's figure 2).
+
+    Args:
+        logits: panel title -> branch logits (N, n, C), e.g. ``{"clean": ..., "T1": ...}``.
+        names: of the N branches.
+        benign: for each branch whether it is a benign one.
+    """
+    figure = _figure(3.6 * len(logits), 2.9)
+    bins = torch.linspace(0, 1, 26).tolist()
+    panels = figure.subplots(1, len(logits), sharey=True, squeeze=False)[0]
+    for panel, (title, branch_logits) in zip(panels, logits.items(), strict=True):
+        for index, name in enumerate(names):
+            confidence = branch_logits[index].softmax(-1).amax(-1)
+            label = f"{name} ({'benign' if benign[index] else 'robust'}), mean {float(confidence.mean()):.2f}"
+            style = {"histtype": "step", "linewidth": 1.6, "linestyle": "--" if benign[index] else "-"}
+            panel.hist(confidence.tolist(), bins=bins, label=label, color=COLOURS[index % len(COLOURS)], **style)
+        panel.set_title(title, fontsize=10)
+        panel.set_xlabel("largest softmax probability")
+        panel.legend(fontsize=7)
+    panels[0].set_ylabel("pictures")
+    return figure
+
+
+def contact_sheet(
+    clean: Tensor, attacked: Tensor, truth: Sequence[str], answers: Mapping[str, Sequence[str]], title: str = ""
+) -> Figure:
+    """Pictures as they are, what was added (magnified about grey), and as attacked, with the answers below.
+
+    Args:
+        clean, attacked: (k, 3, H, W) in [0, 1].
+        truth: (k,) true class names.
+        answers: model -> its (k,) answers on the attacked pictures; green when right.
+        title: above it all.
+
+    Raises:
+        ValueError: no picture, or lengths that differ.
+    """
+    count = len(clean)
+    if count == 0 or len(attacked) != count or len(truth) != count or any(len(a) != count for a in answers.values()):
+        raise ValueError(f"contact_sheet: expected as many attacked pictures and answers as clean ones, {count}")
+    added = attacked - clean
+    factor = 0.5 / max(float(added.abs().max()), 1e-8)
+    figure = _figure(1.3 * count + 0.4, 4.4 + 0.15 * len(answers))
+    grid = figure.subplots(3, count, squeeze=False)
+    for line, (pictures, name) in enumerate(
+        ((clean, "clean"), (0.5 + factor * added, f"added, x {factor:.0f}"), (attacked, "attacked"))
+    ):
+        for column in range(count):
+            panel = grid[line][column]
+            panel.imshow(pictures[column].permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+            panel.set_xticks([])
+            panel.set_yticks([])
+        grid[line][0].set_ylabel(name, fontsize=9)
+    for column in range(count):
+        grid[0][column].set_title(truth[column], fontsize=8)
+        for row, (model, given) in enumerate(answers.items()):
+            colour = "#2e7d4f" if given[column] == truth[column] else "#b3372a"
+            where = (0.5, -0.08 - 0.15 * row)
+            style = {"ha": "center", "va": "top", "fontsize": 7, "color": colour, "xycoords": "axes fraction"}
+            grid[2][column].annotate(f"{model}: {given[column]}", where, annotation_clip=False, **style)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def tradeoff_figure(report: Report) -> Figure:
+    """Accuracy of each model without an attack and under the worst case of each threat, with 95 % intervals."""
+    threats = [threat for threat in report.threats if threat != "T3"]
+    figure = _figure(1.2 + 0.95 * len(report.models), 3.8)
+    panel = figure.subplots()
+    width = 0.8 / len(threats)
+    for index, threat in enumerate(threats):
+        rows = [report.row(model, threat) for model in report.models]
+        places = [place + (index - (len(threats) - 1) / 2) * width for place in range(len(rows))]
+        heights = [100 * row["accuracy"] for row in rows]
+        below = [100 * (row["accuracy"] - row["ci_low"]) for row in rows]
+        above = [100 * (row["ci_high"] - row["accuracy"]) for row in rows]
+        budget = "" if threat == "clean" else f" worst, {budget_of(rows[0])}"
+        colour = COLOURS[index % len(COLOURS)]
+        panel.bar(places, heights, width, yerr=[below, above], label=f"{threat}{budget}", color=colour)
+    panel.set_xticks(range(len(report.models)), report.models, rotation=30, ha="right", fontsize=8)
+    panel.set_ylabel("accuracy, %")
+    panel.set_ylim(0, 100)
+    panel.legend(fontsize=8)
+    first = report.rows[0]
+    doubt = " (likely overestimated)" if report.doubted else ""
+    panel.set_title(f"{first['dataset']}, {first['n']} pictures{doubt}", fontsize=10)
+    return figure
+
+
+def budget_figure(report: Report) -> Figure:
+    """Accuracy of the model as it ships against the budget of a white-box attack, with 95 % intervals.
+
+    From the ``budget_sweep`` check, which takes a sample of the pictures; at 0 all of them.
+
+    Raises:
+        ValueError: the report holds no such check; it needs T2 and ``diagnostics_n`` above 0.
+    """
+    held = budget_sweep(report)
+    if not held:
+        raise ValueError("budget_figure: the report has no budget_sweep; run T2 with diagnostics_n of at least 1")
+    clean = report.row("zepad")
+    n = min(report.meta["config"]["evaluation"]["diagnostics_n"], clean["n"])
+    points = [(0.0, clean["accuracy"], clean["ci_low"], clean["ci_high"])]
+    points += [(budget, share, *wilson(round(share * n), n)) for budget, share in sorted(held.items())]
+    figure = _figure(4.6, 3.4)
+    panel = figure.subplots()
+    below, above = [100 * (p[1] - p[2]) for p in points], [100 * (p[3] - p[1]) for p in points]
+    heights, places = [100 * p[1] for p in points], [p[0] for p in points]
+    panel.errorbar(places, heights, yerr=[below, above], marker="o", color=COLOURS[0], capsize=3)
+    panel.set_xticks(places, [f"{place:g}" for place in places], fontsize=8)
+    norm = report.row("zepad", "T2")["norm"]
+    panel.set_xlabel("budget, / 255 (L-inf)" if norm == "linf" else "budget (L2)")
+    panel.set_ylabel("accuracy, %")
+    panel.set_ylim(0, 100)
+    panel.set_title(f"{clean['dataset']}, white box, {n} pictures (at 0: {clean['n']})", fontsize=10)
+    return figure
+
+
+def budget_sweep(report: Report) -> dict[float, float]:
+    """Budget (1/255, or L2) -> accuracy in [0, 1] of the model as it ships; empty where the check did not run."""
+    for check in report.meta.get("diagnostics", []):
+        if check["name"] == "budget_sweep":
+            shares = {key.removesuffix("/255").removeprefix("L2 "): share for key, share in check["values"].items()}
+            return {float(budget): share for budget, share in shares.items()}
+    return {}
+
+
+def write_figures(report: Report, out: str | Path, model: ZePAD, data: EvalData, count: int = 8) -> list[Path]:
+    """Draw what the folder of a finished evaluation allows, as PNG files in ``out``.
+
+    Args:
+        report: what ``evaluate`` returned.
+        out: the folder it wrote to.
+        model, data: what it was given.
+        count: pictures on the contact sheet: the first that the undefended model gets right without an attack, so
+            that nobody chose the ones on which the defence shines.
+    """
+    out = Path(out)
+    records = Records.load(out)
+    universal = [attempt for attempt in records.attempts if attempt.threat == "T1" and not attempt.control]
+    shown = [records.attempts[0], *universal]
+    names = list(model.branches)
+    logits = {
+        f"{attempt.threat} {attempt.attack.split('@')[0]}" if attempt.attack != "none" else "clean": read_stage(
+            out, attempt.threat, attempt.attack
+        )["logits"][: len(names)]
+        for attempt in shown
+    }
+    figures = {"accuracy": tradeoff_figure(report), "confidence": confidence_figure(logits, names, model.benign)}
+    if budget_sweep(report):
+        figures["budget"] = budget_figure(report)
+    right = (records.predictions["undefended", records.attempts[0].key] == records.labels).nonzero()[:count, 0]
+    test = data.test.sample(len(records.labels), report.meta["seed"])
+    if universal and len(right):
+        attempt = universal[0]
+        delta = read_stage(out, attempt.threat, attempt.attack)["delta"]
+        attacked = Perturbation(delta, attempt.epsilon)(test.images[right])
+        answers = {
+            name: [model.class_names[index] for index in records.predictions[name, attempt.key][right].tolist()]
+            for name in ("undefended", "zepad")
+        }
+        truth = [model.class_names[index] for index in records.labels[right].tolist()]
+        title = f"T1, {attempt.attack.split('@')[0]}, {budget_text(attempt.epsilon, attempt.norm)}"
+        figures["contact_sheet"] = contact_sheet(test.images[right], attacked, truth, answers, title)
+    paths = []
+    for name, figure in figures.items():
+        paths.append(out / f"{name}.png")
+        save(figure, paths[-1])
+    return paths
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a figure as PNG, atomically."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=140)
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure

@@ -1,0 +1,1 @@
+"""The defended model: branches, heads, fusion rules, detection scores, and their files."""

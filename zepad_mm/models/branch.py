@@ -1,0 +1,56 @@
+"""A branch: an encoder, perhaps adapted, with a head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from zepad_mm.encoders import Encoder
+from zepad_mm.models.heads import HEADS
+from zepad_mm.utils.config import Config
+
+ROLES = ("mpae", "bmp")
+ADAPTATIONS = ("none", "full", "lora")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchConfig(Config):
+    """What a branch is made of, enough to build it again around the saved weights."""
+
+    name: str  # unique within a model
+    role: str  # "mpae": adversarially tuned; "bmp": benign
+    source: str  # where the base encoder comes from, e.g. "open_clip:embedded"
+    adaptation: str = "none"  # "none": the base as it is; "full": all weights tuned; "lora": an adapter
+    head: str = "zero_shot"  # a name of zepad_mm.models.heads.HEADS
+    objective: str = ""  # how it was tuned, in words, for the model card
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ValueError(f"branch {self.name!r}: expected a role of {ROLES}, got {self.role!r}")
+        if self.adaptation not in ADAPTATIONS:
+            raise ValueError(f"branch {self.name!r}: expected an adaptation of {ADAPTATIONS}, got {self.adaptation!r}")
+        if not self.name or "." in self.name or "/" in self.name:
+            raise ValueError(f"branch name {self.name!r}: expected a non-empty name without '.' and '/'")
+        HEADS.get(self.head)
+
+
+class Branch(nn.Module):
+    """Images (B, 3, H, W) in [0, 1] to logits (B, C)."""
+
+    def __init__(self, config: BranchConfig, encoder: Encoder, head: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = encoder
+        self.head = head
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def role(self) -> str:
+        return self.config.role
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.encoder(images))

@@ -1,0 +1,263 @@
+"""How the branches become one answer. Every rule is smooth in the logits, so an attacker gets honest gradients.
+
+A rule takes ``branch_logits (N, B, C)`` and for each branch whether it is benign, and gives fused logits (B, C) and the
+weight of each branch for each image (N, B), summing to 1 over branches. The roles are plain booleans, not a tensor:
+what depends on them alone is decided when a model is compiled or exported, not for each image.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zepad_mm.models.detection import SCORES, entropy
+from zepad_mm.utils.config import Config
+from zepad_mm.utils.registry import Registry
+
+# name -> rule class; its fields are the constants
+RULES: Registry[type[Rule]] = Registry("fusion rule")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the model says and why.
+
+    Attributes:
+        logits: (B, C) fused.
+        weights: (N, B) weight of each branch, summing to 1 over N.
+        confidences: (N, B) max softmax of each branch, in [0, 1].
+        dae_score: (B,) suspicion that the input is adversarial; see :mod:`zepad_mm.models.detection`.
+    """
+
+    logits: Tensor
+    weights: Tensor
+    confidences: Tensor
+    dae_score: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule(Config, ABC):
+    """A fusion rule with its constants."""
+
+    @abstractmethod
+    def __call__(self, branch_logits: Tensor, benign: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        """(N, B, C) logits and N roles to fused logits (B, C) and weights (N, B)."""
+
+    def benign_bound(self, branch_logits: Tensor, benign: Sequence[bool]) -> Tensor | None:
+        """(B,) the largest share of the fused probabilities that the benign branches can take, whatever they answer.
+
+        None where the rule has no such bound, as when it mixes logits, whose size a branch is free to choose.
+        """
+        return None
+
+
+def rfdm_weights(branch_logits: Tensor, k: float) -> Tensor:
+    """The paper's confidence weights: c = m exp(k (m - 1/2)) of each max softmax m, normalised over branches."""
+    confidence = branch_logits.softmax(-1).amax(-1)
+    return _normalised(confidence * (k * (confidence - 0.5)).exp())
+
+
+@RULES.register("rfdm")
+@dataclass(frozen=True, kw_only=True)
+class RFDM(Rule):
+    """The paper's Robust Federal Decision Mechanism: confidence weights on raw logits (its Eqs. 7-10)."""
+
+    k: float = 3.0  # how steeply confidence counts; 0 gives weights proportional to it
+
+    def __call__(self, branch_logits: Tensor, benign: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        return _mix_logits(branch_logits, rfdm_weights(branch_logits, self.k))
+
+
+@RULES.register("rfdm_probability")
+@dataclass(frozen=True, kw_only=True)
+class RFDMProbability(Rule):
+    """RFDM's weights on probabilities: a branch cannot outvote the others by the size of its logits."""
+
+    k: float = 3.0  # as in RFDM
+
+    def __call__(self, branch_logits: Tensor, benign: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        return _mix_probabilities(branch_logits, rfdm_weights(branch_logits, self.k))
+
+    def benign_bound(self, branch_logits: Tensor, benign: Sequence[bool]) -> Tensor:
+        surest = 1.0 if self.k >= -1 else -1 / self.k  # where m exp(k (m - 1/2)) is largest for m in (0, 1]
+        most = sum(benign) * surest * math.exp(self.k * (surest - 0.5))
+        confidence = branch_logits[_rows(benign, False)].softmax(-1).amax(-1)
+        return most / (most + (confidence * (self.k * (confidence - 0.5)).exp()).sum(0))
+
+
+@RULES.register("equal")
+@dataclass(frozen=True, kw_only=True)
+class Equal(Rule):
+    """Mean of the logits."""
+
+    def __call__(self, branch_logits: Tensor, benign: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        return _mix_logits(branch_logits, _normalised(torch.ones_like(branch_logits[..., 0])))
+
+
+@RULES.register("entropy")
+@dataclass(frozen=True, kw_only=True)
+class Entropy(Rule):
+    """Logits weighted by how far each branch is from knowing nothing: log C - H. (The paper's code inverts this.)"""
+
+    def __call__(self, branch_logits: Tensor, benign: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        known = math.log(branch_logits.shape[-1]) - entropy(branch_logits.softmax(-1))
+        return _mix_logits(branch_logits, _normalised(known.clamp_min(0) + 1e-6))
+
+
+@RULES.register("bounded_benign")
+@dataclass(frozen=True, kw_only=True)
+class BoundedBenign(Rule):
+    """Probabilities with a fixed, small weight on the benign branches: whatever they say moves the mix this far only.
+
+    Where the robust branches' margin (in probability) times their weight exceeds the benign weight, no attack on a
+    benign branch can change the answer.
+    """
+
+    benign_weight: float = 0.2  # in [0, 1], shared by the benign branches; the rest is shared by the robust ones
+    sharpness: float = 1.0  # factor on the robust logits: above 1, a robust branch counts where it is sure
+
+    def __call__(self, branch_logits: Tensor, benign: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        weights = _role_weights(branch_logits, benign, self.benign_weight)
+        factor = branch_logits.new_tensor([1.0 if kind else self.sharpness for kind in benign])
+        return _mix_probabilities(branch_logits * factor.view(-1, 1, 1), weights)
+
+    def benign_bound(self, branch_logits: Tensor, benign: Sequence[bool]) -> Tensor:
+        return _role_weights(branch_logits, benign, self.benign_weight)[_rows(benign, True)].sum(0)
+
+
+@RULES.register("capped_rfdm")
+@dataclass(frozen=True, kw_only=True)
+class CappedRFDM(Rule):
+    """RFDM's weights on probabilities, the benign share cut off smoothly at ``cap``."""
+
+    k: float = 3.0  # as in RFDM
+    cap: float = 0.35  # most that the benign branches get together
+
+    def __call__(self, branch_logits: Tensor, benign: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        weights = rfdm_weights(branch_logits, self.k)
+        if all(benign) or not any(benign):
+            return _mix_probabilities(branch_logits, weights)
+        mask = torch.tensor(benign, device=weights.device).view(-1, 1)
+        share = (weights * mask).sum(0)
+        kept = self.cap * torch.tanh(share / self.cap)  # below the cap almost the share itself, never above
+        scale = torch.where(mask, kept / share, (1 - kept) / (1 - share).clamp_min(1e-12))
+        return _mix_probabilities(branch_logits, weights * scale)
+
+    def benign_bound(self, branch_logits: Tensor, benign: Sequence[bool]) -> Tensor:
+        bound = float(all(benign)) if all(benign) or not any(benign) else min(1.0, self.cap)
+        return branch_logits.new_full(branch_logits.shape[1:2], bound)
+
+
+@RULES.register("mixed_nuts")
+@dataclass(frozen=True, kw_only=True)
+class MixedNUTS(Rule):
+    """After Bai et al. 2024: standardise the robust logits, sharpen them where they are sure, mix probabilities.
+
+    The sharpening flattens gradients: attacked only through itself this rule looks better than the branch that
+    carries it. Score it on the other rules' examples too.
+    """
+
+    benign_weight: float = 0.35  # share of the benign branches
+    scale: float = 2.0  # s: factor after the power
+    power: float = 2.0  # p: how much more a sure logit counts
+    shift: float = 0.0  # c: added before the GELU
+
+    def __call__(self, branch_logits: Tensor, benign: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        weights = _role_weights(branch_logits, benign, self.benign_weight)
+        if all(benign):
+            return _mix_probabilities(branch_logits, weights)
+        standard = F.layer_norm(branch_logits, branch_logits.shape[-1:])
+        clamped = F.gelu(standard + self.shift)
+        sharp = self.scale * clamped.abs().clamp_min(1e-12).pow(self.power) * clamped.sign()
+        mask = torch.tensor(benign, device=weights.device).view(-1, 1, 1)
+        return _mix_probabilities(torch.where(mask, branch_logits, sharp), weights)
+
+    def benign_bound(self, branch_logits: Tensor, benign: Sequence[bool]) -> Tensor:
+        return _role_weights(branch_logits, benign, self.benign_weight)[_rows(benign, True)].sum(0)
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A rule, bound to which branches are benign and to the score that detects.
+
+    Args:
+        rule: how to mix.
+        benign: for each branch whether it is a benign (BMP) one.
+        score: a name of :data:`zepad_mm.models.detection.SCORES`.
+    """
+
+    rule: Rule
+    benign: tuple[bool, ...]
+    score: str = "jensen_shannon"
+
+    def __call__(self, branch_logits: Tensor) -> Decision:
+        """(N, B, C) to a :class:`Decision`. Raises ValueError when N is not the number of branches."""
+        if branch_logits.ndim != 3 or len(branch_logits) != len(self.benign):
+            raise ValueError(f"branch_logits: expected ({len(self.benign)}, B, C), got {tuple(branch_logits.shape)}")
+        if len(self.benign) == 1:
+            logits, weights = branch_logits[0], torch.ones_like(branch_logits[..., 0])
+        else:
+            logits, weights = self.rule(branch_logits, self.benign)
+        confidences = branch_logits.softmax(-1).amax(-1)
+        return Decision(logits, weights, confidences, SCORES.get(self.score)(branch_logits, self.benign))
+
+    def certified(self, branch_logits: Tensor) -> Tensor | None:
+        """(B,) bool: whatever the benign branches had said, this input would get the same answer.
+
+        With s the largest share they can take and d the gap of the two likeliest classes among the robust branches
+        alone: they can turn at most s of the probability against the first class, so (1 - s) d > s is enough (as in
+        adaptive smoothing, Bai et al. 2023). It says nothing of an attacker who moves the robust branches. None where
+        the rule has no bound.
+        """
+        bound = self.rule.benign_bound(branch_logits, self.benign)
+        if bound is None or all(self.benign):
+            return None if bound is None else torch.zeros(branch_logits.shape[1], dtype=torch.bool)
+        rows = _rows(self.benign, False)
+        robust, _ = self.rule(branch_logits[rows], [False] * len(rows))
+        likeliest = robust.softmax(-1).topk(2, dim=-1).values
+        return (1 - bound) * (likeliest[:, 0] - likeliest[:, 1]) > bound + 1e-6  # room for rounding
+
+
+def build(
+    name: str, benign: Sequence[bool], score: str = "jensen_shannon", params: dict[str, Any] | None = None
+) -> Fusion:
+    """A fusion by the name of its rule. Raises ValueError for an unknown rule, constant or score."""
+    SCORES.get(score)
+    return Fusion(RULES.get(name).from_dict(params or {}), tuple(benign), score)
+
+
+def _mix_logits(branch_logits: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    return (weights.unsqueeze(-1) * branch_logits).sum(0), weights
+
+
+def _mix_probabilities(branch_logits: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Log of the weighted mean probability, by log-sum-exp: finite for extreme logits, with gradients everywhere."""
+    logs = branch_logits.log_softmax(-1) + weights.clamp_min(1e-12).log().unsqueeze(-1)
+    return logs.logsumexp(0), weights
+
+
+def _role_weights(branch_logits: Tensor, benign: Sequence[bool], benign_weight: float) -> Tensor:
+    """(N, B) fixed weights: ``benign_weight`` over the benign branches, the rest over the robust ones."""
+    if not 0 <= benign_weight <= 1:
+        raise ValueError(f"benign_weight: expected a number in [0, 1], got {benign_weight}")
+    if all(benign) or not any(benign):
+        benign_weight = float(all(benign))
+    count = {kind: len(_rows(benign, kind)) for kind in (True, False)}
+    share = [benign_weight / count[True] if kind else (1 - benign_weight) / count[False] for kind in benign]
+    return branch_logits.new_tensor(share).unsqueeze(1).expand(branch_logits.shape[:2])
+
+
+def _rows(benign: Sequence[bool], kind: bool) -> list[int]:
+    """Which branches are benign (``kind`` True) or robust."""
+    return [row for row, own in enumerate(benign) if own == kind]
+
+
+def _normalised(weights: Tensor) -> Tensor:
+    return weights / weights.sum(0, keepdim=True)

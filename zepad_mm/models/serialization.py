@@ -1,0 +1,279 @@
+"""A defended model on disk: what was trained, and how the rest is found again.
+
+``config.json`` (what it is made of, and a fingerprint of its answers), ``model.safetensors`` (heads, encoders tuned in
+full), ``branches/NAME/`` (adapters, loadable by peft alone).
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zepad_mm import __version__
+from zepad_mm.encoders import Encoder, fingerprint, has_lora, load_encoder, load_lora, what_changed
+from zepad_mm.encoders.sources import repositories
+from zepad_mm.models.branch import Branch, BranchConfig
+from zepad_mm.models.heads import HEADS
+from zepad_mm.utils.config import Config
+from zepad_mm.utils.hub import Access, card_text, fetch
+from zepad_mm.utils.io import ASSETS, read_json, read_tensors, write_json, write_tensors
+from zepad_mm.utils.validation import check_names
+
+EMBEDDED_MODEL = ASSETS / "zepad"
+FORMAT = 1
+CONFIG, WEIGHTS, ADAPTERS = "config.json", "model.safetensors", "branches"
+GENERATED = "<!-- written with the model, and again at each save; remove this line to keep a text of your own -->"
+PLACEHOLDER = "owner/name"  # stands in a card for the name it is published under
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorConfig(Config):
+    """When an input is called adversarial."""
+
+    score: str = "jensen_shannon"  # a name of zepad_mm.models.detection.SCORES
+    threshold: float | None = None  # from clean validation images; None: scores are given, nothing is flagged
+    false_positive_rate: float = 0.05  # share of clean validation images above the threshold
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZePADConfig(Config):
+    """All of a defended model but its weights."""
+
+    public_source: str  # the encoder that is defended, and that a T1 attacker knows
+    branches: tuple[BranchConfig, ...]
+    class_names: tuple[str, ...]
+    prompts: tuple[str, ...] = ("a photo of a {}.",)  # templates of the zero-shot heads
+    fusion: str = "bounded_benign"  # a name of zepad_mm.models.fusion.RULES
+    fusion_params: dict[str, Any] = field(default_factory=dict)  # constants of the rule; missing ones are its defaults
+    detector: DetectorConfig = field(default_factory=DetectorConfig)
+    revisions: dict[str, str] = field(default_factory=dict)  # source -> commit of the base, where it is known
+    tuned_names: tuple[str, ...] = ()  # all that the robust branches know; empty: tuned to keep other names too
+    storage_dtype: str = "float32"  # of the saved weights: "float32" or "float16"
+    fingerprint: tuple[float, ...] = ()  # logits of a fixed picture, checked on load
+    encoders: dict[str, Any] = field(default_factory=dict)  # fingerprint of each branch's encoder: says what changed
+    version: str = __version__  # of zepad-mm that wrote it
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        check_names([branch.name for branch in self.branches], "branch names")
+        check_names(self.class_names)
+        if self.storage_dtype not in ("float32", "float16"):
+            raise ValueError(f"storage_dtype: expected 'float32' or 'float16', got {self.storage_dtype!r}")
+        if self.format != FORMAT:
+            raise ValueError(f"the model is of format {self.format}, this zepad-mm reads {FORMAT}; upgrade zepad-mm")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Every base encoder, each once, the public one first."""
+        return tuple(dict.fromkeys((self.public_source, *(branch.source for branch in self.branches))))
+
+    def warn_of_strangers(self, names: Sequence[str]) -> None:
+        """Say so, once for each set of names, if the robust branches were tuned under none but other names."""
+        known = {name.lower() for name in self.tuned_names}
+        strangers = [name for name in names if name.lower() not in known]
+        if known and strangers:
+            few = ", ".join(strangers[:3]) + (", ..." if len(strangers) > 3 else "")
+            warnings.warn(
+                f"the robust branches were tuned by labels on {len(known)} names and may have forgotten others: {few}. "
+                "Measure it with evaluate on pictures of your own, or tune by 'fare', which keeps other names (zepad "
+                "defend --defences fare)",
+                stacklevel=3,
+            )
+
+    @property
+    def zero_shot(self) -> bool:
+        """Whether it answers for any class names."""
+        return all(branch.head == "zero_shot" for branch in self.branches)
+
+
+def located(name: str | Path, revision: str | None, access: Access) -> Path:
+    """The folder of a model: the embedded one, one on this disk, or one fetched from the Hub.
+
+    Raises:
+        FileNotFoundError: there is none; ValueError: a revision of what has none; else as ``hub.fetch``.
+    """
+    name = str(name)
+    if name != "embedded" and not Path(name).is_dir():
+        files = (CONFIG, WEIGHTS, f"{ADAPTERS}/*", "README.md")
+        return fetch(name, files, required=(CONFIG, WEIGHTS), revision=revision, access=access)
+    if revision is not None:
+        raise ValueError(f"revision: {name} is no repository on the Hub and has no revisions; leave revision out")
+    if name == "embedded":
+        if not (EMBEDDED_MODEL / CONFIG).is_file():
+            raise FileNotFoundError(f"{EMBEDDED_MODEL} is empty; rebuild it with scripts/build_embedded_zepad.py")
+        return EMBEDDED_MODEL
+    if not (Path(name) / CONFIG).is_file():
+        raise FileNotFoundError(f"{name}/{CONFIG} does not exist; expected a folder by ZePAD.save_pretrained")
+    return Path(name)
+
+
+def read_model(folder: Path, access: Access) -> tuple[ZePADConfig, list[Branch]]:
+    """The branches as they were saved, around base encoders of the recorded revisions.
+
+    Raises:
+        ValueError: damaged, mismatched, or other answers than when it was saved; else as ``hub.fetch``.
+    """
+    config = ZePADConfig.from_dict(read_json(folder / CONFIG))
+    tensors, _ = read_tensors(folder / WEIGHTS)
+    bases: dict[str, Encoder] = {}
+    branches = {branch.name: _build_branch(branch, config, folder, bases, access) for branch in config.branches}
+    _load_strictly(branches, tensors, folder)
+    _check_fingerprint(config, branches, folder)
+    return config, list(branches.values())
+
+
+def write_model(folder: Path, config: ZePADConfig, branches: Mapping[str, Branch]) -> None:
+    """Write what was trained, and last ``config.json``, without which the folder is no model at all."""
+    dtype = getattr(torch, config.storage_dtype)
+    tensors = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in _trained(branches)}
+    for branch in branches.values():
+        if branch.config.adaptation == "lora":
+            _save_adapter(branch, folder / ADAPTERS / branch.name, dtype)
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    logits = [round(value, 5) for value in _fingerprint_with(branches, dtype)]
+    encoders = {name: fingerprint(branch.encoder).to_dict() for name, branch in branches.items()}
+    write_json(folder / CONFIG, {**config.to_dict(), "fingerprint": logits, "encoders": encoders})
+
+
+def short_card(config: ZePADConfig) -> str:
+    """A card without figures; :func:`zepad_mm.evaluation.model_card.write_card` writes the one with them."""
+    body = f"""\
+{GENERATED}
+# ZePAD over `{config.public_source}`
+
+{described(config)}
+
+Not evaluated yet: run `zepad evaluate`, then `zepad card` writes a card from its report.
+
+```python
+from zepad_mm import ZePAD
+
+model = ZePAD.from_pretrained("{PLACEHOLDER}")
+```
+"""
+    return card_text(body, **card_metadata(config))
+
+
+def card_metadata(config: ZePADConfig) -> dict[str, Any]:
+    """What the Hub finds a model by."""
+    task = "zero-shot-image-classification" if config.zero_shot else "image-classification"
+    tags = ["adversarial-robustness", "zepad", *(["clip"] if config.zero_shot else [])]
+    bases = repositories(config.sources)
+    return {"pipeline_tag": task, "tags": tags, **({"base_model": bases} if bases else {})}
+
+
+def described(config: ZePADConfig) -> str:
+    """Branches, fusion and detector in Markdown."""
+    lines = [
+        f"| {b.name} | {b.role} | `{b.source}` | {config.revisions.get(b.source, '')[:12]} | {b.adaptation} "
+        f"| {b.objective} |"
+        for b in config.branches
+    ]
+    head = "| branch | role | base | commit of the base | adaptation | objective |\n|---|---|---|---|---|---|\n"
+    return (
+        head + "\n".join(lines) + f"\n\nFusion: `{config.fusion}` {config.fusion_params}. "
+        f"Detector: `{config.detector.score}`, advisory."
+    )
+
+
+def _build_branch(
+    config: BranchConfig, model: ZePADConfig, folder: Path, bases: dict[str, Encoder], access: Access
+) -> Branch:
+    """The branch around its base encoder; the trained weights are filled in later, strictly."""
+    if config.source not in bases:
+        revision = model.revisions.get(config.source)
+        bases[config.source] = load_encoder(config.source, revision=revision, access=access)
+    encoder = copy.deepcopy(bases[config.source])
+    if config.adaptation == "lora":
+        load_lora(encoder, folder / ADAPTERS / config.name)
+    head = HEADS.get(config.head)(encoder.feature_dim, len(model.class_names))
+    return Branch(config, encoder, head).eval()
+
+
+def _save_adapter(branch: Branch, folder: Path, dtype: torch.dtype) -> None:
+    """The adapter in peft's own layout, so that peft alone can load it."""
+    if not has_lora(branch.encoder):
+        raise ValueError(f"branch {branch.name!r} is declared as LoRA but its encoder has no adapter")
+    backbone: Any = branch.encoder.backbone
+    # save_embedding_layers: there are none, and "auto" asks the Hub for a text model's vocabulary
+    backbone.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty template
+    weights = folder / "adapter_model.safetensors"
+    tensors, metadata = read_tensors(weights)
+    write_tensors(weights, {key: tensor.to(dtype) for key, tensor in tensors.items()}, metadata)
+
+
+def _trained(branches: Mapping[str, Branch]) -> list[tuple[str, Tensor]]:
+    """What belongs into model.safetensors: heads, and encoders that were tuned in full."""
+    pairs: list[tuple[str, Tensor]] = []
+    for name, branch in branches.items():
+        parts: dict[str, nn.Module] = {"head": branch.head}
+        if branch.config.adaptation == "full":
+            parts["encoder"] = branch.encoder
+        for part, module in parts.items():
+            pairs += [(f"branches.{name}.{part}.{key}", tensor) for key, tensor in module.state_dict().items()]
+    return pairs
+
+
+def _load_strictly(branches: Mapping[str, Branch], tensors: dict[str, Tensor], folder: Path) -> None:
+    expected = dict(_trained(branches))
+    missing, unexpected = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    wrong = [key for key in set(expected) & set(tensors) if expected[key].shape != tensors[key].shape]
+    for problem, keys in (("lacks", missing), ("has the unexpected", unexpected), ("has other shapes for", wrong)):
+        if keys:
+            raise ValueError(
+                f"{folder / WEIGHTS} {problem} {', '.join(keys[:3])}"
+                f"{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}; it does not belong to its config.json"
+            )
+    with torch.no_grad():
+        for key, tensor in expected.items():
+            tensor.copy_(tensors[key])
+
+
+def _fingerprint(branches: Sequence[Branch]) -> list[float]:
+    """Logits of a fixed picture, up to 8 classes per branch: catches another activation or preprocessing."""
+    grid = torch.linspace(0, 1, 48)
+    picture = torch.stack(
+        [grid.view(-1, 1) * grid, 1 - grid.view(-1, 1).expand(48, 48), (grid * 6).sin().abs().expand(48, 48)]
+    )
+    device = next(branches[0].parameters()).device
+    with torch.no_grad():
+        logits = torch.stack([branch(picture[None].to(device)) for branch in branches])
+    return logits[:, 0, :8].flatten().tolist()
+
+
+def _fingerprint_with(branches: Mapping[str, Branch], dtype: torch.dtype) -> list[float]:
+    """The fingerprint that the saved weights will give once they are read back."""
+    if dtype == torch.float32:
+        return _fingerprint(list(branches.values()))
+    rounded = [copy.deepcopy(branch) for branch in branches.values()]
+    with torch.no_grad():
+        for branch in rounded:
+            trained_only = branch.config.adaptation == "full"
+            for key, tensor in branch.state_dict().items():
+                if tensor.is_floating_point() and (trained_only or "lora_" in key or key.startswith("head.")):
+                    tensor.copy_(tensor.to(dtype))
+    return _fingerprint(rounded)
+
+
+def _check_fingerprint(config: ZePADConfig, branches: Mapping[str, Branch], folder: Path) -> None:
+    if not config.fingerprint:
+        return
+    expected, got = torch.tensor(config.fingerprint), torch.tensor(_fingerprint(list(branches.values())))
+    close = expected.shape == got.shape and torch.allclose(expected, got, rtol=1e-2, atol=2e-2)
+    causes = what_changed(config.encoders, {name: branch.encoder for name, branch in branches.items()})
+    if not close or causes:
+        causes = causes or "its base has other weights, activations (QuickGELU?), mean, std or interpolation"
+        gap = float((expected - got).abs().max()) if expected.shape == got.shape else float("nan")
+        bases = (f"{s} at {config.revisions[s][:12]}" if s in config.revisions else s for s in config.sources)
+        raise ValueError(
+            f"{folder}: the loaded model answers a fixed picture differently than the saved one (by {gap:.3g} in "
+            f"the logits): {causes}; check {', '.join(bases)}"
+        )

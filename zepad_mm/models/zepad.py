@@ -1,0 +1,290 @@
+"""ZePAD: branches, the rule that fuses them, and the detector; one module that any attack library can attack whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from huggingface_hub import ModelHubMixin
+from torch import Tensor, nn
+
+from zepad_mm.encoders import Encoder, TextEncoder, load_clip
+from zepad_mm.encoders.prompts import templates_of
+from zepad_mm.encoders.sources import is_local, known_revisions
+from zepad_mm.models.branch import Branch, BranchConfig
+from zepad_mm.models.fusion import Decision, Fusion, build
+from zepad_mm.models.heads import HEADS, zero_shot_head
+from zepad_mm.models.serialization import (
+    ADAPTERS,
+    EMBEDDED_MODEL,
+    GENERATED,
+    PLACEHOLDER,
+    DetectorConfig,
+    ZePADConfig,
+    located,
+    read_model,
+    short_card,
+    write_model,
+)
+from zepad_mm.utils.hub import Access, push_folder
+from zepad_mm.utils.io import write_text
+from zepad_mm.utils.validation import check_images, check_names
+
+__all__ = ["EMBEDDED_MODEL", "DetectorConfig", "ZePAD", "ZePADConfig"]
+
+
+class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversarial-robustness", "clip"]):
+    """A defended classifier.
+
+    ``model(images)`` gives fused logits, differentiable through every branch, so that third-party attacks see the
+    whole defence; ``model.decide(images)`` gives the evidence.
+
+    Args:
+        config: what it is made of.
+        branches: in the order of ``config.branches``.
+    """
+
+    def __init__(self, config: ZePADConfig, branches: Sequence[Branch]) -> None:
+        super().__init__()
+        names = [branch.name for branch in branches]
+        if names != [branch.name for branch in config.branches]:
+            raise ValueError(f"branches: expected {[b.name for b in config.branches]} as in the config, got {names}")
+        # now, while the client's cache still holds what the encoders were loaded from
+        self.config = replace(config, revisions={**known_revisions(config.sources), **config.revisions})
+        self.branches = nn.ModuleDict({branch.name: branch for branch in branches})
+        self.fusion = build(config.fusion, self.benign, config.detector.score, config.fusion_params)
+        self.sharing: Callable[[], Any] = (
+            nullcontext  # around all branches; zepad_mm.models.sharing puts shared trunks there
+        )
+        self._lazy: dict[str, Any] = {}  # what is loaded on demand and is no part of the defence
+        self._access = Access()
+        self.eval()
+
+    # ---- inference -------------------------------------------------------------------------------------------
+
+    @property
+    def benign(self) -> tuple[bool, ...]:
+        """For each branch whether it is a benign (BMP) one."""
+        return tuple(branch.role == "bmp" for branch in self.config.branches)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.config.class_names
+
+    def branch(self, name: str) -> Branch:
+        """A branch by name. Raises ValueError that lists the names."""
+        if name not in self.branches:
+            raise ValueError(f"no branch {name!r}; this model has {', '.join(self.branches)}")
+        branch = self.branches[name]
+        assert isinstance(branch, Branch)
+        return branch
+
+    def branch_logits(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] to the logits of each branch (N, B, C)."""
+        check_images(images)
+        with self.sharing():
+            return torch.stack([branch(images) for branch in self.branches.values()])
+
+    def fuse(self, branch_logits: Tensor) -> Decision:
+        """(N, B, C) to a :class:`Decision` by the model's rule."""
+        return self.fusion(branch_logits)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] to fused logits (B, C)."""
+        return self.fuse(self.branch_logits(images)).logits
+
+    @torch.no_grad()
+    def decide(self, images: Tensor) -> Decision:
+        """Fused logits with weights, confidences and the suspicion score; no gradients."""
+        return self.fuse(self.branch_logits(images))
+
+    def is_adversarial(self, decision: Decision) -> Tensor:
+        """(B,) bool: whose score exceeds the threshold; all False where none was set."""
+        threshold = self.config.detector.threshold
+        if threshold is None:
+            return torch.zeros_like(decision.dae_score, dtype=torch.bool)
+        return decision.dae_score > threshold
+
+    # ---- what it defends -------------------------------------------------------------------------------------
+
+    @property
+    def undefended(self) -> Branch:
+        """The public encoder with its own head, as it was before the defence: what a T1 attacker knows.
+
+        Raises ValueError for a model without zero-shot heads until :meth:`set_undefended`.
+        """
+        if "undefended" not in self._lazy:
+            if any(branch.head != "zero_shot" for branch in self.config.branches):
+                raise ValueError(
+                    "the undefended encoder has no head for this task; give one: "
+                    "model.set_undefended(Branch(BranchConfig(name='undefended', ...), encoder, head))"
+                )
+            encoder, text = self._clip()
+            for branch in self.branches.values():  # a branch that nobody changed is the public encoder: hold it once
+                if branch.config.adaptation == "none" and branch.config.source == self.config.public_source:  # type: ignore[union-attr]
+                    encoder = branch.encoder  # type: ignore[assignment]
+            config = BranchConfig(name="undefended", role="bmp", source=self.config.public_source)
+            head = zero_shot_head(text, self.class_names, self.config.prompts)
+            self._lazy["undefended"] = Branch(config, encoder, head).eval().to(self.device)
+        return self._lazy["undefended"]
+
+    def set_undefended(self, branch: Branch) -> ZePAD:
+        """Say what the undefended model is, in place: for models whose heads were trained."""
+        self._lazy["undefended"] = branch.eval().to(self.device)
+        return self
+
+    @property
+    def text(self) -> TextEncoder:
+        """The text tower of the public CLIP. Raises ValueError when the public encoder is no CLIP."""
+        return self._clip()[1]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def set_classes(self, class_names: Sequence[str], prompts: str | Sequence[str] | None = None) -> ZePAD:
+        """Point the zero-shot heads at other classes, in place: another task without any training.
+
+        Raises:
+            ValueError: empty or double names, a bad template, or a branch whose head was trained.
+        """
+        names = tuple(check_names(class_names))
+        templates = templates_of(self.config.prompts if prompts is None else prompts)
+        trained = [branch.name for branch in self.config.branches if branch.head != "zero_shot"]
+        if trained:
+            raise ValueError(f"the heads of {', '.join(trained)} were trained for {len(self.class_names)} classes")
+        if names == self.class_names and templates == self.config.prompts:
+            return self
+        self.config.warn_of_strangers(names)
+        embeddings = self.text.class_embeddings(names, templates)
+        for branch in self.branches.values():
+            scale = branch.head.logit_scale.item()  # type: ignore[union-attr, operator]
+            branch.head = HEADS.get("zero_shot").from_embeddings(embeddings, scale).to(self.device)  # type: ignore[attr-defined]
+        self.config = replace(self.config, class_names=names, prompts=templates, fingerprint=())
+        self._lazy.pop("undefended", None)
+        return self
+
+    def set_fusion(self, rule: str, **params: Any) -> ZePAD:
+        """Change the fusion rule, in place. Raises ValueError for an unknown rule or constant."""
+        self.fusion = build(rule, self.benign, self.config.detector.score, params)
+        self.config = replace(self.config, fusion=rule, fusion_params=params)
+        return self
+
+    def set_detector(self, detector: DetectorConfig) -> ZePAD:
+        """Change the detector, in place."""
+        self.fusion = Fusion(self.fusion.rule, self.benign, detector.score)
+        self.config = replace(self.config, detector=detector)
+        return self
+
+    def _clip(self) -> tuple[Encoder, TextEncoder]:
+        if "clip" not in self._lazy:
+            source = self.config.public_source
+            encoder, text = load_clip(source, revision=self.config.revisions.get(source), access=self._access)
+            self._lazy["clip"] = (encoder.to(self.device), text.to(self.device))
+        return self._lazy["clip"]
+
+    # ---- on disk and on the Hub ------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # our own errors from the first file on, and no other arguments
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> ZePAD:
+        """Load a defended model and, at the revisions it was made on, the base encoders below it.
+
+        Args:
+            pretrained_model_name_or_path: ``"embedded"`` (tuned on ten names of clothes), a folder, or a name on the
+                Hub, ``owner/name``.
+            revision: branch, tag or commit on the Hub; None is the main branch.
+            token: for what is private; None takes the one of ``hf auth login``.
+            cache_dir: where downloads are kept; None is the client's own.
+            local_files_only: read from the cache, ask nobody.
+            force_download: fetch again what the cache holds.
+
+        Raises:
+            FileNotFoundError: no such folder, repository, revision or file, or not in the cache while offline;
+            PermissionError: private, and no token that opens it; ValueError: a damaged or mismatched file;
+            ConnectionError: the Hub is out of order.
+        """
+        access = Access(
+            token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download
+        )
+        model = cls(*read_model(located(pretrained_model_name_or_path, revision, access), access))
+        # for bases that are read when they are asked for; without the token, which has no place in a pickled model
+        model._access = replace(access, token=None, force_download=False)
+        return model
+
+    def save_pretrained(self, save_directory: str | Path, *, card: str | None = None) -> None:  # type: ignore[override]
+        """Write what was trained into a folder, with a card.
+
+        Args:
+            save_directory: made if missing; a card there that somebody wrote himself is kept.
+            card: the text of ``README.md``, by :func:`~zepad_mm.evaluation.model_card.model_card` for instance;
+                None: a short one.
+        """
+        super().save_pretrained(save_directory, model_card_kwargs={"text": card})
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        branch: str | None = None,
+        commit_message: str = "Upload a defended encoder",
+        card: str | None = None,
+    ) -> str:
+        """Publish what :meth:`save_pretrained` writes; see :func:`zepad_mm.utils.hub.push_folder`.
+
+        Args:
+            card: as for :meth:`save_pretrained`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ValueError: a base encoder that lies on this machine alone, so that nobody could load the model.
+        """
+        alone = [source for source in self.config.sources if is_local(source)]
+        if alone:
+            raise ValueError(
+                f"{', '.join(alone)}: only what was trained is published, and nobody else has this base encoder; "
+                "push it first, and build the model on KIND:hf-hub:owner/name"
+            )
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, card=card)
+            written = Path(folder) / "README.md"
+            write_text(written, written.read_text(encoding="utf-8").replace(PLACEHOLDER, repo_id))
+            # adapters of branches that the model no longer has
+            return push_folder(
+                folder,
+                repo_id,
+                private=private,
+                token=token,
+                branch=branch,
+                message=commit_message,
+                replaces=(f"{ADAPTERS}/*",),
+            )
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        card = save_directory / "README.md"
+        if card.is_file() and GENERATED in card.read_text(encoding="utf-8"):
+            card.unlink()  # of the model that was here before; the mixin writes none where one lies
+        write_model(save_directory, self.config, {name: self.branch(name) for name in self.branches})
+
+    def generate_model_card(self, text: str | None = None) -> Any:  # type: ignore[override]
+        """The card that the mixin writes: the given text, or a short one."""
+        from huggingface_hub import ModelCard
+
+        return ModelCard(short_card(self.config) if text is None else text)

@@ -1,0 +1,118 @@
+"""What a recipe leaves on disk: a tuned encoder with the record of how it came about, and heads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from zepad_mm.encoders import Encoder, Fingerprint, differences, fingerprint, has_lora, load_encoder, load_lora
+from zepad_mm.models.heads import HEADS
+from zepad_mm.utils.io import read_json, read_tensors, write_json, write_tensors
+from zepad_mm.utils.provenance import origin
+
+FORMAT = "zepad-mm tuned encoder 2"
+HEAD_FORMAT = "zepad-mm head 1"
+TUNED = "tuned.json"
+WEIGHTS = "encoder.safetensors"
+ADAPTER = "adapter"
+
+
+def write_tuned(folder: str | Path, encoder: Encoder, record: dict[str, Any]) -> None:
+    """Write what was trained: ``encoder.safetensors``, or for LoRA ``adapter/`` in peft's own layout.
+
+    ``tuned.json`` comes last, so that a folder that has one is complete.
+
+    Args:
+        folder: made if absent.
+        encoder: from ``load_encoder``, tuned.
+        record: JSON-able: defence, settings, data, figures. Source, adaptation and provenance are added.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    adapted = has_lora(encoder)
+    if adapted:
+        backbone: Any = encoder.backbone
+        # save_embedding_layers: "auto" would ask the Hub for a text model's vocabulary
+        backbone.save_pretrained(str(folder / ADAPTER), safe_serialization=True, save_embedding_layers=False)
+    else:
+        write_tensors(folder / WEIGHTS, dict(encoder.state_dict()), {"format": FORMAT, "source": encoder.source})
+    about = {
+        "format": FORMAT,
+        "source": encoder.source,
+        "adaptation": "lora" if adapted else "full",
+        "fingerprint": fingerprint(encoder).to_dict(),
+        **origin(),
+        **record,
+    }
+    write_json(folder / TUNED, about)
+
+
+def load_tuned(folder: str | Path) -> Encoder:
+    """The encoder that :func:`write_tuned` wrote, in eval mode.
+
+    Raises:
+        FileNotFoundError: no such folder or file. ValueError: damaged, missing or unknown weights, or an encoder whose
+            features differ from those on the day it was written (another base, preprocessing or activation).
+    """
+    folder = Path(folder)
+    if not (folder / TUNED).is_file():
+        raise FileNotFoundError(f"{folder / TUNED} does not exist; expected a folder written by recipes/tune_mpae.py")
+    about = read_json(folder / TUNED)
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise ValueError(f"{folder / TUNED} is no {FORMAT!r}; it was written by another program or version")
+    if about["adaptation"] == "lora":
+        encoder = load_lora(load_encoder(about["source"]), folder / ADAPTER)
+    else:
+        encoder = load_encoder(about["source"], pretrained=False)
+        tensors, _ = read_tensors(folder / WEIGHTS)
+        own = encoder.state_dict()
+        missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+        if missing or unknown:
+            raise ValueError(f"{folder / WEIGHTS} lacks {missing[:3]} and has unknown {unknown[:3]}")
+        try:
+            encoder.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(f"{folder / WEIGHTS} does not fit {about['source']}: {error}") from error
+    causes = differences(Fingerprint.from_dict(about["fingerprint"]), encoder, tolerance=2e-3)
+    if causes:
+        raise ValueError(
+            f"{folder}: the encoder gives other features than when it was written: {'; '.join(causes)}. "
+            f"Is {about['source']} still the same model?"
+        )
+    return encoder.eval()
+
+
+def write_head(path: str | Path, head: nn.Module, class_names: Sequence[str]) -> None:
+    """Write a registered head with its kind, size and class names."""
+    kinds = [kind for kind in HEADS if type(head) is HEADS.get(kind)]
+    if not kinds:
+        raise ValueError(f"{type(head).__name__} is not registered in HEADS; known: {', '.join(HEADS)}")
+    feature_dim, num_classes = _head_size(head)
+    about = {"kind": kinds[0], "feature_dim": feature_dim, "num_classes": num_classes, "class_names": list(class_names)}
+    write_tensors(path, dict(head.state_dict()), {"format": HEAD_FORMAT, "head": json.dumps(about)})
+
+
+def load_head(path: str | Path) -> tuple[nn.Module, tuple[str, ...]]:
+    """A head in eval mode and the names of its classes. Raises ValueError for a damaged or foreign file."""
+    tensors, metadata = read_tensors(path)
+    if metadata.get("format") != HEAD_FORMAT:
+        raise ValueError(f"{path} is no {HEAD_FORMAT!r}")
+    about = json.loads(metadata["head"])
+    head = HEADS.get(about["kind"])(about["feature_dim"], about["num_classes"])
+    try:
+        head.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit a {about['kind']} head: {error}") from error
+    return head.eval(), tuple(about["class_names"])
+
+
+def _head_size(head: nn.Module) -> tuple[int, int]:
+    linears = [module for module in head.modules() if isinstance(module, nn.Linear)]
+    if linears:
+        return linears[0].in_features, linears[-1].out_features
+    text: Tensor = head.get_buffer("text")
+    return text.shape[1], text.shape[0]

@@ -1,0 +1,81 @@
+"""From names in a recipe's configuration to a student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from zepad_mm.data import LabelledImages
+from zepad_mm.defences.base import Student
+from zepad_mm.encoders import Encoder, LoraSettings, add_lora, is_clip, load_clip, load_encoder
+from zepad_mm.models.heads import ZeroShotHead
+from zepad_mm.training.artifacts import TUNED, load_tuned
+from zepad_mm.training.dataloader import TrainData
+from zepad_mm.training.feature_cache import class_embeddings
+from zepad_mm.training.heads import HeadSettings, fresh_head, train_head
+from zepad_mm.utils.seeding import derived_seed, seeded
+
+ADAPTATIONS = ("full", "lora")
+
+
+def build_student(
+    source: str,
+    train: TrainData,
+    adaptation: str = "full",
+    head: str = "auto",
+    *,
+    prompts: str = "photo",
+    lora: LoraSettings | None = None,
+    seed: int = 0,
+    cache_dir: str | None = None,
+) -> Student:
+    """An encoder to be tuned and the head it is tuned under.
+
+    Args:
+        source: as for ``load_encoder``.
+        train: names the classes; fits the head where it is "probe".
+        adaptation: "full" trains all of the encoder, "lora" an adapter.
+        head: "zero_shot" (frozen text embeddings of the class names, CLIPs only), "mlp" or "linear" (fresh, trains
+            along), "probe" (linear, fitted to the untuned encoder first, then frozen: what FARE on an encoder without
+            text needs), or "auto": zero-shot for CLIPs, the paper's MLP for all else.
+        prompts: set or template for the zero-shot head.
+        lora: rank and targets.
+        seed: for fresh weights.
+        cache_dir: folder that keeps the text embeddings of a zero-shot head for other runs; None keeps nothing.
+
+    Raises:
+        ValueError: unknown adaptation or head, or a zero-shot head for an encoder without a text tower.
+    """
+    if adaptation not in ADAPTATIONS:
+        raise ValueError(f"adaptation: expected one of {', '.join(ADAPTATIONS)}, got {adaptation!r}")
+    kind = ("zero_shot" if is_clip(source) else "mlp") if head == "auto" else head
+    encoder, module = _with_head(source, train, kind, prompts, seed, cache_dir)
+    encoder.requires_grad_(True)
+    if adaptation == "lora":
+        with seeded(next(encoder.parameters()).device, derived_seed(seed, "lora")):
+            add_lora(encoder, lora)
+    return Student(encoder, module)
+
+
+def _with_head(
+    source: str, train: TrainData, kind: str, prompts: str, seed: int, cache_dir: str | None
+) -> tuple[Encoder, nn.Module]:
+    classes = len(train.class_names)
+    if kind == "zero_shot":
+        encoder, text = load_clip(source)
+        embeddings = class_embeddings(text, train.class_names, prompts, encoder.feature_dim, cache_dir)
+        return encoder, ZeroShotHead.from_embeddings(embeddings, text.logit_scale)
+    encoder = load_encoder(source)
+    if kind == "probe":
+        if not isinstance(train, LabelledImages):
+            raise ValueError("head: a probe is fitted to pictures in memory; use data.storage='memory' or head='mlp'")
+        probe = fresh_head("linear", encoder.feature_dim, classes, seed)
+        train_head(encoder, probe, train, HeadSettings(seed=seed))
+        return encoder, probe.requires_grad_(False)
+    return encoder, fresh_head(kind, encoder.feature_dim, classes, seed)
+
+
+def load_encoder_or_tuned(source: str) -> Encoder:
+    """An encoder from a source string, or from a folder that :func:`write_tuned` wrote."""
+    return load_tuned(source) if (Path(source) / TUNED).is_file() else load_encoder(source)

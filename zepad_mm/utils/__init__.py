@@ -1,0 +1,1 @@
+"""Helpers without knowledge of models: configuration, registries, files, validation, provenance, Hub, seeds."""

@@ -1,0 +1,90 @@
+"""Processes: the accelerator on the devices that exist, and work shared between processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+TRACKERS = ("none", "tensorboard", "trackio")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This one among those that evaluate together. All of them must ask for the same things in the same order."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that keeps and writes."""
+        return self.rank == 0
+
+    def shared(self, works: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+        """The results of all works, in their order, each of them done by one process."""
+        if self.world == 1:
+            return [work() for work in works]
+        from accelerate.utils import gather_object
+
+        mine = [(number, work()) for number, work in enumerate(works) if number % self.world == self.rank]
+        return [result for _, result in sorted(gather_object(mine), key=lambda entry: entry[0])]
+
+    def agreed(self, result: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+        """What the first process has, on all of them: what follows from it is then the same on every one."""
+        if self.world == 1:
+            return result
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([result])[0]
+
+
+def make_accelerator(
+    processes: int | None = None, mixed_precision: str = "no", tracker: str = "none", folder: str | Path | None = None
+) -> Accelerator:
+    """An accelerator on whatever is there: GPUs, or gloo processes on the CPU.
+
+    Args:
+        processes: how many the caller counts on. ``accelerate launch --cpu --num_processes 2`` silently starts one.
+        mixed_precision: "no", "fp16" or "bf16".
+        tracker: "none", "tensorboard" or "trackio"; ``metrics.jsonl`` is written whatever it is.
+        folder: where tensorboard writes.
+
+    Raises:
+        ValueError: another number of processes than asked for is running, a tracker that is not there, or FSDP,
+            DeepSpeed and the like.
+    """
+    from accelerate import Accelerator
+
+    if tracker not in TRACKERS:
+        raise ValueError(f"tracker: expected one of {', '.join(TRACKERS)}, got {tracker!r}")
+    if tracker != "none" and find_spec(tracker) is None:
+        raise ValueError(f"tracker: {tracker} is not installed; pip install 'zepad-mm[trackers]'")
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=mixed_precision,
+        log_with=None if tracker == "none" else tracker,
+        project_dir=folder,
+    )
+    if "MULTI" not in (kind := accelerator.distributed_type.value) and kind != "NO":
+        raise ValueError(
+            f"{kind} splits weights over processes, and attacks and checkpoints here want them whole; launch with "
+            "--multi_gpu, and save memory by adaptation='lora', gradient_checkpointing or accumulation"
+        )
+    asked = processes or int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != asked:
+        raise ValueError(
+            f"asked for {asked} processes, running as {accelerator.num_processes}: a machine without a GPU also wants "
+            f"'accelerate launch --multi_gpu --num_processes {asked} RECIPE ...' or "
+            f"'torchrun --nproc-per-node {asked} RECIPE ...' (--cpu starts a single process)"
+        )
+    return accelerator
