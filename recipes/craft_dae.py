@@ -8,7 +8,7 @@ Run first: nothing. Afterwards: zepad evaluate, or your own test with Perturbati
 Leaves in --out: NAME.safetensors, and NAME.png with the pattern magnified to the full range.
 
     CPU:       python recipes/craft_dae.py --config recipes/configs/smoke/craft_dae.yaml
-    one GPU:   python recipes/craft_dae.py --config recipes/configs/craft_dae_vit_b32.yaml
+    one GPU:   python recipes/craft_dae.py --config recipes/configs/vit_b32/craft_dae.yaml
     8 GPUs, 2 nodes: crafting is one process; start one per attack and encoder.
 
 Every field is an option too (--steps 600); --print_config shows them all.

@@ -3,13 +3,13 @@
 What it is: zepad_mm.evaluate as a recipe: undefended encoder, each branch, each fusion rule; clean, T1, T1b, T2, T3;
 detection; self-doubt. Never trust a line that says "likely overestimated".
 
-Run first: nothing for the shipped model; recipes/tune_mpae.py and scripts/build_embedded_zepad.py for one of your own.
+Run first: nothing for the shipped model; recipes/tune.py and tools/build_zepad.py for one of your own.
 
 Leaves in --out: report.json, report.md, records.parquet (per sample), perturbations/, figures.
 
     CPU:              python recipes/evaluate.py --config recipes/configs/smoke/evaluate.yaml
     2 CPU processes:  accelerate launch --multi_gpu --num_processes 2 recipes/evaluate.py --config ... --processes 2
-    one GPU:          python recipes/evaluate.py --config recipes/configs/evaluate_full.yaml
+    one GPU:          python recipes/evaluate.py --config recipes/configs/embedded/evaluate_full.yaml
     8 GPUs:           accelerate launch --multi_gpu --num_processes 8 recipes/evaluate.py --config ... --processes 8
     2 nodes, on each: accelerate launch --multi_gpu --num_machines 2 --num_processes 16 --machine_rank RANK
                       --main_process_ip HOST --main_process_port 29500 recipes/evaluate.py --config ... --processes 16

@@ -3,13 +3,13 @@
 What it is: the downstream stage of ZePAD. Every encoder is frozen, sees each image once, and gets its own head
 (the paper's MLP, or a linear one). The undefended baseline is the public encoder with such a head: list it too.
 
-Run first: recipes/tune_mpae.py and recipes/tune_bmp.py, whose --out folders are named under encoders; source strings
+Run first: recipes/tune.py and recipes/tune_bmp.py, whose --out folders are named under encoders; source strings
 such as open_clip:embedded or timm:resnet18.a1_in1k do as well, untuned.
 
 Leaves in --out: NAME.safetensors per encoder, and heads.json with the accuracies on validation.
 
     CPU:              python recipes/train_heads.py --config recipes/configs/smoke/train_heads.yaml
-    one GPU:          python recipes/train_heads.py --config recipes/configs/train_heads.yaml
+    one GPU:          python recipes/train_heads.py --config recipes/configs/ssl_resnet/train_heads.yaml
     8 GPUs:           accelerate launch --multi_gpu --num_processes 8 recipes/train_heads.py --config ... --processes 8
                       (each encodes an eighth of the images)
     2 nodes, on each: accelerate launch --multi_gpu --num_machines 2 --num_processes 16 --machine_rank RANK

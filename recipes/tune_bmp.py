@@ -11,7 +11,7 @@ trained along, run/ (metrics.jsonl, checkpoint). Killed, it resumes where it was
 
     CPU:              python recipes/tune_bmp.py --config recipes/configs/smoke/tune_bmp.yaml
     2 CPU processes:  accelerate launch --multi_gpu --num_processes 2 recipes/tune_bmp.py --config ... --processes 2
-    one GPU:          python recipes/tune_bmp.py --config recipes/configs/tune_bmp_resnet18.yaml
+    one GPU:          python recipes/tune_bmp.py --config recipes/configs/ssl_resnet/tune_clean.yaml
     8 GPUs:           accelerate launch --multi_gpu --num_processes 8 recipes/tune_bmp.py --config ... --processes 8
     2 nodes, on each: accelerate launch --multi_gpu --num_machines 2 --num_processes 16 --machine_rank RANK
                       --main_process_ip HOST --main_process_port 29500 recipes/tune_bmp.py --config ... --processes 16

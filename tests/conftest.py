@@ -1,37 +1,21 @@
-"""Small real models: a CLIP of two layers in open_clip's format, and a ZePAD over it."""
+"""Fixtures shared by all tests, and the environment of the processes that tests start."""
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
-from safetensors.torch import save_file
-from torch import nn
 
-from zepad_mm.encoders import LoraSettings, add_lora, load_clip
-from zepad_mm.models.branch import Branch, BranchConfig
-from zepad_mm.models.heads import zero_shot_head
-from zepad_mm.models.zepad import DetectorConfig, ZePAD, ZePADConfig
+from tests.helpers.models import make_zepad, write_clip
+from zepad_mm.models.zepad import ZePAD
 
+ROOT = Path(__file__).parents[1]
+# processes that tests start import the package, the recipes and the helpers from this checkout, wherever they run
+os.environ["PYTHONPATH"] = str(ROOT)
 torch.set_num_threads(1)
-
-CLASSES = ("dress", "hat", "shoes")
-TINY_CLIP = {
-    "model_cfg": {
-        "embed_dim": 24,
-        "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16},
-        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-    },
-    "preprocess_cfg": {
-        "mean": [0.48, 0.45, 0.4],
-        "std": [0.26, 0.26, 0.27],
-        "interpolation": "bicubic",
-        "resize_mode": "squash",
-    },
-}
 
 
 @pytest.fixture
@@ -39,18 +23,6 @@ def both_cores(tmp_path_factory: pytest.TempPathFactory):
     """One at a time, whatever worker: processes that wait for each other crawl where two such tests share the cores."""
     with FileLock(tmp_path_factory.getbasetemp().parent / "both_cores.lock"):
         yield
-
-
-def write_clip(folder: Path, seed: int = 0) -> str:
-    """A randomly initialised CLIP in ``folder``; returns its source string."""
-    import open_clip
-
-    torch.manual_seed(seed)
-    clip = open_clip.model.CLIP(**TINY_CLIP["model_cfg"])
-    state = {name: tensor.contiguous() for name, tensor in clip.state_dict().items() if name != "attn_mask"}
-    save_file(state, folder / "open_clip_model.safetensors")
-    (folder / "open_clip_config.json").write_text(json.dumps(TINY_CLIP))
-    return f"open_clip:local-dir:{folder}"
 
 
 @pytest.fixture(autouse=True)
@@ -64,32 +36,6 @@ def clip_source(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_clip(tmp_path_factory.mktemp("clip"))
 
 
-def make_zepad(source: str, fusion: str = "bounded_benign") -> ZePAD:
-    """Two robust branches (one full, one LoRA) and a benign one, all pushed off the base weights a little."""
-    generator = torch.Generator().manual_seed(1)
-    torch.manual_seed(1)  # peft draws lora_A from the global generator
-    branches, configs = [], []
-    for name, role, adaptation in (("full", "mpae", "full"), ("lora", "mpae", "lora"), ("benign", "bmp", "none")):
-        encoder, text = load_clip(source)
-        if adaptation == "lora":
-            add_lora(encoder, LoraSettings(rank=2))
-        with torch.no_grad():
-            for key, parameter in encoder.named_parameters():
-                if (adaptation == "full") or "lora_B" in key:
-                    parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-        config = BranchConfig(name=name, role=role, source=source, adaptation=adaptation)
-        branches.append(Branch(config, encoder, zero_shot_head(text, CLASSES, "single")))
-        configs.append(config)
-    config = ZePADConfig(
-        public_source=source,
-        branches=tuple(configs),
-        class_names=CLASSES,
-        fusion=fusion,
-        detector=DetectorConfig(threshold=0.1),
-    )
-    return ZePAD(config, branches)
-
-
 @pytest.fixture
 def zepad(clip_source: str) -> ZePAD:
     return make_zepad(clip_source)
@@ -98,23 +44,3 @@ def zepad(clip_source: str) -> ZePAD:
 @pytest.fixture
 def images() -> torch.Tensor:
     return torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-
-
-class ConvNet(nn.Module):
-    """A few layers with batch statistics, for attacks and training."""
-
-    def __init__(self, classes: int = 3, width: int = 8) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, width, 3, stride=2, padding=1),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.AdaptiveAvgPool2d(2),
-            nn.Flatten(),
-            nn.Linear(4 * width, classes),
-        )
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.layers(images)

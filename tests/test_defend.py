@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_clip
 from PIL import Image
 
+from tests.helpers.models import write_clip
 from zepad_mm.classifier import RobustZeroShotClassifier
 from zepad_mm.defend import NAMES, DefendSettings, defend
 from zepad_mm.encoders import LoraSettings

@@ -22,7 +22,7 @@ NEEDS = {
 
 
 def test_every_example_is_run() -> None:
-    assert {path.stem for path in (ROOT / "recipes" / "examples").glob("*.py")} == set(NEEDS)
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(NEEDS)
 
 
 @pytest.mark.slow
@@ -33,7 +33,7 @@ def test_example(name: str) -> None:
     except ImportError as error:
         pytest.skip(f"{NEEDS[name]} is not usable here ({error}); pip install 'zepad-mm[attacks]'")
     done = subprocess.run(
-        [sys.executable, str(ROOT / "recipes" / "examples" / f"{name}.py")],
+        [sys.executable, str(ROOT / "examples" / f"{name}.py")],
         check=False,
         capture_output=True,
         text=True,
@@ -53,7 +53,7 @@ def test_the_parity_script_in_small(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     for _ in range(2):  # the second finds everything done
         done = subprocess.run(
-            [sys.executable, "scripts/parity.py", *small],
+            [sys.executable, "benchmarks/attack_parity.py", *small],
             cwd=ROOT,
             env=environment,
             capture_output=True,
@@ -70,7 +70,7 @@ def test_the_adaptive_script_in_small(tmp_path: Path) -> None:
     small = ["--n", "4", "--steps", "1", "--out", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     subprocess.run(
-        [sys.executable, "scripts/adaptive_on_rfdm.py", *small], cwd=ROOT, env=environment, check=True, timeout=200
+        [sys.executable, "reproduction/adaptive_table.py", *small], cwd=ROOT, env=environment, check=True, timeout=200
     )
     record = json.loads((tmp_path / "adaptive_on_rfdm.json").read_text())
     assert record["bites"] in record["attacks"]
@@ -94,8 +94,7 @@ time.sleep({seconds})
 
 @pytest.mark.parametrize("forgets", [False, True])
 def test_killing_tells_who_ends_otherwise(forgets: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    import _killing
+    from tests.helpers import kill_and_resume as _killing
 
     words = [sys.executable, "-c", COUNTING.format(seconds=0.3, forgets=forgets)]
     moments = random.Random(0)
@@ -116,8 +115,7 @@ time.sleep(60)
 
 def test_a_kill_reaches_the_workers_of_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun gives each worker a session of its own: one that goes on would finish what another resumes."""
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    import _killing
+    from tests.helpers import kill_and_resume as _killing
 
     late, pid = tmp_path / "late", tmp_path / "pid"
     assert _killing.kill([sys.executable, "-c", LAUNCHER.format(late=str(late), pid=str(pid))], 2)
@@ -129,7 +127,7 @@ def test_a_kill_reaches_the_workers_of_a_launcher(tmp_path: Path, monkeypatch: p
 @pytest.mark.slow
 def test_the_killing_script_in_small(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "scripts/kill_tune.py", "--kills", "0", "--steps", "2", "--processes", "1"]
+    command = [sys.executable, "benchmarks/kill_tune.py", "--kills", "0", "--steps", "2", "--processes", "1"]
     command += ["--out", str(tmp_path / "tune.json")]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=280)
     found = json.loads((tmp_path / "tune.json").read_text())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import CLASSES, make_zepad
 
+from tests.helpers.models import CLASSES, make_zepad
 from zepad_mm import selection
 from zepad_mm.data import LabelledImages
 from zepad_mm.models.fusion import RULES

@@ -1,6 +1,6 @@
 """From a public CLIP to a defended one: ready robust weights or freshly tuned branches, then rule and threshold.
 
-:func:`defend` does in one call what recipes/tune_mpae.py, recipes/tune_bmp.py and scripts/build_embedded_zepad.py do in
+:func:`defend` does in one call what recipes/tune.py, recipes/tune_bmp.py and tools/build_zepad.py do in
 steps that can be launched on many GPUs.
 """
 

@@ -96,7 +96,7 @@ def _name_and_tag(rest: str) -> tuple[str, str | None]:
 
     if rest == "embedded":
         if not (EMBEDDED_CLIP / "open_clip_config.json").is_file():
-            raise FileNotFoundError(f"{EMBEDDED_CLIP} is empty; rebuild it with scripts/build_default_clip.py")
+            raise FileNotFoundError(f"{EMBEDDED_CLIP} is empty; rebuild it with tools/build_clip.py")
         return f"local-dir:{EMBEDDED_CLIP}", None
     if rest.startswith(("hf-hub:", "local-dir:")):
         return rest, None

@@ -107,7 +107,7 @@ def located(name: str | Path, revision: str | None, access: Access) -> Path:
         raise ValueError(f"revision: {name} is no repository on the Hub and has no revisions; leave revision out")
     if name == "embedded":
         if not (EMBEDDED_MODEL / CONFIG).is_file():
-            raise FileNotFoundError(f"{EMBEDDED_MODEL} is empty; rebuild it with scripts/build_embedded_zepad.py")
+            raise FileNotFoundError(f"{EMBEDDED_MODEL} is empty; rebuild it with tools/build_zepad.py")
         return EMBEDDED_MODEL
     if not (Path(name) / CONFIG).is_file():
         raise FileNotFoundError(f"{name}/{CONFIG} does not exist; expected a folder by ZePAD.save_pretrained")

@@ -60,7 +60,7 @@ def load_tuned(folder: str | Path) -> Encoder:
     """
     folder = Path(folder)
     if not (folder / TUNED).is_file():
-        raise FileNotFoundError(f"{folder / TUNED} does not exist; expected a folder written by recipes/tune_mpae.py")
+        raise FileNotFoundError(f"{folder / TUNED} does not exist; expected a folder written by recipes/tune.py")
     about = read_json(folder / TUNED)
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise ValueError(f"{folder / TUNED} is no {FORMAT!r}; it was written by another program or version")

@@ -1,0 +1,111 @@
+#!/usr/bin/env python
+"""How fast universal perturbations are crafted: ours against the straightforward formulation of the same attack.
+
+    python -m benchmarks.crafting                     # results/bench_crafting.json, some minutes
+    python -m benchmarks.crafting --small             # seconds: shows that it runs
+
+The same attacks, pictures and steps on the embedded encoder, twice:
+
+- straightforward: the encoder as it is loaded, its parameters asking for gradients that nobody wants, the features of
+  the clean pictures computed anew at every step;
+- ours: ``streamlined(encoder)``, parameters frozen while crafting, each clean picture encoded once in the whole run.
+
+Both take turns, round after round in one process; ratios are medians over the rounds. That both find perturbations of
+the same strength is checked: the loss that each reports at its end is in the record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from zepad_mm.attacks import UNIVERSAL_ATTACKS
+from zepad_mm.attacks.universal import base
+from zepad_mm.attacks.universal.base import Surrogate
+from zepad_mm.data import load_data
+from zepad_mm.encoders import load_encoder, streamlined
+from zepad_mm.utils.io import write_json
+from zepad_mm.utils.provenance import provenance
+
+ROOT = Path(__file__).parents[1]
+ATTACKS = ("adv_encoder", "feature_uap", "etu", "x_transfer", "l4a_base")  # the last is PAP
+
+
+@contextmanager
+def straightforward() -> Iterator[None]:
+    """Within, parameters are not frozen, and the clean pictures of a batch are encoded at every step."""
+
+    def anew(self: Surrogate, which: int, batch: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.encoders[which](self.pictures(batch))
+
+    with patch.object(base, "frozen", nullcontext), patch.object(Surrogate, "clean_features", anew):
+        yield
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", default="open_clip:embedded")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--n", type=int, default=128, help="surrogate pictures")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--small", action="store_true", help="one round of two steps")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "bench_crafting.json")
+    args = parser.parse_args()
+    if args.small:
+        args.steps, args.rounds, args.n = 2, 1, 16
+    encoder = load_encoder(args.source).to(args.device).eval()
+    size = encoder.preprocess.image_size
+    pictures = load_data("embedded", "surrogate", size, args.n).images.to(args.device)
+    plain, light = encoder.requires_grad_(True), streamlined(encoder, size)
+    times: dict[str, dict[str, list[float]]] = {name: {"straightforward": [], "ours": []} for name in ATTACKS}
+    losses: dict[str, dict[str, float]] = {name: {} for name in ATTACKS}
+    for number in range(args.rounds + 1):
+        for name, taken in times.items():
+            attack = UNIVERSAL_ATTACKS.get(name)(image_size=size, steps=args.steps, batch_size=args.batch)
+            for way in taken:
+                began = time.perf_counter()
+                if way == "ours":
+                    found = attack.fit(light, pictures)
+                else:
+                    with straightforward():
+                        found = attack.fit(plain, pictures)
+                if args.device.startswith("cuda"):
+                    torch.cuda.synchronize()
+                if number:  # the first round warms up
+                    taken[way].append(time.perf_counter() - began)
+                losses[name][way] = found.provenance["final_loss"]  # type: ignore[assignment]
+    seen = args.steps * args.batch
+    config = {key: value for key, value in vars(args).items() if key != "out"}
+    rows = []
+    for name, taken in times.items():
+        ratios = [slow / quick for slow, quick in zip(taken["straightforward"], taken["ours"], strict=True)]
+        rows.append(
+            {
+                "attack": name,
+                "images_per_second": {way: round(seen / statistics.median(taken[way]), 1) for way in taken},
+                "speed": {
+                    "median": round(statistics.median(ratios), 3),
+                    "lowest": round(min(ratios), 3),
+                    "highest": round(max(ratios), 3),
+                },
+                "final_loss": losses[name],
+            }
+        )
+        print(rows[-1])
+    about = {**provenance(seed=0, config=config), "torch_threads": torch.get_num_threads()}
+    write_json(args.out, {"meta": about, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

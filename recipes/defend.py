@@ -1,0 +1,94 @@
+"""All of it for one CLIP: tune two robust branches and a benign one, choose rule and threshold, evaluate, write a card.
+
+What it is: zepad_mm.defend and zepad_mm.evaluate in one file. Tuning is shared by all processes; the rule, the
+threshold, the evaluation and the card are the first one's. What is done stays done: a killed run goes on where it was.
+
+Run first: nothing. Afterwards: zepad push OUT owner/name, zepad serve OUT, or RobustZeroShotClassifier in your program.
+
+Leaves in --out: the model (zepad_config.json, the tuned parts, README.md: its card), tuned/ (one folder for each
+branch), evaluation/ (report.json, report.md, records.parquet, perturbations/, figures).
+
+    CPU:              python recipes/defend.py --config recipes/configs/smoke/defend.yaml
+    2 CPU processes:  accelerate launch --multi_gpu --num_processes 2 recipes/defend.py --config ... --processes 2
+    one GPU:          python recipes/defend.py --config recipes/configs/vit_b32/defend.yaml
+    8 GPUs:           accelerate launch --multi_gpu --num_processes 8 recipes/defend.py --config ... --processes 8
+    2 nodes, on each: accelerate launch --multi_gpu --num_machines 2 --num_processes 16 --machine_rank RANK
+                      --main_process_ip HOST --main_process_port 29500
+                      recipes/defend.py --config ... --processes 16
+                      (--out on a disk that both see)
+
+Every field is an option too (--settings.train.lr_encoder 1e-4); --print_config shows them all.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from zepad_mm.defend import DefendSettings, defend, tune_branches
+from zepad_mm.evaluation import Report, evaluate
+from zepad_mm.evaluation.model_card import write_card
+from zepad_mm.training import make_accelerator
+from zepad_mm.utils.config import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Config):
+    """Configuration of recipes/defend.py."""
+
+    out: str  # folder of the result
+    source: str = "open_clip:embedded"  # the public CLIP
+    robust: tuple[str, ...] = ()  # ready robust towers of the same CLIP: then nothing is tuned
+    data: str = "embedded"  # tuned and chosen on: "embedded", a folder of parquet files or class folders, a Hub name
+    settings: DefendSettings = field(default_factory=DefendSettings)
+    evaluate_on: str | None = None  # its test split; None: that of data
+    preset: str = "demo"  # of the evaluation; "demo": minutes on two CPU cores; "full": wants a GPU or a night
+    threats: tuple[str, ...] = ("clean", "T1", "T1b", "T2", "T3")
+    n: int | None = None  # test pictures; None: all
+    processes: int | None = None  # how many processes are expected; another number is an error
+    mixed_precision: str = "no"  # of the tuning: "no", "bf16" or "fp16"
+
+
+def parse(args: list[str] | None = None) -> Recipe:
+    """The configuration from a YAML file and options; unknown keys are refused."""
+    parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--config", action="config", help="YAML file; options after it override it")
+    parser.add_class_arguments(Recipe)
+    values = parser.parse_args(args).as_dict()
+    values.pop("config")
+    return Recipe.from_dict(values)
+
+
+def main(recipe: Recipe) -> Report | None:
+    """Everything; the report on the first process, None on the others."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    accelerator = make_accelerator(recipe.processes, recipe.mixed_precision)
+    if not recipe.robust:
+        tune_branches(
+            recipe.source, out=recipe.out, data=recipe.data, settings=recipe.settings, accelerator=accelerator
+        )
+    if not accelerator.is_main_process:  # nothing is left that wants them
+        return None
+    out = Path(recipe.out)
+    model = defend(recipe.source, robust=recipe.robust, data=recipe.data, out=out, settings=recipe.settings)
+    report = evaluate(
+        model,
+        data=recipe.evaluate_on or recipe.data,
+        settings=recipe.preset,
+        threats=recipe.threats,
+        epsilon=recipe.settings.epsilon,
+        n=recipe.n,
+        seed=recipe.settings.train.seed,
+        out=out / "evaluation",
+        resume=(out / "evaluation").exists(),
+    )
+    write_card(out, report)
+    print((out / "evaluation" / "report.md").read_text(encoding="utf-8"))
+    return report
+
+
+if __name__ == "__main__":
+    main(parse())

@@ -1,0 +1,85 @@
+"""The paper's figures 2 and 3: confidence of each branch, clean and attacked, and t-SNE of the feature spaces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from sklearn.manifold import TSNE
+from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor
+
+from reproduction.paper.lines import adversarial
+from reproduction.paper.study import Study
+from reproduction.paper.tables import TABLES
+from zepad_mm.evaluation.plots import confidence_figure, save
+from zepad_mm.models.fusion import rfdm_weights
+from zepad_mm.training import encode_images
+
+
+@TABLES.register("confidence")
+def confidence(study: Study) -> dict[str, Any]:
+    """Fig. 2: largest softmax of each branch, clean and attacked, where the tuning set is the task and where not."""
+    victim, rows = study.config.studied[0], []
+    members, attacked = study.defended(victim), study.public(victim)[0]
+    home, away = next(iter(study.tasks)), list(study.tasks)[-1]  # one task alone is both
+    panels = {}
+    for case, task in (("C-C", home), ("C-S", away)):
+        for condition in ("clean", attacked):
+            stacked = torch.stack([study.logits(task, name, condition) for name in members])
+            title = "clean" if condition == "clean" else condition.partition("@")[0]
+            panels[f"{case} ({task}), {title}"] = stacked
+            means = stacked.softmax(-1).amax(-1).mean(1).tolist()
+            rows.append(
+                {"case": case, "task": task, "condition": condition, "mean": dict(zip(members, means, strict=True))}
+            )
+    figure = confidence_figure(panels, members, [not adversarial(name) for name in members])
+    save(figure, Path(study.config.result) / "confidence.png")
+    return {"rows": rows, "victim": victim}
+
+
+@TABLES.register("features")
+def features(study: Study) -> dict[str, Any]:
+    """Fig. 3: t-SNE of the victim's features and of the three encoders', clean and attacked.
+
+    A picture of points proves little, so the record holds what it should show: how often the 10 nearest clean points of
+    an attacked one, in the full space, are of its class.
+    """
+    config, victim = study.config, study.config.studied[0]
+    home, condition = next(iter(study.tasks)), study.public(victim)[0]
+    test = study.data(home)[2].sample(min(400, config.n_test), config.seed)
+    pictures = {"clean": test.images, "attacked": study.perturbation(condition)(test.images)}
+    spaces = {
+        "undefended": {kind: encode_images(study.encoder(victim), found) for kind, found in pictures.items()},
+        "ZePAD": {kind: _weighted(study, victim, home, found) for kind, found in pictures.items()},
+    }
+    drawn = Figure(figsize=(9.6, 4.6), layout="constrained")
+    FigureCanvasAgg(drawn)
+    rows = []
+    for panel, (name, space) in zip(drawn.subplots(1, 2), spaces.items(), strict=True):
+        nearest = KNeighborsClassifier(10).fit(space["clean"].numpy(), test.labels.numpy())
+        among = nearest.kneighbors(space["attacked"].numpy(), return_distance=False)
+        pure = (test.labels[torch.from_numpy(among)] == test.labels[:, None]).float().mean()
+        rows.append({"space": name, "same_class_among_10": float(pure), "n": len(test)})
+        points = TSNE(random_state=config.seed).fit_transform(torch.cat(list(space.values())).numpy())
+        for kind, marker, part in (("clean", "o", points[: len(test)]), ("attacked", "x", points[len(test) :])):
+            panel.scatter(*part.T, c=test.labels.tolist(), cmap="tab10", s=9, marker=marker, linewidths=0.6, label=kind)
+        panel.set_title(
+            f"{name}: {100 * float(pure):.0f} % of an attacked picture's neighbours share its class", size=9
+        )
+        panel.set_xticks([])
+        panel.set_yticks([])
+        panel.legend(fontsize=7)
+    save(drawn, Path(config.result) / "features.png")
+    return {"rows": rows, "victim": victim, "condition": condition}
+
+
+def _weighted(study: Study, victim: str, task: str, pictures: Tensor) -> Tensor:
+    """(n, sum of D): the three encoders' features of length one, weighed as RFDM weighs their answers."""
+    members = study.defended(victim)
+    logits = torch.stack([study.answers(study.branch(task, name), pictures) for name in members])
+    spaces = [torch.nn.functional.normalize(encode_images(study.encoder(name), pictures), dim=-1) for name in members]
+    return torch.cat([w[:, None] * space for w, space in zip(rfdm_weights(logits, 3.0), spaces, strict=True)], dim=1)

@@ -1,0 +1,262 @@
+"""Attacks on fused models and detectors, and what surrounds an attack: starts, levels, curves, files, EOT, BPDA."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers.broken_defences import Answer, mean_of, pictures, undefended
+from zepad_mm.attacks import (
+    ADAPTIVE_ATTACKS,
+    APGD,
+    ATTACKS,
+    FUSED_LOSSES,
+    MODES,
+    PGD,
+    Attack,
+    DetectorAware,
+    FusedAttack,
+    bpda,
+    curve,
+    eot,
+    load_attacked,
+    save_attacked,
+)
+from zepad_mm.models.fusion import build
+
+EPSILON = {"linf": 4 / 255, "l2": 0.4}
+LEVEL = 1 / 255
+THRESHOLD = 0.02
+FUSION = build("rfdm", (False, False, True))
+MIX = torch.eye(768) + 0.02 * torch.randn(3, 768, 768, generator=torch.Generator().manual_seed(3))
+
+
+def branches(images: Tensor) -> Tensor:
+    """Three linear branches that look at the picture differently: (3, B, 4)."""
+    turned = [((images.flatten(1) - 0.5) @ mix + 0.5).view_as(images) for mix in MIX]
+    return torch.stack([undefended(one) for one in turned])
+
+
+def score(logits: Tensor) -> Tensor:
+    return FUSION(logits).dae_score
+
+
+def suite(norm: str) -> list[Attack]:
+    basics: dict[str, Any] = {"epsilon": EPSILON[norm], "norm": norm, "steps": 8, "fuse": FUSION}
+    fused: list[Attack] = [FusedAttack(loss=loss, **basics) for loss in FUSED_LOSSES]
+    return fused + [DetectorAware(mode=mode, score=score, threshold=THRESHOLD, spread=0.01, **basics) for mode in MODES]
+
+
+ALL = [attack for norm in EPSILON for attack in suite(norm)]
+every = pytest.mark.parametrize("attack", ALL, ids=repr)
+
+
+@pytest.fixture(scope="module")
+def batch() -> tuple[Tensor, Tensor]:
+    return pictures(12)
+
+
+def inside(attacked: Tensor, images: Tensor, attack: Attack) -> bool:
+    delta = (attacked - images).flatten(1)
+    length = delta.abs().amax(1) if attack.norm == "linf" else delta.norm(dim=1)
+    return bool(((length <= attack.epsilon + 1e-6) & (attacked.flatten(1).amin(1) >= 0)).all() and attacked.max() <= 1)
+
+
+@every
+def test_rules_that_every_adaptive_attack_keeps(attack: Attack, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    state = torch.get_rng_state()
+    first, again = (attack(branches, images, labels, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first, again)
+    assert inside(first, images, attack)
+    assert attack(branches, images[:0], labels[:0]).shape == (0, 3, 16, 16)
+    assert inside(attack(branches, images[:1], labels[:1]), images[:1], attack)
+
+    def broken(pixels: Tensor) -> Tensor:
+        return branches(pixels) + torch.where(pixels[:, 0, 0, 0] > 0.5, torch.nan, 0.0)[:, None]
+
+    assert torch.isfinite(attack(broken, images, labels)).all()
+
+
+@pytest.mark.parametrize("norm", list(EPSILON))
+@pytest.mark.parametrize("loss", list(FUSED_LOSSES))
+def test_fused_losses_break_the_fused_answer(loss: str, norm: str, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    assert (FUSION(branches(images)).logits.argmax(-1) == labels).all()
+    big = 0.2 if norm == "linf" else 6.0
+    attack = FusedAttack(fuse=FUSION, loss=loss, epsilon=big, norm=norm, steps=20)
+    attacked = attack(branches, images, labels)
+    wrong = FUSION(branches(attacked)).logits.argmax(-1) != labels
+    assert torch.equal(~attack.holds(branches, attacked, labels), wrong)
+    assert wrong.float().mean() >= 0.9
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "suppress"])
+def test_detectors_are_evaded(mode: str, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    attack = DetectorAware(mode=mode, fuse=FUSION, score=score, threshold=THRESHOLD, spread=0.01, epsilon=0.2, steps=60)
+    decision = FUSION(branches(attack(branches, images, labels)))
+    won = (decision.logits.argmax(-1) != labels) & (decision.dae_score <= THRESHOLD)
+    assert won.float().mean() >= 0.8
+
+
+def test_suppression_sets_out_from_flagged_wrong_pictures(batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    wrong = FusedAttack(fuse=FUSION, loss="branch", epsilon=0.2, steps=10)(branches, images, labels)
+    before = score(branches(wrong))
+    threshold = float(before.median())
+    attack = DetectorAware(
+        mode="suppress", fuse=FUSION, score=score, threshold=threshold, spread=0.01, epsilon=0.2, steps=30
+    )
+    after = attack(branches, images, labels, start=wrong)
+    held = attack.holds(branches, wrong, labels)
+    assert attack.holds(branches, after, labels).sum() <= held.sum()
+
+
+def test_adaptive_attacks_bite_at_least_as_deep_as_generic_ones(batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = pictures(48, seed=5)
+    budget = 3 / 255
+
+    def fused(pixels: Tensor) -> Tensor:
+        return FUSION(branches(pixels)).logits
+
+    generic = APGD(loss="targeted", epsilon=budget, steps=20)
+    left = generic.holds(fused, generic(fused, images, labels), labels)
+    stands = torch.ones_like(left)
+    for loss in FUSED_LOSSES:
+        attack = FusedAttack(fuse=FUSION, loss=loss, epsilon=budget, steps=20)
+        stands &= attack.holds(branches, attack(branches, images, labels), labels)
+    assert 0 < left.sum() < len(labels)  # the comparison means something
+    assert stands.sum() <= left.sum()
+
+
+@pytest.mark.parametrize("name", list(ATTACKS))
+@pytest.mark.parametrize("norm", list(EPSILON))
+def test_whole_levels(name: str, norm: str, batch: tuple[Tensor, Tensor]) -> None:
+    if norm not in ATTACKS.get(name).norms:
+        pytest.skip(f"{name} knows no {norm}")
+    images, labels = batch
+    images = (images * 255).round() / 255
+    attack = ATTACKS.get(name)(epsilon=4 * EPSILON[norm], norm=norm, quantize=True)
+    attacked = attack(undefended, images, labels)
+    assert torch.equal((attacked * 255).round() / 255, attacked)
+    assert inside(attacked, images, attack)
+    assert (undefended(attacked).argmax(-1) != labels).float().mean() > 0.5
+    if norm == "linf":
+        assert torch.equal(replace(attack, epsilon=0.5 * LEVEL)(undefended, images, labels), images)
+    with pytest.raises(ValueError, match=r"\(images \* 255\).round\(\) / 255"):
+        attack(undefended, images + 0.3 * LEVEL, labels)
+
+
+def test_saved_pictures_score_the_same(tmp_path: Any, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = (batch[0] * 255).round() / 255, batch[1]
+    attacked = PGD(quantize=True)(undefended, images, labels)
+    save_attacked(tmp_path / "pgd", attacked, labels, {"attack": "pgd"})
+    loaded = load_attacked(tmp_path / "pgd")
+    assert torch.equal(loaded.images, attacked)
+    assert torch.equal(undefended(loaded.images), undefended(attacked))
+    assert loaded.labels is not None
+    assert torch.equal(loaded.labels, labels)
+    assert loaded.about == {"attack": "pgd"}
+    with pytest.raises(FileExistsError, match="another folder"):
+        save_attacked(tmp_path / "pgd", attacked)
+    with pytest.raises(ValueError, match="whole levels"):
+        save_attacked(tmp_path / "other", PGD()(undefended, images, labels))
+    (tmp_path / "pgd" / "000001.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"000001\.png"):
+        load_attacked(tmp_path / "pgd")
+    with pytest.raises(FileNotFoundError, match="save_attacked"):
+        load_attacked(tmp_path)
+
+
+@pytest.mark.parametrize("name", list(ATTACKS))
+def test_starts_are_used_and_brought_into_the_budget(name: str, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    seen: list[Tensor] = []
+
+    def model(pixels: Tensor) -> Tensor:
+        seen.append(pixels.detach().clone())
+        return undefended(pixels)
+
+    attack = ATTACKS.get(name)(epsilon=1 / 255)
+    attacked = attack(model, images, labels, start=torch.ones_like(images))
+    torch.testing.assert_close(seen[1], (images + 1 / 255).clamp(0, 1))  # after a look at the clean pictures
+    assert inside(attacked, images, attack)
+    with pytest.raises(ValueError, match="start: expected one picture for each image"):
+        attack(undefended, images, labels, start=images[:3])
+
+
+@pytest.mark.parametrize("attack", [PGD(steps=5), APGD(steps=5)], ids=repr)
+def test_curves_never_rise(attack: Attack, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    found = curve(attack, undefended, images, labels, [8 * LEVEL, 0.0, 2 * LEVEL, 4 * LEVEL])
+    assert found.epsilons == (0.0, 2 * LEVEL, 4 * LEVEL, 8 * LEVEL)
+    assert found.accuracy[0] == 1
+    assert found.accuracy[-1] == 0
+    assert bool((found.holds[1:] <= found.holds[:-1]).all())
+    with pytest.raises(ValueError, match="budgets"):
+        curve(attack, undefended, images, labels, [])
+    fused = curve(FusedAttack(fuse=FUSION, steps=5), branches, images, labels, [0.0, 0.2])
+    assert fused.accuracy == (1.0, 0.0)
+
+
+def test_eot_averages_and_leaves_the_global_state_alone(batch: tuple[Tensor, Tensor]) -> None:
+    images, _ = batch
+
+    def noisy(pixels: Tensor) -> Tensor:
+        return undefended(pixels) + torch.randn(len(pixels), 4)
+
+    state = torch.get_rng_state()
+    averaged = eot(noisy, passes=400)
+    first = averaged(images)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first, averaged(images))
+    assert not torch.equal(first, eot(noisy, passes=400, seed=1)(images))
+    assert (first - undefended(images)).abs().max() < 6 / math.sqrt(400)
+    with pytest.raises(ValueError, match="passes"):
+        eot(noisy, passes=0)
+
+
+def test_bpda_is_exact_forward_and_smooth_backward() -> None:
+    inputs = torch.rand(5, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    outputs = bpda(torch.round)(inputs)
+    assert torch.equal(outputs, inputs.round())
+    assert torch.equal(torch.autograd.grad(outputs.sum(), inputs)[0], torch.ones(5))
+    (slope,) = torch.autograd.grad(bpda(torch.round, torch.sin)(inputs).sum(), inputs)
+    torch.testing.assert_close(slope, inputs.cos())
+    with pytest.raises(ValueError, match="same output shape"):
+        bpda(torch.round, lambda x: x[:2])(inputs)
+
+
+@pytest.mark.parametrize(
+    ("build_it", "says"),
+    [
+        (lambda: FusedAttack(fuse=FUSION, loss="hijack"), "unknown loss on a fused model"),
+        (lambda: FusedAttack(fuse=3), "model.fuse"),  # type: ignore[arg-type]
+        (lambda: FusedAttack(fuse=FUSION, driver="sgd"), "'apgd' or 'pgd'"),
+        (lambda: FusedAttack(fuse=FUSION, steps=0), "steps"),
+        (lambda: DetectorAware(fuse=FUSION, score=score, threshold=0.1, mode="sly"), "way around"),
+        (lambda: DetectorAware(fuse=FUSION, score=score, threshold=0.1, spread=0.0), "positive spread"),
+        (lambda: DetectorAware(fuse=FUSION, score=None, threshold=0.1), "score"),  # type: ignore[arg-type]
+        (lambda: ADAPTIVE_ATTACKS.get("fusd"), "did you mean 'fused'"),
+    ],
+)
+def test_bad_settings(build_it: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        build_it()
+
+
+def test_bad_calls(batch: tuple[Tensor, Tensor]) -> None:
+    attack = FusedAttack(fuse=lambda logits: Answer(*vars(mean_of(logits)).values()))
+    with pytest.raises(ValueError, match=r"model\.branch_logits, not the fused model"):
+        attack(undefended, *batch)
+    with pytest.raises(ValueError, match="true labels"):
+        attack(branches, batch[0])
+    with pytest.raises(ValueError, match="classes below 4"):
+        attack(branches, batch[0], batch[1] + 4)

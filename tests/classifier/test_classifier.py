@@ -1,0 +1,350 @@
+"""The zero-shot API mirrors transformers' pipeline and adds the evidence."""
+
+from __future__ import annotations
+
+import io
+import struct
+import threading
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.functional import to_pil_image
+from transformers import pipeline
+
+from tests.helpers import encoder_zoo as zoo
+from tests.helpers.models import make_zepad
+from zepad_mm.attacks import PGD
+from zepad_mm.classifier import RobustZeroShotClassifier
+from zepad_mm.encoders import load_clip
+from zepad_mm.models.branch import Branch, BranchConfig
+from zepad_mm.models.heads import zero_shot_head
+from zepad_mm.models.zepad import DetectorConfig, ZePAD, ZePADConfig
+
+LABELS = ["cat", "dog", "a red car"]
+
+
+@pytest.fixture
+def classifier(zepad: ZePAD) -> RobustZeroShotClassifier:
+    return RobustZeroShotClassifier(zepad, batch_size=2)
+
+
+def test_the_shape_of_the_pipeline(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:
+    one = classifier(images[0], LABELS, hypothesis_template="This is a photo of {}.")
+    assert [set(answer) for answer in one] == [{"score", "label"}] * 3
+    assert [answer["score"] for answer in one] == sorted((answer["score"] for answer in one), reverse=True)
+    assert sum(answer["score"] for answer in one) == pytest.approx(1, abs=1e-5)
+    many = classifier(images, LABELS)
+    assert len(many) == 4
+    assert len(classifier(images, LABELS, top_k=1)[0]) == 1
+    assert classifier([], LABELS) == []
+
+
+def test_every_form_of_a_picture_gives_the_same_answer(
+    classifier: RobustZeroShotClassifier, images: torch.Tensor, tmp_path: Path
+) -> None:
+    picture = to_pil_image((images[0] * 255).round().byte())
+    path = tmp_path / "picture.png"
+    picture.save(path)
+    pixels = torch.from_numpy(__import__("numpy").array(picture)).permute(2, 0, 1).float() / 255
+    forms = [picture, str(path), path, path.read_bytes(), pixels]
+    answers = [classifier(form, LABELS) for form in forms]
+    assert all(answer == answers[0] for answer in answers)
+
+
+def test_neighbours_do_not_matter(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:
+    """Also not when a neighbour has another size. Matrix products take other paths for other batch sizes and round
+    otherwise, in the seventh digit of a logit; hence a tolerance, and not the bit."""
+    large = torch.rand(3, 70, 40, generator=torch.Generator().manual_seed(0))
+    mixed = classifier([images[0], large, images[1], images[2]], LABELS)
+    for answer, image in zip(mixed, (images[0], large, images[1], images[2]), strict=True):
+        alone = classifier(image, LABELS)
+        assert [entry["label"] for entry in alone] == [entry["label"] for entry in answer]
+        assert alone[0]["score"] == pytest.approx(answer[0]["score"], abs=1e-5)
+
+
+def test_evidence(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:
+    result = classifier(images[0], LABELS, return_evidence=True)
+    evidence = result["evidence"]
+    assert result["labels"] == classifier(images[0], LABELS)
+    assert set(evidence["confidences"]) == set(evidence["weights"]) == {"full", "lora", "benign"}
+    assert sum(evidence["weights"].values()) == pytest.approx(1, abs=1e-5)
+    assert isinstance(evidence["flagged"], bool)
+    assert len(evidence["undefended"]) == 3
+
+
+def test_errors(classifier: RobustZeroShotClassifier, images: torch.Tensor, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="candidate_labels: the list is empty"):
+        classifier(images, [])
+    with pytest.raises(ValueError, match=r"write \['cat'\]"):
+        classifier(images, "cat")
+    with pytest.raises(ValueError, match="exactly one"):
+        classifier(images, LABELS, hypothesis_template="a photo of {} and {}")
+    with pytest.raises(ValueError, match="unknown prompt set"):
+        classifier(images, LABELS, hypothesis_template="fotos")
+    with pytest.raises(ValueError, match="write images / 255"):
+        classifier(images * 255, LABELS)
+    with pytest.raises(ValueError, match="top_k"):
+        classifier(images, LABELS, top_k=0)
+    broken = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(broken, "PNG")
+    (tmp_path / "cut.png").write_bytes(broken.getvalue()[:40])
+    for bad in (tmp_path / "cut.png", b"no picture", "/nowhere/at/all.png"):
+        with pytest.raises(ValueError, match="could not be read as a picture"):
+            classifier(bad, LABELS)
+    with pytest.raises(ValueError, match="got dict"):
+        classifier([{}], LABELS)
+
+
+def _hf_clip(folder: Path) -> tuple[RobustZeroShotClassifier, str]:
+    """A CLIP that transformers wrote, as it is, in the place of a defended one: same pictures, same words."""
+    source = zoo.ZOO["hf: CLIP"](folder).source
+    encoder, text = load_clip(source)
+    branch = BranchConfig(name="plain", role="bmp", source=source)
+    config = ZePADConfig(public_source=source, branches=(branch,), class_names=("a",), prompts=("{}",))
+    model = ZePAD(config, [Branch(branch, encoder, zero_shot_head(text, ["a"], ["{}"]))])
+    return RobustZeroShotClassifier(model), source.removeprefix("hf:local-dir:")
+
+
+def test_the_answer_is_that_of_the_pipeline(tmp_path: Path) -> None:
+    """Same shape for one and for many, same keys, same types, same order; and on the same CLIP the same scores."""
+    ours, folder = _hf_clip(tmp_path)
+    theirs = pipeline("zero-shot-image-classification", model=folder, device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    pictures = [to_pil_image(torch.rand(3, *size, generator=generator)) for size in ((40, 56), (90, 33), (64, 64))]
+    template = "{}"
+    for given in (pictures[0], pictures):
+        expected = theirs(given, candidate_labels=LABELS, hypothesis_template=template)
+        answer = ours(given, LABELS, hypothesis_template=template)
+        assert type(answer) is type(expected)
+        rows = [(answer, expected)] if given is pictures[0] else list(zip(answer, expected, strict=True))
+        for mine, other in rows:
+            assert [list(entry) for entry in mine] == [list(entry) for entry in other]
+            assert [entry["label"] for entry in mine] == [entry["label"] for entry in other]
+            assert {type(entry["score"]) for entry in mine} == {float}
+            for one, two in zip(mine, other, strict=True):
+                assert one["score"] == pytest.approx(two["score"], abs=5e-3)  # they resize whole levels, we floats
+
+
+def test_arrays(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:
+    levels = (images * 255).round().byte()
+    expected = classifier(levels.float() / 255, LABELS)
+    colour_last = levels.permute(0, 2, 3, 1).numpy()
+    forms: list[Any] = [levels, levels.numpy(), colour_last, list(colour_last), tuple(colour_last / 255)]
+    for form in forms:
+        for answer, wanted in zip(classifier(form, LABELS), expected, strict=True):
+            assert [entry["label"] for entry in answer] == [entry["label"] for entry in wanted]
+            assert answer[0]["score"] == pytest.approx(wanted[0]["score"], abs=1e-5)
+    assert classifier(colour_last[0], LABELS) == classifier(levels[0], LABELS)
+    grey = colour_last[0, :, :, 0]
+    assert classifier(grey, LABELS) == classifier(Image.fromarray(grey), LABELS)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+def test_formats(classifier: RobustZeroShotClassifier, kind: str) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30), "red").save(file, kind)
+    assert len(classifier(file.getvalue(), LABELS)) == 3
+
+
+def test_photos_lie_the_way_the_camera_was_held(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:
+    picture = to_pil_image(images[0])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    picture.save(file, "PNG", exif=exif)
+    assert classifier(file.getvalue(), LABELS) == classifier(picture.rotate(-90), LABELS)
+    file.seek(0)
+    assert classifier(file, LABELS) == classifier(picture.rotate(-90), LABELS)
+
+
+def test_urls(classifier: RobustZeroShotClassifier, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.BytesIO()
+    to_pil_image(images[0]).save(file, "PNG")
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(404 if "missing" in self.path else 200)
+            self.end_headers()
+            self.wfile.write(file.getvalue() if "picture" in self.path else b"<html>")
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert classifier(f"{url}/picture.png", LABELS) == classifier(file.getvalue(), LABELS)
+        for path, message in (("/missing.png", "404"), ("/page.html", "could not be read as a picture")):
+            with pytest.raises(ValueError, match=message):
+                classifier(url + path, LABELS)
+        monkeypatch.setattr("zepad_mm.classifier.images.MAX_BYTES", 100)
+        with pytest.raises(ValueError, match="is larger than"):
+            classifier(f"{url}/picture.png", LABELS)
+        server.shutdown()
+
+
+def test_a_stream_is_read_a_batch_at_a_time(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:
+    read = []
+
+    def pictures() -> Iterator[torch.Tensor]:
+        for index, image in enumerate(images):
+            read.append(index)
+            yield image
+
+    answers = classifier(pictures(), LABELS)
+    assert read == []
+    first = next(answers)
+    assert read == [0, 1]  # batches of two
+    assert [first, *answers] == classifier(images, LABELS)
+    with pytest.raises(ValueError, match="candidate_labels"):
+        classifier(pictures(), [])  # at once, not when the first result is asked for
+
+
+def test_a_column_of_datasets_is_a_stream(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:
+    pictures = [to_pil_image((image * 255).round().byte()) for image in images]
+    table = datasets.Dataset.from_dict({"image": pictures}, features=datasets.Features({"image": datasets.Image()}))
+    expected = classifier(pictures, LABELS)
+    for column in (table["image"], table.to_iterable_dataset()["image"]):
+        answers = classifier(column, LABELS)
+        assert iter(answers) is answers
+        assert list(answers) == expected
+
+
+def test_on_adversarial(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:
+    plain = classifier(images, LABELS)
+    scores = [found["evidence"]["dae_score"] for found in classifier(images, LABELS, return_evidence=True)]
+    middle = sorted(scores)[1]
+    classifier.model.set_detector(DetectorConfig(threshold=middle))
+    suspicious = [score > middle for score in scores]
+    assert sorted(suspicious) == [False, False, True, True]
+    assert classifier(images, LABELS) == plain
+    flagged = classifier(images, LABELS, on_adversarial="flag")
+    assert [{entry["flagged"] for entry in answer} for answer in flagged] == [{flag} for flag in suspicious]
+    silent = classifier(images, LABELS, on_adversarial="abstain", return_evidence=True)
+    for answer, flag, wanted in zip(silent, suspicious, plain, strict=True):
+        assert answer["labels"] == ([] if flag else wanted)
+        assert answer["evidence"]["flagged"] is flag
+        assert len(answer["evidence"]["undefended"]) == 3
+    with pytest.raises(ValueError, match="on_adversarial: expected one of ignore, flag, abstain, got 'warn'"):
+        classifier(images, LABELS, on_adversarial="warn")
+
+
+def test_threads_get_their_own_answers(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:
+    """Eight threads with label sets of their own: to the bit what each gets alone, whoever loads the text tower."""
+    tasks = [([f"{name} {index}" for name in ("cat", "dog", "car")], images[index % 4]) for index in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda task: classifier(task[1], task[0], return_evidence=True), tasks))
+    assert together == [classifier(image, labels, return_evidence=True) for labels, image in tasks]
+
+
+def test_a_text_is_encoded_once_and_forgotten_in_time(
+    classifier: RobustZeroShotClassifier, images: torch.Tensor
+) -> None:
+    classifier.task(["the head of the undefended model is made once, too"])
+    text = classifier.model.text
+    seen: list[int] = []
+    encode = text.tower.encode_text
+    text.tower.encode_text = lambda tokens: seen.append(len(tokens)) or encode(tokens)
+    for _ in range(3):
+        classifier(images, LABELS)
+    assert seen == [len(LABELS) * 6]
+    classifier(images, LABELS, hypothesis_template="single")
+    assert seen == [len(LABELS) * 6, len(LABELS)]
+    for index in range(100):
+        classifier.task([f"label {index}"], "single")
+    assert len(text._cache) == 64
+
+
+def test_a_task_is_what_the_classifier_answers_by(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:
+    """And what can be attacked: gradients reach the pictures."""
+    task = classifier.task(LABELS)
+    scores = task.defended(images).softmax(-1)
+    answers = classifier(images, LABELS)
+    assert [LABELS[int(i)] for i in scores.argmax(-1)] == [answer[0]["label"] for answer in answers]
+    for view in (task.defended, task.undefended):
+        attacked = PGD(epsilon=8 / 255, steps=2)(view, images, scores.argmax(-1))
+        assert not torch.equal(attacked, images)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(clip_source: str, images: torch.Tensor, dtype: torch.dtype) -> None:
+    full = RobustZeroShotClassifier(make_zepad(clip_source))
+    half = RobustZeroShotClassifier(make_zepad(clip_source)).to("cpu", dtype)
+    assert next(half.model.branch("full").encoder.parameters()).dtype == dtype
+    for one, two in zip(full(images, LABELS), half(images, LABELS, return_evidence=True), strict=True):
+        assert one[0]["score"] == pytest.approx(two["labels"][0]["score"], abs=0.05)
+    with pytest.raises(ValueError, match=r"expected torch\.float32"):
+        half.to(dtype=torch.int8)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_on_a_gpu(clip_source: str, images: torch.Tensor) -> None:
+    """Moved after the text tower was loaded, too."""
+    classifier = RobustZeroShotClassifier(make_zepad(clip_source))
+    expected = classifier(images, LABELS, return_evidence=True)
+    for one, two in zip(expected, classifier.to("cuda")(images.cuda(), LABELS, return_evidence=True), strict=True):
+        assert one["labels"][0]["score"] == pytest.approx(two["labels"][0]["score"], abs=1e-3)
+
+
+def _bomb(side: int) -> bytes:
+    """A small PNG that says it is huge."""
+    file = io.BytesIO()
+    Image.new("1", (9, 9)).save(file, "PNG")
+    header = b"IHDR" + struct.pack(">II", side, side) + file.getvalue()[24:29]
+    return file.getvalue()[:12] + header + struct.pack(">I", zlib.crc32(header)) + file.getvalue()[33:]
+
+
+def test_pictures_that_are_not_taken(
+    classifier: RobustZeroShotClassifier, images: torch.Tensor, tmp_path: Path
+) -> None:
+    png = io.BytesIO()
+    to_pil_image(images[0]).resize((300, 300)).save(png, "PNG")
+    jpeg = io.BytesIO()
+    to_pil_image(images[0]).resize((300, 300)).save(jpeg, "JPEG")
+    (tmp_path / "cut.jpg").write_bytes(jpeg.getvalue()[:800])
+    late = Image.open(io.BytesIO(png.getvalue()[:-9000]))  # opened, and broken where it has not been read yet
+    for bad, message in (
+        (png.getvalue()[:-9000], "could not be read as a picture"),
+        (jpeg.getvalue()[:800], "could not be read as a picture"),
+        (str(tmp_path / "cut.jpg"), r"cut.jpg' could not be read as a picture"),
+        (late, "could not be read as a picture"),
+        (b"", "0 bytes could not be read as a picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "could not be read as a picture"),
+        (_bomb(30000), "decompression bomb|30000 x 30000 pixels"),
+        (Image.new("I;16", (9, 9)), "more than 8 bits per channel"),
+        (np.zeros((9, 9, 4), np.uint8), r"drop alpha with array\[..., :3\]"),
+        (np.zeros((9, 9, 3), np.uint16), "expected 8-bit levels"),
+        (np.zeros((9, 9, 3), np.int64), "expected an array of uint8"),
+        (np.full((9, 9, 3), 7.0), "write images / 255"),
+        (np.full((9, 9, 3), np.nan), "NaN or infinity"),
+        (torch.full((3, 9, 9), float("nan")), "NaN or infinity"),
+        (torch.zeros(4, 9, 9), r"drop alpha with images\[:, :3\]"),
+        (torch.zeros(9, 9, 3), "colour last"),
+        (torch.zeros(3, 0, 9), "has no pixels"),
+        (torch.zeros(3, 9, 9, dtype=torch.int32), r"images.float\(\) / 255"),
+        (np.zeros((0, 9, 3), np.uint8), "has no pixels"),
+        (3, "got int"),
+        (None, "got NoneType"),
+        ({"image": 1}, "got dict"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            classifier(bad, LABELS)
+    with pytest.raises(ValueError, match=r"picture 1: .*could not be read"):
+        classifier([images[0], b"no picture"], LABELS)
+    small = RobustZeroShotClassifier(classifier.model, max_pixels=100)
+    with pytest.raises(ValueError, match="has 300 x 300 pixels, more than the 100 that are taken"):
+        small(png.getvalue(), LABELS)
+    for template in ("a {x} {}", "{", "{} {:>99999999}", "{}}", "{!r}", "{0}"):
+        with pytest.raises(ValueError, match=r"exactly one|unknown prompt set"):
+            classifier(images, LABELS, hypothesis_template=template)
+    with pytest.raises(ValueError, match="batch_size"):
+        RobustZeroShotClassifier(classifier.model, batch_size=0)

@@ -1,0 +1,284 @@
+"""The command line as a person meets it: help, errors in one line, JSON, and a real run on small networks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.helpers.hub_server import environment, running_hub
+from tests.helpers.models import make_zepad
+from zepad_mm import __version__
+from zepad_mm.attacks import Perturbation
+from zepad_mm.cli import COMMANDS, budget, main
+from zepad_mm.models.zepad import DetectorConfig, ZePAD
+
+
+@pytest.fixture(scope="module")
+def saved(clip_source: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A defended model on disk."""
+    folder = tmp_path_factory.mktemp("model")
+    make_zepad(clip_source).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Class folders of a data set nobody has seen."""
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 6), ("test", 3)):
+        for name in ("cat", "dog"):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = (torch.rand(32, 32, 3, generator=generator) * 255).byte().numpy()
+                Image.fromarray(pixels).save(folder / split / name / f"{index}.png")
+    return str(folder)
+
+
+def test_help_and_version_load_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "from zepad_mm.cli import main\n"
+        "for words in (['--help'], ['--version'], ['evaluate', '--help'], ['nonsense'], []):\n"
+        "    try: main(words)\n"
+        "    except SystemExit as stop: assert not stop.code, stop.code\n"
+        "heavy = {'torch', 'transformers', 'open_clip', 'datasets', 'matplotlib', 'sklearn'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True, text=True)
+    for word in (*COMMANDS, "--threats", __version__):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize(("text", "value"), [("4/255", 4 / 255), ("0.0157", 0.0157), ("8/255", 8 / 255), ("1", 1.0)])
+def test_budgets(text: str, value: float) -> None:
+    assert budget(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["8", "0", "-1/255", "4/0", "four", "", "nan", "4/255/2"])
+def test_budgets_that_cannot_be_meant(text: str) -> None:
+    with pytest.raises(ValueError, match="--eps: expected a budget"):
+        budget(text)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nonsense"], "invalid choice"),
+        (["evaluate"], "model"),
+        (["evaluate", "embedded", "--eps", "8"], "--eps: expected a budget"),
+        (["evaluate", "embedded", "--norm", "l2"], "--eps: another norm needs a budget"),
+        (["evaluate", "embedded", "--norm", "l1", "--eps", "0.5"], "norm: expected one of linf, l2"),
+        (["evaluate", "embedded", "--n", "many"], "many"),
+        (["evaluate", "embedded", "--threats", "T9"], "unknown threat 'T9'"),
+        (["evaluate", "embedded", "--preset", "dmo"], "did you mean 'demo'"),
+        (["evaluate", "./nowhere"], "nowhere"),
+        (["classify", "embedded", "no.png", "--labels", "a,b"], "no.png does not exist"),
+        (["classify", "embedded", __file__, "--labels", ","], "--labels: expected names"),
+        (["attack", "open_clap:embedded"], "did you mean 'open_clip'"),
+        (["attack", "open_clip:embedded", "--attack", "uapp"], "unknown universal attack"),
+        (["classify", "embedded", __file__, "--labels", "a,b"], "could not be read as a picture"),
+        (["classify", "embedded", __file__, "--labels", "a,b", "--on-adversarial", "warn"], "expected one of ignore"),
+        (["classify", "embedded", __file__, "--labels", "a,b", "--template", "fotos"], "did you mean 'photo'"),
+        (["defend", "open_clip:embedded"], "out"),
+        (["defend", "timm:resnet18", "--out", "x"], "zero-shot heads need a CLIP"),
+        (["defend", "open_clip:embedded", "--out", "x", "--defences", "tecao"], "did you mean 'tecoa'"),
+        (["defend", "open_clip:embedded", "--out", "x", "--steps", "0"], "steps: expected at least 1"),
+        (["card", "./nowhere"], "nowhere/config.json does not exist"),
+        (["card", "./nowhere", "--report", "./nowhere"], "nowhere"),
+        (["push", "./nowhere", "owner/name"], "nowhere"),
+        (["demo", "--preset", "dmo"], "did you mean 'demo'"),
+        (["demo", "--n", "0"], "n: expected at least 1"),
+        (["serve", "embedded", "--workers", "0"], "workers: expected at least 1"),
+        (["serve", "embedded", "--host", "203.0.113.1"], "cannot listen on 203.0.113.1:7860"),
+        (["serve", "embedded", "--perturbation", "./nowhere"], "nowhere does not exist"),
+        (["serve", "./nowhere", "--port", "0"], "nowhere"),
+    ],
+)
+def test_a_users_error_is_one_line(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("zepad: ")
+    assert message in said.err
+    assert said.err.count("\n") == 1
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) in (0, 1)
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["zepad-mm"] == __version__
+    assert found["shipped"]["clothing"]
+    main(["doctor"])
+    assert "torch" in capsys.readouterr().out
+
+
+def test_evaluate_on_pictures_of_ones_own(
+    saved: str, pictures: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model was saved for other classes: it is pointed at those of the folders."""
+    out = tmp_path / "out"
+    words = ["evaluate", saved, "--data", pictures, "--threats", "T2", "--eps", "2/255", "--n", "5", "--out", str(out)]
+    words += ["--preset", "smoke"]
+    assert main([*words, "--json", "--quiet"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((out / "report.json").read_text())
+    assert printed["meta"]["config"]["model"]["class_names"] == ["cat", "dog"]
+    assert {row["epsilon"] for row in printed["rows"] if row["threat"] == "T2"} == {2 / 255}
+    assert {row["n"] for row in printed["rows"]} == {5}
+    for name in ("report.md", "records.parquet", "accuracy.png", "confidence.png"):
+        assert (out / name).is_file()
+    assert main([*words, "--resume", "--no-figures", "--quiet"]) == 0
+    assert capsys.readouterr().out.startswith("# Robustness on")
+
+
+def test_classify(saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "red.png"
+    Image.new("RGB", (40, 30), "red").save(picture)
+    assert main(["classify", saved, str(picture), str(picture), "--labels", "cat, dog", "--json", "--evidence"]) == 0
+    answers = json.loads(capsys.readouterr().out)
+    assert [answer["image"] for answer in answers] == [str(picture)] * 2
+    assert {one["label"] for one in answers[0]["answer"]["labels"]} == {"cat", "dog"}
+    assert set(answers[0]["answer"]["evidence"]["confidences"]) == {"full", "lora", "benign"}
+    assert main(["classify", saved, str(picture), "--labels", "cat,dog", "--top", "1", "--evidence"]) == 0
+    assert "flagged" in capsys.readouterr().out
+
+
+def test_attack_writes_a_perturbation(
+    clip_source: str, pictures: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "delta.safetensors"
+    words = ["attack", clip_source, "--data", pictures, "--eps", "6/255", "--steps", "2", "--image-size", "32"]
+    assert main([*words, "--out", str(out), "--json", "--quiet"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert about["epsilon"] == pytest.approx(6 / 255)
+    assert Perturbation.load(out, 6 / 255).delta.shape == (3, 32, 32)
+
+
+def test_abstaining(saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "red.png"
+    Image.new("RGB", (40, 30), "red").save(picture)
+    model = ZePAD.from_pretrained(saved)
+    model.set_detector(DetectorConfig(threshold=-1.0))
+    model.save_pretrained(tmp_path / "strict")
+    words = ["classify", str(tmp_path / "strict"), str(picture), "--labels", "cat,dog", "--template", "a {}"]
+    assert main([*words, "--on-adversarial", "abstain"]) == 0
+    assert "no answer: it looks adversarial" in capsys.readouterr().out
+    assert main([*words, "--on-adversarial", "flag", "--top", "1"]) == 0
+    assert "(looks adversarial)" in capsys.readouterr().out
+
+
+def test_extras_that_are_missing_are_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("zepad_mm.serve")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    assert main(["serve", "embedded"]) == 2
+    assert "zepad serve needs fastapi: pip install 'zepad-mm[serve]'" in capsys.readouterr().err
+
+
+# what makes the examples of --help small enough for a test; a later option overrides an earlier one
+SMALLER = {
+    "attack": ["--steps", "2", "--n", "16"],
+    "defend": ["--steps", "2", "--n", "16", "--n-validation", "8", "--batch-size", "4", "--defences", "tecoa"],
+    "evaluate": ["--preset", "smoke", "--threats", "clean", "--n", "4", "--no-figures"],
+    "demo": ["--preset", "smoke", "--n", "4"],
+}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as the examples expect it."""
+    folder = tmp_path_factory.mktemp("workplace")
+    Image.new("RGB", (60, 80), "red").save(folder / "photo.jpg")
+    ZePAD.from_pretrained("embedded").save_pretrained(folder / "defended")
+    return folder
+
+
+def example_of(name: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The words after ``zepad`` in the example that its help shows."""
+    with pytest.raises(SystemExit, match="0"):
+        main([name, "--help"])
+    line = capsys.readouterr().out.partition("example:")[2].strip().splitlines()[0]
+    assert line == COMMANDS[name].example
+    words = shlex.split(line)
+    assert words[:2] == ["zepad", name]
+    return words[1:]
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("serve", "push")])
+def test_the_example_of_its_help_runs(
+    name: str, workplace: Path, clip_source: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order of the commands, in one folder: a report is there when a card is written from it."""
+    monkeypatch.chdir(workplace)
+    if name in ("report", "card") and not Path("outputs/evaluation/report.json").is_file():
+        assert main([*example_of("evaluate", capsys), *SMALLER["evaluate"], "--quiet"]) == 0
+    if name == "defend":
+        shutil.rmtree(workplace / "defended")
+    words = [*example_of(name, capsys), *SMALLER.get(name, []), "--quiet"]
+    if name == "defend":  # seconds for the embedded CLIP's minutes
+        words[words.index("open_clip:embedded")] = clip_source
+    try:
+        assert main([*words, "--json"] if COMMANDS[name].json else words) in ((0, 1) if name == "doctor" else (0,))
+        said = capsys.readouterr().out
+        assert json.loads(said) if COMMANDS[name].json else said
+    finally:
+        if name == "defend":
+            ZePAD.from_pretrained("embedded").save_pretrained(workplace / "defended")
+
+
+def test_the_example_of_push_runs(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Against a Hub on this machine, in a process of its own: the client reads its address when it is imported."""
+    words = [word for word in example_of("push", capsys) if word not in ("--report", "outputs/evaluation")]
+    with running_hub() as hub:
+        hub.tokens["key"] = "owner"
+        variables = {
+            **os.environ,
+            **environment(hub, tmp_path),
+            "HF_TOKEN": "key",
+            "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0",
+        }
+        command = [sys.executable, "-m", "zepad_mm.cli", *words, "--json", "--quiet"]
+        done = subprocess.run(
+            command, env=variables, cwd=workplace, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert hub.url in json.loads(done.stdout)["url"]
+        assert "config.json" in hub.files("owner/name")
+        assert hub.repos["owner/name"].private
+        variables["HF_TOKEN"] = "no-key"
+        refused = subprocess.run(
+            command, env=variables, cwd=workplace, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert refused.returncode == 2
+        assert refused.stderr.startswith("zepad: ")
+        assert "no-key" not in refused.stderr + refused.stdout
+
+
+def test_the_example_of_serve_runs(capsys: pytest.CaptureFixture[str], workplace: Path) -> None:
+    """Ctrl-C ends it."""
+    words = [*example_of("serve", capsys), "--port", "0", "--json"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "zepad_mm.cli", *words], stdout=subprocess.PIPE, text=True, cwd=workplace
+    ) as process:
+        assert process.stdout is not None
+        url = json.loads(process.stdout.readline())["url"]
+        assert url.startswith("http://127.0.0.1:")
+        with urllib.request.urlopen(f"{url}/v1/health", timeout=60) as answer:
+            assert json.load(answer) == {"status": "ok"}
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) in (0, 130)

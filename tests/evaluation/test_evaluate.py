@@ -1,0 +1,499 @@
+"""The protocol, end to end, on small networks that were really trained: one of them adversarially."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.helpers.toy_defence import CLASSES, SETTINGS, defended, pictures
+from zepad_mm.attacks import PGD, Perturbation
+from zepad_mm.encoders import Encoder
+from zepad_mm.evaluation import PRESETS, EvalData, EvalSettings, Records, Report, acceptance, evaluate, read_stage
+from zepad_mm.evaluation import engine as runner_module
+from zepad_mm.evaluation.context import Session
+from zepad_mm.evaluation.plots import confidence_figure, contact_sheet, tradeoff_figure, write_figures
+from zepad_mm.evaluation.records import INCLUDED
+from zepad_mm.models.branch import Branch, BranchConfig
+from zepad_mm.models.fusion import RULES, Decision, Fusion, build
+from zepad_mm.models.zepad import DetectorConfig, ZePAD, ZePADConfig
+
+
+@pytest.fixture(scope="module")
+def model() -> ZePAD:
+    return defended()
+
+
+@pytest.fixture(scope="module")
+def data() -> EvalData:
+    return pictures()
+
+
+@pytest.fixture(scope="module")
+def finished(model: ZePAD, data: EvalData, tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path]:
+    out = tmp_path_factory.mktemp("evaluation")
+    return evaluate(model, data=data, settings=SETTINGS, out=out), out
+
+
+def test_the_report_has_the_form_that_stands(finished: tuple[Report, Path], model: ZePAD) -> None:
+    report, out = finished
+    written = json.loads((out / "report.json").read_text())
+    assert set(written) == {"meta", "rows", "detection"}
+    assert {"commit", "config", "seed", "hardware", "versions", "wall_s", "warnings"} <= set(written["meta"])
+    assert Report.load(out) == Report.load(out / "report.json") == Report(**written)
+    for row in written["rows"]:
+        wanted = {"model", "attack", "threat", "epsilon", "norm", "dataset", "n", "accuracy", "ci_low", "ci_high"}
+        assert wanted | {"seconds", "asr", "asr_correct"} <= set(row)
+        assert row["n"] == 96
+        assert 0 <= row["ci_low"] <= row["accuracy"] <= row["ci_high"] <= 1
+    rules = {f"zepad:{rule}" for rule in RULES}
+    branches = {f"branch:{name}" for name in model.branches}
+    assert set(report.models) == {"undefended", "zepad", "baseline:equal"} | rules | branches
+    for name in report.models:
+        for threat in ("T1", "T1b", "T2"):
+            assert report.accuracy(name, threat) <= report.accuracy(name)
+        assert report.accuracy(name, "T1b") <= report.accuracy(name, "T1")
+    for row in written["detection"]:
+        wanted = {"model", "score", "threat", "attack", "auroc", "tpr_at_fpr1", "tpr_at_fpr5", "accuracy_paper_rule"}
+        assert wanted | {"n"} <= set(row)
+    assert {row["threat"] for row in written["detection"]} == {"T1", "T1b", "T2", "T3"}
+
+
+def test_the_figures_are_what_such_models_must_show(finished: tuple[Report, Path]) -> None:
+    report, _ = finished
+    assert report.accuracy("undefended") > 0.9
+    assert report.accuracy("branch:benign", "T2") < 0.2
+    assert report.accuracy("branch:robust_a", "T2") > 0.5
+    # the prototypes' order: a bounded benign weight keeps what the robust branches hold, confidence weights lose it
+    assert report.accuracy("zepad:rfdm", "T2") + 0.1 < report.accuracy("zepad", "T2")
+    assert report.accuracy("undefended", "T1") < report.accuracy("undefended", "T1", "random_noise")
+    # a rule is never better than under one attack of the pool
+    pool = [row for row in report.rows if row["model"] == "zepad" and row["threat"] == "T2"]
+    assert report.accuracy("zepad", "T2") <= min(row["accuracy"] for row in pool)
+    names = {row["attack"] for row in pool}
+    assert {"pgd@branch:benign", "pgd@robust_branches", "pgd@all_branches", "pgd@zepad"} <= names
+    assert {f"pgd@zepad:{rule}" for rule in RULES if rule != "bounded_benign"} <= names
+    assert "pgd@zepad:bounded_benign" not in names  # the same rule as zepad's, attacked once
+    assert any(name.startswith("feature_uap@") for name in names)
+    # the shipped rule and its namesake share every example, so they must agree
+    assert report.accuracy("zepad", "T2") == report.accuracy("zepad:bounded_benign", "T2")
+
+
+def test_the_table_can_be_recomputed_from_the_records(finished: tuple[Report, Path]) -> None:
+    report, out = finished
+    records = Records.load(out)
+    again = {(row["model"], row["threat"], row["attack"]): row for row in records.rows()}
+    for row in report.rows:
+        assert again.pop((row["model"], row["threat"], row["attack"])) == row
+    assert not again
+    # and once more without the library's own arithmetic
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(out / "records.parquet").to_pydict()
+    label = torch.tensor(table["label"])
+    for model in report.models:
+        for threat, included in INCLUDED.items():
+            if threat == "T3" or threat not in report.threats:
+                continue
+            right = torch.tensor(table[f"{model}|clean/none"]) == label
+            for column, values in table.items():
+                start, _, key = column.partition("|")
+                if start == model and key.split("/")[0] in included and not key.endswith("random_noise"):
+                    right &= torch.tensor(values) == label
+            assert report.accuracy(model, threat) == pytest.approx(float(right.double().mean()))
+    assert len(set(table["picture"])) == len(label)
+
+
+def test_branch_and_fused_predictions_are_those_of_the_model(
+    finished: tuple[Report, Path], model: ZePAD, data: EvalData
+) -> None:
+    """The cached logits must be what the modules say on the very pictures."""
+    _, out = finished
+    records = Records.load(out)
+    with torch.no_grad():
+        assert records.predictions["zepad", "clean/none"].tolist() == model(data.test.images).argmax(-1).tolist()
+        (file,) = (out / "perturbations").glob("feature_uap@undefended*")
+        perturbation = Perturbation.load(file, SETTINGS.epsilon_universal)
+        attacked = perturbation(data.test.images)
+        key = "T1/feature_uap@undefended"
+        assert records.predictions["undefended", key].tolist() == model.undefended(attacked).argmax(-1).tolist()
+        equal = build("equal", model.benign)(model.branch_logits(attacked)).logits.argmax(-1)
+        assert records.predictions["zepad:equal", key].tolist() == equal.tolist()
+    assert read_stage(out, "T1", "feature_uap@undefended")["logits"].shape == (4, 96, 3)
+
+
+def test_the_detector_faces_an_attacker_who_knows_it(finished: tuple[Report, Path]) -> None:
+    report, out = finished
+    records = Records.load(out)
+    assert [row["model"] for row in report.rows if row["threat"] == "T3"] == ["zepad"] * 4
+    # no better than without knowing it: right or flagged under every T2 example
+    assert report.accuracy("zepad", "T3") >= report.accuracy("zepad", "T2")
+    t2_only = torch.stack(
+        [
+            (records.predictions["zepad", a.key] == records.labels) | records.flagged[a.key]
+            for a in records.attempts
+            if a.threat in ("clean", "T2")
+        ]
+    ).all(0)
+    assert report.accuracy("zepad", "T3") < float(t2_only.float().mean())  # the adaptive attacks add something
+    adaptive = {row["score"]: row for row in report.detection if row["threat"] == "T3" and row["attack"] == "worst"}
+    plain = {row["score"]: row for row in report.detection if row["attack"] == "first_success"}
+    assert adaptive["jensen_shannon"]["auroc"] < plain["jensen_shannon"]["auroc"]
+    assert adaptive["jensen_shannon"]["adaptive"]
+
+
+def test_a_killed_run_redoes_only_what_is_unfinished(
+    finished: tuple[Report, Path], model: ZePAD, data: EvalData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report, out = finished
+    again = tmp_path / "again"
+    shutil.copytree(out, again)
+    kept = sorted((again / "cache").glob("*.safetensors"))
+    lost = again / "cache" / "T2_pgd@zepad_equal.safetensors"
+    lost.unlink()
+    before = {path: path.stat().st_mtime_ns for path in kept if path != lost}
+    resumed = evaluate(model, data=data, settings=SETTINGS, out=again, resume=True)
+    assert lost.is_file()
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    strip = [{key: value for key, value in row.items() if key != "seconds"} for row in resumed.rows]
+    assert strip == [{key: value for key, value in row.items() if key != "seconds"} for row in report.rows]
+    with pytest.raises(ValueError, match="another run: settings differ"):
+        evaluate(model, data=data, settings=replace(SETTINGS, steps=7), out=again, resume=True)
+    monkeypatch.setattr(runner_module, "run_universal", _killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, data=data, settings=SETTINGS, out=again)
+    # without resume a run starts afresh: nothing stale is left to be taken for its own
+    assert sorted(path.stem for path in (again / "cache").glob("*.safetensors")) == ["clean_none", "validation"]
+
+
+def test_a_folder_of_somebody_elses_is_left_alone(model: ZePAD, data: EvalData, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "theirs.safetensors").write_bytes(b"precious")
+    with pytest.raises(ValueError, match="something else than stages"):
+        evaluate(model, data=data, settings=SETTINGS, threats="clean", out=tmp_path)
+    assert (tmp_path / "cache" / "theirs.safetensors").read_bytes() == b"precious"
+
+
+def _killed(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_seeds_fix_everything(model: ZePAD, data: EvalData) -> None:
+    settings = replace(SETTINGS, threats=("T1", "T2"), n=32, rules=("equal",), diagnostics_n=0)
+    state = torch.get_rng_state()
+    modes = [module.training for module in model.modules()]
+    first = evaluate(model, data=data, settings=settings)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+    assert all(p.requires_grad and p.grad is None for b in model.branches.values() for p in b.parameters())
+    second = evaluate(model, data=data, settings=settings)
+    assert [row["accuracy"] for row in first.rows] == [row["accuracy"] for row in second.rows]
+
+
+class Broken(nn.Module):
+    """A backbone behind a step that makes naive attacks fail."""
+
+    def __init__(self, inner: nn.Module, step: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner = inner
+        self.step = step
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.step(self.inner, images)
+
+
+def randomly_shifted(inner: nn.Module, images: Tensor) -> Tensor:
+    """Test-time randomness; normalised pixels."""
+    return inner(images + 0.5 * torch.randn_like(images))
+
+
+# name -> the step, the head's factor, the check that must fail; None: the default attacks must break it
+BROKEN: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], float, str | None]] = {
+    "quantised input": (lambda inner, x: inner((x * 4).round() / 4), 1.0, "gradients"),
+    "hard gate": (lambda inner, x: inner((x > 0).to(x.dtype)), 1.0, "gradients"),
+    "detached": (lambda inner, x: inner(x.detach()) + 0 * x.flatten(1)[:, :1], 1.0, "gradients"),
+    "random": (randomly_shifted, 1.0, "no_randomness"),
+    "saturated": (lambda inner, x: inner(x), 1e6, None),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_defence_that_only_looks_robust_is_broken_or_flagged(
+    name: str, model: ZePAD, data: EvalData, finished: tuple[Report, Path]
+) -> None:
+    step, factor, check = BROKEN[name]
+    benign = model.branch("benign")
+    backbone = Broken(benign.encoder.backbone, step)
+    encoder = Encoder(backbone, benign.encoder.preprocess, benign.encoder.feature_dim, "toy:broken")
+    config = BranchConfig(name="broken", role="bmp", source="toy:broken", head="linear")
+    head = copy.deepcopy(benign.head)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.mul_(factor)
+    branch = Branch(config, encoder, head)
+    broken = ZePAD(ZePADConfig(public_source="toy:public", branches=(config,), class_names=CLASSES), [branch]).eval()
+    broken.set_undefended(model.undefended)
+    with torch.random.fork_rng():
+        report = evaluate(broken, data=data, settings=replace(SETTINGS, threats=("T1", "T2"), rules=("equal",)))
+    found = {check["name"]: check["passed"] for check in report.meta["diagnostics"]}
+    if check is None:
+        naive = PGD(loss="ce", epsilon=SETTINGS.epsilon, steps=SETTINGS.steps, random_start=False)
+        attacked = naive(branch, data.test.images, data.test.labels)
+        assert float((branch(attacked).argmax(-1) == data.test.labels).float().mean()) > 0.5  # what the naive one says
+        at_most = finished[0].accuracy("branch:benign", "T2") + 0.03
+        assert report.accuracy("zepad", "T2") <= at_most or not found["more_steps"]
+        assert report.accuracy("zepad", "T2") < 0.3
+        return
+    assert not found[check], report.meta["diagnostics"]
+    assert any(text.startswith(f"likely overestimated ({check})") for text in report.meta["warnings"])
+    assert "likely overestimated" in report.markdown().splitlines()[0]
+
+
+@dataclass(frozen=True)
+class Leaking(Fusion):
+    """A detector that peeks at the true labels of the test pictures, by their place in the batch."""
+
+    labels: Tensor = field(default_factory=lambda: torch.empty(0), compare=False)
+
+    def __call__(self, branch_logits: Tensor) -> Decision:
+        decision = super().__call__(branch_logits)
+        wrong = decision.logits.argmax(-1) != self.labels[: branch_logits.shape[1]]
+        return replace(decision, dae_score=wrong.float())
+
+
+def test_a_detector_that_peeks_at_the_labels_is_flagged(data: EvalData) -> None:
+    model = defended().set_detector(DetectorConfig(threshold=0.5))
+    model.fusion = Leaking(model.fusion.rule, model.fusion.benign, labels=data.test.labels)
+    settings = replace(SETTINGS, threats=("T2", "T3"), rules=("equal",), diagnostics_n=0)
+    report = evaluate(model, data=data, settings=settings)
+    assert report.accuracy("zepad", "T3") > report.accuracy("zepad", "T2") + 0.1  # it seems to help
+    assert report.doubted
+    (check,) = [check for check in report.meta["diagnostics"] if check["name"] == "pictures_judged_alone"]
+    assert not check["passed"]
+
+
+class Killed(BaseException):
+    """As sudden as a kill: nobody catches it."""
+
+
+def test_killed_at_twenty_moments_and_resumed_it_is_the_same(
+    finished: tuple[Report, Path], model: ZePAD, data: EvalData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out = finished
+    forward, moments = Branch.forward, torch.Generator().manual_seed(0)
+    redone: dict[str, int] = {}
+    part = Session.part
+
+    def counted(self: Session, name: str, number: int, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+        def noted() -> torch.Tensor:
+            result = work()
+            redone[f"{name} {number}"] = redone.get(f"{name} {number}", 0) + 1
+            return result
+
+        return part(self, name, number, noted)
+
+    monkeypatch.setattr(Session, "part", counted)
+    for _ in range(20):
+        left = int(torch.randint(40, 160, (), generator=moments))
+
+        def mortal(self: Branch, images: torch.Tensor) -> torch.Tensor:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            return forward(self, images)
+
+        monkeypatch.setattr(Branch, "forward", mortal)
+        with contextlib.suppress(Killed):
+            evaluate(model, data=data, settings=SETTINGS, out=tmp_path, resume=True)
+    monkeypatch.setattr(Branch, "forward", forward)
+    resumed = evaluate(model, data=data, settings=SETTINGS, out=tmp_path, resume=True)
+    drop = ("seconds",)
+    assert [{k: v for k, v in row.items() if k not in drop} for row in resumed.rows] == [
+        {k: v for k, v in row.items() if k not in drop} for row in whole.rows
+    ]
+    before, after = Records.load(out), Records.load(tmp_path)
+    assert before.predictions.keys() == after.predictions.keys()
+    assert all(torch.equal(before.predictions[key], after.predictions[key]) for key in before.predictions)
+    stages = [key for key in redone if not key.startswith(("sweep", "transfer", "more steps"))]
+    assert stages
+    assert all(redone[key] == 1 for key in stages)  # no finished batch was done twice
+
+
+def test_honest_models_pass_the_checks(finished: tuple[Report, Path]) -> None:
+    report, _ = finished
+    found = {check["name"]: check for check in report.meta["diagnostics"]}
+    assert set(found) == {
+        "finite",
+        "robust_not_above_clean",
+        "outputs_are_logits",
+        "no_randomness",
+        "noise_not_stronger_than_t2",
+        "noise_weaker_than_t1",
+        "t1_not_weaker_than_t1b",
+        "gradients",
+        "pictures_judged_alone",
+        "more_steps",
+        "budget_sweep",
+        "transfer_not_stronger",
+    }
+    for name in ("finite", "robust_not_above_clean", "noise_weaker_than_t1", "gradients", "budget_sweep"):
+        assert found[name]["passed"], found[name]
+
+
+def test_a_rule_that_is_behind_already_gets_an_upper_bound(
+    finished: tuple[Report, Path], model: ZePAD, data: EvalData, tmp_path: Path
+) -> None:
+    full, _ = finished
+    report = evaluate(model, data=data, settings=replace(SETTINGS, skip_settled=True, diagnostics_n=0), out=tmp_path)
+    bounds = {name: report.row(name, "T2")["upper_bound"] for name in report.models}
+    assert any(bounds.values())
+    assert not bounds["zepad"]
+    own = {row["attack"] for row in report.rows if row["threat"] == "T2"}
+    for name, bounded in bounds.items():
+        assert report.accuracy(name, "T2") >= full.accuracy(name, "T2")
+        if bounded:
+            assert f"pgd@{name}" not in own
+            assert report.accuracy(name, "T2") < report.accuracy("zepad", "T2")
+    assert "<= " in report.markdown()
+    assert set(Records.load(tmp_path).settled) == {name for name, bounded in bounds.items() if bounded}
+
+
+def test_the_full_preset_runs_every_attack_there_is(model: ZePAD, data: EvalData) -> None:
+    full = PRESETS.get("full")
+    few = dict.fromkeys(full.universal, 2)
+    settings = replace(
+        full, n=12, steps=2, restarts=1, square_queries=3, detector_steps=2, diagnostics_n=4, n_surrogate=32,
+        universal_steps=few, family_steps=dict.fromkeys(full.universal_family, 2), rules=("rfdm",),
+    )  # fmt: skip
+    report = evaluate(model, data=data, settings=settings)
+    ran = {row["attack"] for row in report.rows}
+    assert {f"{name}@undefended" for name in full.universal} <= ran
+    assert {f"{kind}@zepad" for kind in (*full.own_attacks, *full.adaptive, *full.evasion)} <= ran
+    assert {check["name"] for check in report.meta["diagnostics"]} >= {"square_not_stronger", "no_randomness"}
+
+
+def test_more_baselines_and_fewer_threats(model: ZePAD, data: EvalData) -> None:
+    settings = replace(SETTINGS, diagnostics_n=0, rules=("equal",))
+    report = evaluate(
+        model, data=data, settings=settings, threats=["T2"], n=20, baselines={"public_twin": model.undefended}
+    )
+    assert report.threats == ["clean", "T2"]
+    assert report.accuracy("baseline:public_twin", "T2") == report.accuracy("undefended", "T2")
+    assert report.row("zepad")["n"] == 20
+    assert not any(
+        row["attack"].startswith("pgd@baseline:public_twin") for row in report.rows
+    )  # one network, one attack
+    clean = evaluate(model, data=data, settings=settings, threats="clean", n=20)
+    assert "No white-box attack was run" in clean.markdown()
+
+
+def test_the_report_for_people(finished: tuple[Report, Path]) -> None:
+    report, out = finished
+    text = (out / "report.md").read_text()
+    for heading in ("T1: ", "T1b: ", "T2: ", "Detection", "In plain words"):
+        assert f"## {heading}" in text
+    shown = f"{100 * report.accuracy('zepad', 'T2'):.1f}"
+    words = "\n".join(report.words())
+    assert f"leaves {shown} % with the defence" in words
+    assert "its best branch `branch:robust" in words
+    assert "nan" not in text.lower().replace("nano", "")
+    with pytest.raises(KeyError, match="models: undefended, zepad"):
+        report.accuracy("nobody")
+
+
+def _report(**accuracies: float) -> Report:
+    rows = []
+    for key, accuracy in accuracies.items():
+        model, threat = key.split("__")
+        attack = "none" if threat == "clean" else "worst"
+        model = model.replace("branch_", "branch:")
+        rows.append({"model": model, "threat": threat, "attack": attack, "accuracy": accuracy})
+    return Report({"warnings": []}, rows)
+
+
+def test_acceptance_names_what_is_missed() -> None:
+    good = {
+        "undefended__clean": 0.7,
+        "zepad__clean": 0.695,
+        "undefended__T1": 0.4,
+        "zepad__T1": 0.6,
+        "zepad__T2": 0.31,
+        "branch_a__T2": 0.32,
+    }
+    assert acceptance(_report(**good)) == []
+    for change, message in (
+        ({"zepad__clean": 0.68}, "2.0 points below undefended on clean"),
+        ({"undefended__T1": 0.5, "zepad__T1": 0.7}, "the attack is weak"),
+        ({"zepad__T1": 0.5}, "gains 10.0 points"),
+        ({"zepad__T2": 0.29}, "3.0 points below its best branch"),
+    ):
+        (failure,) = acceptance(_report(**{**good, **change}))
+        assert message in failure
+
+
+def test_figures(finished: tuple[Report, Path], model: ZePAD, data: EvalData, tmp_path: Path) -> None:
+    report, out = finished
+    shutil.copytree(out, tmp_path / "out")
+    paths = write_figures(report, tmp_path / "out", model, data, count=3)
+    assert sorted(path.name for path in paths) == ["accuracy.png", "budget.png", "confidence.png", "contact_sheet.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    (panel,) = tradeoff_figure(report).axes
+    assert [text.get_text() for text in panel.get_xticklabels()] == report.models
+    logits = torch.randn(2, 5, 3)
+    assert len(confidence_figure({"clean": logits, "T1": logits}, ("a", "b"), (True, False)).axes) == 2
+    images = torch.rand(2, 3, 8, 8)
+    assert len(contact_sheet(images, images, ("x", "y"), {"zepad": ("x", "z")}).axes) == 6
+    with pytest.raises(ValueError, match="as many attacked pictures"):
+        contact_sheet(images, images[:1], ("x", "y"), {})
+
+
+def test_settings_and_data_are_checked(model: ZePAD, data: EvalData) -> None:
+    for preset in PRESETS:
+        assert EvalSettings.from_dict(PRESETS.get(preset).to_dict()) == PRESETS.get(preset)
+    for bad, message in (
+        ({"threats": ("T4",)}, "unknown threat 'T4'"),
+        ({"epsilon": 4.0}, "write 8/255, not 8"),
+        ({"epsilon": 0.0}, "positive budget"),
+        ({"rules": ("rfmd",)}, "did you mean 'rfdm'"),
+        ({"universal": ("uapp",)}, "did you mean 'uap'"),
+        ({"universal": ("adv_clip",)}, "is a patch"),
+        ({"own_attacks": ("autoattack",)}, "own_attacks"),
+        ({"n": 0}, "n: expected at least 1"),
+        ({"steps": 0}, "steps: expected at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            EvalSettings(**bad)
+    other = replace(data, test=replace(data.test, class_names=("a", "b", "c")))
+    with pytest.raises(ValueError, match="set_classes"):
+        evaluate(model, data=other, settings=SETTINGS)
+    with pytest.raises(ValueError, match="unknown evaluation preset"):
+        evaluate(model, data=data, settings="fast")
+
+
+def test_embedded_and_foreign_splits(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, n=5, n_validation=6, n_surrogate=7)
+    embedded = EvalData.load("embedded", settings)
+    assert (len(embedded.test), len(embedded.validation), len(embedded.surrogate)) == (5, 6, 7)
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 6), ("test", 2)):
+        for name in ("a", "b"):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = (torch.rand(8, 8, 3, generator=generator) * 255).byte().numpy()
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    found = EvalData.load(str(tmp_path), replace(settings, n=None, image_size=8))
+    assert (len(found.test), len(found.validation), len(found.surrogate)) == (4, 6, 6)
+    seen = {image.numpy().tobytes() for image in found.validation.images}
+    assert not seen & {image.numpy().tobytes() for image in found.surrogate.images}

@@ -1,0 +1,146 @@
+"""The model card: every figure is the report's, doubts come first, and another model's report is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from tests.helpers.models import make_zepad
+from zepad_mm.evaluation import Report
+from zepad_mm.evaluation.model_card import model_card, write_card
+from zepad_mm.models.zepad import EMBEDDED_MODEL, ZePADConfig
+from zepad_mm.utils.io import read_json
+
+DEMO = Path(__file__).parents[2] / "results" / "demo"
+
+
+@pytest.fixture(scope="module")
+def config() -> ZePADConfig:
+    return ZePADConfig.from_dict(read_json(EMBEDDED_MODEL / "config.json"))
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    """Of the shipped model, in full: all five threats, detection, and a doubt."""
+    return Report.load(DEMO)
+
+
+def changed(report: Report, **meta: Any) -> Report:
+    return Report({**report.meta, **meta}, report.rows, report.detection)
+
+
+def test_figures_are_those_of_the_report(config: ZePADConfig, report: Report) -> None:
+    text = model_card(config, report)
+    for threat in report.threats:
+        row = report.row("zepad", threat)
+        low, high = 100 * row["ci_low"], 100 * row["ci_high"]
+        assert f"{100 * row['accuracy']:.1f} ({low:.1f}-{high:.1f})" in text
+    for words in ("one perturbation for all pictures, made on the public encoder", "10/255", "4/255", "500 pictures"):
+        assert words in text
+    found = next(row for row in report.detection if row["score"] == "jensen_shannon" and row["threat"] == "T3")
+    assert f"| {found['auroc']:.3f} | {100 * found['tpr_at_fpr1']:.1f} " in text
+    assert "`pgd@branch:tecoa`" in text
+    assert report.meta["commit"] in text
+
+
+def test_the_metadata_is_what_the_hub_reads(config: ZePADConfig, report: Report) -> None:
+    data = ModelCard(model_card(config, report)).data
+    assert data.library_name == "zepad-mm"
+    assert data.pipeline_tag == "zero-shot-image-classification"
+    assert [result.metric_value for result in data.eval_results] == [
+        report.accuracy("zepad", threat) for threat in report.threats
+    ]
+    white_box = data.eval_results[report.threats.index("T2")]
+    assert white_box.metric_args["n"] == 500
+    assert white_box.metric_args["epsilon"] == pytest.approx(4 / 255)
+    assert white_box.metric_args["ci_low"] < white_box.metric_value < white_box.metric_args["ci_high"]
+
+
+def test_base_models_are_named_as_the_hub_names_them(config: ZePADConfig) -> None:
+    branches = tuple(
+        replace(branch, source=source)
+        for branch, source in zip(
+            config.branches,
+            ("open_clip:hf-hub:acme/clip@v1", "open_clip:ViT-B-32/laion2b_s34b_b79k", "timm:resnet18.a1_in1k"),
+            strict=True,
+        )
+    )
+    data = ModelCard(model_card(replace(config, branches=branches), None)).data
+    assert data.base_model == ["acme/clip", "laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "timm/resnet18.a1_in1k"]
+
+
+def test_doubts_come_before_everything_else(config: ZePADConfig, report: Report) -> None:
+    text = model_card(config, report)
+    banner = text.index("likely overestimated.**")
+    assert banner < text.index("## Use") < text.index("## Robustness")
+    assert report.meta["warnings"][0] in text[banner : text.index("## Use")]
+    assert all("likely overestimated" in r.metric_name for r in ModelCard(text).data.eval_results[1:])
+    sure = model_card(config, changed(report, warnings=[]))
+    assert "overestimated" not in sure
+
+
+def test_what_was_not_measured_is_said(config: ZePADConfig, report: Report) -> None:
+    kept = Report(report.meta, [row for row in report.rows if row["threat"] in ("clean", "T1")])
+    text = model_card(config, kept)
+    assert "**No white-box attack was run.**" in text
+    assert text.index("Not measured: ") < text.index("T1b (") < text.index("T2 (")
+    assert "## Detection" not in text
+    alarm = {"score": "jensen_shannon", "kind": "corruption", "name": "fog", "severity": 5, "flagged_at_fpr5": 0.5}
+    clean = {**alarm, "kind": "clean", "name": "clean", "severity": None}
+    text = model_card(config, changed(report, false_alarms=[clean, alarm]))
+    assert "under `fog` (severity 5) it flags 50.0 %" in text
+    text = model_card(replace(config, class_names=("a", "b")), report)
+    assert "other classes than it is saved with: dress, hat" in text
+    assert "Not evaluated yet" in model_card(config, None)
+
+
+def test_the_report_of_another_model_is_refused(config: ZePADConfig, report: Report) -> None:
+    with pytest.raises(ValueError, match="another model than the card: fusion, fusion_params differ"):
+        model_card(replace(config, fusion="rfdm", fusion_params={}), report)
+    moved = tuple(value + 1 for value in config.fingerprint)
+    with pytest.raises(ValueError, match=r"weights \(fingerprint\) differ"):
+        model_card(replace(config, fingerprint=moved), report)
+    with pytest.raises(ValueError, match="which model it is of"):
+        model_card(config, changed(report, config={}))
+
+
+def test_a_card_is_written_into_the_folder_of_a_model(clip_source: str, tmp_path: Path) -> None:
+    model = make_zepad(clip_source)
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        write_card(tmp_path, None)
+    model.save_pretrained(tmp_path)
+    card = tmp_path / "README.md"
+    card.unlink()
+    write_card(tmp_path, None)
+    assert "nobody else" not in card.read_text()
+    card.write_text("my own words")
+    with pytest.raises(FileExistsError, match="move it away"):
+        write_card(tmp_path, None)
+    assert card.read_text() == "my own words"
+
+
+def test_the_card_of_an_evaluation_just_made(clip_source: str, tmp_path: Path, images: Any) -> None:
+    """Not the shipped report alone: what ``evaluate`` writes today has all that the card asks for."""
+    import torch
+
+    from zepad_mm.data import LabelledImages
+    from zepad_mm.evaluation import EvalData, EvalSettings, evaluate
+
+    model = make_zepad(clip_source)
+    model.save_pretrained(tmp_path)
+    part = LabelledImages(images, torch.tensor([0, 1, 2, 0]), model.class_names, "noise")
+    settings = EvalSettings(threats=("clean", "T2", "T3"), steps=1, restarts=1, detector_steps=1, diagnostics_n=0)
+    report = evaluate(model, data=EvalData(part, part, part), settings=settings, out=tmp_path / "report")
+    write_card(tmp_path, report)
+    text = (tmp_path / "README.md").read_text()
+    assert "4 pictures of `noise`" in text
+    assert "lies on one machine: nobody else can load this model" in text
+    write_card(tmp_path, Report.load(tmp_path / "report"))
+    assert (tmp_path / "README.md").read_text() == text
+    # a model that is saved again is another model: the figures go
+    model.set_fusion("equal").save_pretrained(tmp_path)
+    assert "Not evaluated yet" in (tmp_path / "README.md").read_text()

@@ -1,0 +1,88 @@
+"""Small real models: a CLIP of two layers in open_clip's format, a ZePAD over it, and a convolutional classifier."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from zepad_mm.encoders import LoraSettings, add_lora, load_clip
+from zepad_mm.models.branch import Branch, BranchConfig
+from zepad_mm.models.heads import zero_shot_head
+from zepad_mm.models.zepad import DetectorConfig, ZePAD, ZePADConfig
+
+CLASSES = ("dress", "hat", "shoes")
+TINY_CLIP = {
+    "model_cfg": {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    },
+    "preprocess_cfg": {
+        "mean": [0.48, 0.45, 0.4],
+        "std": [0.26, 0.26, 0.27],
+        "interpolation": "bicubic",
+        "resize_mode": "squash",
+    },
+}
+
+
+def write_clip(folder: Path, seed: int = 0) -> str:
+    """A randomly initialised CLIP in ``folder``; returns its source string."""
+    import open_clip
+
+    torch.manual_seed(seed)
+    clip = open_clip.model.CLIP(**TINY_CLIP["model_cfg"])
+    state = {name: tensor.contiguous() for name, tensor in clip.state_dict().items() if name != "attn_mask"}
+    save_file(state, folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps(TINY_CLIP))
+    return f"open_clip:local-dir:{folder}"
+
+
+def make_zepad(source: str, fusion: str = "bounded_benign") -> ZePAD:
+    """Two robust branches (one full, one LoRA) and a benign one, all pushed off the base weights a little."""
+    generator = torch.Generator().manual_seed(1)
+    torch.manual_seed(1)  # peft draws lora_A from the global generator
+    branches, configs = [], []
+    for name, role, adaptation in (("full", "mpae", "full"), ("lora", "mpae", "lora"), ("benign", "bmp", "none")):
+        encoder, text = load_clip(source)
+        if adaptation == "lora":
+            add_lora(encoder, LoraSettings(rank=2))
+        with torch.no_grad():
+            for key, parameter in encoder.named_parameters():
+                if (adaptation == "full") or "lora_B" in key:
+                    parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        config = BranchConfig(name=name, role=role, source=source, adaptation=adaptation)
+        branches.append(Branch(config, encoder, zero_shot_head(text, CLASSES, "single")))
+        configs.append(config)
+    config = ZePADConfig(
+        public_source=source,
+        branches=tuple(configs),
+        class_names=CLASSES,
+        fusion=fusion,
+        detector=DetectorConfig(threshold=0.1),
+    )
+    return ZePAD(config, branches)
+
+
+class ConvNet(nn.Module):
+    """A few layers with batch statistics, for attacks and training."""
+
+    def __init__(self, classes: int = 3, width: int = 8) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, width, 3, stride=2, padding=1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(4 * width, classes),
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layers(images)

@@ -1,0 +1,266 @@
+"""The SSL recipes: every shipped configuration parses, the smoke ones run from end to end, a killed run goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from recipes import pretrain
+from reproduction import build_ssl_zoo, ssl_study
+from zepad_mm import pretraining
+from zepad_mm.encoders import load_encoder
+from zepad_mm.models.zepad import ZePAD
+from zepad_mm.pretraining.contrastive import supervised_contrastive
+from zepad_mm.pretraining.distillation import relational
+from zepad_mm.pretraining.redundancy import iterative_whitening, normalised_covariance
+from zepad_mm.utils.io import read_tensors
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "recipes" / "configs"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def _configs(name: str) -> list[Path]:
+    return sorted([*CONFIGS.glob(f"{name}*.yaml"), *(CONFIGS / "smoke").glob(f"{name}*.yaml")])
+
+
+@pytest.mark.parametrize("path", _configs("pretrain"), ids=lambda path: path.stem)
+def test_pretrain_configs_parse(path: Path):
+    assert isinstance(pretrain.parse(["--config", str(path)]).lr, float)
+
+
+@pytest.mark.parametrize("path", _configs("ssl_study"), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_story_configs_parse(path: Path):
+    config = ssl_study.parse(["--config", str(path)])
+    assert isinstance(config.train, ssl_study.TrainSettings)
+    assert {"undefended", "zepad", "zepad:rfdm"} <= set(ssl_study.lineup(config))
+
+
+@pytest.mark.parametrize("recipe", [pretrain, ssl_study], ids=lambda recipe: recipe.__name__)
+def test_unknown_keys_are_rejected(recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "typo.yaml"
+    smoke = CONFIGS / "smoke" / f"{recipe.__name__}.yaml"
+    path.write_text(smoke.read_text() + "sede: 1\n")
+    with pytest.raises(SystemExit):
+        recipe.parse(["--config", str(path)])
+    assert "sede" in capsys.readouterr().err
+
+
+def test_print_config_shows_every_setting(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        pretrain.parse(["--config", str(CONFIGS / "smoke" / "pretrain.yaml"), "--print_config"])
+    assert "temperature: 0.2" in capsys.readouterr().out
+
+
+def test_bad_method_is_named():
+    with pytest.raises(ValueError, match="did you mean 'simclr'"):
+        pretrain.Settings(data="embedded", out="x", method="simclear")
+
+
+def test_augment_is_a_view_of_the_batch():
+    images = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    views = [pretrain.augment(images, 0.2, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert views[0].shape == images.shape
+    assert 0 <= float(views[0].min()) <= float(views[0].max()) <= 1
+    assert torch.equal(views[0], views[1])
+    weak = pretrain.augment(images, 1.0, torch.Generator().manual_seed(1), colours=False)
+    assert torch.allclose(weak.sort(-1).values.mean((1, 2, 3)), images.mean((1, 2, 3)), atol=0.1)
+    assert not torch.equal(views[0], views[2])
+
+
+QUICK = ["--config", str(CONFIGS / "smoke" / "pretrain.yaml"), "--n", "80", "--batch_size", "32"]
+QUICK += ["--hidden_dim", "64", "--projection_dim", "16", "--queue_size", "96", "--prototypes", "24"]
+PAPER = {"w_mse", "byol", "nnclr", "simclr", "moco_v2_plus", "moco_v3", "supcon", "ressl", "dino", "swav", "vibcreg"}
+
+
+def test_the_papers_methods_are_there():
+    assert set(pretraining.METHODS) >= PAPER
+
+
+@pytest.mark.parametrize("method", ["moco_v2_plus"])
+def test_killed_run_goes_on_to_the_same_weights(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    arguments = [*QUICK, "--method", method, "--epochs", "2"]
+    report = pretrain.main([*arguments, "--out", str(tmp_path / "whole")])
+    assert report["n_train"] == 72
+    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["encoder", "metrics.jsonl", "pretrain.json"]
+    save = pretrain.save_state
+
+    def save_and_die(*arguments) -> None:
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain, "save_state", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.main([*arguments, "--out", str(tmp_path / "killed")])
+    monkeypatch.setattr(pretrain, "save_state", save)
+    with pytest.raises(ValueError, match="seed"):
+        pretrain.main([*arguments, "--out", str(tmp_path / "killed"), "--seed", "9"])
+    pretrain.main([*arguments, "--out", str(tmp_path / "killed")])
+    whole, killed = (read_tensors(tmp_path / run / "encoder" / "model.safetensors")[0] for run in ("whole", "killed"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    encoder = load_encoder(f"timm:local-dir:{tmp_path / 'whole' / 'encoder'}")
+    assert encoder.preprocess.image_size == 32
+    assert encoder(torch.rand(2, 3, 32, 32)).shape == (2, 256)
+
+
+def test_the_zoo_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+
+    assert set(build_ssl_zoo.METHODS) == set(build_ssl_zoo.PAPER_LINEAR) == PAPER
+    smoke = ["--config", str(CONFIGS / "smoke" / "pretrain.yaml"), "--epochs", "1", "--out", str(tmp_path / "zoo")]
+    smoke += ["--result", str(tmp_path / "table")]
+    build_ssl_zoo.main([*smoke, "--methods", "supcon"])
+    written = (tmp_path / "zoo" / "supcon" / "pretrain.json").stat().st_mtime_ns
+    record = build_ssl_zoo.main([*smoke, "--methods", "w_mse", "supcon", "--half", str(tmp_path / "half")])
+    assert (tmp_path / "zoo" / "supcon" / "pretrain.json").stat().st_mtime_ns == written
+    assert list(record["rows"]) == ["w_mse", "supcon"]
+    whole, half = (load_encoder(f"timm:local-dir:{tmp_path / name / 'supcon' / 'encoder'}") for name in ("zoo", "half"))
+    picture = torch.rand(1, 3, 32, 32)
+    assert torch.allclose(whole(picture), half(picture), atol=0.01)
+    assert (tmp_path / "table.md").read_text().count("\n| ") == 3
+
+
+def _tiny(method: str) -> pretraining.Learner:
+    torch.manual_seed(0)
+    encoder = timm.create_model("resnet18", num_classes=0, channels=[8, 8, 16, 16], layers=[1, 1, 1, 1])
+    settings = pretraining.MethodSettings(hidden_dim=32, projection_dim=8, queue_size=64, prototypes=16)
+    return pretraining.make_learner(method, encoder, settings)
+
+
+@pytest.mark.parametrize("method", pretraining.METHODS)
+def test_every_method_learns_to_match_views(method: str):
+    """On one fixed batch the loss falls, every trained parameter gets a gradient, and no gradient reaches a twin."""
+    learner = _tiny(method)
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.rand(32, 3, 32, 32, generator=generator), torch.arange(32) % 4
+    views = [pretraining.augment(images, 0.5, torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for _ in range(12):
+        loss = learner(*views, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        missing = [n for n, p in learner.named_parameters() if p.requires_grad and p.grad is None]
+        assert not missing
+        optimizer.step()
+        learner.after_step(0.9)
+        losses.append(float(loss.detach()))
+    assert min(losses[-3:]) < losses[1]
+    assert learner.target is None or not any(p.requires_grad for p in learner.target.parameters())
+
+
+@pytest.mark.parametrize("method", pretraining.METHODS)
+def test_nothing_is_remembered_beside_the_state(method: str):
+    """Queues, prototypes, centres and slow twins are all in the state, or a resumed run would differ."""
+    learner, views = _tiny(method), torch.rand(2, 16, 3, 32, 32)
+    labels = torch.arange(16) % 4
+    learner(*views, labels).backward()
+    learner.after_step(0.9)
+    other = _tiny(method)
+    other.load_state_dict(learner.state_dict())
+    losses = []
+    for one in (learner, other):
+        torch.manual_seed(0)  # the whitening shuffles
+        losses.append(float(one(*views, labels).detach()))
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("method", ["moco_v2_plus", "nnclr", "ressl"])
+def test_queues_are_part_of_the_state(method: str):
+    learner, names = _tiny(method), ("bank", "bank_ptr")
+    before = {name: value.clone() for name, value in learner.state_dict().items() if name.endswith(names)}
+    assert len(before) == 2
+    learner(torch.rand(8, 3, 32, 32), torch.rand(8, 3, 32, 32), torch.zeros(8, dtype=torch.long)).backward()
+    assert all(not torch.equal(value, learner.state_dict()[name]) for name, value in before.items())
+
+
+def test_supervised_contrastive_is_the_papers_double_sum():
+    generator = torch.Generator().manual_seed(0)
+    z = torch.nn.functional.normalize(torch.randn(8, 5, generator=generator), dim=1)
+    labels = torch.tensor([0, 1, 0, 2, 1, 0, 2, 3])  # the last one has no positive
+    expected = 0.0
+    for i in range(8):
+        others = [a for a in range(8) if a != i]
+        positives = [p for p in others if labels[p] == labels[i]]
+        total = sum(math.exp(float(z[i] @ z[a]) / 0.1) for a in others)
+        expected -= sum(float(z[i] @ z[p]) / 0.1 - math.log(total) for p in positives) / max(1, len(positives)) / 8
+    found = supervised_contrastive(z, labels, z, labels, 0, 0.1)
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+    halves = [supervised_contrastive(z[i : i + 4], labels[i : i + 4], z, labels, i, 0.1) for i in (0, 4)]
+    assert float(sum(halves) / 2) == pytest.approx(expected, rel=1e-5)
+
+
+def test_whitening_whitens():
+    z = torch.randn(256, 6, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.linspace(0.5, 1.5, 6))
+    white = iterative_whitening(z, steps=12)
+    assert torch.allclose(white.T @ white / len(z), torch.eye(6), atol=1e-2)
+    assert float(normalised_covariance(white)) < 1e-4 < float(normalised_covariance(z @ torch.rand(6, 6)))
+
+
+def test_relations_are_matched_best_by_the_same_embedding():
+    keys = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(1)), dim=1)
+    others = torch.nn.functional.normalize(torch.randn(8, 32, generator=torch.Generator().manual_seed(2)), dim=0)
+    assert relational(keys, keys, others, 0.04, 0.04) < relational(keys.roll(1, 0), keys, others, 0.04, 0.04)
+
+
+def test_whitening_wants_more_pictures_than_dimensions(tmp_path: Path):
+    with pytest.raises(ValueError, match="at most half of batch_size, here 16"):
+        pretrain.main([*QUICK, "--method", "w_mse", "--projection_dim", "17", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": 0.0}, {"momentum": 2.0}, {"queue_size": 0}])
+def test_bad_constants_are_named(wrong: dict[str, float]):
+    with pytest.raises(ValueError, match="expected"):
+        pretraining.MethodSettings(**wrong)
+
+
+@pytest.mark.slow
+def test_story_from_end_to_end(tmp_path: Path):
+    out, result = tmp_path / "run", tmp_path / "result"
+    command = [sys.executable, "reproduction/ssl_study.py", "--config", "reproduction/configs/ssl_study_smoke.yaml"]
+    command += ["--out", str(out), "--result", str(result)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=240)
+    first = json.loads(result.with_suffix(".json").read_text())
+    finished = {path: path.stat().st_mtime_ns for path in out.glob("task-*.json")}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=240)
+    assert finished == {path: path.stat().st_mtime_ns for path in out.glob("task-*.json")} != {}
+    assert json.loads(result.with_suffix(".json").read_text())["rows"] == first["rows"]
+    report = json.loads(result.with_suffix(".json").read_text())
+    assert str(tmp_path) not in json.dumps(report)
+    assert {row["threat"] for row in report["rows"]} == {"clean", "T1", "T1b", "T2"}
+    assert all(0 <= row["ci_low"] <= row["accuracy"] <= row["ci_high"] <= 1 for row in report["rows"])
+    own = {row["model"]: row["accuracy"] for row in report["rows"] if "pgd" in row["attack"]}
+    worst = {row["model"]: row["accuracy"] for row in report["rows"] if row["attack"] == "worst"}
+    assert own.keys() == worst.keys()
+    assert all(worst[model] <= own[model] for model in own)
+    assert {row["score"] for row in report["detection"]} == {"confidence_gap", "jensen_shannon"}
+    assert "| zepad:rfdm |" in result.with_suffix(".md").read_text()
+    model = ZePAD.from_pretrained(out / "zepad-clothing")
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, len(model.class_names))
+
+
+def test_records_name_no_folders():
+    record = {
+        "data": "/srv/x/cifar10",
+        "source": "timm:local-dir:/a/b/encoder",
+        "hub": "uoft-cs/cifar10",
+        "n": [4 / 255],
+    }
+    expected = {"data": "cifar10", "source": "timm:local-dir:encoder", "hub": "uoft-cs/cifar10", "n": [4 / 255]}
+    assert ssl_study.without_folders(record) == expected

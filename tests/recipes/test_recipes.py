@@ -1,0 +1,195 @@
+"""Every recipe runs on the embedded default by its smoke config; the README's code and table are what they say."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SMOKE = ROOT / "recipes" / "configs" / "smoke"
+OWN_TESTS = {"pretrain"}  # run in test_pretraining_recipes.py
+OWN_TESTS |= {"tune_bmp", "train_heads"}  # run in test_training.py
+
+
+def run(*command: str, cwd: Path = ROOT, timeout: int = 280) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        command, check=False, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_every_recipe_has_a_smoke_config_and_every_config_a_launch_line() -> None:
+    recipes = {path.stem for path in (ROOT / "recipes").glob("*.py")}
+    assert recipes == {path.stem for path in SMOKE.glob("*.yaml")}
+    for config in (ROOT / "recipes" / "configs").rglob("*.yaml"):
+        text = config.read_text()
+        assert text.startswith("#"), config
+        assert re.search(rf"recipes/\w+\.py[^:]*--config[\s#]+recipes/configs/[\w/]*{config.stem}", text), config
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_header_says_how_to_launch_and_what_it_costs(path: Path) -> None:
+    """Every launch line is one that the recipe takes; a figure names the file that it comes from."""
+    comments = [line[2:] for line in path.read_text().splitlines() if line.startswith("# ")]
+    header = dict(re.findall(r"^([\w ]+?): +(.+)$", "\n".join(comments).replace("\\\n", ""), re.M))
+    needed = ("Run first", "CPU", "one GPU", "8 GPUs", "2 nodes", "Memory", "Time")
+    assert not set(needed) - set(header)
+    assert " ".join(header)[-len(" ".join(needed)) :] == " ".join(needed)  # in this order, and last
+    arguments: list[str] = []
+    for devices in needed[1:5]:
+        found = re.search(r"recipes/(\w+)\.py (.+)", header[devices])
+        if found:
+            name, rest = found.groups()
+            arguments += rest.split()
+        else:
+            assert header[devices] == "the same" or "one process" in header[devices]
+    if "recipes/" in header["8 GPUs"]:
+        assert "--num_processes 8" in header["8 GPUs"]
+        assert "--nnodes 2" in header["2 nodes"]
+    assert set(arguments[1::2]) >= {f"recipes/configs/{path.name}"}
+    for cost in ("Memory", "Time"):
+        _, _, after = "\n".join(comments).partition(f"\n{cost}:")
+        measured = any((ROOT / source).is_file() for source in re.findall(r"[\w/]+\.json", after))
+        assert measured or header[cost].endswith(("not measured", "estimated by --plan"))
+    if name in ("pretrain",):
+        pytest.importorskip("lightly")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        importlib.import_module(f"recipes.{name}").parse(arguments)
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in SMOKE.glob("*.yaml") if path.stem not in OWN_TESTS))
+def test_smoke(recipe: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(sys.executable, f"recipes/{recipe}.py", "--config", f"recipes/configs/smoke/{recipe}.yaml", "--out", str(out))
+    assert any(out.rglob("*.json")) or any(out.rglob("*.safetensors"))
+
+
+ALL_ON_TWO = """
+import sys
+import accelerate
+from recipes import defend, pretrain, train_heads, tune, tune_bmp
+accelerate.Accelerator.end_training = lambda self: None  # it would end the process group of the next recipe
+few = ["--settings.steps", "2", "--settings.batch_size", "8", "--data.n_train", "16", "--data.n_validation", "8"]
+small = ["--settings.train.steps", "1", "--settings.n_train", "32", "--n", "4", "--threats", "[clean]"]
+few_heads = ["--data.n_train", "32", "--data.n_validation", "16", "--settings.epochs", "1"]
+for recipe, more in ((tune, few), (tune_bmp, few), (train_heads, few_heads), (defend, small)):
+    name = recipe.__name__.rpartition('.')[2]
+    common = ["--config", f"recipes/configs/smoke/{{name}}.yaml", "--out", f"{{sys.argv[1]}}/{{name}}"]
+    recipe.main(recipe.parse([*common, *more, "--processes", "2"]))
+smoke = ["--config", "recipes/configs/smoke/pretrain.yaml", "--batch_size", "32", "--epochs", "1"]
+pretrain.main([*smoke, "--num_processes", "2", "--out", f"{{sys.argv[1]}}/pretrain"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("both_cores")
+def test_recipes_on_two_processes(tmp_path: Path) -> None:
+    """All that know of processes, one after the other in one launch."""
+    pytest.importorskip("lightly")
+    script = tmp_path / "all.py"
+    script.write_text(ALL_ON_TWO.format(root=str(ROOT), recipes=str(ROOT / "recipes")))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    run(*launch, "--main_process_port", "0", str(script), str(tmp_path))
+    for name in ("tune", "tune_bmp"):
+        assert json.loads((tmp_path / name / "tuned.json").read_text())["processes"] == 2
+    assert json.loads((tmp_path / "pretrain" / "pretrain.json").read_text())["processes"] == 2
+    assert (tmp_path / "train_heads").is_dir()
+    assert (tmp_path / "defend" / "evaluation" / "report.json").is_file()
+    assert "Robustness" in (tmp_path / "defend" / "README.md").read_text()
+
+
+def test_an_unknown_key_is_named(tmp_path: Path) -> None:
+    config = tmp_path / "wrong.yaml"
+    config.write_text("out: somewhere\nepsilom: 0.1\n")
+    done = subprocess.run(
+        [sys.executable, "recipes/craft_dae.py", "--config", str(config)],
+        check=False,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode != 0
+    assert "epsilom" in done.stderr
+
+
+def test_the_demo_writes_its_report_and_figures(tmp_path: Path) -> None:
+    """The script behind scripts/demo, with the weakest attacks."""
+    run(sys.executable, "scripts/demo.py", "--preset", "smoke", "--out", str(tmp_path))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {"commit", "config", "seed", "hardware", "versions", "wall_s", "warnings"} <= set(report["meta"])
+    assert {row["threat"] for row in report["rows"]} == {"clean", "T1", "T1b", "T2", "T3"}
+    models = {row["model"] for row in report["rows"]}
+    assert {"undefended", "zepad", "zepad:rfdm", "baseline:equal", "branch:tecoa"} <= models
+    assert {row["score"] for row in report["detection"]} >= {"confidence_gap", "jensen_shannon"}
+    for name in ("confidence", "contact_sheet", "accuracy"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_the_python_of_the_readme_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert blocks
+    for block in blocks:
+        run(sys.executable, "-c", block)
+
+
+def test_the_readme_names_only_what_is_there() -> None:
+    text = (ROOT / "README.md").read_text()
+    for path in re.findall(r"`((?:recipes|scripts|zepad_mm|docs)/[\w./]*)`", text):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"\]\(([\w./]+)\)", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_readme_table_comes_from_the_committed_report() -> None:
+    before = (ROOT / "README.md").read_text()
+    done = run(sys.executable, "tools/render_docs.py", "--check")
+    assert "up to date" in done.stdout
+    assert (ROOT / "README.md").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("folder", "results"), [("zepad_mm/assets/zepad", "demo"), ("recipes/models/general", "general")]
+)
+def test_the_committed_report_is_of_the_committed_model(folder: str, results: str) -> None:
+    report = json.loads((ROOT / "results" / results / "report.json").read_text())
+    shipped = json.loads((ROOT / folder / "config.json").read_text())
+    measured = report["meta"]["config"]["model"]
+    assert {k: measured[k] for k in ("fusion", "fusion_params")} == {k: shipped[k] for k in ("fusion", "fusion_params")}
+    assert measured["detector"] == shipped["detector"]
+    assert min(row["n"] for row in report["rows"] if row["threat"] == "clean") >= 500
+
+
+def test_the_embedded_assets_are_small_and_licensed() -> None:
+    assets = ROOT / "zepad_mm" / "assets"
+    files = [path for path in assets.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 30 * 2**20
+    assert (assets / "clip" / "open_clip_model.safetensors").stat().st_size <= 16e6
+    general = ROOT / "recipes" / "models" / "general"
+    assert sum(path.stat().st_size for path in general.rglob("*")) < 16 * 2**20
+    assert (general / "README.md").read_text().strip()
+    for folder in ("clip", "clothing", "zepad"):
+        assert (assets / folder / "README.md").read_text().strip()
+    goals = {row["data"]: row for row in json.loads((assets / "clip" / "build.json").read_text())["rows"]}
+    assert goals["imagenet20 test, 20 names"]["accuracy"] >= 0.75
+    assert goals["clothing test, 10 names"]["accuracy"] >= 0.65
+
+
+def test_no_pickle_is_read_and_no_remote_code_is_run() -> None:
+    for path in (ROOT / "zepad_mm").rglob("*.py"):
+        text = path.read_text()
+        assert "trust_remote_code" not in text, path
+        assert "import pickle" not in text, path
+        for call in re.findall(r"torch\.load\([^)]*\)", text):
+            assert "weights_only=True" in call, path

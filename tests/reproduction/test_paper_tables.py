@@ -1,0 +1,139 @@
+"""The paper's tables in small: every one is made from random encoders, made once, and written into the document."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from reproduction.paper import (
+    document,
+    run,
+    study,
+)
+from reproduction.paper.sections import SECTIONS, verdict
+from reproduction.paper.tables import TABLES
+from zepad_mm.pretraining import save_encoder
+from zepad_mm.utils.io import write_json
+
+ROOT = Path(__file__).parents[2]
+
+TINY = {"channels": [8, 8, 8, 8], "layers": [1, 1, 1, 1], "zero_init_last": False}
+SMALL = """
+data: embedded
+downstream: [embedded]
+pretrain_args: []
+victims: [first, second]
+studied: [first]
+adv_au: second
+adv_au_for_itself: first
+more_adv_au: [first]
+image_size: 32
+n_tune: 32
+n_validation: 16
+n_head: 32
+n_test: 16
+n_white_box: 8
+n_surrogate: 16
+n_selection: 4
+attacks: {feature_uap: 1, l4a_base: 1}
+tunings:
+  gen_af: {defence: gen_af, options: {attack_steps: 1}}
+  gen_af_stage_2: {defence: clean, after: gen_af}
+  clean: {defence: clean}
+  clean_own: {defence: clean, on: own}
+  pgd_at: {defence: tecoa, options: {attack_steps: 1}}
+  fare: {defence: fare, options: {attack_steps: 1}, train: {selection: last}}
+  fare_labels: {defence: fare, options: {attack_steps: 1, label_weight: 1}, head: probe, train: {selection: last}}
+  half_clean: {defence: tecoa, options: {attack_steps: 1, clean_fraction: 0.5}}
+  released: {defence: gen_af_released, options: {attack_steps: 1}}
+train: {steps: 1, batch_size: 16, validation_attack_steps: 1, bn_mode: train, samples: 0}
+head: {epochs: 1}
+pgd_steps: 1
+evaluation:
+  {threats: [clean, T1, T1b, T2, T3], n: 8, n_validation: 8, n_surrogate: 16, universal: [feature_uap],
+   universal_steps: {feature_uap: 1}, family_steps: {feature_uap: 1}, steps: 1, restarts: 1, diagnostics_n: 0,
+   adaptive: [], evasion: [selective], detector_steps: 1, pools: [branch]}
+threads: 1
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Untrained encoders in the place of the zoo's, and every table of them."""
+    folder = tmp_path_factory.mktemp("paper")
+    for seed, name in enumerate(("zoo/first", "zoo/second", "out/bmp")):
+        torch.manual_seed(seed)
+        overlay = {"input_size": (3, 32, 32), "crop_mode": "squash", "crop_pct": 1.0}
+        network = timm.create_model("resnet18", num_classes=0, pretrained_cfg_overlay=overlay, **TINY)
+        save_encoder(network, folder / name / "encoder", TINY)
+        write_json(folder / name / "pretrain.json", {})
+    (folder / "small.yaml").write_text(SMALL)
+    run.main(arguments(folder))
+    return folder
+
+
+def arguments(folder: Path) -> list[str]:
+    where = ["--out", str(folder / "out"), "--zoo", str(folder / "zoo"), "--result", str(folder / "results" / "paper")]
+    return ["--config", str(folder / "small.yaml"), *where]
+
+
+@pytest.mark.slow
+def test_every_table_is_made_once(folder: Path) -> None:
+    written = {path.stem for path in (folder / "results" / "paper").glob("*.json")}
+    assert written == set(TABLES)
+    main = json.loads((folder / "results" / "paper" / "main.json").read_text())
+    assert all(0 <= row["ci_low"] <= row["accuracy"] <= row["ci_high"] <= 1 for row in main["rows"])
+    assert {row["threat"] for row in main["rows"]} == {"clean", "T1", "T1b"}
+    assert {row["victim"] for row in main["rows"]} == {"first", "second"}
+    assert str(folder) not in json.dumps(main)
+    kept = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*.safetensors")}
+    run.main([*arguments(folder), "--tables", "[main, fusion]"])
+    again = json.loads((folder / "results" / "paper" / "main.json").read_text())
+    assert again["rows"] == main["rows"]
+    assert kept == {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*.safetensors")}
+
+
+def test_the_document_has_all_of_them(folder: Path) -> None:
+    text = document.document(folder / "results")
+    assert text.count("Not measured yet") == sum(not path.startswith("paper/") for _, path, _ in SECTIONS)
+    assert "| without BMP | 84.5 / 72.5 |" in text
+    assert "reached" in text
+
+
+def test_the_committed_document_is_what_the_results_say() -> None:
+    assert document.DOCUMENT.read_text(encoding="utf-8") == document.document(document.RESULTS)
+
+
+@pytest.mark.parametrize("name", ["small", "full"])
+def test_the_configs_parse(name: str) -> None:
+    config, _, _ = run.parse(["--config", str(ROOT / "scripts" / "paper" / f"{name}.yaml")])
+    assert config.tuning in config.tunings
+    assert {config.adv_au, config.adv_au_for_itself, *config.more_adv_au, *config.studied} <= {
+        *config.victims, config.adv_au_for_itself
+    }  # fmt: skip
+
+
+def test_an_encoder_that_is_not_there_is_named(folder: Path) -> None:
+    config, _, _ = run.parse(arguments(folder))
+    with pytest.raises(FileNotFoundError, match="--methods third"):
+        study.Study(config).encoder("third")
+
+
+def test_the_verdict_wants_both_robustness_and_clean_accuracy() -> None:
+    def row(model: str, threat: str, accuracy: float) -> dict:
+        return {
+            "model": model,
+            "threat": threat,
+            "attack": "none" if threat == "clean" else "worst",
+            "accuracy": accuracy,
+        }
+
+    rows = [row("undefended", "clean", 0.7), row("branch:a", "clean", 0.5), row("branch:bmp", "clean", 0.7)]
+    rows += [row("branch:a", "T2", 0.3), row("branch:bmp", "T2", 0.0), row("undefended", "T2", 0.0)]
+    assert verdict([*rows, row("zepad", "clean", 0.6), row("zepad", "T2", 0.295)]).startswith("Reached")
+    assert verdict([*rows, row("zepad", "clean", 0.59), row("zepad", "T2", 0.3)]).startswith("NOT")
+    assert verdict([*rows, row("zepad", "clean", 0.7), row("zepad", "T2", 0.28)]).startswith("NOT")

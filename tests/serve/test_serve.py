@@ -1,0 +1,299 @@
+"""The page and the endpoint: answers, refusals with reasons, a full queue, made-up requests, a real browser."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+import torch
+import uvicorn
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
+from PIL import Image
+from schemathesis import checks
+from torchvision.transforms.functional import to_pil_image
+
+from tests.helpers.models import make_zepad
+from zepad_mm.attacks import Perturbation
+from zepad_mm.classifier import RobustZeroShotClassifier, pixels_of
+from zepad_mm.serve import BusyError, ServeSettings, Service, create_app
+
+LABELS = ["cat", "dog", "a red car"]
+SMALL = ServeSettings(upload_mb=1, max_pixels=200 * 200, max_labels=5, max_label_length=20, attack_steps=2, page=False)
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def service(clip_source: str) -> Service:
+    delta = 4 / 255 * torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(0)).sign()
+    return Service(RobustZeroShotClassifier(make_zepad(clip_source)), SMALL, Perturbation(delta, 4 / 255))
+
+
+@pytest.fixture(scope="module")
+def client(service: Service) -> Iterator[TestClient]:
+    with TestClient(create_app(service), raise_server_exceptions=True) as client:
+        yield client
+
+
+def picture(size: tuple[int, int] = (40, 32), kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    pixels = torch.rand(3, *size, generator=torch.Generator().manual_seed(2))
+    to_pil_image(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def post(client: Any, path: str, image: bytes | None = None, **form: Any) -> Any:
+    form = {"labels": LABELS, **form}
+    return client.post(path, data=form, files={"image": picture() if image is None else image})
+
+
+def test_classify(client: TestClient, service: Service) -> None:
+    answer = post(client, "/v1/classify")
+    assert answer.status_code == 200
+    assert answer.json()["evidence"] is None
+    expected = service.classifier(picture(), LABELS)
+    assert [{key: entry[key] for key in ("score", "label")} for entry in answer.json()["labels"]] == expected
+    full = post(client, "/v1/classify", evidence="true", top_k="1", template="a {}", on_adversarial="flag").json()
+    assert len(full["labels"]) == 1
+    assert full["labels"][0]["flagged"] is full["evidence"]["flagged"]
+    assert set(full["evidence"]["weights"]) == {"full", "lora", "benign"}
+
+
+@pytest.mark.parametrize("attack", ["universal", "public", "white_box"])
+def test_attack(client: TestClient, service: Service, attack: str) -> None:
+    """What comes back is the attacked picture itself: inside the budget, and whoever classifies it sees the answer."""
+    answer = post(client, "/v1/attack", attack=attack, epsilon="6").json()
+    assert answer["label"] in LABELS
+    pixels = pixels_of(base64.b64decode(answer["picture"]))
+    clean = service.classifier.model.undefended.encoder.preprocess.resize(pixels_of(picture())[None])[0]
+    assert float((pixels - (clean * 255).round() / 255).abs().max()) <= 6 / 255 + 1e-6
+    assert float((pixels - clean).abs().max()) > 2 / 255
+    again = service.classifier(pixels, LABELS, return_evidence=True)
+    assert again["labels"][0]["label"] == answer["attacked"]["labels"][0]["label"]
+    assert again["evidence"]["dae_score"] == pytest.approx(answer["attacked"]["evidence"]["dae_score"], abs=1e-4)
+    still = post(client, "/v1/attack", attack=attack, epsilon="0", label="dog").json()
+    assert still["label"] == "dog"
+    assert still["clean"]["labels"][0] == pytest.approx(still["attacked"]["labels"][0])
+
+
+def test_what_is_served(client: TestClient, service: Service) -> None:
+    assert client.get("/v1/health").json() == {"status": "ok"}
+    about = client.get("/v1/model").json()
+    assert about["branches"] == {"full": "mpae", "lora": "mpae", "benign": "bmp"}
+    assert about["limits"]["max_labels"] == 5
+    assert set(client.get("/openapi.json").json()["paths"]) == {"/v1/health", "/v1/model", "/v1/classify", "/v1/attack"}
+
+
+@pytest.mark.parametrize(
+    ("image", "form", "status", "reason"),
+    [
+        (b"no picture", {}, 400, "could not be read as a picture"),
+        (b"", {}, 400, "0 bytes could not be read"),
+        (picture()[:500], {}, 400, "could not be read as a picture"),
+        (picture((300, 300), "JPEG"), {}, 400, "300 x 300 pixels, more than the 40,000 that are taken"),
+        (None, {"labels": []}, 422, "labels"),
+        (None, {"labels": [""]}, 422, "at least 1 character"),
+        (None, {"labels": [" "]}, 400, "non-empty strings"),
+        (None, {"labels": ["a", "a"]}, 400, "given more than once: a"),
+        (None, {"labels": ["x" * 21]}, 422, "at most 20 characters"),
+        (None, {"labels": list("abcdef")}, 422, "at most 5"),
+        (None, {"template": "photos"}, 400, "did you mean 'photo'"),
+        (None, {"template": "a {} {}"}, 400, "exactly one"),
+        (None, {"template": "a {x}"}, 400, "exactly one"),
+        (None, {"top_k": "0"}, 422, "greater than or equal to 1"),
+        (None, {"on_adversarial": "warn"}, 422, "'ignore', 'flag' or 'abstain'"),
+        (None, {"attack": "apgd"}, 422, "'universal', 'public' or 'white_box'"),
+        (None, {"epsilon": "17"}, 422, "less than or equal to 16"),
+        (None, {"epsilon": "4/255"}, 422, "valid integer"),
+        (None, {"label": "bird"}, 400, "label: expected one of the labels, got 'bird'"),
+        (picture() + b"\x00" * 2**20, {}, 413, "larger than 1 MB"),
+    ],
+)
+def test_refusals_have_a_status_and_a_reason(
+    client: TestClient, image: bytes | None, form: dict[str, Any], status: int, reason: str
+) -> None:
+    path = "/v1/attack" if {"attack", "epsilon", "label"} & set(form) else "/v1/classify"
+    answer = post(client, path, image, **form)
+    assert (answer.status_code, reason in json.dumps(answer.json(), ensure_ascii=False)) == (status, True), answer.text
+
+
+def test_an_attack_needs_two_labels_and_a_form(client: TestClient) -> None:
+    assert "needs at least two" in post(client, "/v1/attack", labels=["cat"]).json()["detail"]
+    assert client.post("/v1/classify", json={"labels": LABELS}).status_code == 422
+    assert client.post("/v1/classify", data={"labels": LABELS, "image": "text"}).status_code == 400
+    assert client.post("/v1/nothing").status_code == 404
+    assert client.get("/v1/classify").status_code == 405
+
+
+def test_a_body_of_unknown_length_is_cut_off(client: TestClient) -> None:
+    def endless() -> Iterator[bytes]:
+        yield b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+        for _ in range(40):
+            yield b"\x00" * 2**16
+
+    answer = client.post("/v1/classify", content=endless(), headers={"content-type": "multipart/form-data; boundary=x"})
+    assert (answer.status_code, "larger than 1 MB" in answer.text) == (413, True)
+
+
+def test_a_full_queue_answers_503(clip_source: str) -> None:
+    service = Service(RobustZeroShotClassifier(make_zepad(clip_source)), ServeSettings(workers=1, queue=1, page=False))
+    release, begun = threading.Event(), threading.Event()
+
+    def occupy() -> None:
+        with service.desk.turn():
+            begun.set()
+            assert release.wait(60)
+
+    with TestClient(create_app(service)) as client, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(occupy)
+        assert begun.wait(60)
+        second = pool.submit(post, client, "/v1/classify")
+        deadline = time.monotonic() + 60
+        while service.desk._places._value and time.monotonic() < deadline:  # until the second one waits
+            time.sleep(0.01)
+        refused = post(client, "/v1/classify")
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"] == "2"
+        assert "the queue is full" in refused.json()["detail"]
+        with pytest.raises(BusyError):
+            service.classify(picture(), LABELS)
+        assert client.get("/v1/health").status_code == 200
+        release.set()
+        first.result(60)
+        assert second.result(60).status_code == 200
+        assert post(client, "/v1/classify").status_code == 200
+
+
+def test_requests_at_the_same_time_get_their_own_answers(clip_source: str) -> None:
+    """Attacks and classifications on four workers, to the bit what each gets alone."""
+    settings = ServeSettings(workers=4, queue=32, attack_steps=2, page=False)
+    service = Service(RobustZeroShotClassifier(make_zepad(clip_source)), settings)
+
+    def one(number: int) -> Any:
+        labels = [f"{name} {number}" for name in LABELS]
+        if number % 2:
+            return service.classify(picture(), labels, evidence=True)
+        found = service.attack(picture(), labels, attack="white_box" if number % 4 else "public")
+        return found.attacked.tolist(), found.before, found.after
+
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(one, range(16)))
+    assert together == [one(number) for number in range(16)]
+    assert not any(parameter.requires_grad for parameter in service.classifier.model.parameters())
+
+
+def test_the_shipped_perturbation_and_one_that_is_made(service: Service, clip_source: str) -> None:
+    embedded = Service(RobustZeroShotClassifier.from_pretrained("embedded"))
+    assert embedded.perturbation.provenance["encoders"] == ["open_clip:embedded"]
+    assert embedded.perturbation.epsilon == pytest.approx(10 / 255)
+    made = Service(RobustZeroShotClassifier(make_zepad(clip_source)), SMALL)
+    assert made.perturbation.delta.shape == (3, 32, 32)
+    assert made.perturbation is made.perturbation
+
+
+@pytest.mark.parametrize("name", ["workers", "upload_mb", "max_labels", "attack_steps"])
+def test_impossible_settings(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
+        ServeSettings(**{name: 0})
+
+
+def test_what_schemathesis_makes_up_breaks_nothing(service: Service) -> None:
+    """A small number of examples; benchmarks/serve_fuzz.py runs more."""
+    schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(service))
+    wanted = [checks.not_a_server_error, checks.status_code_conformance, checks.content_type_conformance]
+    asked = []
+
+    def ask(case: Any) -> None:
+        asked.append(case.path)
+        case.call_and_validate(checks=wanted)
+
+    for operation in schema.get_all_operations():
+        once = settings(max_examples=12, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        once(given(operation.ok().as_strategy())(ask))()
+    assert set(asked) == {"/v1/health", "/v1/model", "/v1/classify", "/v1/attack"}
+    assert len(asked) >= 20
+
+
+@pytest.fixture(scope="module")
+def address(clip_source: str) -> Iterator[str]:
+    """A real server, on a port of its own, with the page."""
+    service = Service(RobustZeroShotClassifier(make_zepad(clip_source)), ServeSettings(attack_steps=2))
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        door.listen()
+        server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="warning"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [door]}, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{door.getsockname()[1]}"
+        server.should_exit = True
+        thread.join(60)
+
+
+def test_the_endpoint_beside_the_page(address: str) -> None:
+    with httpx.Client(base_url=address, timeout=60) as client:
+        assert post(client, "/v1/classify").status_code == 200
+        assert "gradio" in client.get("/").text
+        assert client.post("/v1/classify", content=b"x" * (11 * 2**20)).status_code == 413
+        assert client.get("/gradio_api/file=/etc/passwd").status_code in (403, 404)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; apt-get install chromium")
+@pytest.mark.parametrize("size", [(1280, 900), (390, 844)], ids=["desktop", "phone"])
+def test_the_page_in_a_browser(address: str, size: tuple[int, int], tmp_path: Path) -> None:
+    from playwright.sync_api import expect, sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": size[0], "height": size[1]})
+        asked, complaints = [], []
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(address)
+        button = page.locator("#run")
+        button.click(timeout=60_000)
+        expect(page.get_by_text("Choose or upload a picture first.")).to_be_visible(timeout=30_000)
+
+        page.locator(".gallery-item").first.click()
+        labels = page.get_by_label("Labels, separated by commas")
+        labels.fill("a cat, a dog, <b>a hat</b>")
+        slider = page.locator("input[type=range]")
+        slider.focus()
+        slider.press("ArrowRight")
+        page.get_by_label("white box").check()
+        button.click()
+        verdict = page.locator("#verdict")
+        expect(verdict).to_contain_text("The undefended encoder", timeout=60_000)
+        expect(verdict).to_contain_text("lagged as adversarial")
+        expect(page.locator("#branches tr")).to_have_count(4)
+        expect(page.locator(".pixels img")).to_have_count(3)
+        expect(page.get_by_text("<b>a hat</b>").first).to_be_visible()  # said, not obeyed
+
+        picture_file = tmp_path / "photo.jpg"
+        Image.new("RGB", (120, 90), "red").save(picture_file)
+        page.get_by_label("Remove Image").first.click()
+        page.locator("input[type=file]").first.set_input_files(picture_file)
+        labels.fill("one")
+        button.click()
+        expect(page.get_by_text("an attack needs at least two")).to_be_visible(timeout=30_000)
+        labels.fill("red, blue")
+        button.click()
+        expect(verdict.get_by_text("red").or_(verdict.get_by_text("blue")).first).to_be_visible(timeout=60_000)
+
+        assert page.evaluate("document.documentElement.scrollWidth") <= size[0]  # nothing hangs over the edge
+        assert page.screenshot(path=tmp_path / "page.png", full_page=True)
+        assert not complaints
+        own = ("data:", "blob:", address)
+        assert [url for url in asked if not url.startswith(own)] == []  # nothing is fetched from elsewhere
+        browser.close()

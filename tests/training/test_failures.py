@@ -1,0 +1,225 @@
+"""Whatever goes wrong in a tuning run: a clear error, and the last good checkpoint intact."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image as Picture
+from torch import Tensor
+
+from tests.training.test_fit import (
+    QUICK,
+    ROOT,
+    colours,
+    fresh_head,
+    quick,
+    run,
+    same,
+    tiny_encoder,
+    tiny_student,
+)
+from zepad_mm.data import open_images
+from zepad_mm.defences import Defence, LossParts, Student, TeCoA, make_defence
+from zepad_mm.training import fit
+from zepad_mm.utils.io import read_tensors
+
+
+def _killed(out: Path) -> None:
+    original, calls = TeCoA.loss, [0]
+
+    def loss(self: TeCoA, student: Student, batch: Any, attacked: Tensor) -> LossParts:
+        calls[0] += 1
+        if calls[0] == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, student, batch, attacked)
+
+    TeCoA.loss = loss  # type: ignore[method-assign]
+    run(out)
+
+
+def test_a_run_killed_by_signal_9_ends_with_the_same_bits(tmp_path: Path) -> None:
+    whole, _ = run(tmp_path / "whole")
+    process = multiprocessing.get_context("fork").Process(target=_killed, args=(tmp_path / "parts",))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    resumed, _ = run(tmp_path / "parts")
+    assert same(whole, resumed)
+
+
+@pytest.mark.parametrize(
+    ("defence", "settings", "key"),
+    [
+        (TeCoA(epsilon=8 / 255, attack_steps=2, clean_fraction=0.5), {}, "defence.epsilon"),
+        (QUICK, {"lr_encoder": 2e-2}, "settings.lr_encoder"),
+        (QUICK, {"steps": 20}, "settings.steps"),
+        (make_defence("clean"), {}, "defence.attack_steps|defence.clean_fraction|defence.epsilon|defence.name"),
+    ],
+)
+def test_another_configuration_on_resume_is_named(
+    defence: Defence, settings: dict[str, Any], key: str, tmp_path: Path
+) -> None:
+    run(tmp_path)
+    with pytest.raises(ValueError, match=f"({key}) = .*now"):
+        run(tmp_path, defence, quick(**settings))
+    with pytest.raises(ValueError, match="resume='auto'"):
+        run(tmp_path, settings=quick(resume="never"))
+    run(tmp_path, settings=quick(checkpoint_every=100, log_every=5))  # these may change
+
+
+def test_other_starting_weights_on_resume_are_refused(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(ValueError, match="encoder_checksum"):
+        run(tmp_path, student=Student(tiny_encoder(1), fresh_head("mlp", 32, 3)))
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    run(tmp_path)
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors is not a complete"):
+        run(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_nan_names_step_and_rows_leaves_the_batch_and_the_last_checkpoint(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = TeCoA.loss, [0]
+
+    def loss(self: TeCoA, student: Student, batch: Any, attacked: Tensor) -> LossParts:
+        calls[0] += 1
+        parts = original(self, student, batch, attacked)
+        if calls[0] < 5:
+            return parts
+        if what == "loss":
+            return LossParts(parts.total * float("nan"), parts.parts)
+        return LossParts(parts.total + (parts.total - parts.total.detach()).sqrt(), parts.parts)  # inf * 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TeCoA, "loss", loss)
+        with pytest.raises(FloatingPointError, match=rf"the {what} is (nan|inf) at step 5 \(rows \d+, .* of colours"):
+            run(tmp_path)
+    batch, about = read_tensors(tmp_path / "nonfinite-5.safetensors")
+    data = colours()
+    assert torch.equal(batch["labels"], data.labels[batch["indices"]])
+    assert float((batch["attacked"] - batch["images"]).abs().max()) <= QUICK.epsilon + 1e-6
+    told = json.loads(about["about"])
+    assert (told["step"], told["what"], told["name"], told["seed"]) == (5, what, "tecoa", 0)
+    resumed, _ = run(tmp_path)
+    whole, _ = run(tmp_path / "whole")
+    assert same(whole, resumed)
+
+
+def _with_little_room(out: Path, room: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        run(out)
+    except OSError as error:
+        (out.parent / "error").write_text(str(error))
+        os._exit(3)
+
+
+def test_a_full_disk_is_named_and_the_last_checkpoint_intact(tmp_path: Path) -> None:
+    """The room ends while a checkpoint is written, as a quota does: the file before it stays."""
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TeCoA, "loss", _raising(5, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            run(out)
+    before = (out / "checkpoint.safetensors").read_bytes()
+    process = multiprocessing.get_context("fork").Process(target=_with_little_room, args=(out, len(before) // 2))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 3
+    message = (tmp_path / "error").read_text()
+    assert "checkpoint.safetensors could not be written" in message
+    assert "what was there before is intact" in message
+    assert (out / "checkpoint.safetensors").read_bytes() == before
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
+    resumed, _ = run(out)
+    whole, _ = run(tmp_path / "whole")
+    assert same(whole, resumed)
+
+
+def _raising(call: int, error: BaseException) -> Any:
+    original, calls = TeCoA.loss, [0]
+
+    def loss(self: TeCoA, student: Student, batch: Any, attacked: Tensor) -> LossParts:
+        calls[0] += 1
+        if calls[0] == call:
+            raise error
+        return original(self, student, batch, attacked)
+
+    return loss
+
+
+def test_a_vanished_picture_is_named_and_the_last_checkpoint_intact(tmp_path: Path) -> None:
+    data = colours()
+    for number, (image, label) in enumerate(zip(data.images, data.labels, strict=True)):
+        folder = tmp_path / "data" / "train" / data.class_names[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        levels = (image * 255).round().byte().permute(1, 2, 0).numpy()
+        Picture.fromarray(levels).save(folder / f"{number}.png")
+    stored = open_images(str(tmp_path / "data"), "train", 12)
+    vanishing, hidden = tmp_path / "data" / "train" / "red" / "0.png", tmp_path / "0.png"
+    settings, out = quick(), tmp_path / "run"
+
+    class Vanishing(type(stored)):  # type: ignore[misc]
+        def fetch(self, indices: Tensor) -> Tensor:
+            if (out / "checkpoint.safetensors").is_file() and vanishing.exists():
+                vanishing.rename(hidden)
+            return super().fetch(indices)
+
+    lost = Vanishing(**vars(stored))
+    with pytest.raises(ValueError, match=r"row \d+: no picture can be read from it \(FileNotFoundError"):
+        fit(tiny_student(), lost, None, QUICK, settings, out=out)
+    hidden.rename(vanishing)
+    resumed, whole = tiny_student(), tiny_student()
+    fit(resumed, stored, None, QUICK, settings, out=out)
+    fit(whole, stored, None, QUICK, settings, out=tmp_path / "whole")
+    assert same(whole, resumed)
+
+
+DEAD_RANK = """
+import os, signal, sys
+from tests.training.test_failures import TeCoA, run
+original, calls = TeCoA.loss, [0]
+def loss(self, student, batch, attacked):
+    calls[0] += 1
+    if calls[0] == 7 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, student, batch, attacked)
+if "--die" in sys.argv:
+    TeCoA.loss = loss
+run(__import__("pathlib").Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("both_cores")
+def test_a_dead_process_ends_the_others_and_the_last_checkpoint_is_intact(tmp_path: Path) -> None:
+    script = tmp_path / "dead.py"
+    script.write_text(DEAD_RANK.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    command = [*launch, str(tmp_path / "run"), "--die"]
+    # left alone, the other process would wait for the dead one for gloo's half an hour; torchrun gives it 30 s to end
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode != 0
+    assert "SIGKILL" in done.stderr
+    _, about = read_tensors(tmp_path / "run" / "checkpoint.safetensors")
+    assert json.loads(about["about"])["position"]["step"] == 6
+    _, result = run(tmp_path / "run")  # goes on, here with one process
+    assert result.steps == 9

