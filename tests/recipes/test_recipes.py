@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "recipes" / "configs" / "smoke"
 OWN_TESTS = {"pretrain"}  # run in test_pretraining_recipes.py
 OWN_TESTS |= {"tune_bmp", "train_heads"}  # run in test_training.py
+OWN_TESTS |= {"evaluate"}  # run in tests/evaluation/test_regression.py
 
 
 def run(*command: str, cwd: Path = ROOT, timeout: int = 280) -> subprocess.CompletedProcess[str]:

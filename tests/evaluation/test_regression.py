@@ -1,0 +1,65 @@
+"""The smoke evaluation of the embedded model reproduces committed rows: refactoring must not move a number."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zepad_mm.evaluation import Report
+
+ROOT = Path(__file__).parents[2]
+EXPECTED = Path(__file__).parent
+ONE_IMAGE = 1.001  # other hardware may round one image to the other side of a decision
+
+
+def expected(name: str) -> list[dict[str, str]]:
+    with (EXPECTED / name).open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """``recipes/evaluate.py`` by its smoke configuration, whose rows are those of ``scripts/demo --preset smoke``."""
+    out = tmp_path_factory.mktemp("smoke")
+    config = ROOT / "recipes" / "configs" / "smoke" / "evaluate.yaml"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "recipes/evaluate.py", "--config", str(config), "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return Report.load(out)
+
+
+def test_smoke_rows_match_the_committed_rows(report: Report) -> None:
+    wanted = expected("smoke_rows.csv")
+    assert len(report.rows) == len(wanted)
+    for row, line in zip(report.rows, wanted, strict=True):
+        for key in ("model", "attack", "threat", "norm", "dataset", "n", "control"):
+            assert str(row[key]) == line[key], line
+        assert row["epsilon"] == pytest.approx(float(line["epsilon"]), abs=1e-6), line
+        moved = abs(row["accuracy"] * row["n"] - int(line["correct"]))
+        assert moved <= ONE_IMAGE, line
+        if moved < 0.5:
+            interval = (float(line["ci_low"]), float(line["ci_high"]))
+            assert (row["ci_low"], row["ci_high"]) == pytest.approx(interval, abs=1e-6), line
+
+
+def test_smoke_detection_matches_the_committed_rows(report: Report) -> None:
+    wanted = expected("smoke_detection.csv")
+    assert len(report.detection) == len(wanted)
+    for row, line in zip(report.detection, wanted, strict=True):
+        for key in ("model", "score", "threat", "attack", "adaptive"):
+            assert str(row[key]) == line[key], line
+        assert abs(row["n"] - int(line["n"])) <= 1, line
+        if row["n"] == int(line["n"]):
+            for key in ("auroc", "tpr_at_fpr1", "tpr_at_fpr5", "fpr_at_fpr1", "fpr_at_fpr5", "accuracy_paper_rule"):
+                assert _close(row[key], line[key], 1.001 / min(row["n"], 24)), (key, line)
+
+
+def _close(value: Any, text: str, tolerance: float) -> bool:
+    return text == "" if value is None else abs(value - float(text)) <= tolerance
