@@ -52,7 +52,7 @@ from zepad_mm.pretraining import (
 from zepad_mm.training import make_accelerator
 from zepad_mm.utils.io import write_json
 from zepad_mm.utils.provenance import provenance
-from zepad_mm.utils.seeding import seeded
+from zepad_mm.utils.seeding import seeded, seeded_generator
 
 PARTS = ("all", "first_half", "second_half")
 SMALL_RESNET = {"channels": [32, 64, 128, 256], "layers": [1, 1, 1, 1], "zero_init_last": False}
@@ -126,8 +126,8 @@ def train_epoch(
     """One pass over this process's share of the pictures; the sum of its losses."""
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     learner, steps = accelerator.unwrap_model(wrapped), len(train) // (config.batch_size * world)
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.seed * 1000 + epoch))
-    draws = torch.Generator().manual_seed((config.seed * 1000 + epoch) * 1000 + rank)
+    order = torch.randperm(len(train), generator=seeded_generator(config.seed * 1000 + epoch))
+    draws = seeded_generator((config.seed * 1000 + epoch) * 1000 + rank)
     total = torch.zeros((), device=device)
     for step in tqdm(range(steps), f"epoch {epoch + 1}/{config.epochs}", disable=rank > 0, mininterval=5):
         fall = (1 + math.cos(math.pi * (epoch * steps + step) / (config.epochs * steps))) / 2

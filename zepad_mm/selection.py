@@ -25,6 +25,7 @@ from zepad_mm.encoders import streamlined
 from zepad_mm.models.detection import SCORES, threshold_at
 from zepad_mm.models.fusion import Fusion, build
 from zepad_mm.models.zepad import DetectorConfig, ZePAD
+from zepad_mm.utils.seeding import seeded_generator
 
 GRIDS: dict[str, dict[str, Sequence[float]]] = {
     "rfdm": {"k": (0.0, 1.0, 3.0)},
@@ -189,7 +190,7 @@ class _Field:
     def __init__(self, model: ZePAD, data: LabelledImages, attack: PGD, seed: int) -> None:
         self.images, self.labels, self.attack = data.images, data.labels, attack
         self.branches = [streamlined(model.branch(name), data.images.shape[-1]) for name in model.branches]
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = seeded_generator(seed)
         self.examples = [_in_parts(self.logits_of, self.images)]
 
     def logits_of(self, images: Tensor) -> Tensor:

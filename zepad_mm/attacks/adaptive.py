@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zepad_mm.attacks.apgd import APGD
 from zepad_mm.attacks.base import Attack, Model, frozen
-from zepad_mm.attacks.losses import cross_entropy, difference_of_logits_ratio, margin
+from zepad_mm.attacks.losses import cross_entropy, difference_of_logits_ratio, margin, margin_per_branch
 from zepad_mm.attacks.objective import Objective, Worst, not_clearly_wrong
 from zepad_mm.attacks.pgd import PGD
 from zepad_mm.utils.registry import Registry
@@ -150,13 +150,13 @@ def fused_dlr(fuse: Fuse, branches: int) -> list[Loss]:
 @FUSED_LOSSES.register("weight_hijack")
 def weight_hijack(fuse: Fuse, branches: int) -> list[Loss]:
     """Weighted sum of the branches' margins: grows by making a wrong branch more wrong, and by making it weigh more."""
-    return [lambda logits, labels: (fuse(logits).weights * _margins(logits, labels)).sum(0)]
+    return [lambda logits, labels: (fuse(logits).weights * margin_per_branch(logits, labels)).sum(0)]
 
 
 @FUSED_LOSSES.register("weight_hijack_frozen")
 def weight_hijack_frozen(fuse: Fuse, branches: int) -> list[Loss]:
     """The same with weights that count as constants in each step: for rules whose weights hide the gradient."""
-    return [lambda logits, labels: (fuse(logits).weights.detach() * _margins(logits, labels)).sum(0)]
+    return [lambda logits, labels: (fuse(logits).weights.detach() * margin_per_branch(logits, labels)).sum(0)]
 
 
 # ---- past the fusion ---------------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def sum_margin(fuse: Fuse, branches: int) -> list[Loss]:
 @FUSED_LOSSES.register("min_margin")
 def min_margin(fuse: Fuse, branches: int) -> list[Loss]:
     """The smallest margin: raises the branch that holds out longest, until all are wrong."""
-    return [lambda logits, labels: _margins(logits, labels).amin(0)]
+    return [lambda logits, labels: margin_per_branch(logits, labels).amin(0)]
 
 
 @FUSED_LOSSES.register("average_logit")
@@ -208,17 +208,12 @@ def mora(fuse: Fuse, branches: int) -> list[Loss]:
     """
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        margins = _margins(logits, labels)
+        margins = margin_per_branch(logits, labels)
         near = (margins / logits.std(-1).clamp_min(1e-12)).detach().sigmoid()
         slope = near * (1 - near) + 1e-6
         return (slope / slope.sum(0) * margins).sum(0)
 
     return [loss]
-
-
-def _margins(logits: Tensor, labels: Tensor) -> Tensor:
-    """(N, B, C) to the margin of each branch (N, B), which :func:`margin` would sum."""
-    return torch.stack([margin(part, labels) for part in logits])
 
 
 def _of_some(members: Sequence[int]) -> Loss:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from zepad_mm.attacks.wrappers import Model, bpda
 from zepad_mm.utils.registry import Registry
+from zepad_mm.utils.seeding import seeded_generator
 from zepad_mm.utils.validation import check_epsilon, check_images
 
 NORMS = ("linf", "l2")
@@ -153,7 +154,7 @@ def check_budget(epsilon: float, norm: str) -> None:
 def check_generator(generator: torch.Generator | None, seed: int = 0) -> torch.Generator:
     """The generator, or a CPU one seeded with ``seed``. Raises ValueError for a generator on another device."""
     if generator is None:
-        return torch.Generator().manual_seed(seed)
+        return seeded_generator(seed)
     if generator.device.type != "cpu":
         raise ValueError(
             f"generator: expected a CPU generator, got one on {generator.device}; attacks draw on the CPU so that a "

@@ -26,10 +26,29 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return _sum_branches(-logits.log_softmax(-1).gather(-1, _index(logits, labels)).squeeze(-1))
 
 
+def margin_per_branch(logits: Tensor, labels: Tensor) -> Tensor:
+    """Best wrong logit minus the true one (Carlini and Wagner 2017): positive exactly when the answer is wrong.
+
+    Args:
+        logits: (..., B, C).
+        labels: (B,) true classes.
+
+    Returns:
+        (..., B) margins; leading axes are kept.
+
+    Raises:
+        ValueError: fewer than 2 classes.
+    """
+    if logits.shape[-1] < 2:
+        raise ValueError(f"model: expected logits of at least 2 classes, got {logits.shape[-1]}")
+    index = _index(logits, labels)
+    return logits.scatter(-1, index, -torch.inf).amax(-1) - logits.gather(-1, index).squeeze(-1)
+
+
 @LOGIT_LOSSES.register("margin")
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """Best wrong logit minus the true one (Carlini and Wagner): positive exactly when the answer is wrong."""
-    return _sum_branches(_margins(logits, labels))
+    """:func:`margin_per_branch`, summed over branches."""
+    return _sum_branches(margin_per_branch(logits, labels))
 
 
 @LOGIT_LOSSES.register("dlr")
@@ -39,7 +58,7 @@ def difference_of_logits_ratio(logits: Tensor, labels: Tensor) -> Tensor:
         raise ValueError(f"the dlr loss needs at least 3 classes, got {logits.shape[-1]}; use loss='margin'")
     ordered = logits.sort(-1).values
     gap = (ordered[..., -1] - ordered[..., -3]).clamp_min(1e-12)
-    return _sum_branches(_margins(logits, labels) / gap)
+    return _sum_branches(margin_per_branch(logits, labels) / gap)
 
 
 def targeted(logits: Tensor, labels: Tensor, rivals: Tensor) -> Tensor:
@@ -81,14 +100,6 @@ def info_nce(features: Tensor, clean: Tensor, temperature: float = 0.1) -> Tenso
         raise ValueError("info_nce contrasts the images of a batch: expected at least 2, got 1; use 'feature_cosine'")
     logits = F.normalize(clean, dim=-1) @ F.normalize(features, dim=-1).transpose(-1, -2) / temperature
     return -logits.log_softmax(-1).diagonal(dim1=-2, dim2=-1)
-
-
-def _margins(logits: Tensor, labels: Tensor) -> Tensor:
-    """Best wrong logit minus the true one, per branch."""
-    if logits.shape[-1] < 2:
-        raise ValueError(f"model: expected logits of at least 2 classes, got {logits.shape[-1]}")
-    index = _index(logits, labels)
-    return logits.scatter(-1, index, -torch.inf).amax(-1) - logits.gather(-1, index).squeeze(-1)
 
 
 def _index(logits: Tensor, labels: Tensor) -> Tensor:

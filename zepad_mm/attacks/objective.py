@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zepad_mm.attacks.base import Model
-from zepad_mm.attacks.losses import FEATURE_LOSSES, LOGIT_LOSSES, targeted
+from zepad_mm.attacks.losses import FEATURE_LOSSES, LOGIT_LOSSES, margin_per_branch, targeted
 from zepad_mm.utils.validation import check_labels
 
 # An answer counts as wrong once the margin is this part of the largest logit: thinner ones flip back when the picture
@@ -98,9 +98,7 @@ class Objective:
 
 def not_clearly_wrong(logits: Tensor, labels: Tensor) -> Tensor:
     """(..., B): is the answer right, or wrong by so little that it may flip back? NaN is no success."""
-    own = labels.expand(logits.shape[:-1]).unsqueeze(-1)
-    margin = logits.scatter(-1, own, -torch.inf).amax(-1) - logits.gather(-1, own).squeeze(-1)
-    return ~(margin > CLEARLY_WRONG * logits.abs().amax(-1))
+    return ~(margin_per_branch(logits, labels) > CLEARLY_WRONG * logits.abs().amax(-1))
 
 
 class Worst:

@@ -8,6 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from zepad_mm.utils.seeding import seeded_generator
+
 
 class Rows:
     """A data set of N rows; ``subset`` is all that it has to bring along, beside its ``labels`` (N,)."""
@@ -27,13 +29,13 @@ class Rows:
             return self
         if n < 1:
             raise ValueError(f"n: expected a positive number of images, got {n}")
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(self), generator=seeded_generator(seed))
         return self.subset(order[:n].sort().values)
 
     def split(self, share: float, seed: int = 0) -> tuple[Self, Self]:
         """(the rest, ``share`` of the rows but at least one), drawn by ``seed``, each in a fixed order."""
         if not 0 < share < 1 or len(self) < 2:
             raise ValueError(f"split: expected a share in (0, 1) of at least 2 images, got {share} of {len(self)}")
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(self), generator=seeded_generator(seed))
         held = max(1, int(share * len(self)))
         return self.subset(order[held:].sort().values), self.subset(order[:held].sort().values)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zepad_mm.data.base import Rows
 from zepad_mm.data.loading import class_names_of, columns_of, name_of, open_table, to_tensor
+from zepad_mm.utils.seeding import seeded_generator
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def load_data(source: str, split: str, image_size: int = 64, n: int | None = Non
     if n is not None and n < len(table):
         if n < 1:
             raise ValueError(f"n: expected a positive number of images, got {n}")
-        order = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(table), generator=seeded_generator(seed))
         table = table.select(sorted(order[:n].tolist()))
     names = class_names_of(table, label_column)
     images = torch.stack([to_tensor(row[image_column], image_size) for row in table])

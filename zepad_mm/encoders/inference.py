@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from zepad_mm.encoders.attention import hasten_attention
 from zepad_mm.encoders.base import Encoder
 from zepad_mm.encoders.lora import has_lora, merge_lora
+from zepad_mm.utils.seeding import seeded_generator
 
 log = logging.getLogger(__name__)
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -31,7 +32,7 @@ def streamlined(module: AnyModule, image_size: int = 64) -> AnyModule:
         image_size: side of the pictures that it is traced with.
     """
     like = next(module.parameters(), torch.zeros(()))
-    images = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(like.device)
+    images = torch.rand(2, 3, image_size, image_size, generator=seeded_generator(0)).to(like.device)
     lighter = copy.deepcopy(module).eval().requires_grad_(False)
     changed = False
     with torch.no_grad():

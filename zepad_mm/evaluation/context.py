@@ -25,6 +25,7 @@ from zepad_mm.models.fusion import RULES, Fusion, build
 from zepad_mm.models.zepad import ZePAD
 from zepad_mm.utils.distributed import Processes
 from zepad_mm.utils.io import read_json, read_tensors, write_json, write_tensors
+from zepad_mm.utils.seeding import derived_generator
 
 log = logging.getLogger(__name__)
 
@@ -276,8 +277,7 @@ class Session:
 
     def generator(self, *purpose: int | str) -> torch.Generator:
         """A CPU generator for one purpose: the same whatever ran before."""
-        digest = hashlib.blake2b(repr((self.settings.seed, *purpose)).encode(), digest_size=8).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        return derived_generator(self.settings.seed, *purpose)
 
     def _open_cache(self, folder: Path, identity: dict[str, str], resume: bool) -> None:
         """Raises ValueError when the stages to resume belong to another model, other pictures or settings."""

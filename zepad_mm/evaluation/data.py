@@ -9,6 +9,7 @@ import torch
 
 from zepad_mm.data import LabelledImages, load_data
 from zepad_mm.evaluation.settings import EvalSettings
+from zepad_mm.utils.seeding import seeded_generator
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class EvalData:
             if settings.n_validation is not None and settings.n_surrogate is not None:
                 wanted = settings.n_validation + settings.n_surrogate
             train = load_data(source, "train", size, wanted, seed)
-            order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+            order = torch.randperm(len(train), generator=seeded_generator(seed))
             cut = min(settings.n_validation or len(train), len(train) // 2)
             validation, surrogate = train.subset(order[:cut]), train.subset(order[cut:])
         return cls(test, validation, surrogate).limited(settings)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from zepad_mm.attacks import APGD, Attack, frozen
 from zepad_mm.attacks.base import steepest
+from zepad_mm.attacks.losses import margin
 from zepad_mm.attacks.objective import input_gradient
 from zepad_mm.evaluation.context import Session
 from zepad_mm.evaluation.records import Records
@@ -188,7 +189,7 @@ def _flat_gradients(session: Session) -> Check:
         target = session.through(row)
         with torch.enable_grad(), frozen(target):
             images = session.images[index].to(session.device).requires_grad_()
-            margins = _margins(target(images), session.labels[index].to(session.device))
+            margins = margin(target(images), session.labels[index].to(session.device))
             gradient = input_gradient(margins, images)
         flat = gradient.flatten(1).abs().amax(1) <= 1e-20
         values[row.name] = float(flat.float().mean())
@@ -268,8 +269,3 @@ def _wrong(session: Session, attack: Attack, index: Tensor, purpose: str) -> Ten
         parts = attacked.split(session.settings.batch_size)
         answers = torch.cat([target(part.to(session.device)).argmax(-1).cpu() for part in parts])
     return answers != session.labels[index]
-
-
-def _margins(logits: Tensor, labels: Tensor) -> Tensor:
-    index = labels.unsqueeze(-1)
-    return logits.scatter(-1, index, -torch.inf).amax(-1) - logits.gather(-1, index).squeeze(-1)

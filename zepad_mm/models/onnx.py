@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zepad_mm.models.zepad import ZePAD
+from zepad_mm.utils.seeding import seeded_generator
 
 OUTPUTS = ("logits", "weights", "confidences", "dae_score")
 LARGEST_FILE = 1_900_000_000  # bytes; ONNX itself allows 2 GiB, the weights of a larger graph lie beside it
@@ -81,14 +82,14 @@ def export_onnx(
     graph = _Graph(model.cpu()).eval()
     try:
         # two pictures: a batch of one would be taken for a constant
-        program = _traced(graph, torch.rand(2, 3, size, size, generator=_generator(seed)))
+        program = _traced(graph, torch.rand(2, 3, size, size, generator=seeded_generator(seed)))
         program.model.metadata_props.update(_about(model, size))
         path.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
             written = Path(folder) / path.name
             program.save(written, external_data=_weight_of(graph) > LARGEST_FILE)
             session = onnxruntime.InferenceSession(written, providers=["CPUExecutionProvider"])
-            difference = _difference(graph, session, torch.rand(3, 3, size, size, generator=_generator(seed + 1)))
+            difference = _difference(graph, session, torch.rand(3, 3, size, size, generator=seeded_generator(seed + 1)))
             if not difference <= tolerance:
                 raise ValueError(
                     f"the ONNX graph's logits differ from torch's by up to {difference:.2g}, more than {tolerance:g}; "
@@ -136,7 +137,3 @@ def _about(model: ZePAD, size: int) -> dict[str, str]:
 def _weight_of(module: nn.Module) -> int:
     """Bytes of parameters and buffers."""
     return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)

@@ -14,6 +14,7 @@ from zepad_mm.attacks.base import frozen
 from zepad_mm.data import LabelledImages
 from zepad_mm.defences.base import Student
 from zepad_mm.utils.config import Config
+from zepad_mm.utils.seeding import seeded_generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ def validate(
             if epsilon > 0 and bool(right.any()):
                 # an image that is wrong already counts as wrong: no step is spent on it
                 images, labels = images[right], labels[right]
-                generator = torch.Generator().manual_seed(rank + world * number)
+                generator = seeded_generator(rank + world * number)
                 attacked = attack(view or student.logits, images, labels, generator=generator)
                 right = _right(student, attacked, labels)
             counts[1] += right.sum()

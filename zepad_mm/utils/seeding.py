@@ -1,4 +1,4 @@
-"""Seeds and generators derived from a run's seed and a purpose, the same on every machine."""
+"""Seeded generators: from a plain seed, or from a run's seed and a purpose; the same on every machine."""
 
 from __future__ import annotations
 
@@ -15,9 +15,14 @@ def derived_seed(*keys: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def seeded_generator(seed: int) -> torch.Generator:
+    """A CPU generator seeded with ``seed`` itself."""
+    return torch.Generator().manual_seed(seed)
+
+
 def derived_generator(*keys: int | str) -> torch.Generator:
     """A CPU generator for one purpose at one step: nothing to save in a checkpoint, nothing shared."""
-    return torch.Generator().manual_seed(derived_seed(*keys))
+    return seeded_generator(derived_seed(*keys))
 
 
 @contextmanager
