@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 from reproduction.paper import published
+from reproduction.paper.records import read_compact
 from reproduction.paper.sections import SECTIONS
-from zepad_mm.utils.io import read_json, write_text
+from zepad_mm.utils.io import write_text
 
 ROOT = Path(__file__).parents[2]
 RESULTS, DOCUMENT = ROOT / "results", ROOT / "docs" / "RESULTS.md"
@@ -48,7 +49,7 @@ def document(results: Path) -> str:
     for title, path, write in SECTIONS:
         parts.append(f"## {title}\n")
         found = results / path
-        parts.append(write(read_json(found)) if found.is_file() else "Not measured yet.\n")
+        parts.append(write(read_compact(found)) if found.is_file() else "Not measured yet.\n")
     parts.append(state())
     return "\n".join(parts).rstrip() + "\n"
 

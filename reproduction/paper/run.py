@@ -20,6 +20,7 @@ import torch
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from reproduction.paper import figures  # noqa: F401 - registers its tables
+from reproduction.paper.records import write_compact
 from reproduction.paper.study import ROOT, Settings, Study, without_folders
 from reproduction.paper.tables import TABLES
 from zepad_mm.utils.io import write_json
@@ -51,7 +52,9 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         meta = without_folders(provenance(seed=config.seed, config=asdict(config)))
         path = Path(config.result) / f"{name}.json"
-        write_json(path, {"meta": meta, **without_folders(record)})
+        whole = {"meta": meta, **without_folders(record)}
+        write_json(study.out / "records" / path.name, whole)
+        write_compact(path, whole)
         print(f"{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name} written", flush=True)
 
 

@@ -273,13 +273,13 @@ def confidence(record: dict[str, Any]) -> str:
         ]
         for row in record["rows"]
     ]
-    picture = "![confidence of each branch](../recipes/results/paper/confidence.png)\n"
+    picture = "![confidence of each branch](../results/paper/confidence.png)\n"
     return "\n".join([picture, grid(["case", "task", "condition", "mean largest softmax"], lines), origin(record)])
 
 
 def features(record: dict[str, Any]) -> str:
     lines = [[row["space"], f"{100 * row['same_class_among_10']:.1f}", str(row["n"])] for row in record["rows"]]
-    picture = "![t-SNE of the features](../recipes/results/paper/features.png)\n"
+    picture = "![t-SNE of the features](../results/paper/features.png)\n"
     return "\n".join(
         [picture, grid(["features", "neighbours of an attacked picture in its class, %", "n"], lines), origin(record)]
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from reproduction.paper import (
     run,
     study,
 )
+from reproduction.paper.records import read_compact
 from reproduction.paper.sections import SECTIONS, verdict
 from reproduction.paper.tables import TABLES
 from zepad_mm.pretraining import save_encoder
@@ -85,14 +87,16 @@ def arguments(folder: Path) -> list[str]:
 def test_every_table_is_made_once(folder: Path) -> None:
     written = {path.stem for path in (folder / "results" / "paper").glob("*.json")}
     assert written == set(TABLES)
-    main = json.loads((folder / "results" / "paper" / "main.json").read_text())
+    main = read_compact(folder / "results" / "paper" / "main.json")
+    full = json.loads((folder / "out" / "records" / "main.json").read_text())
+    assert [row["accuracy"] for row in full["rows"]] == pytest.approx([row["accuracy"] for row in main["rows"]])
     assert all(0 <= row["ci_low"] <= row["accuracy"] <= row["ci_high"] <= 1 for row in main["rows"])
     assert {row["threat"] for row in main["rows"]} == {"clean", "T1", "T1b"}
     assert {row["victim"] for row in main["rows"]} == {"first", "second"}
     assert str(folder) not in json.dumps(main)
     kept = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*.safetensors")}
     run.main([*arguments(folder), "--tables", "[main, fusion]"])
-    again = json.loads((folder / "results" / "paper" / "main.json").read_text())
+    again = read_compact(folder / "results" / "paper" / "main.json")
     assert again["rows"] == main["rows"]
     assert kept == {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*.safetensors")}
 
@@ -104,13 +108,25 @@ def test_the_document_has_all_of_them(folder: Path) -> None:
     assert "reached" in text
 
 
+def test_tracked_files_are_small() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    sizes = {name: (ROOT / name).stat().st_size for name in listed.stdout.split("\0") if (ROOT / name).is_file()}
+    assert sum(sizes.values()) < 45e6
+    assert {name for name, size in sizes.items() if size > 8 * 2**20} == {
+        "zepad_mm/assets/clip/open_clip_model.safetensors"
+    }
+    assert not {name for name, size in sizes.items() if name.startswith("results/") and size > 300_000}
+
+
 def test_the_committed_document_is_what_the_results_say() -> None:
     assert document.DOCUMENT.read_text(encoding="utf-8") == document.document(document.RESULTS)
 
 
 @pytest.mark.parametrize("name", ["small", "full"])
 def test_the_configs_parse(name: str) -> None:
-    config, _, _ = run.parse(["--config", str(ROOT / "scripts" / "paper" / f"{name}.yaml")])
+    config, _, _ = run.parse(["--config", str(ROOT / "reproduction" / "paper" / f"{name}.yaml")])
     assert config.tuning in config.tunings
     assert {config.adv_au, config.adv_au_for_itself, *config.more_adv_au, *config.studied} <= {
         *config.victims, config.adv_au_for_itself

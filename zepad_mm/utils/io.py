@@ -44,8 +44,22 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write indented JSON atomically; refuses NaN, which is no JSON."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    """Write indented JSON atomically, a row of a table on one line. Raises ValueError for NaN, which JSON has not."""
+    plain = json.loads(json.dumps(value, allow_nan=False))  # tuples as lists, keys as strings
+    write_text(path, _indented(plain) + "\n")
+
+
+def _indented(value: Any, indent: str = "") -> str:
+    """Indented JSON; a dict or list that holds no other takes one line."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if not any(isinstance(item, dict | list) for item in items):
+        return json.dumps(value)
+    inner = indent + "  "
+    parts = [_indented(item, inner) for item in items]
+    if isinstance(value, dict):
+        parts = [f"{json.dumps(key)}: {part}" for key, part in zip(value, parts, strict=True)]
+    first, last = "{}" if isinstance(value, dict) else "[]"
+    return f"{first}\n{inner}" + f",\n{inner}".join(parts) + f"\n{indent}{last}"
 
 
 def read_json(path: str | Path) -> Any:
