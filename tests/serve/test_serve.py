@@ -152,7 +152,7 @@ def test_a_full_queue_answers_503(clip_source: str) -> None:
     release, begun = threading.Event(), threading.Event()
 
     def occupy() -> None:
-        with service.desk.turn():
+        with service.limiter.slot():
             begun.set()
             assert release.wait(60)
 
@@ -161,7 +161,7 @@ def test_a_full_queue_answers_503(clip_source: str) -> None:
         assert begun.wait(60)
         second = pool.submit(post, client, "/v1/classify")
         deadline = time.monotonic() + 60
-        while service.desk._places._value and time.monotonic() < deadline:  # until the second one waits
+        while not service.limiter.is_full() and time.monotonic() < deadline:  # until the second one waits
             time.sleep(0.01)
         refused = post(client, "/v1/classify")
         assert refused.status_code == 503
@@ -245,7 +245,12 @@ def test_the_endpoint_beside_the_page(address: str) -> None:
     with httpx.Client(base_url=address, timeout=60) as client:
         assert post(client, "/v1/classify").status_code == 200
         assert "gradio" in client.get("/").text
-        assert client.post("/v1/classify", content=b"x" * (11 * 2**20)).status_code == 413
+        for path in ("/v1/classify", "/gradio_api/upload"):
+            answer = client.post(path, files={"files": b"x" * (11 * 2**20)})
+            assert (answer.status_code, answer.json()["detail"]) == (
+                413,
+                "the request is larger than 10 MB; shrink the image",
+            )
         assert client.get("/gradio_api/file=/etc/passwd").status_code in (403, 404)
 
 

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field, StringConstraints
 
 from zepad_mm import __version__
-from zepad_mm.serve.limits import BodyLimit, BusyError
+from zepad_mm.serve.limits import BusyError, ExplainTooLarge
 from zepad_mm.serve.service import ATTACKS, Service, png
 from zepad_mm.serve.settings import MAX_LEVELS, ServeSettings
 
@@ -82,15 +82,22 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 
 
+class _App(FastAPI):
+    """FastAPI sends its 413 from outside the middleware that users add, so the explanation wraps the whole stack."""
+
+    def build_middleware_stack(self) -> Any:
+        return ExplainTooLarge(super().build_middleware_stack(), self.max_body_size or 0)
+
+
 def create_app(service: Service) -> FastAPI:
     """The application, with the page where the settings ask for it."""
     settings = service.settings
-    app = FastAPI(
+    app: FastAPI = _App(
         title="zepad",
         version=__version__,
         summary="Zero-shot classification that stands up to downstream-agnostic adversarial examples.",
+        max_body_size=settings.upload_mb * 2**20,  # applies to every route, the mounted page included
     )
-    app.add_middleware(BodyLimit, limit=settings.upload_mb * 2**20)
 
     @app.exception_handler(BusyError)
     def busy(request: Request, error: BusyError) -> JSONResponse:

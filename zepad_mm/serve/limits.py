@@ -1,105 +1,80 @@
-"""How much at once: a queue that says when it is full, and requests that are cut off when they are too long."""
+"""A bound on concurrent and waiting requests, and the 413 answer to requests that are too large.
+
+FastAPI itself counts the bytes of a request (``FastAPI(max_body_size=...)``).
+"""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import threading
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from typing import Any
 
+from fastapi.responses import JSONResponse
+
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-LINGER = 4  # refused requests are read on, and thrown away, to this many times the limit ...
-LINGER_SECONDS = 10.0  # ... and this long: a connection that is closed on unread bytes loses the answer too
-
 
 class BusyError(Exception):
-    """All workers are at work and the queue is full: try again later."""
+    """All workers are busy and the queue is full."""
 
 
-class Desk:
-    """Lets ``workers`` threads work at the same time and ``queue`` more wait.
+class RequestLimiter:
+    """Lets ``workers`` threads compute at the same time and ``queue`` more wait.
 
     Args:
-        workers, queue: see above.
+        workers: threads that compute at the same time.
+        queue: threads that may wait for a worker.
     """
 
     def __init__(self, workers: int, queue: int) -> None:
         self._workers = threading.BoundedSemaphore(workers)
-        self._places = threading.BoundedSemaphore(workers + queue)
+        self._admitted = threading.BoundedSemaphore(workers + queue)
 
     @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """Wait for a worker. Raises BusyError at once when the queue is full."""
-        if not self._places.acquire(blocking=False):
+    def slot(self) -> Iterator[None]:
+        """Hold a worker for the block, waiting for one if needed. Raises BusyError at once when the queue is full."""
+        if not self._admitted.acquire(blocking=False):
             raise BusyError("all workers are busy and the queue is full; try again in a few seconds")
         try:
             with self._workers:
                 yield
         finally:
-            self._places.release()
+            self._admitted.release()
+
+    def is_full(self) -> bool:
+        """Whether the next request would be refused."""
+        if self._admitted.acquire(blocking=False):
+            self._admitted.release()
+            return False
+        return True
 
 
-class BodyLimit:
-    """ASGI middleware that answers 413 to requests beyond ``limit`` bytes, before they lie on the disk.
+class ExplainTooLarge:
+    """ASGI middleware that replaces FastAPI's bare 413 by JSON that says what the limit is.
+
+    FastAPI answers a request of declared length in plain text, before any exception handler sees it.
 
     Args:
-        app: what is protected.
-        limit: bytes.
+        app: the application.
+        max_body_size: limit in bytes, for the message.
     """
 
-    def __init__(self, app: Any, limit: int) -> None:
+    def __init__(self, app: Any, max_body_size: int) -> None:
         self.app = app
-        self.limit = limit
+        self.detail = f"the request is larger than {max_body_size / 2**20:.3g} MB; shrink the image"
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self.limit:
-            await self._discard(receive)
-            await self._refuse(send)
-            return
-        read, refused = 0, False
+        replaced = False
 
-        async def counted() -> Message:
-            nonlocal read, refused
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > self.limit and not refused:  # its length was not declared, or not as it is
-                refused = True
-                if message.get("more_body"):
-                    await self._discard(receive)
-                await self._refuse(send)
-            return {"type": "http.disconnect"} if refused else message
-
-        async def once(message: Message) -> None:
-            if not refused:
+        async def explain(message: Message) -> None:
+            nonlocal replaced
+            if message["type"] == "http.response.start" and message["status"] == 413:
+                replaced = True
+                await JSONResponse({"detail": self.detail}, 413)(scope, receive, send)
+            elif not replaced:
                 await send(message)
 
-        try:
-            await self.app(scope, counted, once)
-        except Exception:
-            if not refused:  # the app stumbles over the end that we made
-                raise
-
-    async def _refuse(self, send: Send) -> None:
-        from fastapi.responses import JSONResponse
-
-        detail = f"the request is larger than {self.limit / 2**20:.3g} MB; shrink the picture"
-        answer = JSONResponse({"detail": detail}, 413, headers={"Connection": "close"})
-        await send({"type": "http.response.start", "status": 413, "headers": answer.raw_headers})
-        await send({"type": "http.response.body", "body": bytes(answer.body)})
-
-    async def _discard(self, receive: Receive) -> None:
-        read, more = 0, True
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LINGER_SECONDS):
-                while more and read <= LINGER * self.limit:
-                    message = await receive()
-                    read += len(message.get("body", b""))
-                    more = message.get("more_body", False)
+        await self.app(scope, receive, explain)

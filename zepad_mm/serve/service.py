@@ -16,7 +16,7 @@ from zepad_mm.attacks.base import to_levels
 from zepad_mm.classifier import RobustZeroShotClassifier, pixels_of
 from zepad_mm.data import load_data
 from zepad_mm.encoders import Preprocess
-from zepad_mm.serve.limits import Desk
+from zepad_mm.serve.limits import RequestLimiter
 from zepad_mm.serve.settings import MAX_LEVELS, ServeSettings
 from zepad_mm.utils.io import ASSETS
 
@@ -64,7 +64,7 @@ class Service:
     ) -> None:
         self.classifier = classifier
         self.settings = settings or ServeSettings()
-        self.desk = Desk(self.settings.workers, self.settings.queue)
+        self.limiter = RequestLimiter(self.settings.workers, self.settings.queue)
         self._perturbation = perturbation
         self._crafting = threading.Lock()
         classifier.max_pixels = self.settings.max_pixels
@@ -83,7 +83,7 @@ class Service:
         on_adversarial: str = "ignore",
     ) -> Any:
         """As the classifier. Raises ValueError for bad input, BusyError when the queue is full."""
-        with self.desk.turn():
+        with self.limiter.slot():
             return self.classifier(
                 image,
                 self._checked(labels, template),
@@ -125,7 +125,7 @@ class Service:
             raise ValueError("labels: an attack needs at least two, to lead from one to another")
         if label is not None and label not in names:
             raise ValueError(f"label: expected one of the labels, got {label!r}")
-        with self.desk.turn():
+        with self.limiter.slot():
             task = self.classifier.task(names, template)
             pixels = pixels_of(image, self.settings.max_pixels)
             clean = (self._geometry.resize(pixels[None]) * 255).round() / 255
