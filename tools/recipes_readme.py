@@ -1,4 +1,4 @@
-"""The measured part of recipes/README.md, from the committed results: no figure is typed by hand."""
+"""The measured part of recipes/README.md, generated from the committed results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAMES = {
 
 
 def recipes_readme(old: str) -> str:
-    """The file with the block between its marks written anew."""
+    """The file with the block between its marks generated again."""
     before, rest = old.split(START)
     blocks = [block for write in (tuning, half, crafting, scaling, plan, classifier, killed) for block in write()]
     return f"{before}{START}\n\n" + "\n".join(blocks).rstrip() + f"\n\n{END}{rest.split(END)[1]}"
@@ -70,7 +70,7 @@ def half() -> Iterator[str]:
         return
     config = found["meta"]["config"]
     yield "### Attacks in bf16\n"
-    yield "| robust accuracy of | attacked in fp32 | attacked in bf16 | between | pictures that differ |"
+    yield "| robust accuracy of | attacked in fp32 | attacked in bf16 | between | images that differ |"
     yield "|---|---|---|---|---|"
     for row in found["rows"]:
         cells = [
@@ -98,7 +98,7 @@ def crafting() -> Iterator[str]:
             f"{loss['straightforward']:.4g} / {loss['ours']:.4g} |"
         )
     yield (
-        f"\n{config['steps']} steps of {config['batch']} pictures; medians of {config['rounds']} rounds in turns. "
+        f"\n{config['steps']} steps of {config['batch']} images; medians of {config['rounds']} rounds in turns. "
         f"{origin(found, 'benchmarks/crafting.py')}\n"
     )
 
@@ -107,13 +107,13 @@ def scaling() -> Iterator[str]:
     if not (found := result("bench_scaling")):
         return
     config = found["meta"]["config"]
-    yield "### Two processes on the cores of one, and what GPUs tell each other\n"
+    yield "### Two processes on the cores of one, and communication between GPUs\n"
     yield (
-        f"`tune_mpae` on the embedded CLIP, batch {config['batch']}: two processes do "
+        f"`tune.py` on the embedded CLIP, batch {config['batch']}: two processes do "
         f"{span(found['two_over_one'], 'min', 'max')} of the images per second of one. "
         f"{origin(found, 'benchmarks/scaling.py')}\n"
     )
-    yield "| gradients of | GPUs | to average | each sends per step | on paper |"
+    yield "| gradients of | GPUs | to average | each sends per step | estimated |"
     yield "|---|---|---|---|---|"
     for row in found["communication"]:
         yield (
@@ -126,8 +126,8 @@ def scaling() -> Iterator[str]:
 def plan() -> Iterator[str]:
     if not (found := result("bench_plan")):
         return
-    yield "### Is `--plan` right?\n"
-    yield "| run | planned | took | planned / took |"
+    yield "### Accuracy of `--plan`\n"
+    yield "| run | estimated | measured | estimated / measured |"
     yield "|---|---|---|---|"
     for row in found["rows"]:
         title = f"{row['defence']}, {row['adaptation']}"
@@ -156,7 +156,7 @@ def killed() -> Iterator[str]:
         row = found[title]
         yield (
             f"- {title}: {row['kills']} times `kill -9` at random moments, {row['after_a_checkpoint']} times with a "
-            f"checkpoint to go on from; of {row['runs']} runs {row['different']} ended with other weights or figures "
-            "than one that was left alone, compared bit for bit."
+            f"checkpoint to resume from; of {row['runs']} runs {row['different']} ended with other weights or metrics "
+            "than an uninterrupted run, compared bit for bit."
         )
     yield f"\n{origin(found, 'benchmarks/kill_tune.py')}\n"
