@@ -93,8 +93,8 @@ class Task:
     @property
     def about(self) -> dict[str, Any]:
         return {"task": self.name, "n_classes": len(self.data.class_names)} | {
-            "names_read": self.names_read,
-            "pictures": self.pictures,
+            "names_in_training": self.names_read,
+            "images": self.pictures,
             "n": len(self.data),
         }
 
@@ -222,7 +222,7 @@ def markdown(record: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in record["zero_shot"]:
-        where = f"{row['task']} ({row['pictures']}) | {row['names_read']} of {row['n_classes']}"
+        where = f"{row['task']} ({row['images']}) | {row['names_in_training']} of {row['n_classes']}"
         lines.append(f"| {where} | {row['prompts']} | {row['model']} | {row['n']} | {_cells(row)} |")
     if record["baselines"]:
         lines += [

@@ -1,4 +1,4 @@
-"""Rows of a result file as Markdown, and how to find them."""
+"""Selection of rows of a result file, and their Markdown."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def origin(record: dict[str, Any]) -> str:
-    """Where the figures come from, in one line."""
+    """Commit, seed and hardware of a record, in one line."""
     meta = record["meta"]
     return f"Commit {meta['commit']}, seed {meta['seed']}, {meta['hardware']}.\n"
 
@@ -36,7 +36,7 @@ def one(rows: Rows, **wanted: Any) -> dict[str, Any]:
 
 
 def worst(rows: Rows, **wanted: Any) -> dict[str, Any]:
-    """The attack that left least."""
+    """The row of the strongest attack."""
     return min(pick(rows, **wanted), key=lambda row: row["accuracy"])
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write ``docs/RESULTS.md`` from the JSONs of ``results``: no figure in it is typed by hand.
+"""Write ``docs/RESULTS.md`` from the JSON files of ``results``.
 
 python -m reproduction.paper.document            # --check changes nothing and exits with 1 when it is out of date
 """
@@ -19,20 +19,20 @@ ROOT = Path(__file__).parents[2]
 RESULTS, DOCUMENT = ROOT / "results", ROOT / "docs" / "RESULTS.md"
 INTRODUCTION = """# The paper's results, and ours
 
-ZePAD (Lei, Yang, Zhang; ICLR 2026) beside what this library measures with small encoders on CPUs. Column "paper":
-what the paper printed, partly known at second hand, with ResNet-18s of 1000 epochs at 64 px. Column "ours": encoders of
-1.25 M parameters, ten epochs of half of CIFAR-10 at 32 px, one seed. Compare rows of one table with each other; levels
-cannot be compared with the paper's. Accuracies in %, 95 % Wilson intervals in brackets.
+ZePAD (Lei, Yang, Zhang; ICLR 2026) next to measurements with this library and small encoders on CPUs. Column "paper":
+its published results, partly at second hand, with ResNet-18s of 1000 epochs at 64 px. Column "ours": encoders of 1.25
+M parameters, ten epochs of half of CIFAR-10 at 32 px, one seed. Compare rows within a table; absolute levels are not
+comparable with the paper's. Accuracies in %, 95 % Wilson intervals in brackets.
 
 Written by `reproduction/paper/document.py` from `results/`; each JSON names commit, configuration, seed, n, hardware
-and library versions. Run again: `python -m reproduction.build_ssl_zoo`, then
+and library versions. To reproduce: `python -m reproduction.build_ssl_zoo`, then
 `python -m reproduction.paper.run --config reproduction/paper/small.yaml`; at the paper's scale on GPUs: `full.yaml`.
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    parser.add_argument("--check", action="store_true", help="only report whether it is up to date")
     args = parser.parse_args()
     new = document(RESULTS)
     old = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.is_file() else ""
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def document(results: Path) -> str:
-    """All of it."""
+    """The whole document, from a folder of results."""
     parts = [INTRODUCTION]
     for title, path, write in SECTIONS:
         parts.append(f"## {title}\n")
@@ -55,9 +55,9 @@ def document(results: Path) -> str:
 
 
 def state() -> str:
-    """Every system and result that the paper names."""
+    """Every system and result of the paper, with its state in this library."""
     lines = [
-        "## Everything the paper names, and its state\n",
+        "## Systems and results of the paper, and their state\n",
         "| item | what it is | state | where |",
         "|---|---|---|---|",
     ]

@@ -45,16 +45,16 @@ def confidence(study: Study) -> dict[str, Any]:
 def features(study: Study) -> dict[str, Any]:
     """Fig. 3: t-SNE of the victim's features and of the three encoders', clean and attacked.
 
-    A picture of points proves little, so the record holds what it should show: how often the 10 nearest clean points of
-    an attacked one, in the full space, are of its class.
+    A scatter plot proves little, so the record holds a number: the share of the 10 nearest clean points of an attacked
+    one, in the full space, that are of its class.
     """
     config, victim = study.config, study.config.studied[0]
     home, condition = next(iter(study.tasks)), study.public(victim)[0]
     test = study.data(home)[2].sample(min(400, config.n_test), config.seed)
-    pictures = {"clean": test.images, "attacked": study.perturbation(condition)(test.images)}
+    images = {"clean": test.images, "attacked": study.perturbation(condition)(test.images)}
     spaces = {
-        "undefended": {kind: encode_images(study.encoder(victim), found) for kind, found in pictures.items()},
-        "ZePAD": {kind: _weighted(study, victim, home, found) for kind, found in pictures.items()},
+        "undefended": {kind: encode_images(study.encoder(victim), found) for kind, found in images.items()},
+        "ZePAD": {kind: _weighted(study, victim, home, found) for kind, found in images.items()},
     }
     drawn = Figure(figsize=(9.6, 4.6), layout="constrained")
     FigureCanvasAgg(drawn)
@@ -67,9 +67,7 @@ def features(study: Study) -> dict[str, Any]:
         points = TSNE(random_state=config.seed).fit_transform(torch.cat(list(space.values())).numpy())
         for kind, marker, part in (("clean", "o", points[: len(test)]), ("attacked", "x", points[len(test) :])):
             panel.scatter(*part.T, c=test.labels.tolist(), cmap="tab10", s=9, marker=marker, linewidths=0.6, label=kind)
-        panel.set_title(
-            f"{name}: {100 * float(pure):.0f} % of an attacked picture's neighbours share its class", size=9
-        )
+        panel.set_title(f"{name}: {100 * float(pure):.0f} % of an attacked image's neighbours share its class", size=9)
         panel.set_xticks([])
         panel.set_yticks([])
         panel.legend(fontsize=7)
@@ -77,9 +75,9 @@ def features(study: Study) -> dict[str, Any]:
     return {"rows": rows, "victim": victim, "condition": condition}
 
 
-def _weighted(study: Study, victim: str, task: str, pictures: Tensor) -> Tensor:
-    """(n, sum of D): the three encoders' features of length one, weighed as RFDM weighs their answers."""
+def _weighted(study: Study, victim: str, task: str, images: Tensor) -> Tensor:
+    """(n, sum of D): the three encoders' features of length one, weighted as RFDM weights their logits."""
     members = study.defended(victim)
-    logits = torch.stack([study.answers(study.branch(task, name), pictures) for name in members])
-    spaces = [torch.nn.functional.normalize(encode_images(study.encoder(name), pictures), dim=-1) for name in members]
+    logits = torch.stack([study.answers(study.branch(task, name), images) for name in members])
+    spaces = [torch.nn.functional.normalize(encode_images(study.encoder(name), images), dim=-1) for name in members]
     return torch.cat([w[:, None] * space for w, space in zip(rfdm_weights(logits, 3.0), spaces, strict=True)], dim=1)

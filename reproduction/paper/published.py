@@ -1,4 +1,4 @@
-"""What the paper printed, for the column beside ours. Second-hand unless the text says otherwise; accuracies in %."""
+"""The paper's published results, for the column next to ours. Second-hand unless stated otherwise; accuracies in %."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BASELINES = {
 
 DETECTION = {"C-C": 82.52, "C-S": 79.04}  # accuracy of the rule gap > 0.1: tuning set = task; ANIMALS-10
 
-# every system, component and result that the paper names -> where it stands here
+# every system, component and result of the paper: item, description, state here, where
 STATE = (
     ("ZePAD", "the whole defence", "works", "`zepad_mm.ZePAD`, tables 1 to 7"),
     ("DAE", "downstream-agnostic adversarial example", "works", "thirteen attacks, `results/dae_attacks.md`"),
@@ -41,26 +41,31 @@ STATE = (
     ("One tuning for many tasks", "tuned once, then clean heads per task", "works", "table 1: three of four tasks"),
     ("MPAE-Branch", "two adversarially tuned encoders", "works", "table 3"),
     ("AdvAu models (Fig. S2)", "how many auxiliary encoders", "works", "table 5"),
-    ("BMP-Branch", "benign encoder on local data", "works", "table 1; ours has one with local labels"),
-    ("RFDM", "confidence-weighted logits", "works; not robust to a white-box attacker", "tables 5 and 6"),
+    ("BMP-Branch", "benign encoder on local data", "works", "table 1; ours has one tuned with labels"),
+    ("RFDM", "confidence-weighted logits", "works; not robust to a white-box attack", "tables 5 and 6"),
     ("Sensitivity to data characteristics", "more confident where trained", "measured", "figure 2"),
     ("DAE detection from confidence", "gap > 0.1", "works as published; not as well", "table 7"),
     ("Persistent robustness", "tuning set is not the task", "measured", "table 1"),
-    ("11 SSL methods", "pre-trained encoders", "works", "zoo; table 1 has those that were tuned"),
+    ("11 SSL methods", "pre-trained encoders", "works", "zoo; table 1 has the tuned ones"),
     (
         "6 data sets",
         "CIFAR-10, STL-10, ANIMALS-10, GTSRB, ImageNet-20, SVHN",
         "in part",
-        "two at hand, two stand-ins",
+        "two available, two substitutes",
     ),
-    ("+29.20 BA, +73.86 RA", "the abstract's figures", "not reached at this scale", "table 1"),
+    ("+29.20 BA, +73.86 RA", "the abstract's gains", "not reached at this scale", "table 1"),
     ("BA, RA, ASR", "metrics", "works", "all tables"),
-    ("CLIP", "the idea on a CLIP", "works; by labels it forgets other names, by FARE it keeps them", "tables 9 to 9 b"),
+    (
+        "CLIP",
+        "the idea on a CLIP",
+        "works; tuning with labels forgets other class names, FARE keeps them",
+        "tables 9 to 9 b",
+    ),
     ("Fig. 1", "overview", "works", "README"),
     ("Fig. 2", "confidence distributions", "measured", "figure 2 below"),
     ("Fig. 3", "t-SNE", "measured", "figure 3 below"),
-    ("Fig. S1", "white box, four attacks", "measured", "table 6"),
-    ("Figs. S3, S4", "unknown content", "open", "not known what they show"),
+    ("Fig. S1", "white-box attack, four attacks", "measured", "table 6"),
+    ("Figs. S3, S4", "unknown content", "open", "their content is not known"),
     (
         "Full scale",
         "ResNet-18, 64 px, eleven victims, three seeds",

@@ -1,4 +1,4 @@
-"""The sections of ``docs/RESULTS.md`` that are about the embedded CLIP."""
+"""Sections of ``docs/RESULTS.md`` about the embedded CLIP."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from reproduction.paper.cells import distinct, grid, origin, percent, pick
 
 
 def clip(report: dict[str, Any]) -> str:
-    """Table 9 from the report of the demo: the embedded CLIP, zero-shot, every column the worst case of its threat."""
+    """Table 9 from the report of the demo: the embedded CLIP, zero-shot; columns are worst cases of their threat."""
     rows, threats = report["rows"], ("clean", "T1", "T1b", "T2")
     lines = []
     for model in distinct(rows, "model"):
@@ -19,31 +19,40 @@ def clip(report: dict[str, Any]) -> str:
     two = pick(rows, threat="T2")[0]
     text = (
         f"The embedded CLIP on {two['dataset']}, n = {two['n']}, T1 and T1b at 10/255, T2 at "
-        f"{255 * two['epsilon']:.0f}/255, by `scripts/demo`. The paper prints no figures for CLIP.\n"
+        f"{255 * two['epsilon']:.0f}/255, by `scripts/demo`. The paper reports nothing on CLIP.\n"
     )
     return "\n".join([text, grid(["model", *threats], lines), origin(report)])
 
 
-def clip_abroad(record: dict[str, Any]) -> str:
-    """Names, styles and prompts that the embedded CLIP or its defence never saw; LoRA ranks."""
+def clip_transfer(record: dict[str, Any]) -> str:
+    """Class names, styles and prompts unknown to the embedded CLIP or its defence; LoRA ranks."""
     threats = ("clean", "T1", "T2")
     lines = [
-        [row["task"], f"{row['names_read']} of {row['n_classes']}", row["pictures"], row["prompts"], row["model"]]
+        [row["task"], f"{row['names_in_training']} of {row['n_classes']}", row["images"], row["prompts"], row["model"]]
         + [percent(row[threat]) for threat in threats]
         for row in record["zero_shot"]
     ]
-    head = ["pictures", "names read", "set", "prompts", "model", "clean", "T1, 10/255", "T2, 4/255 (one PGD: at most)"]
+    head = [
+        "images",
+        "class names in training texts",
+        "data set",
+        "prompts",
+        "model",
+        "clean",
+        "T1, 10/255",
+        "T2, 4/255 (one PGD: upper bound)",
+    ]
     text = (
-        "`embedded` was tuned by labels on ten names of clothing: on other sets it loses most of what the public CLIP "
-        "knew, clean pictures included. `general` (`recipes/models/general`) was tuned by FARE with "
-        "labels on clothes and on the 64 named classes of tinyimagenet80.\n"
+        "`embedded` was tuned with labels on ten class names of clothing: on other data sets it loses most of the "
+        "public CLIP's accuracy, on clean images too. `general` (`recipes/models/general`) was tuned by FARE with "
+        "labels on clothes and on the 64 classes of tinyimagenet80 that the CLIP was trained on.\n"
     )
     tuned = [
         [row["defence"], str(row["rank"] or "all weights"), row["task"], *(percent(row[threat]) for threat in threats)]
         for row in record["baselines"]
     ]
     steps = record["meta"]["config"]["tune_steps"]
-    short = f"### Baselines on the CLIP: one encoder alone, {steps} steps, no match for the shipped branches\n"
-    head_of = ["defence", "LoRA rank", "pictures", *head[-3:]]
-    parts = [text, grid(head, lines), *([short, grid(head_of, tuned)] if tuned else [])]
+    title = f"### Baselines on the CLIP: one encoder alone, {steps} steps, much shorter than the shipped branches\n"
+    tuned_head = ["defence", "LoRA rank", "images", *head[-3:]]
+    parts = [text, grid(head, lines), *([title, grid(tuned_head, tuned)] if tuned else [])]
     return "\n".join([*parts, origin({"meta": {"seed": 0, **record["meta"]}})])

@@ -53,7 +53,7 @@ class Settings(ssl_story.Settings):
     adv_au: str = "byol"  # the auxiliary encoder, a name in the zoo
     adv_au_for_itself: str = "nnclr"  # where the victim is the auxiliary encoder
     more_adv_au: list[str] = field(default_factory=list)  # further ones, for the table of their number
-    # name -> defence, options, head, train, on (public or own), after (a tuning: this is Gen-AF's second stage of it)
+    # name -> defence, options, head, train, half (public or own), after (a tuning: this is Gen-AF's second stage of it)
     tunings: dict[str, dict[str, Any]] = field(default_factory=dict)
     n_critical: int = 1000  # tuning pictures that the second stage ranks layers by
     tuning: str = "gen_af"  # the paper's
@@ -135,7 +135,7 @@ class Study:
         pool = ssl_story.whole(config.data, "train", config.image_size)
         public, validation_rows = ssl_story.public_rows(config)
         own = torch.arange(len(pool) // 2, len(pool))
-        train = pool.subset(own if about.get("on") == "own" else public).sample(config.n_tune, config.seed)
+        train = pool.subset(own if about.get("half") == "own" else public).sample(config.n_tune, config.seed)
         validation = pool.subset(validation_rows).sample(config.n_validation, config.seed)
         defence = make_defence(about["defence"], about.get("options", {}))
         settings = replace(config.train, **about.get("train", {}))

@@ -191,7 +191,7 @@ def cost(study: Study) -> dict[str, Any]:
                 "parameters": count,
                 "weights_mib": round(4 * count / 2**20, 2),
                 "tuning_s": round(sum(tuned), 1),
-                "ms_per_picture": round(1000 * min(taken) / len(pictures), 3),
+                "ms_per_image": round(1000 * min(taken) / len(pictures), 3),
             }
         )
     return {"rows": rows, "victim": victim}

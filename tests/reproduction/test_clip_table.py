@@ -63,7 +63,7 @@ def test_the_clip_table_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     record = json.loads(clip_table.main(clip_table.parse(small)).read_text())
     tasks = {row["task"]: row for row in record["zero_shot"]}
     assert set(tasks) == {"clothing", "few odd, names read", "few odd, names never read"}
-    assert [row["names_read"] for row in tasks.values()] == [10, 2, 0]
+    assert [row["names_in_training"] for row in tasks.values()] == [10, 2, 0]
     assert {row["model"] for row in record["zero_shot"]} == {"undefended", "embedded", "general"}
     for row in (*record["zero_shot"], *record["baselines"]):
         assert row["T1"]["accuracy"] <= row["clean"]["accuracy"]

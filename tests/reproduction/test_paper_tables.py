@@ -46,7 +46,7 @@ tunings:
   gen_af: {defence: gen_af, options: {attack_steps: 1}}
   gen_af_stage_2: {defence: clean, after: gen_af}
   clean: {defence: clean}
-  clean_own: {defence: clean, on: own}
+  clean_own: {defence: clean, half: own}
   pgd_at: {defence: tecoa, options: {attack_steps: 1}}
   fare: {defence: fare, options: {attack_steps: 1}, train: {selection: last}}
   fare_labels: {defence: fare, options: {attack_steps: 1, label_weight: 1}, head: probe, train: {selection: last}}
