@@ -21,7 +21,7 @@ from torch import Tensor
 from zepad_mm import ZePAD
 from zepad_mm.attacks import APGD, PGD, Attack, Square
 from zepad_mm.data import load_embedded
-from zepad_mm.encoders import streamlined
+from zepad_mm.encoders import optimize_for_inference
 from zepad_mm.utils.io import read_json, write_json, write_text
 from zepad_mm.utils.provenance import provenance
 
@@ -50,7 +50,7 @@ def ours(attacks: list[Attack]) -> Run:
 
 def on_a_streamlined_copy(run: Run) -> Run:
     """What ``zepad evaluate`` does: adapters and batch norms folded first; the folding counts."""
-    return lambda model, images, labels: run(streamlined(model, images.shape[-1]), images, labels)
+    return lambda model, images, labels: run(optimize_for_inference(model, images.shape[-1]), images, labels)
 
 
 def torchattacks_default(settings: dict[str, Any], classes: int) -> Run:

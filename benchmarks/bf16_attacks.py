@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from zepad_mm.attacks import PGD
 from zepad_mm.data import load_data
-from zepad_mm.encoders import streamlined
+from zepad_mm.encoders import optimize_for_inference
 from zepad_mm.evaluation.metrics import share
 from zepad_mm.models.zepad import ZePAD
 from zepad_mm.utils.io import write_json
@@ -40,10 +40,10 @@ def main() -> None:
     model = ZePAD.from_pretrained("embedded").to(args.device)
     data = load_data("embedded", "test", 64, args.n)
     model.set_classes(data.class_names)
-    robust = [branch.name for branch in model.config.branches if branch.role == "mpae"]
+    robust = [branch.name for branch in model.config.branches if branch.role == "robust"]
     rows = []
     for name in robust:
-        network = streamlined(model.branch(name))
+        network = optimize_for_inference(model.branch(name))
         attack = PGD(epsilon=args.epsilon, steps=args.steps, loss="margin")
         right = {kind: [] for kind in ("fp32", "bf16")}
         for images, labels in tqdm(list(data.batches(50)), name):

@@ -133,13 +133,13 @@ def over_one_trunk(source: str, part: int) -> ZePAD:
     """The public encoder and two LoRA branches of rank 8 on the last ``1 / part`` of its blocks, no weight twice."""
     encoder, text = load_clip(source)
     blocks = len(blocks_of(encoder.backbone))
-    roles = {"one": "mpae", "two": "mpae", "benign": "bmp"}
+    roles = {"one": "robust", "two": "robust", "benign": "benign"}
     branches = []
     for name, role in roles.items():
         adapted = copy.deepcopy(encoder)
-        if role == "mpae":
+        if role == "robust":
             add_lora(adapted, LoraSettings(rank=8, first_block=blocks - blocks // part))
-        config = BranchConfig(name=name, role=role, source=source, adaptation="lora" if role == "mpae" else "none")
+        config = BranchConfig(name=name, role=role, source=source, adaptation="lora" if role == "robust" else "none")
         branches.append(Branch(config, adapted.eval(), zero_shot_head(text, ["a", "b"], [TEMPLATE])))
     configs = tuple(branch.config for branch in branches)
     model = ZePAD(ZePADConfig(public_source=source, branches=configs, class_names=("a", "b")), branches).eval()

@@ -8,7 +8,8 @@ The same attacks, pictures and steps on the embedded encoder, twice:
 
 - straightforward: the encoder as it is loaded, its parameters asking for gradients that nobody wants, the features of
   the clean pictures computed anew at every step;
-- ours: ``streamlined(encoder)``, parameters frozen while crafting, each clean picture encoded once in the whole run.
+- ours: ``optimize_for_inference(encoder)``, parameters frozen while crafting, each clean image encoded once in the
+  whole run.
 
 Both take turns, round after round in one process; ratios are medians over the rounds. That both find perturbations of
 the same strength is checked: the loss that each reports at its end is in the record.
@@ -31,7 +32,7 @@ from zepad_mm.attacks import UNIVERSAL_ATTACKS
 from zepad_mm.attacks.universal import base
 from zepad_mm.attacks.universal.base import Surrogate
 from zepad_mm.data import load_data
-from zepad_mm.encoders import load_encoder, streamlined
+from zepad_mm.encoders import load_encoder, optimize_for_inference
 from zepad_mm.utils.io import write_json
 from zepad_mm.utils.provenance import provenance
 
@@ -67,7 +68,7 @@ def main() -> None:
     encoder = load_encoder(args.source).to(args.device).eval()
     size = encoder.preprocess.image_size
     pictures = load_data("embedded", "surrogate", size, args.n).images.to(args.device)
-    plain, light = encoder.requires_grad_(True), streamlined(encoder, size)
+    plain, light = encoder.requires_grad_(True), optimize_for_inference(encoder, size)
     times: dict[str, dict[str, list[float]]] = {name: {"straightforward": [], "ours": []} for name in ATTACKS}
     losses: dict[str, dict[str, float]] = {name: {} for name in ATTACKS}
     for number in range(args.rounds + 1):

@@ -110,7 +110,7 @@ def main(recipe: Recipe) -> None:
             write_head(out / "head.safetensors", student.head, train.class_names)
         figures = result.validation.to_dict() if result.validation else None
         record = {
-            "branch": "mpae",
+            "branch": "robust",
             "recipe": recipe.to_dict(),
             "defence": {"name": defence.name, **defence.to_dict()},
             "data": {"name": train.name, "n_train": size_of(train), "n_validation": len(validation)},

@@ -102,7 +102,7 @@ def main(recipe: Recipe) -> None:
             write_head(out / "head.safetensors", student.head, train.class_names)
         figures = result.validation.to_dict() if result.validation else None
         record = {
-            "branch": "bmp",
+            "branch": "benign",
             "recipe": recipe.to_dict(),
             "defence": {"name": "clean"},
             "data": {"name": train.name, "n_train": size_of(train), "n_validation": len(validation)},

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from zepad_mm import ZePAD
 from zepad_mm.attacks import APGD, FUSED_LOSSES, Attack, FusedAttack
 from zepad_mm.data import load_embedded
-from zepad_mm.encoders import streamlined
+from zepad_mm.encoders import optimize_for_inference
 from zepad_mm.evaluation.metrics import share
 from zepad_mm.utils.io import read_json, write_json, write_text
 from zepad_mm.utils.provenance import provenance
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--epsilon", type=float, default=4 / 255, help="L-inf budget in pixels of [0, 1]")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    model = streamlined(ZePAD.from_pretrained("embedded").set_fusion("rfdm"))
+    model = optimize_for_inference(ZePAD.from_pretrained("embedded").set_fusion("rfdm"))
     images, labels = load_embedded("test", n=options.n)
     config = {key: value for key, value in vars(options).items() if key != "out"}
     path = options.out / f"{NAME}.json"

@@ -34,7 +34,7 @@ from zepad_mm import ZePAD
 from zepad_mm.attacks import PGD, Perturbation
 from zepad_mm.data import LabelledImages, load_data
 from zepad_mm.defences import make_defence
-from zepad_mm.encoders import Encoder, LoraSettings, load_clip, streamlined
+from zepad_mm.encoders import Encoder, LoraSettings, load_clip, optimize_for_inference
 from zepad_mm.evaluation.metrics import share
 from zepad_mm.models.heads import zero_shot_head
 from zepad_mm.training import TrainSettings, Validation, build_student, fit, load_tuned, write_tuned
@@ -177,7 +177,7 @@ def tuned(name: str, rank: int, options: argparse.Namespace) -> tuple[Encoder, d
     record = {"defence": name, "rank": rank, "parameters": trainable, "steps": result.steps}
     record |= {"seconds": round(result.seconds, 1), "validation": result.validation.to_dict()}
     write_tuned(out, student.encoder, record)
-    return streamlined(load_tuned(out)), record
+    return optimize_for_inference(load_tuned(out)), record
 
 
 class Table:
@@ -260,8 +260,8 @@ def main(options: argparse.Namespace) -> Path:
     )
     names = options.attacks.split(",")
     perturbations = {name: crafted(name, crafting, encoder, surrogate) for name in tqdm(names, desc="crafting")}
-    plain = streamlined(encoder)
-    defences = {name: streamlined(ZePAD.from_pretrained(where)) for name, where in MODELS.items()}
+    plain = optimize_for_inference(encoder)
+    defences = {name: optimize_for_inference(ZePAD.from_pretrained(where)) for name, where in MODELS.items()}
     prompt_sets = sorted(options.prompts.split(","), key=lambda prompts: prompts != "photo")  # the main column first
     for prompts, task in tqdm([(prompts, task) for prompts in prompt_sets for task in found], desc="zero-shot"):
         names = task.data.class_names

@@ -39,7 +39,7 @@ from recipes import pretrain
 from zepad_mm.attacks import PGD, UNIVERSAL_ATTACKS, Perturbation
 from zepad_mm.data import LabelledImages, load_data
 from zepad_mm.defences import make_defence
-from zepad_mm.encoders import Encoder, load_encoder, streamlined
+from zepad_mm.encoders import Encoder, load_encoder, optimize_for_inference
 from zepad_mm.evaluation.metrics import detect, fooling_rate, paper_rule_accuracy, share
 from zepad_mm.models import fusion
 from zepad_mm.models.branch import Branch, BranchConfig
@@ -225,7 +225,7 @@ def fit_branches(
         tuned = name.endswith(("_tuned", "_clean"))
         about = BranchConfig(
             name=name,
-            role="mpae" if name in DEFENDED[:2] else "bmp",
+            role="robust" if name in DEFENDED[:2] else "benign",
             source=encoder.source,
             adaptation="full" if tuned else "none",
             head="mlp",
@@ -240,7 +240,7 @@ class Bench:
 
     def __init__(self, config: Settings, branches: dict[str, Branch], validation: LabelledImages, test: LabelledImages):
         self.config, self.validation, self.test = config, validation, test
-        self.branches = {name: streamlined(branch, config.image_size) for name, branch in branches.items()}
+        self.branches = {name: optimize_for_inference(branch, config.image_size) for name, branch in branches.items()}
         self.device = next(branches["bmp"].parameters()).device
         self.lines, self.rows, self.detection = lineup(config), [], []
         self.clean = self.logits(test.images)

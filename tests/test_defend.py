@@ -50,8 +50,8 @@ def test_ready_branches(
     model = classify.model
     assert model.class_names == NAMES
     assert [(b.name, b.role, b.adaptation) for b in model.config.branches] == [
-        ("robust1", "mpae", "none"),
-        ("benign", "bmp", "none"),
+        ("robust1", "robust", "none"),
+        ("benign", "benign", "none"),
     ]
     evidence = classify(images[0], ["cat", "dog"], return_evidence=True)["evidence"]
     assert evidence["flagged"] is None

@@ -49,7 +49,7 @@ def test_a_model_without_robust_branch_has_nothing_to_keep(
     zepad: ZePAD, labelled: LabelledImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ZePAD, "benign", property(lambda self: (True, True, True)))
-    with pytest.raises(ValueError, match="no mpae branch"):
+    with pytest.raises(ValueError, match="no robust branch"):
         select_fusion(zepad, labelled)
 
 

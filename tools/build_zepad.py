@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
 N_VALIDATION = 400  # images that the rule and the threshold are chosen on, at most
 PUBLIC = "open_clip:embedded"
-PUBLIC_BRANCH = BranchConfig(name="benign", role="bmp", source=PUBLIC, objective="none: the public encoder")
+PUBLIC_BRANCH = BranchConfig(name="benign", role="benign", source=PUBLIC, objective="none: the public encoder")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class TunedBranch:
     @property
     def command(self) -> list[str]:
         """The recipe and its configuration."""
-        if self.role == "bmp":
+        if self.role == "benign":
             return [f"{RECIPES}/tune_bmp.py", "--config", f"{RECIPES}/configs/embedded/tune_clean.yaml"]
         return [f"{RECIPES}/tune.py", "--config", f"{RECIPES}/configs/embedded/tune_{self.name}.yaml"]
 
@@ -74,9 +74,9 @@ BUILDS = {
     "embedded": Build(
         EMBEDDED_MODEL,
         (
-            TunedBranch("tecoa", "mpae", "TeCoA at 4/255"),
-            TunedBranch("gen_af", "mpae", "ZePAD objective (corrected) at 4/255"),
-            TunedBranch("benign", "bmp", "clean tuning on local images"),
+            TunedBranch("tecoa", "robust", "TeCoA at 4/255"),
+            TunedBranch("gen_af", "robust", "ZePAD objective (corrected) at 4/255"),
+            TunedBranch("benign", "benign", "clean tuning on local images"),
         ),
         joined=False,
         epsilon=4 / 255,
@@ -84,7 +84,7 @@ BUILDS = {
     "general": Build(
         ROOT / "recipes" / "models" / "general",
         (
-            TunedBranch("fare_labels", "mpae", "FARE at 4/255 with cross-entropy beside it"),
+            TunedBranch("fare_labels", "robust", "FARE at 4/255 with cross-entropy beside it"),
         ),  # plain FARE beside it: weaker
         joined=True,
         epsilon=2 / 255,
@@ -165,7 +165,7 @@ def assemble(build: Build, work: Path, names: tuple[str, ...]) -> tuple[ZePAD, d
         )
         branches.append(Branch(config, encoder, zero_shot_head(text, names, templates)))
         records[tuned.name] = read_json(work / tuned.name / "tuned.json")
-    if all(tuned.role != "bmp" for tuned in build.tuned):
+    if all(tuned.role != "benign" for tuned in build.tuned):
         branches.append(Branch(PUBLIC_BRANCH, public, zero_shot_head(text, names, templates)))
     about = ZePADConfig(
         public_source=PUBLIC,

@@ -182,8 +182,9 @@ def _ready(source: str, robust: Sequence[str], public: Encoder) -> list[tuple[Br
                 f"{ready} gives {tower.feature_dim} features, {source} gives {public.feature_dim}: its text embeddings "
                 "do not fit; expected robust weights of the same CLIP"
             )
-        parts.append((BranchConfig(name=f"robust{number}", role="mpae", source=ready, objective="as published"), tower))
-    return [*parts, (BranchConfig(name="benign", role="bmp", source=source, objective="none"), public)]
+        branch = BranchConfig(name=f"robust{number}", role="robust", source=ready, objective="as published")
+        parts.append((branch, tower))
+    return [*parts, (BranchConfig(name="benign", role="benign", source=source, objective="none"), public)]
 
 
 def _tuned(
@@ -198,11 +199,11 @@ def _tuned(
     for name in settings.defences:
         tower = _tune(source, name, pictures, settings, folder / name, accelerator)
         objective = f"{name} at {settings.epsilon * 255:.3g}/255"
-        parts.append((_config(name, "mpae", source, tower, objective), tower))
+        parts.append((_config(name, "robust", source, tower, objective), tower))
     if not settings.tune_benign:
-        return [*parts, (BranchConfig(name="benign", role="bmp", source=source, objective="none"), public)]
+        return [*parts, (BranchConfig(name="benign", role="benign", source=source, objective="none"), public)]
     tower = _tune(source, "clean", pictures, settings, folder / "benign", accelerator)
-    return [*parts, (_config("benign", "bmp", source, tower, "clean tuning"), tower)]
+    return [*parts, (_config("benign", "benign", source, tower, "clean tuning"), tower)]
 
 
 def _config(name: str, role: str, source: str, tower: Encoder, objective: str) -> BranchConfig:

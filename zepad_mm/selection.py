@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from zepad_mm.attacks import PGD
 from zepad_mm.data import LabelledImages
-from zepad_mm.encoders import streamlined
+from zepad_mm.encoders import optimize_for_inference
 from zepad_mm.models.detection import SCORES, threshold_at
 from zepad_mm.models.fusion import Fusion, build
 from zepad_mm.models.zepad import DetectorConfig, ZePAD
@@ -105,7 +105,7 @@ def select_fusion(
     """
     robust = [index for index, benign in enumerate(model.benign) if not benign]
     if not robust:
-        raise ValueError("select_fusion: the model has no mpae branch, so there is no robustness to keep")
+        raise ValueError("select_fusion: the model has no robust branch, so there is no robustness to keep")
     field = _Field(model, data, PGD(epsilon=epsilon, steps=steps, loss="margin"), seed)
     views: dict[str, Callable[[Tensor], Tensor]] = dict(zip(model.branches, field.branches, strict=True))
     views["robust branches"] = lambda x: torch.stack([field.branches[index](x) for index in robust])
@@ -189,7 +189,7 @@ class _Field:
 
     def __init__(self, model: ZePAD, data: LabelledImages, attack: PGD, seed: int) -> None:
         self.images, self.labels, self.attack = data.images, data.labels, attack
-        self.branches = [streamlined(model.branch(name), data.images.shape[-1]) for name in model.branches]
+        self.branches = [optimize_for_inference(model.branch(name), data.images.shape[-1]) for name in model.branches]
         self.generator = seeded_generator(seed)
         self.examples = [_in_parts(self.logits_of, self.images)]
 

@@ -24,7 +24,7 @@ from reproduction import ssl_study as ssl_story  # noqa: E402
 from zepad_mm.attacks import PGD, UNIVERSAL_ATTACKS, Perturbation  # noqa: E402
 from zepad_mm.data import LabelledImages  # noqa: E402
 from zepad_mm.defences import Student, make_defence, robustness_contributions, thaw_redundant  # noqa: E402
-from zepad_mm.encoders import Encoder, load_encoder, streamlined  # noqa: E402
+from zepad_mm.encoders import Encoder, load_encoder, optimize_for_inference  # noqa: E402
 from zepad_mm.models.branch import Branch, BranchConfig  # noqa: E402
 from zepad_mm.training import (  # noqa: E402
     build_student,
@@ -196,7 +196,7 @@ class Study:
         config = self.config
         if not path.is_file():
             name, _, known = condition.partition("@")
-            encoders = {key: streamlined(self.encoder(key), config.image_size) for key in known.split(",")}
+            encoders = {key: optimize_for_inference(self.encoder(key), config.image_size) for key in known.split(",")}
             attack = UNIVERSAL_ATTACKS.get(name)(
                 epsilon=config.universal_epsilon,
                 steps=config.attacks.get(name, config.family_steps),
@@ -225,7 +225,7 @@ class Study:
         if name.endswith("="):
             path = self.out / "tuned" / name.removesuffix("=") / "head.safetensors"
         elif not path.is_file():
-            features = encode_images(streamlined(encoder, config.image_size), train.images, 500)
+            features = encode_images(optimize_for_inference(encoder, config.image_size), train.images, 500)
             fresh = fresh_head("mlp", encoder.feature_dim, len(train.class_names), config.head.seed)
             train_head_on_features(fresh, features, train.labels, config.head)
             write_head(path, fresh, train.class_names)
@@ -233,7 +233,7 @@ class Study:
         base, _, tuning = name.removesuffix("=").partition("+")
         about = BranchConfig(
             name=name.replace("+", "_").replace("=", "_own_head"),
-            role="bmp" if base == "bmp" or not tuning else "mpae",
+            role="benign" if base == "bmp" or not tuning else "robust",
             source=self.source(base),
             adaptation="full" if tuning else "none",
             head="mlp",
@@ -254,5 +254,5 @@ class Study:
     @torch.no_grad()
     def answers(self, branch: Branch, pictures: Tensor) -> Tensor:
         """(n, C) in batches, on the CPU."""
-        fast = streamlined(branch, self.config.image_size)
+        fast = optimize_for_inference(branch, self.config.image_size)
         return torch.cat([fast(batch.to(self.device)).cpu() for batch in pictures.split(250)])

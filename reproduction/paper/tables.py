@@ -11,7 +11,7 @@ from reproduction.paper.lines import detection_rows, fused, main_lines, rows_of,
 from reproduction.paper.study import Line, Study
 from zepad_mm.attacks import PGD
 from zepad_mm.data import LabelledImages
-from zepad_mm.encoders import streamlined
+from zepad_mm.encoders import optimize_for_inference
 from zepad_mm.evaluation import EvalData, EvalSettings, evaluate
 from zepad_mm.evaluation.metrics import share
 from zepad_mm.models.branch import Branch
@@ -176,7 +176,7 @@ def cost(study: Study) -> dict[str, Any]:
     lines = {**main_lines(study, victim), "tuned victim alone": single(f"{victim}+{study.config.tuning}")}
     for model, line in lines.items():
         parts = [study.branch(home, name) for name in line.members]
-        fast = [streamlined(part, study.config.image_size) for part in parts]
+        fast = [optimize_for_inference(part, study.config.image_size) for part in parts]
         taken = []
         for _ in range(5):
             began = time.perf_counter()
@@ -215,7 +215,7 @@ def _white_box(study: Study, victim: str, task: str, model: str, line: Line) -> 
     """One encoder under PGD-20 on the margin: does robustness to one perturbation for all mean robustness?"""
     config, (name,) = study.config, line.members
     test = study.data(task)[2].sample(config.n_white_box, config.seed)
-    branch = streamlined(study.branch(task, name), config.image_size)
+    branch = optimize_for_inference(study.branch(task, name), config.image_size)
     attack = PGD(epsilon=config.epsilon, steps=config.pgd_steps, loss="margin")
     right = []
     for images, labels in test.batches(100):

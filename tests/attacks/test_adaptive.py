@@ -43,7 +43,7 @@ def branches(images: Tensor) -> Tensor:
 
 
 def score(logits: Tensor) -> Tensor:
-    return FUSION(logits).dae_score
+    return FUSION(logits).score
 
 
 def suite(norm: str) -> list[Attack]:
@@ -102,7 +102,7 @@ def test_detectors_are_evaded(mode: str, batch: tuple[Tensor, Tensor]) -> None:
     images, labels = batch
     attack = DetectorAware(mode=mode, fuse=FUSION, score=score, threshold=THRESHOLD, spread=0.01, epsilon=0.2, steps=60)
     decision = FUSION(branches(attack(branches, images, labels)))
-    won = (decision.logits.argmax(-1) != labels) & (decision.dae_score <= THRESHOLD)
+    won = (decision.logits.argmax(-1) != labels) & (decision.score <= THRESHOLD)
     assert won.float().mean() >= 0.8
 
 

@@ -108,7 +108,7 @@ def _hf_clip(folder: Path) -> tuple[RobustZeroShotClassifier, str]:
     """A CLIP that transformers wrote, as it is, in the place of a defended one: same pictures, same words."""
     source = zoo.ZOO["hf: CLIP"](folder).source
     encoder, text = load_clip(source)
-    branch = BranchConfig(name="plain", role="bmp", source=source)
+    branch = BranchConfig(name="plain", role="benign", source=source)
     config = ZePADConfig(public_source=source, branches=(branch,), class_names=("a",), prompts=("{}",))
     model = ZePAD(config, [Branch(branch, encoder, zero_shot_head(text, ["a"], ["{}"]))])
     return RobustZeroShotClassifier(model), source.removeprefix("hf:local-dir:")
@@ -221,7 +221,7 @@ def test_a_column_of_datasets_is_a_stream(classifier: RobustZeroShotClassifier, 
 
 def test_on_adversarial(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:
     plain = classifier(images, LABELS)
-    scores = [found["evidence"]["dae_score"] for found in classifier(images, LABELS, return_evidence=True)]
+    scores = [found["evidence"]["score"] for found in classifier(images, LABELS, return_evidence=True)]
     middle = sorted(scores)[1]
     classifier.model.set_detector(DetectorConfig(threshold=middle))
     suspicious = [score > middle for score in scores]

@@ -31,8 +31,8 @@ from zepad_mm.encoders import (  # noqa: E402
     is_clip,
     load_clip,
     load_encoder,
+    optimize_for_inference,
     set_gradient_checkpointing,
-    streamlined,
 )
 from zepad_mm.encoders.huggingface_preprocess import preprocess_of  # noqa: E402
 from zepad_mm.models.heads import zero_shot_head  # noqa: E402
@@ -195,7 +195,7 @@ def test_streamlined(name: str, tmp_path: Path) -> None:
     encoder = load_encoder(zoo.ZOO[name](tmp_path).source)
     images = pictures(40, 36)
     with torch.no_grad():
-        torch.testing.assert_close(streamlined(encoder, 40)(images), encoder(images), atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(optimize_for_inference(encoder, 40)(images), encoder(images), atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

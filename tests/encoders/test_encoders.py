@@ -19,9 +19,9 @@ from zepad_mm.encoders import (
     load_encoder,
     load_lora,
     merge_lora,
-    streamlined,
+    optimize_for_inference,
 )
-from zepad_mm.encoders.attention import SeparateAttention, hasten_attention, unfuse_attention
+from zepad_mm.encoders.attention import SeparateAttention, unfuse_attention, use_fast_attention
 from zepad_mm.encoders.base import Encoder, Preprocess
 
 
@@ -107,7 +107,7 @@ def test_hastened_attention_is_the_same_attention(batch_first: bool, mask: str) 
     causal = torch.ones(5, 5, dtype=torch.bool).triu(1)
     added = torch.zeros(5, 5).masked_fill(causal, -torch.inf)
     masks = {"none": None, "boolean": causal, "added": added, "by head": added.repeat(8, 1, 1)}
-    assert (hasten_attention(holder), hasten_attention(holder)) == (1, 0)
+    assert (use_fast_attention(holder), use_fast_attention(holder)) == (1, 0)
     copied = copy.deepcopy(holder)
     with torch.no_grad():
         holder["attention"].in_proj_weight.zero_()  # a copy computes with its own weights
@@ -252,7 +252,7 @@ def test_a_streamlined_network_is_the_same_network(name: str) -> None:
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 2)
     before = {key: tensor.clone() for key, tensor in encoder.state_dict().items()}
-    lighter = streamlined(encoder)
+    lighter = optimize_for_inference(encoder)
     pixels = torch.rand(3, 3, 64, 64)
     assert torch.allclose(lighter(pixels), encoder(pixels), rtol=1e-3, atol=1e-4 * float(encoder(pixels).abs().max()))
     assert all(torch.equal(tensor, before[key]) for key, tensor in encoder.state_dict().items())
@@ -263,7 +263,7 @@ def test_a_streamlined_network_is_the_same_network(name: str) -> None:
 def test_streamlining_folds_adapters(clip_source: str, images: torch.Tensor) -> None:
     encoder = add_lora(load_encoder(clip_source), LoraSettings(rank=2))
     kick_adapter(encoder)
-    lighter = streamlined(encoder, 32)
+    lighter = optimize_for_inference(encoder, 32)
     assert has_lora(encoder)
     assert not has_lora(lighter)
     assert torch.allclose(lighter(images), encoder(images), atol=1e-5)
@@ -281,7 +281,7 @@ def test_a_norm_used_twice_is_not_folded() -> None:
 
     backbone = Twice().eval()
     encoder = Encoder(backbone, Preprocess(image_size=8, mean=(0, 0, 0), std=(1, 1, 1)), 192, "twice")
-    assert streamlined(encoder, 8) is encoder
+    assert optimize_for_inference(encoder, 8) is encoder
 
 
 def test_a_loaded_architecture_does_not_warn_of_random_weights(

@@ -23,8 +23,8 @@ from zepad_mm.encoders import (  # noqa: E402
     load_encoder,
     load_lora,
     merge_lora,
+    optimize_for_inference,
     set_gradient_checkpointing,
-    streamlined,
 )
 from zepad_mm.encoders.shared_trunk import blocks_of  # noqa: E402
 from zepad_mm.models.branch import Branch, BranchConfig  # noqa: E402
@@ -86,7 +86,7 @@ def test_it_is_invisible_to_saving_copying_and_folding(tmp_path: Path) -> None:
         encoders[1].backbone.save_pretrained(str(tmp_path / "a"), save_embedding_layers=False)
         torch.testing.assert_close(load_lora(load_encoder(encoders[1].source), tmp_path / "a")(images), alone[1])
         torch.testing.assert_close(copy.deepcopy(encoders[1])(images), alone[1])
-        torch.testing.assert_close(streamlined(encoders[1], 32)(images), alone[1], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(optimize_for_inference(encoders[1], 32)(images), alone[1], atol=1e-5, rtol=1e-4)
 
 
 def test_threads_do_not_meet(tmp_path: Path) -> None:
@@ -145,9 +145,9 @@ def test_a_whole_model_shares(clip_source: str, images: torch.Tensor, tmp_path: 
     configs, branches = [], []
     text = load_clip(clip_source)[1]
     for encoder, name, role in zip(
-        three(clip_source, 1), ("one", "two", "benign"), ("mpae", "mpae", "bmp"), strict=True
+        three(clip_source, 1), ("one", "two", "benign"), ("robust", "robust", "benign"), strict=True
     ):
-        adaptation = "none" if role == "bmp" else "lora"
+        adaptation = "none" if role == "benign" else "lora"
         configs.append(BranchConfig(name=name, role=role, source=clip_source, adaptation=adaptation))
         branches.append(Branch(configs[-1], encoder, zero_shot_head(text, ("cat", "dog"), "single")))
     config = ZePADConfig(public_source=clip_source, branches=tuple(configs), class_names=("cat", "dog"))
@@ -167,7 +167,7 @@ def test_a_whole_model_shares(clip_source: str, images: torch.Tensor, tmp_path: 
     loaded = ZePAD.from_pretrained(tmp_path / "after")
     share_trunk(loaded)
     torch.testing.assert_close(loaded.branch_logits(x), expected)
-    torch.testing.assert_close(streamlined(model, 32).branch_logits(images), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(optimize_for_inference(model, 32).branch_logits(images), expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(model.branch_logits(images), expected)
     merge_lora(model.branch("one").encoder)
     torch.testing.assert_close(model.branch("benign")(images), expected[2])

@@ -233,7 +233,7 @@ def test_a_defence_that_only_looks_robust_is_broken_or_flagged(
     benign = model.branch("benign")
     backbone = Broken(benign.encoder.backbone, step)
     encoder = Encoder(backbone, benign.encoder.preprocess, benign.encoder.feature_dim, "toy:broken")
-    config = BranchConfig(name="broken", role="bmp", source="toy:broken", head="linear")
+    config = BranchConfig(name="broken", role="benign", source="toy:broken", head="linear")
     head = copy.deepcopy(benign.head)
     with torch.no_grad():
         for parameter in head.parameters():
@@ -266,7 +266,7 @@ class Leaking(Fusion):
     def __call__(self, branch_logits: Tensor) -> Decision:
         decision = super().__call__(branch_logits)
         wrong = decision.logits.argmax(-1) != self.labels[: branch_logits.shape[1]]
-        return replace(decision, dae_score=wrong.float())
+        return replace(decision, score=wrong.float())
 
 
 def test_a_detector_that_peeks_at_the_labels_is_flagged(data: EvalData) -> None:

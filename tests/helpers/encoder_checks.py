@@ -146,7 +146,7 @@ def saved(source: str, folder: Path) -> str:
         write_tuned(folder / name, encoder.eval(), {})
         with torch.no_grad():
             torch.testing.assert_close(load_tuned(folder / name)(images), encoder(images), atol=0, rtol=0)
-    roles = {"full": "mpae", "lora": "mpae", "none": "bmp"}
+    roles = {"full": "robust", "lora": "robust", "none": "benign"}
     configs = [
         BranchConfig(name=f"{name}-tuned", role=role, source=source, adaptation=name, head="linear")
         for name, role in roles.items()

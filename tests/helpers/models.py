@@ -47,7 +47,11 @@ def make_zepad(source: str, fusion: str = "bounded_benign") -> ZePAD:
     generator = torch.Generator().manual_seed(1)
     torch.manual_seed(1)  # peft draws lora_A from the global generator
     branches, configs = [], []
-    for name, role, adaptation in (("full", "mpae", "full"), ("lora", "mpae", "lora"), ("benign", "bmp", "none")):
+    for name, role, adaptation in (
+        ("full", "robust", "full"),
+        ("lora", "robust", "lora"),
+        ("benign", "benign", "none"),
+    ):
         encoder, text = load_clip(source)
         if adaptation == "lora":
             add_lora(encoder, LoraSettings(rank=2))

@@ -73,13 +73,13 @@ def trained(name: str, role: str, seed: int, epsilon: float) -> Branch:
 def defended() -> ZePAD:
     """Two robust branches and a benign one."""
     branches = [
-        trained("robust_a", "mpae", 1, 6 / 255),
-        trained("robust_b", "mpae", 2, 6 / 255),
-        trained("benign", "bmp", 3, 0.0),
+        trained("robust_a", "robust", 1, 6 / 255),
+        trained("robust_b", "robust", 2, 6 / 255),
+        trained("benign", "benign", 3, 0.0),
     ]
     configs = tuple(branch.config for branch in branches)
     model = ZePAD(ZePADConfig(public_source="toy:public", branches=configs, class_names=CLASSES), branches)
-    model.set_undefended(trained("public", "bmp", 8, 0.0))
+    model.set_undefended(trained("public", "benign", 8, 0.0))
     return model
 
 

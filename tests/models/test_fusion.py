@@ -27,7 +27,7 @@ def test_weights_sum_to_one_and_branches_may_be_reordered(rule: str) -> None:
     moved = build(rule, [BENIGN[i] for i in order])(z[order])
     torch.testing.assert_close(moved.logits, decision.logits)
     torch.testing.assert_close(moved.weights, decision.weights[order])
-    torch.testing.assert_close(moved.dae_score, decision.dae_score)
+    torch.testing.assert_close(moved.score, decision.score)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -39,7 +39,7 @@ def test_onnxruntime_says_what_torch_says(model: ZePAD, exported: Exported, batc
         torch.testing.assert_close(torch.from_numpy(theirs), getattr(decision, name), atol=1e-4, rtol=1e-4)
     about = session.get_modelmeta().custom_metadata_map
     assert json.loads(about["zepad_mm.class_names"]) == list(CLASSES)
-    assert json.loads(about["zepad_mm.models.fusion"])["rule"] == "capped_rfdm"
+    assert json.loads(about["zepad_mm.fusion"])["rule"] == "capped_rfdm"
 
 
 def louder(model: ZePAD) -> ZePAD:

@@ -14,6 +14,7 @@ from tests.helpers.models import CLASSES, make_zepad, write_clip
 from zepad_mm.attacks import PGD
 from zepad_mm.classifier import RobustZeroShotClassifier
 from zepad_mm.encoders import load_encoder
+from zepad_mm.models.branch import BranchConfig
 from zepad_mm.models.zepad import ZePAD, ZePADConfig
 from zepad_mm.utils.io import read_tensors, write_tensors
 
@@ -224,3 +225,9 @@ def test_a_committed_model_is_right_more_often_than_the_undefended_one_under_att
     with torch.no_grad():
         assert accuracy(model(images)) >= accuracy(model.undefended(images)) - 0.05
         assert accuracy(model(made(images))) >= accuracy(model.undefended(made(images))) + 0.1
+
+
+def test_branch_config_names_the_roles_that_replace_old_ones() -> None:
+    for role in ("mpae", "bmp"):
+        with pytest.raises(ValueError, match=r"'robust', 'benign'.*change the role 'mpae' to 'robust' and 'bmp'"):
+            BranchConfig(name="one", role=role, source="open_clip:embedded")

@@ -82,7 +82,7 @@ def test_attack(client: TestClient, service: Service, attack: str) -> None:
     assert float((pixels - clean).abs().max()) > 2 / 255
     again = service.classifier(pixels, LABELS, return_evidence=True)
     assert again["labels"][0]["label"] == answer["attacked"]["labels"][0]["label"]
-    assert again["evidence"]["dae_score"] == pytest.approx(answer["attacked"]["evidence"]["dae_score"], abs=1e-4)
+    assert again["evidence"]["score"] == pytest.approx(answer["attacked"]["evidence"]["score"], abs=1e-4)
     still = post(client, "/v1/attack", attack=attack, epsilon="0", label="dog").json()
     assert still["label"] == "dog"
     assert still["clean"]["labels"][0] == pytest.approx(still["attacked"]["labels"][0])
@@ -91,7 +91,7 @@ def test_attack(client: TestClient, service: Service, attack: str) -> None:
 def test_what_is_served(client: TestClient, service: Service) -> None:
     assert client.get("/v1/health").json() == {"status": "ok"}
     about = client.get("/v1/model").json()
-    assert about["branches"] == {"full": "mpae", "lora": "mpae", "benign": "bmp"}
+    assert about["branches"] == {"full": "robust", "lora": "robust", "benign": "benign"}
     assert about["limits"]["max_labels"] == 5
     assert set(client.get("/openapi.json").json()["paths"]) == {"/v1/health", "/v1/model", "/v1/classify", "/v1/attack"}
 

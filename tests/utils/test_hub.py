@@ -195,7 +195,7 @@ def headed(source: str) -> ZePAD:
     encoder = load_encoder(source)
     torch.manual_seed(0)
     head = HEADS.get("linear")(encoder.feature_dim, len(CLASSES))
-    config = BranchConfig(name="one", role="bmp", source=source, head="linear")
+    config = BranchConfig(name="one", role="benign", source=source, head="linear")
     about = ZePADConfig(public_source=source, branches=(config,), class_names=CLASSES)
     return ZePAD(about, [Branch(config, encoder, head)])
 

@@ -216,7 +216,7 @@ class RobustZeroShotClassifier:
         return {
             "confidences": dict(zip(names, decision.confidences[:, index].tolist(), strict=True)),
             "weights": dict(zip(names, decision.weights[:, index].tolist(), strict=True)),
-            "dae_score": float(decision.dae_score[index]),
+            "score": float(decision.score[index]),
             "flagged": None if self.model.config.detector.threshold is None else flagged,
         }
 
@@ -251,5 +251,5 @@ def _ranked(scores: Tensor, names: Sequence[str], top_k: int | None) -> Labels:
 
 
 def _on_cpu(decision: Decision) -> Decision:
-    parts = (decision.logits, decision.weights, decision.confidences, decision.dae_score)
+    parts = (decision.logits, decision.weights, decision.confidences, decision.score)
     return Decision(*(part.cpu() for part in parts))

@@ -52,7 +52,7 @@ def _lines(image: str, answer: Any, with_evidence: bool) -> list[str]:
         evidence = answer["evidence"]
         sure = ", ".join(f"{name} {value:.2f}" for name, value in evidence["confidences"].items())
         flag = {None: "no threshold", True: "flagged as adversarial", False: "not flagged"}[evidence["flagged"]]
-        lines.append(f"  confidence: {sure}; suspicion {evidence['dae_score']:.3f}, {flag}")
+        lines.append(f"  confidence: {sure}; suspicion {evidence['score']:.3f}, {flag}")
         lines.append(f"  undefended: {evidence['undefended'][0]['label']}")
     return lines
 

@@ -1,4 +1,4 @@
-"""Benign tuning: cross-entropy on clean images, for the branch that never sees an attack (method, section 2: BMP)."""
+"""Benign tuning: cross-entropy on clean images, for the branch that never sees an attack (the paper's BMP)."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from zepad_mm.encoders.base import ENCODERS, Encoder, Preprocess, load_encoder
 from zepad_mm.encoders.clip import CLIPS, TextEncoder, is_clip, load_clip
 from zepad_mm.encoders.fingerprint import Fingerprint, differences, fingerprint, what_changed
 from zepad_mm.encoders.gradient_checkpointing import set_gradient_checkpointing
-from zepad_mm.encoders.inference import streamlined
+from zepad_mm.encoders.inference import optimize_for_inference
 from zepad_mm.encoders.lora import (
     LoraSettings,
     add_lora,
@@ -40,8 +40,8 @@ __all__ = [
     "load_encoder",
     "load_lora",
     "merge_lora",
+    "optimize_for_inference",
     "set_gradient_checkpointing",
-    "streamlined",
     "what_changed",
 ]
 del _huggingface, _open_clip, _ssl_checkpoints, _timm

@@ -167,7 +167,7 @@ def _plain_forward(
     return (mixed if attention.batch_first else mixed.transpose(0, 1)), None
 
 
-def hasten_attention(module: nn.Module) -> int:
+def use_fast_attention(module: nn.Module) -> int:
     """Let every ``nn.MultiheadAttention`` below ``module`` compute the same in fewer steps; returns how many did not.
 
     In place, and no weight moves or changes its name. torch's own way takes a third longer wherever a gradient to the

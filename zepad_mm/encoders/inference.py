@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from zepad_mm.encoders.attention import hasten_attention
+from zepad_mm.encoders.attention import use_fast_attention
 from zepad_mm.encoders.base import Encoder
 from zepad_mm.encoders.lora import has_lora, merge_lora
 from zepad_mm.utils.seeding import seeded_generator
@@ -20,7 +20,7 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 SAME = 1e-4  # how far, as a part of the largest output, the copy may stray before it is not used
 
 
-def streamlined(module: AnyModule, image_size: int = 64) -> AnyModule:
+def optimize_for_inference(module: AnyModule, image_size: int = 64) -> AnyModule:
     """A frozen copy, in eval mode, of a module from images to anything, with every encoder inside it made cheaper.
 
     Attacks and evaluations run a network thousands of times without changing it: folding costs one forward pass and
@@ -41,7 +41,7 @@ def streamlined(module: AnyModule, image_size: int = 64) -> AnyModule:
             changed |= has_lora(encoder)
             merge_lora(encoder)
             changed |= bool(_fold_batch_norms(encoder, images))
-            changed |= bool(hasten_attention(encoder))
+            changed |= bool(use_fast_attention(encoder))
         if not changed:
             return module
         got = lighter(images)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from zepad_mm.encoders import Encoder, streamlined
+from zepad_mm.encoders import Encoder, optimize_for_inference
 from zepad_mm.evaluation.data import EvalData
 from zepad_mm.evaluation.settings import EvalSettings
 from zepad_mm.models.branch import Branch
@@ -130,7 +130,7 @@ class Session:
             **{f"baseline:{name}": module for name, module in baselines.items()},
         }
         side = data.test.images.shape[-1]
-        self.members = {name: streamlined(member, side) for name, member in members.items()}
+        self.members = {name: optimize_for_inference(member, side) for name, member in members.items()}
         self.rows = _rows(model, self.members, settings)
         self.device = model.device
         self.images, self.labels = data.test.images, data.test.labels

@@ -26,7 +26,7 @@ def deployed_threshold(session: Session, validation: Tensor) -> float:
     config = session.model.config.detector
     if config.threshold is not None:
         return config.threshold
-    return threshold_at(session.model.fusion(validation).dae_score, config.false_positive_rate)
+    return threshold_at(session.model.fusion(validation).score, config.false_positive_rate)
 
 
 def detection_rows(session: Session, validation: Tensor) -> list[dict[str, Any]]:

@@ -103,7 +103,7 @@ def _each_on_its_own(session: Session) -> Check:
     for example in session.examples:
         logits = example.logits[members]
         there, here = fusion(logits[:, order]), fusion(logits)
-        for one, other in ((there.logits, here.logits[order]), (there.dae_score, here.dae_score[order])):
+        for one, other in ((there.logits, here.logits[order]), (there.score, here.score[order])):
             moved = max(moved, float((one - other).abs().nan_to_num(0.0).max()))
     detail = f"the same pictures in another order: fused answers and suspicion scores differ by {moved:.2g}"
     return Check("pictures_judged_alone", moved <= 1e-3, detail, {"d": moved})

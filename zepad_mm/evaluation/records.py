@@ -80,7 +80,7 @@ class Records:
             for row in session.rows:
                 predictions[row.name, example.key] = row.answer(example.logits).argmax(-1)
             decision = session.model.fusion(example.logits[list(session.default.members)])
-            flagged[example.key] = decision.dae_score > threshold
+            flagged[example.key] = decision.score > threshold
         pictures = [hashlib.blake2b(image.numpy().tobytes(), digest_size=8).hexdigest() for image in session.images]
         name, settled = session.data.test.name, tuple(session.settled)
         return cls(name, pictures, session.labels, attempts, predictions, flagged, settled)

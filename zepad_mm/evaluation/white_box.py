@@ -177,7 +177,7 @@ def evaded(session: Session, logits: Tensor, threshold: float) -> Tensor:
     """(n,) bool: the model as it ships is wrong, and its score does not exceed the threshold."""
     row = session.default
     decision = session.model.fusion(logits[list(row.members)])
-    return (decision.logits.argmax(-1) != session.labels) & (decision.dae_score <= threshold)
+    return (decision.logits.argmax(-1) != session.labels) & (decision.score <= threshold)
 
 
 def _evade(session: Session, mode: str, mask: Tensor, threshold: float) -> None:
@@ -185,9 +185,9 @@ def _evade(session: Session, mode: str, mask: Tensor, threshold: float) -> None:
     clean = fusion(session.clean.logits[list(members)])
     attack = DetectorAware(
         fuse=fusion,
-        score=lambda logits: fusion(logits).dae_score,
+        score=lambda logits: fusion(logits).score,
         threshold=threshold,
-        spread=max(float(clean.dae_score.std()) if len(session.labels) > 1 else 0.0, 1e-6),
+        spread=max(float(clean.score.std()) if len(session.labels) > 1 else 0.0, 1e-6),
         mode=mode,
         epsilon=settings.epsilon,
         norm=settings.norm,

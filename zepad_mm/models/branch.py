@@ -1,4 +1,8 @@
-"""A branch: an encoder, perhaps adapted, with a head."""
+"""A branch of a defended model: an encoder, as published or tuned, with a head.
+
+Branches have one of two roles. ``robust`` branches were tuned on adversarial images (MPAE in the paper); ``benign``
+branches never saw one (BMP in the paper).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from zepad_mm.encoders import Encoder
 from zepad_mm.models.heads import HEADS
 from zepad_mm.utils.config import Config
 
-ROLES = ("mpae", "bmp")
+ROLES = ("robust", "benign")
 ADAPTATIONS = ("none", "full", "lora")
 
 
@@ -19,7 +23,7 @@ class BranchConfig(Config):
     """What a branch is made of, enough to build it again around the saved weights."""
 
     name: str  # unique within a model
-    role: str  # "mpae": adversarially tuned; "bmp": benign
+    role: str  # "robust": tuned on adversarial images; "benign": never
     source: str  # where the base encoder comes from, e.g. "open_clip:embedded"
     adaptation: str = "none"  # "none": the base as it is; "full": all weights tuned; "lora": an adapter
     head: str = "zero_shot"  # a name of zepad_mm.models.heads.HEADS
@@ -27,7 +31,10 @@ class BranchConfig(Config):
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
-            raise ValueError(f"branch {self.name!r}: expected a role of {ROLES}, got {self.role!r}")
+            raise ValueError(
+                f"branch {self.name!r}: expected a role of {ROLES}, got {self.role!r}. In files by an older zepad-mm "
+                "change the role 'mpae' to 'robust' and 'bmp' to 'benign' in config.json"
+            )
         if self.adaptation not in ADAPTATIONS:
             raise ValueError(f"branch {self.name!r}: expected an adaptation of {ADAPTATIONS}, got {self.adaptation!r}")
         if not self.name or "." in self.name or "/" in self.name:

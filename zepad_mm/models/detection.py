@@ -13,7 +13,8 @@ from torch import Tensor
 
 from zepad_mm.utils.registry import Registry
 
-PAPER_GAP = 0.1  # the paper's rule: adversarial when the MPAE confidence exceeds the BMP confidence by this much
+# the paper's rule: adversarial when the robust branches are more confident than the benign ones by this much
+PAPER_GAP = 0.1
 
 # name -> score(branch_logits (N, B, C), benign (N,)) -> (B,)
 SCORES: Registry[Callable[[Tensor, Sequence[bool]], Tensor]] = Registry("detection score")

@@ -33,13 +33,13 @@ class Decision:
         logits: (B, C) fused.
         weights: (N, B) weight of each branch, summing to 1 over N.
         confidences: (N, B) max softmax of each branch, in [0, 1].
-        dae_score: (B,) suspicion that the input is adversarial; see :mod:`zepad_mm.models.detection`.
+        score: (B,) suspicion that the input is adversarial; see :mod:`zepad_mm.models.detection`.
     """
 
     logits: Tensor
     weights: Tensor
     confidences: Tensor
-    dae_score: Tensor
+    score: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +189,7 @@ class Fusion:
 
     Args:
         rule: how to mix.
-        benign: for each branch whether it is a benign (BMP) one.
+        benign: for each branch whether it is benign.
         score: a name of :data:`zepad_mm.models.detection.SCORES`.
     """
 

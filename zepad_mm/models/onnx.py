@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zepad_mm.models.zepad import ZePAD
 from zepad_mm.utils.seeding import seeded_generator
 
-OUTPUTS = ("logits", "weights", "confidences", "dae_score")
+OUTPUTS = ("logits", "weights", "confidences", "score")
 LARGEST_FILE = 1_900_000_000  # bytes; ONNX itself allows 2 GiB, the weights of a larger graph lie beside it
 
 
@@ -52,7 +52,7 @@ def export_onnx(
     """Write the fused classifier, all branches, heads and the rule, as an ONNX graph for any batch size.
 
     The graph takes ``images`` (B, 3, S, S) float32 in [0, 1] and gives ``logits`` (B, C), ``weights`` and
-    ``confidences`` (N, B) and ``dae_score`` (B,), as :class:`zepad_mm.models.fusion.Decision`. Preprocessing is inside.
+    ``confidences`` (N, B) and ``score`` (B,), as :class:`zepad_mm.models.fusion.Decision`. Preprocessing is inside.
     It does not check its input. Class names, branch names, the rule and the detector's threshold are in its metadata.
 
     Args:

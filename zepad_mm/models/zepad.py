@@ -69,8 +69,8 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
 
     @property
     def benign(self) -> tuple[bool, ...]:
-        """For each branch whether it is a benign (BMP) one."""
-        return tuple(branch.role == "bmp" for branch in self.config.branches)
+        """For each branch whether it is benign."""
+        return tuple(branch.role == "benign" for branch in self.config.branches)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -107,8 +107,8 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
         """(B,) bool: whose score exceeds the threshold; all False where none was set."""
         threshold = self.config.detector.threshold
         if threshold is None:
-            return torch.zeros_like(decision.dae_score, dtype=torch.bool)
-        return decision.dae_score > threshold
+            return torch.zeros_like(decision.score, dtype=torch.bool)
+        return decision.score > threshold
 
     # ---- what it defends -------------------------------------------------------------------------------------
 
@@ -128,7 +128,7 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
             for branch in self.branches.values():  # a branch that nobody changed is the public encoder: hold it once
                 if branch.config.adaptation == "none" and branch.config.source == self.config.public_source:  # type: ignore[union-attr]
                     encoder = branch.encoder  # type: ignore[assignment]
-            config = BranchConfig(name="undefended", role="bmp", source=self.config.public_source)
+            config = BranchConfig(name="undefended", role="benign", source=self.config.public_source)
             head = zero_shot_head(text, self.class_names, self.config.prompts)
             self._lazy["undefended"] = Branch(config, encoder, head).eval().to(self.device)
         return self._lazy["undefended"]

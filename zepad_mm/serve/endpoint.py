@@ -38,7 +38,7 @@ class Evidence(BaseModel):
 
     confidences: dict[str, float] = Field(description="of each branch, in [0, 1]")
     weights: dict[str, float] = Field(description="of each branch in the fused answer; they sum to 1")
-    dae_score: float = Field(description="suspicion that the picture is adversarial; higher is more")
+    score: float = Field(description="suspicion that the picture is adversarial; higher is more")
     flagged: bool | None = Field(description="whether it exceeds the model's threshold; null: it has none")
     undefended: list[Score] = Field(description="what the public encoder says")
 
@@ -66,7 +66,7 @@ class ModelAnswer(BaseModel):
 
     version: str
     public_source: str
-    branches: dict[str, str] = Field(description="name to role: mpae (robust) or bmp (benign)")
+    branches: dict[str, str] = Field(description="name to role: robust or benign")
     fusion: str
     detector: str
     threshold: float | None

@@ -172,7 +172,7 @@ def _verdict(found: Attacked) -> str:
         True: "Flagged as adversarial",
         False: "Not flagged as adversarial",
     }[evidence["flagged"]]
-    suspicion = f"suspicion {evidence['dae_score']:.3f}, clean {before['dae_score']:.3f}"
+    suspicion = f"suspicion {evidence['score']:.3f}, clean {before['score']:.3f}"
     kind = "verdict flagged" if evidence["flagged"] else "verdict"
     return f'<div class="{kind}" id="verdict">{"<br>".join(lines)}<br>{flag} ({suspicion}).</div>'
 
@@ -184,8 +184,7 @@ def _branches(service: Service, found: Attacked) -> str:
         for kind in ("confidences", "weights"):
             clean, attacked = (answer["evidence"][kind][branch.name] for answer in (found.before, found.after))
             figures.append(f"<td>{clean:.2f} → {attacked:.2f}</td>")
-        role = "robust" if branch.role == "mpae" else "benign"
-        rows.append(f"<tr><td>{html.escape(branch.name)} <small>{role}</small></td>{''.join(figures)}</tr>")
+        rows.append(f"<tr><td>{html.escape(branch.name)} <small>{branch.role}</small></td>{''.join(figures)}</tr>")
     head = "<tr><th>Branch</th><th>Confidence</th><th>Weight</th></tr>"
     return f'<table class="branches" id="branches">{head}{"".join(rows)}</table>'
 

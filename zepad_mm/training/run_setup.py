@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zepad_mm.data import LabelledImages, StoredImages, StreamedImages
 from zepad_mm.defences.base import Batch, Defence, Student
 from zepad_mm.encoders import has_lora, set_gradient_checkpointing
-from zepad_mm.encoders.attention import hasten_attention
+from zepad_mm.encoders.attention import use_fast_attention
 from zepad_mm.training.checkpoint import CHECKPOINT, crc_of
 from zepad_mm.training.dataloader import TrainData
 from zepad_mm.training.settings import TrainSettings
@@ -127,7 +127,7 @@ def quicken(student: Student, settings: TrainSettings) -> None:
 
     Raises ValueError for an encoder that cannot recompute.
     """
-    hasten_attention(student.encoder)
+    use_fast_attention(student.encoder)
     if settings.channels_last:
         student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if settings.gradient_checkpointing:
