@@ -1,11 +1,11 @@
-"""Evaluate a defended model under every threat model, resumably, and draw what a reader looks at.
+"""Evaluate a defended model under every threat model but patches.
 
-What it is: zepad_mm.evaluate as a recipe: undefended encoder, each branch, each fusion rule; clean, T1, T1b, T2, T3;
-detection; self-doubt. Never trust a line that says "likely overestimated".
+What it is: zepad_mm.evaluate as a recipe: undefended encoder, each branch, each fusion rule; detection; diagnostics.
+Do not rely on a report that says "likely overestimated".
 
 Run first: nothing for the shipped model; recipes/tune.py and tools/build_zepad.py for one of your own.
 
-Leaves in --out: report.json, report.md, records.parquet (per sample), perturbations/, figures.
+Leaves in --out: report.json, report.md, records.parquet (per sample), perturbations/.
 
     CPU:              python recipes/evaluate.py --config recipes/configs/smoke/evaluate.yaml
     2 CPU processes:  accelerate launch --multi_gpu --num_processes 2 recipes/evaluate.py --config ... --processes 2
@@ -28,6 +28,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from zepad_mm.evaluation import Report, evaluate
+from zepad_mm.evaluation.settings import STANDARD_THREATS
 from zepad_mm.training import make_accelerator
 from zepad_mm.utils.config import Config
 
@@ -40,12 +41,12 @@ class Recipe(Config):
     model: str = "embedded"  # "embedded", a folder, or a name on the Hub
     data: str = "embedded"  # "embedded", a folder of parquet files or class folders, or a name on the Hub
     preset: str = "demo"  # "demo": minutes on two CPU cores; "full": wants a GPU or a night
-    threats: tuple[str, ...] = ("clean", "T1", "T1b", "T2", "T3")
+    threats: tuple[str, ...] = STANDARD_THREATS
     epsilon: float = 4 / 255  # L-inf budget of T2 and T3, in pixels of [0, 1]
-    n: int | None = None  # test pictures; None: all
+    n: int | None = None  # test images; None: the preset's
     seed: int = 0
-    resume: bool = False  # take up a run in --out that was cut off
-    processes: int | None = None  # how many processes are expected; another number is an error
+    resume: bool = False  # continue a killed run in --out
+    processes: int | None = None  # number of processes expected; another number is an error
 
 
 def parse(args: list[str] | None = None) -> Recipe:

@@ -107,7 +107,7 @@ def test_scrambling_keeps_the_spectrum_and_loses_the_picture(photos: Tensor) -> 
     ("bad", "message"),
     [
         ({"corruptions": ("jpg",)}, "unknown corruption 'jpg'; did you mean 'jpeg'"),
-        ({"out_of_distribution": ("noise",)}, "unknown kind of out-of-distribution picture 'noise'"),
+        ({"out_of_distribution": ("noise",)}, "unknown kind of out-of-distribution image 'noise'"),
         ({"severities": (0,)}, r"severities: expected whole numbers from 1 \(slight\) to 5 \(heavy\), got 0"),
         ({"severities": (True,)}, "got True"),
         ({"corruptions": ("jpeg",), "severities": ()}, "severities: expected at least one"),

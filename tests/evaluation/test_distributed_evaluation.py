@@ -39,8 +39,8 @@ accelerator.end_training()
 """
 
 
-def told(report: Report) -> tuple[object, ...]:
-    """All that does not depend on the clock."""
+def without_clock(report: Report) -> tuple[object, ...]:
+    """Everything in a report that does not depend on the clock."""
     rows = [{key: value for key, value in row.items() if key != "seconds"} for row in report.rows]
     kept = {key: value for key, value in report.meta.items() if key in ("certificate", "false_alarms", "diagnostics")}
     return rows, report.detection, kept
@@ -58,8 +58,8 @@ def test_two_processes_give_the_report_of_one(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(list((tmp_path / "two").glob("process-*"))) == 2
     one = evaluate(defended(), data=pictures(), settings=FEW, out=tmp_path / "one")
-    assert told(Report.load(tmp_path / "two")) == told(Report.load(tmp_path / "one")) == told(one)
+    assert without_clock(Report.load(tmp_path / "two")) == without_clock(Report.load(tmp_path / "one")) == without_clock(one)
     first, second = (Records.load(tmp_path / name) for name in ("one", "two"))
-    assert first.pictures == second.pictures
+    assert list(first.images) == list(second.images)
     assert all((first.predictions[key] == second.predictions[key]).all() for key in first.predictions)
     assert not (tmp_path / "two" / "cache" / "parts").exists()

@@ -17,8 +17,8 @@ from zepad_mm.cli import main
 from zepad_mm.evaluation import Report
 from zepad_mm.evaluation.metrics import wilson
 from zepad_mm.evaluation.plots import budget_figure, budget_sweep
-from zepad_mm.evaluation.report import interval
 from zepad_mm.evaluation.tables import FORMATS, as_csv, as_json, as_latex, as_markdown, entries, latex
+from zepad_mm.utils.markdown import interval_text
 
 FIGURES = {
     "undefended": {"clean": 700, "T1": 200, "T2": 0},
@@ -27,10 +27,14 @@ FIGURES = {
 }
 
 
+KINDS = {"undefended": "undefended", "zepad": "default"}
+
+
 def row(model: str, threat: str, right: int, n: int = 1000, attack: str = "", **more: Any) -> dict[str, Any]:
     low, high = wilson(right, n)
     return {
         "model": model,
+        "kind": KINDS.get(model, "rule" if model.startswith("zepad:") else "branch"),
         "attack": attack or ("none" if threat == "clean" else "worst"),
         "threat": threat,
         "epsilon": {"clean": 0.0, "T1": 10 / 255}.get(threat, 4 / 255),
@@ -46,7 +50,7 @@ def row(model: str, threat: str, right: int, n: int = 1000, attack: str = "", **
 
 
 def report(
-    figures: dict[str, dict[str, int]] = FIGURES, dataset: str = "clothing", seed: int = 0, warnings: Sequence[str] = ()
+    figures: dict[str, dict[str, int]] = FIGURES, dataset: str = "clothing", seed: int = 0, failed: Sequence[str] = ()
 ) -> Report:
     rows = [
         row(model, threat, right, dataset=dataset)
@@ -55,7 +59,8 @@ def report(
     ]
     if "T2" in figures["zepad"]:  # a single attack beside a worst case is no column of its own
         rows.append(row("zepad", "T2", 651, attack="pgd@zepad", dataset=dataset))
-    meta = {"seed": seed, "wall_s": 61.4, "commit": "abc", "warnings": list(warnings)}
+    meta = {"seed": seed, "wall_s": 61.4, "commit": "abc", "warnings": []}
+    meta["diagnostics"] = [{"name": name, "passed": False, "detail": "", "values": {}} for name in failed]
     return Report({**meta, "config": {"model": {"fusion": "rfdm"}}}, rows)
 
 
@@ -63,7 +68,7 @@ def report(
 def two() -> dict[str, Report]:
     """Two data sets; the second was attacked less, and doubts itself."""
     few = {model: {"clean": threats["clean"], "T2": threats["T2"]} for model, threats in FIGURES.items()}
-    return {"a": report(), "b": report(few, "flowers_50%", 3, ["likely overestimated (gradients): none"])}
+    return {"a": report(), "b": report(few, "flowers_50%", 3, ["gradients"])}
 
 
 def test_two_data_sets_in_one_table(two: dict[str, Report]) -> None:
@@ -77,8 +82,8 @@ def test_two_data_sets_in_one_table(two: dict[str, Report]) -> None:
     assert [line[:2] for line in body] == [["clothing", "0"]] * 3 + [["flowers_50% (!)", "3"]] * 3
     assert body[1][2:5] == ["1000", "61 s", "`zepad`"]
     cells = dict(zip(head, body[1], strict=True))
-    assert cells["clean"] == interval(0.72, *wilson(720, 1000))
-    assert cells["T2 worst, 4/255"] == f"**{interval(0.5, *wilson(500, 1000))}**"
+    assert cells["clean"] == interval_text(0.72, *wilson(720, 1000))
+    assert cells["T2 worst, 4/255"] == f"**{interval_text(0.5, *wilson(500, 1000))}**"
     assert dict(zip(head, body[3], strict=True))["T1 worst, 10/255"] == "-"
     text = as_markdown(entries(two))
     assert "(!): likely overestimated" in text
@@ -200,7 +205,7 @@ def test_reports_that_cannot_be_used() -> None:
         entries({"r": Report({"warnings": []}, [row("a", "T2", 5)])})
     for name in FORMATS:
         if name in ("md", "latex"):
-            with pytest.raises(ValueError, match="at least one figure"):
+            with pytest.raises(ValueError, match="at least one entry"):
                 FORMATS.get(name)([])
 
 
@@ -255,7 +260,10 @@ def test_accuracy_against_the_budget() -> None:
         budget_figure(found)
     found.meta["config"]["evaluation"] = {"diagnostics_n": 40}
     values = {"8/255": 0.25, "4/255": 0.5, "64/255": 0.0}
-    found.meta["diagnostics"] = [{"name": "finite", "values": {}}, {"name": "budget_sweep", "values": values}]
+    found.meta["diagnostics"] = [
+        {"name": "finite", "passed": True, "values": {}},
+        {"name": "budget_sweep", "passed": True, "values": values},
+    ]
     (panel,) = budget_figure(found).axes
     line = panel.get_lines()[0]
     assert list(line.get_xdata()) == [0, 4, 8, 64]

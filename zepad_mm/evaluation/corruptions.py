@@ -1,8 +1,8 @@
-"""Pictures that nobody attacked and that a detector should leave alone: everyday corruptions, and other pictures.
+"""Unattacked images that a detector should not flag: everyday corruptions, and out-of-distribution images.
 
 Kinds and severities are those of Tiny ImageNet-C, made for 64 pixels: Hendrycks and Dietterich, "Benchmarking Neural
 Network Robustness to Common Corruptions and Perturbations", ICLR 2019, and ImageNet-C/create_c/make_tinyimagenet_c.py
-of hendrycks/robustness. On larger pictures the same blur and JPEG quality do less harm.
+of hendrycks/robustness. On larger images the same blur and JPEG quality do less harm.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from zepad_mm.utils.validation import check_images
 SEVERITIES = (1, 2, 3, 4, 5)
 
 Corruption = Callable[[Tensor, int, torch.Generator], Tensor]
-Stranger = Callable[[Tensor, torch.Generator], Tensor]
+OutOfDistribution = Callable[[Tensor, torch.Generator], Tensor]
 
 # name -> corruption(images (B, 3, H, W) in [0, 1], severity 1..5, CPU generator) -> images of that shape and range
 CORRUPTIONS: Registry[Corruption] = Registry("corruption")
-# name -> stranger(images (B, 3, H, W) in [0, 1], CPU generator) -> as many pictures that show no class at all
-OUT_OF_DISTRIBUTION: Registry[Stranger] = Registry("kind of out-of-distribution picture")
+# name -> function(images (B, 3, H, W) in [0, 1], CPU generator) -> as many images that show no class at all
+OUT_OF_DISTRIBUTION: Registry[OutOfDistribution] = Registry("kind of out-of-distribution image")
 
 
 def corrupt(images: Tensor, name: str, severity: int, generator: torch.Generator) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1], corrupted. Raises ValueError for an unknown name, a severity outside 1..5."""
+    """Return corrupted images (B, 3, H, W) in [0, 1]. Raises ValueError for an unknown name or severity."""
     return CORRUPTIONS.get(name)(check_images(images), check_severity(severity), generator)
 
 
 def check_severity(severity: int) -> int:
-    """Raises ValueError unless it is one of 1, 2, 3, 4, 5."""
+    """Return the severity. Raises ValueError unless it is one of 1, 2, 3, 4, 5."""
     if isinstance(severity, bool) or severity not in SEVERITIES:
         raise ValueError(f"severities: expected whole numbers from 1 (slight) to 5 (heavy), got {severity!r}")
     return severity
@@ -61,14 +61,14 @@ def gaussian_blur(images: Tensor, severity: int, generator: torch.Generator) -> 
 
 @CORRUPTIONS.register("jpeg")
 def jpeg(images: Tensor, severity: int, generator: torch.Generator) -> Tensor:
-    """Written as JPEG and read again."""
+    """Compressed as JPEG and decoded."""
     quality = (65, 58, 50, 40, 25)[severity - 1]
     read = []
     for image in images.cpu():
         file = io.BytesIO()
         to_pil_image((image * 255).round().byte()).save(file, "JPEG", quality=quality)
-        with Image.open(file) as picture:
-            read.append(pil_to_tensor(picture).float() / 255)
+        with Image.open(file) as decoded:
+            read.append(pil_to_tensor(decoded).float() / 255)
     return torch.stack(read).to(images) if read else images
 
 
@@ -83,7 +83,7 @@ def brightness(images: Tensor, severity: int, generator: torch.Generator) -> Ten
 
 @CORRUPTIONS.register("contrast")
 def contrast(images: Tensor, severity: int, generator: torch.Generator) -> Tensor:
-    """Every channel drawn towards its mean over the picture."""
+    """Every channel moved towards its mean over the image."""
     left = (0.4, 0.3, 0.2, 0.1, 0.05)[severity - 1]
     mean = images.mean((2, 3), keepdim=True)
     return ((images - mean) * left + mean).clamp(0, 1)
@@ -91,19 +91,19 @@ def contrast(images: Tensor, severity: int, generator: torch.Generator) -> Tenso
 
 @OUT_OF_DISTRIBUTION.register("uniform_noise")
 def uniform_noise(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Nothing but noise, as in ODIN (Liang et al., ICLR 2018)."""
+    """Noise only, as in ODIN (Liang et al., ICLR 2018)."""
     return torch.rand(images.shape, generator=generator).to(images)
 
 
 @OUT_OF_DISTRIBUTION.register("phase_scrambled")
 def phase_scrambled(images: Tensor, generator: torch.Generator) -> Tensor:
-    """The pictures' own amplitude spectrum and mean colour with random phases: their texture without their shapes.
+    """The images' own amplitude spectrum and mean colour with random phases: their texture without their shapes.
 
     The phases are those of white noise, one draw for the three channels, so that the colours stay in step (the "phase
     noise" of Geirhos et al., NeurIPS 2018, at full width).
     """
     noise = torch.randn(len(images), 1, *images.shape[2:], generator=generator).to(images)
     turn = torch.fft.rfft2(noise).angle()
-    turn[..., 0, 0] = 0  # the mean: half of the pictures would be negatives else
+    turn[..., 0, 0] = 0  # the mean: otherwise half of the images would be negatives
     spectrum = torch.fft.rfft2(images) * torch.polar(torch.ones_like(turn), turn)
     return torch.fft.irfft2(spectrum, s=images.shape[2:]).clamp(0, 1)

@@ -1,50 +1,108 @@
-"""``evaluate``: run the threat models, doubt the outcome, write the report."""
+"""The evaluation engine: models x tasks -> one report.
+
+``evaluate(model, data=...)`` evaluates one model on one data set. ``evaluate(models={...}, tasks={...})`` is a study:
+every model on every task, with one report over all of them.
+
+A **model** is a ``ZePAD``; a source string ("embedded", a folder, a Hub name, or a CLIP such as "open_clip:embedded"
+with zero-shot heads from the class names); a ``Branch``; a pair ``(encoder, head)``; any ``nn.Module`` from images in
+[0, 1] to logits; a :class:`~zepad_mm.evaluation.subjects.Subject`, for rows of one's own over shared networks; or, in a
+study, a function ``(task name, EvalData) -> any of these``, for heads that are trained for each task.
+
+A **task** is a data set by name or folder, or an ``EvalData`` (test, validation and surrogate images with class names).
+
+What runs follows from the model: without a public encoder there is no T1 and T1p, without branches no T1b, without a
+fusion no T3 and no detection. A plain classifier gets clean and T2.
+
+In a study each pair has the folder ``out/MODEL/TASK`` with a report and a cache of its own: a killed study continues
+there, and finished pairs are read. Universal perturbations made by the same attack on the same encoders and surrogate
+images are crafted once and kept in ``out/perturbations``: give the tasks the same ``surrogate`` images to share them.
+Row names in the study's report are ``MODEL`` for the model as it ships and ``MODEL/ROW`` for its other rows, the data
+set of a row is the name of the task; ``kind`` says what a row is, ``algorithm`` and ``target`` what attacked it.
+
+Example, two rows over three networks, attacked once for both::
+
+    subject = subject_of(model)                                        # rows of a ZePAD
+    subject = subject.with_fused_row("robust_only", ["branch:a", "branch:b"], "equal")
+    evaluate(models={"ours": subject, "plain": lambda task, data: (encoder, heads[task])}, tasks={"cars": "cars"},
+             settings="demo", threats=("clean", "T1", "T2"), out="outputs/study", resume=True)
+
+What each threat model means is in ``threats.py``; its attacks are in ``universal.py`` (T1, T1p, T1b) and
+``white_box.py`` (T2, T3).
+"""
 
 from __future__ import annotations
 
 import logging
+import re
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from zepad_mm.attacks import frozen
-from zepad_mm.attacks.objective import input_gradient
-from zepad_mm.evaluation.certificate import certified_shares
-from zepad_mm.evaluation.context import Session, Through
 from zepad_mm.evaluation.data import EvalData
 from zepad_mm.evaluation.detection import deployed_threshold, detection_rows, score_validation
 from zepad_mm.evaluation.diagnostics import Check, run_checks
 from zepad_mm.evaluation.false_alarms import false_alarm_rows, false_alarm_stages
 from zepad_mm.evaluation.records import Records
-from zepad_mm.evaluation.report import Report, acceptance
+from zepad_mm.evaluation.report import JSON, OVERESTIMATED, Report, acceptance, merged
+from zepad_mm.evaluation.session import PerturbationStore, Session
 from zepad_mm.evaluation.settings import PRESETS, EvalSettings
+from zepad_mm.evaluation.subjects import BranchView, Subject, load_model, subject_of
+from zepad_mm.evaluation.threats import CLEAN, T1, T1B, T1P, T2, T3, THREATS
 from zepad_mm.evaluation.universal import (
+    count_family,
+    count_patches,
+    count_public,
     run_clean,
+    run_family_universal,
     run_patches,
-    run_universal,
-    universal_attack,
-    universal_targets,
+    run_public_universal,
 )
-from zepad_mm.evaluation.white_box import run_detector_aware, run_white_box
-from zepad_mm.models.zepad import ZePAD
+from zepad_mm.evaluation.white_box import (
+    certified_accuracy,
+    count_detector_aware,
+    count_white_box,
+    run_detector_aware,
+    run_white_box,
+)
 from zepad_mm.utils.distributed import Processes
 from zepad_mm.utils.provenance import provenance
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Stages:
+    """What runs for a threat model, and how many stages that is."""
+
+    run: Callable[[Session], None]
+    count: Callable[[Session], int]
+
+
+# key of a threat model -> its attacks, in the order in which they run
+STAGES = {
+    T1.key: Stages(run_public_universal, count_public),
+    T1P.key: Stages(run_patches, count_patches),
+    T1B.key: Stages(run_family_universal, count_family),
+    T2.key: Stages(run_white_box, count_white_box),
+    T3.key: Stages(run_detector_aware, count_detector_aware),
+}
+
+
 def evaluate(
-    model: ZePAD | str,
+    model: Any = None,
     *,
     data: str | EvalData = "embedded",
+    models: Mapping[str, Any] | None = None,
+    tasks: Mapping[str, str | EvalData] | None = None,
     settings: EvalSettings | str = "demo",
-    threats: Sequence[str] | None = None,
+    threats: str | Sequence[str] | None = None,
     epsilon: float | None = None,
     n: int | None = None,
     seed: int | None = None,
@@ -53,135 +111,204 @@ def evaluate(
     baselines: Mapping[str, nn.Module] | None = None,
     accelerator: Accelerator | None = None,
 ) -> Report:
-    """Judge a defended model against the undefended one, its own branches and every other fusion rule.
+    """Evaluate a model, or several models on several tasks, under the threat models.
+
+    A defended model is compared with the undefended one, its own branches and every other fusion rule.
 
     Args:
-        model: the defence, or a name for ``ZePAD.from_pretrained``; a named one is pointed at the data's classes.
-        data: a data set by name or folder, or the pictures themselves.
-        settings: a preset ("demo": minutes on two CPU cores; "full") or settings of your own.
-        threats: of clean, T1, T1p, T1b, T2, T3; overrides the settings, as the next three do.
+        model: see above; a source string is pointed at the class names of the data.
+        data: a data set by name or folder, or the images themselves.
+        models: name -> model, in the place of ``model``: a study.
+        tasks: name -> data set, in the place of ``data``.
+        settings: a preset ("smoke", "demo": minutes on two CPU cores; "full"), or settings of your own.
+        threats: keys of ``THREATS``; overrides the settings, as the next three do.
         epsilon: budget of T2 and T3, in pixels of [0, 1] and in the norm of the settings.
-        n: number of test pictures.
+        n: number of test images.
         seed: of everything random.
         out: folder for ``report.json``, ``report.md``, ``records.parquet``, ``perturbations/`` and ``cache/``.
-        resume: take up an earlier run in ``out`` that was cut off; at most one batch (or one crafting) is done again.
+        resume: continue an earlier run in ``out`` that was killed; at most one batch (or one crafting) is repeated.
         baselines: further models for comparison, each from images in [0, 1] to logits; listed as ``baseline:<name>``.
         accelerator: whose processes all call this, see ``out``, and share the batches of attacks and answers: the table
             is that of one process. A model given by name is put on its device. None: this process alone.
 
     Raises:
-        ValueError: unknown threat, budget out of range, classes that do not match, a cache of another run.
+        ValueError: unknown threat model, budget out of range, classes that do not match, a cache of another run.
         FileNotFoundError: no such model or data.
     """
-    started = time.perf_counter()
+    if (model is None) == (models is None):
+        raise ValueError("evaluate: expected either a model or models={name: model}, and not both")
     settings = PRESETS.get(settings) if isinstance(settings, str) else settings
     changes: dict[str, Any] = {"epsilon": epsilon, "n": n, "seed": seed}
     changes["threats"] = None if threats is None else (threats,) if isinstance(threats, str) else tuple(threats)
     settings = replace(settings, **{key: value for key, value in changes.items() if value is not None})
-    pictures = EvalData.load(data, settings) if isinstance(data, str) else data.limited(settings)
-    source = str(model) if isinstance(model, str) else ""
-    if isinstance(model, str):
-        model = ZePAD.from_pretrained(model)
-        if all(branch.head == "zero_shot" for branch in model.config.branches):
-            model.set_classes(pictures.test.class_names)
-        if accelerator is not None:
-            model.to(accelerator.device)
-    pictures.check(model.class_names)
+    run = _Run(settings, resume, baselines or {}, accelerator)
     folder = None if out is None else Path(out)
-    processes = Processes(accelerator.process_index, accelerator.num_processes) if accelerator else Processes()
-    with torch.inference_mode(False):
-        session = Session(model, pictures, settings, baselines or {}, folder, resume, processes)
-        with frozen(Through(list(session.members.values()), None)):
-            records, detection, alarms, checks = _run(session)
-            certificate = certified_shares(session)
-    described = {"model": model.config.to_dict(), "source": source, "data": pictures.test.name}
-    meta = provenance(seed=settings.seed, config={"evaluation": settings.to_dict(), **described})
-    meta["wall_s"] = round(time.perf_counter() - started, 2)
-    meta["certificate"] = certificate
-    meta["false_alarms"] = alarms
-    meta["diagnostics"] = [check.to_dict() for check in checks]
-    doubts = [f"likely overestimated ({check.name}): {check.detail}" for check in checks if not check.passed]
-    report = Report(meta={**meta, "warnings": doubts}, rows=records.rows(), detection=detection)
-    report.meta["warnings"] += [f"acceptance: {failure}" for failure in acceptance(report)]
-    if folder is not None and processes.first:
-        records.save(folder)
-        report.save(folder)
-    for warning in report.meta["warnings"] if processes.first else ():
-        log.warning(warning)
-    return report
+    if models is None and tasks is None:
+        return run.one(model, data, folder)
+    return run.study({"model": model} if models is None else models, tasks or {_task_name(data): data}, folder)
 
 
-def _run(session: Session) -> tuple[Records, list[dict[str, Any]], list[dict[str, Any]], list[Check]]:
-    threats = session.settings.threats
-    _announce(session)
+@dataclass(frozen=True)
+class _Run:
+    """What all evaluations of one call have in common."""
+
+    settings: EvalSettings
+    resume: bool
+    baselines: Mapping[str, nn.Module]
+    accelerator: Accelerator | None
+
+    @property
+    def processes(self) -> Processes:
+        if self.accelerator is None:
+            return Processes()
+        return Processes(self.accelerator.process_index, self.accelerator.num_processes)
+
+    def study(self, models: Mapping[str, Any], tasks: Mapping[str, str | EvalData], out: Path | None) -> Report:
+        """Every model on every task."""
+        started = time.perf_counter()
+        store = PerturbationStore(None if out is None else out / "perturbations")
+        found: dict[tuple[str, str], Report] = {}
+        for task, source in tasks.items():
+            data = self._load(source)
+            for name, model in models.items():
+                log.info("%s on %s", name, task)
+                folder = None if out is None else out / _folder_name(name) / _folder_name(task)
+                built = model(task, data) if callable(model) and not isinstance(model, nn.Module) else model
+                found[name, task] = self.one(built, data, folder, store, keep_finished=True)
+        meta = provenance(seed=self.settings.seed, config={"evaluation": self.settings.to_dict()})
+        report = merged(found, {**meta, "wall_s": round(time.perf_counter() - started, 2)})
+        if out is not None and self.processes.first:
+            report.save(out)
+        return report
+
+    def one(
+        self,
+        model: Any,
+        data: str | EvalData,
+        out: Path | None,
+        store: PerturbationStore | None = None,
+        keep_finished: bool = False,
+    ) -> Report:
+        """One model on one task; with ``keep_finished`` and ``resume``, a report that is there already is read."""
+        started, processes = time.perf_counter(), self.processes
+        images = self._load(data)
+        source = str(model) if isinstance(model, str | Path) else ""
+        subject = self._subject(model, images)
+        images.check(subject.class_names)
+        with torch.inference_mode(False):
+            session = Session(subject, images, self.settings, out, self.resume, processes, store)
+            if out is not None and keep_finished and self.resume and (out / JSON).is_file():
+                session.finish()
+                log.info("finished already: %s", out / JSON)
+                return Report.load(out)
+            with frozen(BranchView(list(session.members.values()))):
+                findings = _run_stages(session)
+        described = {"model": dict(subject.about), "source": source, "data": images.test.name}
+        meta = provenance(seed=self.settings.seed, config={"evaluation": self.settings.to_dict(), **described})
+        meta["wall_s"] = round(time.perf_counter() - started, 2)
+        report = findings.report(meta)
+        if out is not None and processes.first:
+            findings.records.save(out)
+            report.save(out)
+        for warning in report.meta["warnings"] if processes.first else ():
+            log.warning(warning)
+        return report
+
+    def _load(self, data: str | EvalData) -> EvalData:
+        return EvalData.load(data, self.settings) if isinstance(data, str) else data.limited(self.settings)
+
+    def _subject(self, model: Any, images: EvalData) -> Subject:
+        names = images.test.class_names
+        if isinstance(model, str | Path):
+            model = load_model(model, names)
+            if self.accelerator is not None:
+                for module in model if isinstance(model, tuple) else (model,):
+                    module.to(self.accelerator.device)
+        return subject_of(model, class_names=names, rules=self.settings.rules, baselines=self.baselines)
+
+
+@dataclass(frozen=True)
+class _Findings:
+    """What the stages of one session found."""
+
+    records: Records
+    detection: list[dict[str, Any]]
+    false_alarms: list[dict[str, Any]]
+    checks: list[Check]
+    certificate: dict[str, float] | None
+    not_applicable: dict[str, str]
+
+    def report(self, meta: dict[str, Any]) -> Report:
+        """The report, with a warning for each failed check and each criterion that is missed."""
+        meta["certificate"] = self.certificate
+        meta["false_alarms"] = self.false_alarms
+        meta["diagnostics"] = [check.to_dict() for check in self.checks]
+        if self.not_applicable:
+            meta["not_applicable"] = self.not_applicable
+        warnings = [f"{OVERESTIMATED} ({check.name}): {check.detail}" for check in self.checks if not check.passed]
+        report = Report(meta={**meta, "warnings": warnings}, rows=self.records.rows(), detection=self.detection)
+        report.meta["warnings"] += [f"acceptance: {failure}" for failure in acceptance(report)]
+        return report
+
+
+def _run_stages(session: Session) -> _Findings:
+    not_applicable = _not_applicable(session)
+    chosen = [key for key in STAGES if key in session.settings.threats and key not in not_applicable]
+    for key, reason in not_applicable.items():
+        log.warning("%s does not apply to this model: %s", key, reason)
+    has_detector = session.subject.fusion is not None
     run_clean(session)
-    validation = score_validation(session)
-    threshold = deployed_threshold(session, validation)
-    if "T1" in threats:
-        run_universal(session, "T1")
-    if "T1p" in threats:
-        run_patches(session)
-    if "T1b" in threats:
-        run_universal(session, "T1b")
-    if "T2" in threats:
-        run_white_box(session)
-    if "T3" in threats:
-        run_detector_aware(session, threshold)
-    alarms = false_alarm_rows(session, validation)
-    records = Records.of(session, threshold)
-    checks = run_checks(session, records)
-    session.finish()
-    return records, detection_rows(session, validation), alarms, checks
-
-
-def _announce(session: Session) -> None:
-    """Log what is to come and about how long it takes, from one batch through every member; size the bar."""
-    settings, n = session.settings, len(session.labels)
-    size = min(settings.batch_size, n)
-    forward = backward = 0.0
-    for member in session.members.values():
-        images = session.images[:size].to(session.device)
-        with torch.no_grad():
-            member(images)
-        images.requires_grad_()
-        began = time.perf_counter()
-        outputs = member(images)
-        middle = time.perf_counter()
-        input_gradient(outputs, images)
-        forward += (middle - began) / size
-        backward += (time.perf_counter() - began) / size
-    per_member = backward / len(session.members)
-    stages, seconds = 2, forward * (n + len(session.data.validation))
-    made = {"T1": settings.universal, "T1p": settings.patches, "T1b": settings.universal_family}
-    for threat, names in made.items():
-        if threat in settings.threats:
-            targets = universal_targets(session, threat)
-            stages += len(names) * len(targets) + (threat != "T1b") + len(settings.published) * (threat == "T1")
-            crafting = [universal_attack(session, threat, name) for name in names]
-            pictures = sum(attack.steps * min(attack.batch_size, len(session.data.surrogate)) for attack in crafting)
-            networks = len(targets) - 1 + len(session.branch_rows) if "family" in targets else len(targets)
-            seconds += pictures * networks * per_member + forward * n * len(names) * len(targets)
-    if "T2" in settings.threats:
-        branches, fused = len(session.branch_rows), len(session.fused_rows)
-        together = len(set(settings.pools) - {"branch"})
-        passes = branches * (("branch" in settings.pools) + 0.7 * together)  # the pool
-        passes += fused * branches * 0.2 * settings.restarts * len(settings.own_attacks)  # what survived it
-        seconds += n * settings.steps * passes * per_member
-        passes += branches * 0.4 * settings.restarts * len(settings.adaptive)
-        stages += branches * ("branch" in settings.pools) + together + len(session.rows) * len(settings.own_attacks)
-        stages += len(settings.adaptive)
-    if "T3" in settings.threats:
-        seconds += len(settings.evasion) * n * settings.detector_steps * len(session.branch_rows) * per_member * 0.5
-        stages += len(settings.evasion)
-    unattacked = len(false_alarm_stages(settings))
-    stages, seconds = stages + unattacked, seconds + forward * n * unattacked
-    session.bar.total = stages
+    # members that are one network are known now, so that the stages can be counted
+    session.bar.total = 1 + has_detector + _count_stages(session, chosen)
     log.info(
-        "%d pictures of %s, threats %s, %d models: about %.0f s on %s",
-        n,
+        "%d images of %s, %d models, threat models %s, %d stages on %s",
+        len(session.labels),
         session.data.test.name,
-        ", ".join(settings.threats),
         len(session.rows),
-        seconds,
+        ", ".join([CLEAN.key, *chosen]),
+        session.bar.total,
         session.device,
     )
+    validation = Tensor()
+    if has_detector:
+        validation = score_validation(session)
+        session.threshold = deployed_threshold(session, validation)
+    for key in chosen:
+        STAGES[key].run(session)
+    false_alarms = false_alarm_rows(session, validation) if has_detector else []
+    records = Records.of(session)
+    checks = run_checks(session, records)
+    session.finish()
+    detection = detection_rows(session, validation) if has_detector else []
+    return _Findings(records, detection, false_alarms, checks, certified_accuracy(session), not_applicable)
+
+
+def _count_stages(session: Session, chosen: Sequence[str]) -> int:
+    """Number of stages after the clean one and that of the validation images."""
+    stages = sum(STAGES[key].count(session) for key in chosen)
+    if T2.key in chosen:  # which also scores every perturbation of T1 and T1b at its own budget
+        perturbations = [count_public(session) - 1] * (T1.key in chosen) + [count_family(session)] * (T1B.key in chosen)
+        stages += sum(perturbations)
+    return stages + len(false_alarm_stages(session.settings)) * (session.subject.fusion is not None)
+
+
+def _not_applicable(session: Session) -> dict[str, str]:
+    """Key of each threat model that the settings ask for and the model lacks something for -> what that is."""
+    subject = session.subject
+    available = {
+        "": True,
+        "public encoder": subject.public_encoder is not None,
+        "branches": bool(session.branch_rows),
+        "detector": subject.fusion is not None,
+    }
+    wanted = [THREATS[key] for key in session.settings.threats]
+    return {threat.key: f"it has no {threat.needs}" for threat in wanted if not available[threat.needs]}
+
+
+def _task_name(data: str | EvalData) -> str:
+    return Path(data).name if isinstance(data, str) else data.test.name
+
+
+def _folder_name(name: str) -> str:
+    """A name as the name of a folder."""
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("-") or "model"

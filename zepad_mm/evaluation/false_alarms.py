@@ -1,4 +1,4 @@
-"""What a detector makes of pictures that nobody attacked: those that are merely noisy, dark, compressed or foreign."""
+"""False alarms: what a detector makes of images that nobody attacked, such as noisy, dark or compressed ones."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ from typing import Any
 
 from torch import Tensor
 
-from zepad_mm.evaluation.context import Session
 from zepad_mm.evaluation.corruptions import OUT_OF_DISTRIBUTION, corrupt
 from zepad_mm.evaluation.metrics import FALSE_POSITIVE_RATES, Share, share
+from zepad_mm.evaluation.session import Session
 from zepad_mm.evaluation.settings import EvalSettings
 from zepad_mm.models.detection import SCORES, threshold_at
 
 
 def false_alarm_stages(settings: EvalSettings) -> list[tuple[str, str, int | None]]:
-    """(kind, name, severity) of all that is to be scored."""
+    """Return (kind, name, severity) of everything that is scored."""
     corrupted = [("corruption", name, level) for name in settings.corruptions for level in settings.severities]
     return [*corrupted, *(("out_of_distribution", name, None) for name in settings.out_of_distribution)]
 
 
 def false_alarm_rows(session: Session, validation: Tensor) -> list[dict[str, Any]]:
-    """Share of unattacked pictures that each detection score flags; the clean test pictures come first.
+    """Return the share of unattacked images that each suspicion score flags; the clean test images come first.
 
     Args:
-        session: with the clean pictures scored.
-        validation: branch logits (N, v, C) of the clean validation pictures, which fix the thresholds.
+        session: with the clean images scored.
+        validation: branch logits (N, v, C) of the clean validation images, which set the thresholds.
 
     Returns:
-        A row for each kind of picture and score: ``flagged_at_fpr1`` and ``flagged_at_fpr5`` (share above the threshold
-        that 1 % and 5 % of the validation pictures exceed), the ``accuracy`` of the model as it ships (None where there
-        is no right answer), each with its 95 % Wilson interval as ``..._ci``. Empty when the settings ask for nothing.
+        A row for each kind of image and score: ``flagged_at_fpr1`` and ``flagged_at_fpr5`` (share above the threshold
+        that 1 % and 5 % of the validation images exceed), the ``accuracy`` of the model as it ships (None where there
+        is no right answer), each with its 95 % Wilson interval as ``..._ci``. Empty when the settings name nothing.
     """
     stages = false_alarm_stages(session.settings)
     rows = _rows(session, validation, session.clean.logits, ("clean", "none", None)) if stages else []
@@ -39,7 +39,7 @@ def false_alarm_rows(session: Session, validation: Tensor) -> list[dict[str, Any
 
 
 def _score(session: Session, kind: str, name: str, severity: int | None) -> Tensor:
-    """Logits (M, n, C) of one kind of picture, as a stage that a resumed run need not repeat."""
+    """Logits (M, n, C) of one kind of image, as a stage that a resumed run need not repeat."""
     level = [] if severity is None else [severity]
 
     def work() -> dict[str, Tensor]:
@@ -54,23 +54,29 @@ def _score(session: Session, kind: str, name: str, severity: int | None) -> Tens
 
 
 def _rows(
-    session: Session, validation: Tensor, logits: Tensor, about: tuple[str, str, int | None]
+    session: Session, validation: Tensor, logits: Tensor, condition: tuple[str, str, int | None]
 ) -> list[dict[str, Any]]:
-    model, (kind, name, severity) = session.model, about
-    branch_logits = logits[list(session.default.members)]
+    benign, (kind, name, severity) = session.subject.benign, condition
+    branch_logits = session.branch_logits(logits)
     rows = []
     for score_name in SCORES:
         score = SCORES.get(score_name)
-        calm, scores = score(validation, model.benign), score(branch_logits, model.benign)
-        row = {"model": "zepad", "kind": kind, "name": name, "severity": severity, "score": score_name}
+        reference, scores = score(validation, benign), score(branch_logits, benign)
+        row = {
+            "model": session.default.name,
+            "kind": kind,
+            "name": name,
+            "severity": severity,
+            "score": score_name,
+        }
         for rate in FALSE_POSITIVE_RATES:
-            row |= _figure(f"flagged_at_fpr{100 * rate:.0f}", share(scores > threshold_at(calm, rate)))
+            row |= _with_interval(f"flagged_at_fpr{100 * rate:.0f}", share(scores > threshold_at(reference, rate)))
         right = session.default.answer(logits).argmax(-1) == session.labels
-        row |= _figure("accuracy", None if kind == "out_of_distribution" else share(right))
+        row |= _with_interval("accuracy", None if kind == "out_of_distribution" else share(right))
         rows.append({**row, "n": len(scores)})
     return rows
 
 
-def _figure(name: str, found: Share | None) -> dict[str, Any]:
+def _with_interval(name: str, found: Share | None) -> dict[str, Any]:
     value, interval = (None, None) if found is None else (found.value, list(found.interval))
     return {name: value, f"{name}_ci": interval}

@@ -1,6 +1,6 @@
-"""The model card, written from the record of an evaluation: what was tried, on how much, what it left, what is unknown.
+"""The model card of a defended model, written from the report of its evaluation.
 
-Nothing in it is typed by hand: figures and warnings are those of the report, which has to be of this very model.
+No number in it is typed by hand: numbers and warnings are those of the report, which has to be of this very model.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from zepad_mm.encoders.sources import is_local
-from zepad_mm.evaluation.report import Report, budget_of, cell, markdown_table, percent
-from zepad_mm.evaluation.settings import THREATS
+from zepad_mm.evaluation.records import WORST
+from zepad_mm.evaluation.report import OVERESTIMATED, Report, budget_of, cell
+from zepad_mm.evaluation.report_text import summary
+from zepad_mm.evaluation.subjects import RowKind
+from zepad_mm.evaluation.threats import CLEAN, T2, T3, THREATS
 from zepad_mm.models.serialization import (
     CONFIG,
     GENERATED,
@@ -27,20 +30,21 @@ from zepad_mm.models.serialization import (
 )
 from zepad_mm.utils.hub import card_text
 from zepad_mm.utils.io import read_json, write_text
+from zepad_mm.utils.markdown import bullets, markdown_table, percent
 
-# what makes a model answer as it does, beside its weights
+# what determines the answers of a model, beside its weights
 IDENTITY = ("public_source", "branches", "fusion", "fusion_params", "detector")
 
 
 def model_card(config: ZePADConfig, report: Report | None) -> str:
-    """The text of ``README.md``: metadata that the Hub reads, and Markdown.
+    """Return the text of ``README.md``: metadata that the Hub reads, and Markdown.
 
     Args:
         config: of the model.
-        report: an evaluation of that model; None gives a card that says that there is none.
+        report: an evaluation of that model; None gives a card that says so.
 
     Raises:
-        ValueError: the report is of another model, or holds no figures of a defended one.
+        ValueError: the report is of another model, or of none that is defended.
     """
     if report is None:
         return short_card(config)
@@ -53,9 +57,9 @@ def model_card(config: ZePADConfig, report: Report | None) -> str:
         _usage(config),
         _robustness(report),
         *_detection(config, report),
-        "## In plain words\n\n" + _bullets(report.words()),
-        *(["## Warnings\n\n" + _bullets(report.meta["warnings"])] if report.meta["warnings"] else []),
-        "## Limitations\n\n" + _bullets(_limitations(config, report)),
+        "## In plain words\n\n" + bullets(summary(report)),
+        *(["## Warnings\n\n" + bullets(report.meta["warnings"])] if report.meta["warnings"] else []),
+        "## Limitations\n\n" + bullets(_limitations(config, report)),
         f"## What it is made of\n\n{described(config)}",
         _origin(report),
     ]
@@ -64,10 +68,10 @@ def model_card(config: ZePADConfig, report: Report | None) -> str:
 
 
 def write_card(folder: str | Path, report: Report | None) -> None:
-    """Write :func:`model_card` into the folder of a saved model, in the place of a card that was written before.
+    """Write :func:`model_card` into the folder of a saved model; a card that was generated before is replaced.
 
     Raises:
-        FileNotFoundError: no model there; FileExistsError: a card that somebody wrote himself; ValueError: as above.
+        FileNotFoundError: no model there; FileExistsError: a card written by hand; ValueError: as above.
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
@@ -80,7 +84,7 @@ def write_card(folder: str | Path, report: Report | None) -> None:
 
 def _check_same_model(config: ZePADConfig, report: Report) -> None:
     evaluated = report.meta.get("config", {}).get("model")
-    if not isinstance(evaluated, dict) or "zepad" not in report.models:
+    if not isinstance(evaluated, dict) or not report.models_of(RowKind.UNDEFENDED):
         raise ValueError("the report does not say which model it is of; expected one by zepad_mm.evaluate")
     # as both stand in files: a report that was just made still holds tuples
     evaluated, ours = (json.loads(json.dumps(values)) for values in (evaluated, config.to_dict()))
@@ -102,21 +106,20 @@ def _check_same_model(config: ZePADConfig, report: Report) -> None:
 def _doubts(report: Report) -> list[str]:
     if not report.doubted:
         return []
-    doubts = [text for text in report.meta["warnings"] if text.startswith("likely overestimated")]
-    lines = "\n".join(f"> - {text}" for text in doubts)
+    lines = "\n".join(f"> - {OVERESTIMATED} ({check['name']}): {check['detail']}" for check in report.failed_checks)
     return [
-        "> **The robustness figures below are likely overestimated.** The evaluation's own checks found more than its "
+        f"> **The robust accuracies below are {OVERESTIMATED}.** The diagnostics of the evaluation found more than its "
         f"attacks did:\n>\n{lines}"
     ]
 
 
 def _headline(report: Report) -> str:
-    clean = report.row("zepad")
-    told = f"On {clean['n']} pictures of `{clean['dataset']}` it is right on {percent(clean['accuracy'])} %"
-    if "T2" not in report.threats:
-        return f"{told}. **No white-box attack was run.**"
-    worst = report.row("zepad", "T2")
-    return f"{told}, and on {percent(worst['accuracy'])} % against a white-box attacker at {_budget(worst)}."
+    clean = report.row(report.default)
+    first = f"On {clean['n']} images of `{clean['dataset']}` its accuracy is {percent(clean['accuracy'])} %"
+    if T2.key not in report.threats:
+        return f"{first}. **No white-box attack was run.**"
+    worst = report.row(report.default, T2.key)
+    return f"{first}, and {percent(worst['accuracy'])} % under a white-box attack at {_budget(worst)}."
 
 
 def _usage(config: ZePADConfig) -> str:
@@ -124,7 +127,7 @@ def _usage(config: ZePADConfig) -> str:
         lines = (
             "from zepad_mm import RobustZeroShotClassifier",
             "",
-            f'RobustZeroShotClassifier.from_pretrained("{PLACEHOLDER}")("picture.jpg", ["a cat", "a dog"])',
+            f'RobustZeroShotClassifier.from_pretrained("{PLACEHOLDER}")("photo.jpg", ["a cat", "a dog"])',
         )
     else:
         lines = (
@@ -136,34 +139,34 @@ def _usage(config: ZePADConfig) -> str:
 
 
 def _robustness(report: Report) -> str:
-    lines = []
+    lines, undefended = [], report.undefended
     for threat in report.threats:
-        row = report.row("zepad", threat)
-        before = "-" if threat == "T3" else cell(report.row("undefended", threat))
-        name = f"{threat}: {THREATS[threat]}" if threat != "clean" else THREATS[threat]
+        model, row = THREATS[threat], report.row(report.default, threat)
+        before = "-" if model.default_only or undefended is None else cell(report.row(undefended, threat))
+        name = model.description if model is CLEAN else f"{threat}: {model.description}"
         lines.append([name, _budget(row), before, cell(row)])
     head = ["threat model", "budget", "undefended", "this model"]
     notes = (
-        "Accuracy in %, with its 95 % Wilson interval, in the worst case per picture over all attacks of a line: a "
-        "picture counts only if it is answered right without an attack and under each."
-        + (" T3 counts as right what is right or flagged." if "T3" in report.threats else "")
+        "Accuracy in %, with its 95 % Wilson interval, in the worst case per image over all attacks of a line: an "
+        "image counts only if it is answered right without an attack and under each."
+        + (" T3 counts as right what is right or flagged." if T3.key in report.threats else "")
     )
-    return f"## Robustness\n\n{notes}\n\n{markdown_table(head, lines)}\n\n{_bullets(_effort(report))}"
+    return f"## Robustness\n\n{notes}\n\n{markdown_table(head, lines)}\n\n{bullets(_effort(report))}"
 
 
 def _effort(report: Report) -> Iterator[str]:
-    """How hard each threat was tried, in words."""
+    """How strong the attacks of each threat model were, in words."""
     settings = report.meta["config"]["evaluation"]
     for threat in report.threats:
-        rows = [row for row in report.rows if row["model"] == "zepad" and row["threat"] == threat]
-        tried = ", ".join(f"`{row['attack']}`" for row in rows if row["attack"] != "worst" and not row["control"])
-        if threat in ("T1", "T1b"):
-            yield f"{threat}: {tried}."
-        elif threat == "T2":
+        rows = [row for row in report.rows if row["model"] == report.default and row["threat"] == threat]
+        attacks = ", ".join(f"`{row['attack']}`" for row in rows if row["attack"] != WORST and not row["control"])
+        if THREATS[threat].universal:
+            yield f"{threat}: {attacks}."
+        elif threat == T2.key:
             restarts = f"{settings['restarts']} restart{'s' if settings['restarts'] > 1 else ''}"
-            yield f"T2: {settings['steps']} steps and {restarts} for attacks on single pictures; in all {tried}."
-        elif threat == "T3":
-            yield f"T3: {settings['detector_steps']} steps each: {tried}."
+            yield f"T2: {settings['steps']} steps and {restarts} for attacks on single images; in all {attacks}."
+        elif threat == T3.key:
+            yield f"T3: {settings['detector_steps']} steps each: {attacks}."
 
 
 def _detection(config: ZePADConfig, report: Report) -> Iterator[str]:
@@ -181,33 +184,33 @@ def _detection(config: ZePADConfig, report: Report) -> Iterator[str]:
     ]
     if not lines:
         return
-    head = ["attack", "AUROC", "caught at 1 % false alarms", "at 5 % (false alarms paid)", "n"]
+    head = ["attack", "AUROC", "TPR at 1 % FPR", "at 5 % (true FPR)", "n"]
     alarms = [row for row in report.meta.get("false_alarms") or [] if row["score"] == score and row["kind"] != "clean"]
-    told = ""
+    unattacked = ""
     if alarms:
         most = max(alarms, key=lambda row: row["flagged_at_fpr5"])
         degree = f" (severity {most['severity']})" if most["severity"] else ""
-        told = (
-            f"\n\nNobody attacked them, and still: of pictures under `{most['name']}`{degree} it flags "
-            f"{percent(most['flagged_at_fpr5'])} % at the threshold for 5 %, the most of the {len(alarms)} kinds tried."
+        unattacked = (
+            f"\n\nWithout any attack, under `{most['name']}`{degree} it flags {percent(most['flagged_at_fpr5'])} % of "
+            f"the images at the threshold for 5 %, the most of the {len(alarms)} kinds tried."
         )
-    note = f"Score `{score}`; thresholds from clean validation pictures. Advisory: an attacker who knows it evades it."
-    yield f"## Detection\n\n{note}\n\n{markdown_table(head, lines)}{told}"
+    note = f"Score `{score}`; thresholds from clean validation images. Advisory: an attacker who knows it evades it."
+    yield f"## Detection\n\n{note}\n\n{markdown_table(head, lines)}{unattacked}"
 
 
 def _limitations(config: ZePADConfig, report: Report) -> Iterator[str]:
-    clean = report.row("zepad")
+    clean = report.row(report.default)
     norms = sorted({row["norm"] for row in report.rows})
     yield (
-        f"Measured on {clean['n']} pictures of `{clean['dataset']}` with seed {report.meta['seed']} alone: nothing is "
-        "known about other pictures and classes."
+        f"Measured on {clean['n']} images of `{clean['dataset']}` with seed {report.meta['seed']} only: nothing is "
+        "known about other images and classes."
     )
     yield (
-        "The intervals say how far chance in the choice of pictures goes. They do not cover attacks that nobody tried: "
-        "on the same pictures a better attack can only leave less."
+        "The intervals cover the choice of the images. They do not cover attacks that were not tried: on the same "
+        "images a stronger attack can only lower the accuracy."
     )
-    yield f"Budgets were measured in {', '.join(norms)} only; nothing is said of other kinds of change to a picture."
-    absent = [f"{name} ({meaning})" for name, meaning in THREATS.items() if name not in report.threats]
+    yield f"Budgets were measured in {', '.join(norms)} only; nothing is known about other changes to an image."
+    absent = [f"{key} ({threat.description})" for key, threat in THREATS.items() if key not in report.threats]
     if absent:
         yield f"Not measured: {'; '.join(absent)}."
     classes = report.meta["config"]["model"]["class_names"]
@@ -215,33 +218,33 @@ def _limitations(config: ZePADConfig, report: Report) -> Iterator[str]:
         yield f"It was evaluated for other classes than it is saved with: {', '.join(classes)}."
     if config.tuned_names:
         yield (
-            f"Its robust branches were tuned by labels on {len(config.tuned_names)} names alone "
-            f"({', '.join(config.tuned_names)}): on others expect both accuracies to fall far."
+            f"Its robust branches were tuned with labels of {len(config.tuned_names)} class names only "
+            f"({', '.join(config.tuned_names)}): on others both accuracies are much lower."
         )
     for source in config.sources:
         if is_local(source):
-            yield f"The base encoder `{source}` lies on one machine: nobody else can load this model."
-    yield "The licence of the base encoder applies to what was derived from it."
+            yield f"The base encoder `{source}` is a local path: others cannot load this model."
+    yield "The licence of the base encoder applies to this model too."
 
 
 def _origin(report: Report) -> str:
     meta = report.meta
     versions = ", ".join(f"{name} {number}" for name, number in meta["versions"].items())
     return (
-        f"## Where the figures come from\n\n`zepad evaluate`, commit {meta['commit']}, seed {meta['seed']}, "
+        f"## Where the numbers come from\n\n`zepad evaluate`, commit {meta['commit']}, seed {meta['seed']}, "
         f"{meta['hardware']}, {meta['wall_s']:.0f} s; {versions}."
     )
 
 
 def _results(config: ZePADConfig, report: Report) -> Iterator[EvalResult]:
-    """The figures as the Hub reads them, one for each threat."""
+    """The accuracies as the Hub reads them, one for each threat model."""
     task = card_metadata(config)["pipeline_tag"]
     split = report.meta["config"]["evaluation"]["test_split"]
     for threat in report.threats:
-        row = report.row("zepad", threat)
-        name = "accuracy" if threat == "clean" else f"accuracy under {threat}, {_budget(row)}, worst case per picture"
-        name = f"right or flagged under T3, {_budget(row)}" if threat == "T3" else name
-        doubted = " (likely overestimated)" if report.doubted and threat != "clean" else ""
+        row = report.row(report.default, threat)
+        what = "right or flagged" if THREATS[threat].flagged_is_right else "accuracy"
+        name = what if threat == CLEAN.key else f"{what} under {threat}, {_budget(row)}, worst case per image"
+        doubted = f" ({OVERESTIMATED})" if report.doubted and threat != CLEAN.key else ""
         copied: dict[str, Any] = {key: row[key] for key in ("threat", "norm", "epsilon", "n", "ci_low", "ci_high")}
         yield EvalResult(
             task_type=task,
@@ -256,8 +259,4 @@ def _results(config: ZePADConfig, report: Report) -> Iterator[EvalResult]:
 
 
 def _budget(row: dict[str, Any]) -> str:
-    return "-" if row["threat"] == "clean" else budget_of(row)
-
-
-def _bullets(lines: Any) -> str:
-    return "\n".join(f"- {line}" for line in lines)
+    return "-" if row["threat"] == CLEAN.key else budget_of(row)

@@ -1,4 +1,4 @@
-"""Figures. Each function takes figures and tensors and returns a matplotlib Figure; nothing is shown or saved."""
+"""Plots of an evaluation. Each function takes rows and tensors and returns a matplotlib Figure; none shows it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from zepad_mm.attacks import Perturbation
-from zepad_mm.evaluation import EvalData, Records, Report, read_stage
+from zepad_mm.evaluation.data import EvalData
 from zepad_mm.evaluation.metrics import wilson
-from zepad_mm.evaluation.report import budget_of
+from zepad_mm.evaluation.records import Attempt, Records
+from zepad_mm.evaluation.report import OVERESTIMATED, Report, budget_of
+from zepad_mm.evaluation.stage_cache import read_stage
+from zepad_mm.evaluation.threats import CLEAN, T1, T2, THREATS
 from zepad_mm.models.zepad import ZePAD
 from zepad_mm.utils.io import replacing
 from zepad_mm.utils.validation import budget_text
@@ -22,7 +25,7 @@ COLOURS = ("#3b6fb6", "#c2543d", "#4f9d69", "#8a63a8", "#b08d2e", "#5a5a5a")
 
 
 def confidence_figure(logits: Mapping[str, Tensor], names: Sequence[str], benign: Sequence[bool]) -> Figure:
-    """How sure each branch is, without and under attack (the paper's figure 2).
+    """Plot how confident each branch is, without and under attack (the paper's figure 2).
 
     Args:
         logits: panel title -> branch logits (N, n, C), e.g. ``{"clean": ..., "T1": ...}``.
@@ -41,37 +44,37 @@ def confidence_figure(logits: Mapping[str, Tensor], names: Sequence[str], benign
         panel.set_title(title, fontsize=10)
         panel.set_xlabel("largest softmax probability")
         panel.legend(fontsize=7)
-    panels[0].set_ylabel("pictures")
+    panels[0].set_ylabel("images")
     return figure
 
 
 def contact_sheet(
     clean: Tensor, attacked: Tensor, truth: Sequence[str], answers: Mapping[str, Sequence[str]], title: str = ""
 ) -> Figure:
-    """Pictures as they are, what was added (magnified about grey), and as attacked, with the answers below.
+    """Plot clean images, what the attack added (magnified about grey), and attacked images with the answers below.
 
     Args:
         clean, attacked: (k, 3, H, W) in [0, 1].
         truth: (k,) true class names.
         answers: model -> its (k,) answers on the attacked pictures; green when right.
-        title: above it all.
+        title: of the figure.
 
     Raises:
-        ValueError: no picture, or lengths that differ.
+        ValueError: no image, or lengths that differ.
     """
     count = len(clean)
     if count == 0 or len(attacked) != count or len(truth) != count or any(len(a) != count for a in answers.values()):
-        raise ValueError(f"contact_sheet: expected as many attacked pictures and answers as clean ones, {count}")
+        raise ValueError(f"contact_sheet: expected as many attacked images and answers as clean ones, {count}")
     added = attacked - clean
     factor = 0.5 / max(float(added.abs().max()), 1e-8)
     figure = _figure(1.3 * count + 0.4, 4.4 + 0.15 * len(answers))
     grid = figure.subplots(3, count, squeeze=False)
-    for line, (pictures, name) in enumerate(
+    for line, (images, name) in enumerate(
         ((clean, "clean"), (0.5 + factor * added, f"added, x {factor:.0f}"), (attacked, "attacked"))
     ):
         for column in range(count):
             panel = grid[line][column]
-            panel.imshow(pictures[column].permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+            panel.imshow(images[column].permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
             panel.set_xticks([])
             panel.set_yticks([])
         grid[line][0].set_ylabel(name, fontsize=9)
@@ -87,8 +90,8 @@ def contact_sheet(
 
 
 def tradeoff_figure(report: Report) -> Figure:
-    """Accuracy of each model without an attack and under the worst case of each threat, with 95 % intervals."""
-    threats = [threat for threat in report.threats if threat != "T3"]
+    """Plot the accuracy of each model without an attack and in the worst case of each threat model, with intervals."""
+    threats = [threat for threat in report.threats if not THREATS[threat].default_only]
     figure = _figure(1.2 + 0.95 * len(report.models), 3.8)
     panel = figure.subplots()
     width = 0.8 / len(threats)
@@ -98,7 +101,7 @@ def tradeoff_figure(report: Report) -> Figure:
         heights = [100 * row["accuracy"] for row in rows]
         below = [100 * (row["accuracy"] - row["ci_low"]) for row in rows]
         above = [100 * (row["ci_high"] - row["accuracy"]) for row in rows]
-        budget = "" if threat == "clean" else f" worst, {budget_of(rows[0])}"
+        budget = "" if threat == CLEAN.key else f" worst, {budget_of(rows[0])}"
         colour = COLOURS[index % len(COLOURS)]
         panel.bar(places, heights, width, yerr=[below, above], label=f"{threat}{budget}", color=colour)
     panel.set_xticks(range(len(report.models)), report.models, rotation=30, ha="right", fontsize=8)
@@ -106,15 +109,15 @@ def tradeoff_figure(report: Report) -> Figure:
     panel.set_ylim(0, 100)
     panel.legend(fontsize=8)
     first = report.rows[0]
-    doubt = " (likely overestimated)" if report.doubted else ""
-    panel.set_title(f"{first['dataset']}, {first['n']} pictures{doubt}", fontsize=10)
+    doubt = f" ({OVERESTIMATED})" if report.doubted else ""
+    panel.set_title(f"{first['dataset']}, {first['n']} images{doubt}", fontsize=10)
     return figure
 
 
 def budget_figure(report: Report) -> Figure:
-    """Accuracy of the model as it ships against the budget of a white-box attack, with 95 % intervals.
+    """Plot the accuracy of the model as it ships against the budget of a white-box attack, with 95 % intervals.
 
-    From the ``budget_sweep`` check, which takes a sample of the pictures; at 0 all of them.
+    From the ``budget_sweep`` check, which takes a sample of the images; at 0 all of them.
 
     Raises:
         ValueError: the report holds no such check; it needs T2 and ``diagnostics_n`` above 0.
@@ -122,7 +125,7 @@ def budget_figure(report: Report) -> Figure:
     held = budget_sweep(report)
     if not held:
         raise ValueError("budget_figure: the report has no budget_sweep; run T2 with diagnostics_n of at least 1")
-    clean = report.row("zepad")
+    clean = report.row(report.default)
     n = min(report.meta["config"]["evaluation"]["diagnostics_n"], clean["n"])
     points = [(0.0, clean["accuracy"], clean["ci_low"], clean["ci_high"])]
     points += [(budget, share, *wilson(round(share * n), n)) for budget, share in sorted(held.items())]
@@ -132,16 +135,16 @@ def budget_figure(report: Report) -> Figure:
     heights, places = [100 * p[1] for p in points], [p[0] for p in points]
     panel.errorbar(places, heights, yerr=[below, above], marker="o", color=COLOURS[0], capsize=3)
     panel.set_xticks(places, [f"{place:g}" for place in places], fontsize=8)
-    norm = report.row("zepad", "T2")["norm"]
+    norm = report.row(report.default, T2.key)["norm"]
     panel.set_xlabel("budget, / 255 (L-inf)" if norm == "linf" else "budget (L2)")
     panel.set_ylabel("accuracy, %")
     panel.set_ylim(0, 100)
-    panel.set_title(f"{clean['dataset']}, white box, {n} pictures (at 0: {clean['n']})", fontsize=10)
+    panel.set_title(f"{clean['dataset']}, white box, {n} images (at 0: {clean['n']})", fontsize=10)
     return figure
 
 
 def budget_sweep(report: Report) -> dict[float, float]:
-    """Budget (1/255, or L2) -> accuracy in [0, 1] of the model as it ships; empty where the check did not run."""
+    """Return budget (1/255, or L2) -> accuracy in [0, 1] of the model as it ships; empty without that check."""
     for check in report.meta.get("diagnostics", []):
         if check["name"] == "budget_sweep":
             shares = {key.removesuffix("/255").removeprefix("L2 "): share for key, share in check["values"].items()}
@@ -149,48 +152,64 @@ def budget_sweep(report: Report) -> dict[float, float]:
     return {}
 
 
-def write_figures(report: Report, out: str | Path, model: ZePAD, data: EvalData, count: int = 8) -> list[Path]:
+def write_figures(report: Report, out: str | Path, model: ZePAD | None, data: EvalData, count: int = 8) -> list[Path]:
     """Draw what the folder of a finished evaluation allows, as PNG files in ``out``.
 
     Args:
         report: what ``evaluate`` returned.
         out: the folder it wrote to.
-        model, data: what it was given.
-        count: pictures on the contact sheet: the first that the undefended model gets right without an attack, so
-            that nobody chose the ones on which the defence shines.
+        model: the defended model; None for any other, which gets no plot of branches.
+        data: what ``evaluate`` was given.
+        count: images on the contact sheet: the first that the undefended model gets right without an attack, so
+            that none were chosen to favour the defence.
     """
     out = Path(out)
     records = Records.load(out)
-    universal = [attempt for attempt in records.attempts if attempt.threat == "T1" and not attempt.control]
-    shown = [records.attempts[0], *universal]
-    names = list(model.branches)
-    logits = {
-        f"{attempt.threat} {attempt.attack.split('@')[0]}" if attempt.attack != "none" else "clean": read_stage(
-            out, attempt.threat, attempt.attack
-        )["logits"][: len(names)]
-        for attempt in shown
-    }
-    figures = {"accuracy": tradeoff_figure(report), "confidence": confidence_figure(logits, names, model.benign)}
+    figures = {"accuracy": tradeoff_figure(report)}
+    if model is not None:
+        figures["confidence"] = _confidence_of_branches(records, out, model)
     if budget_sweep(report):
         figures["budget"] = budget_figure(report)
-    right = (records.predictions["undefended", records.attempts[0].key] == records.labels).nonzero()[:count, 0]
-    test = data.test.sample(len(records.labels), report.meta["seed"])
-    if universal and len(right):
-        attempt = universal[0]
-        delta = read_stage(out, attempt.threat, attempt.attack)["delta"]
-        attacked = Perturbation(delta, attempt.epsilon)(test.images[right])
-        answers = {
-            name: [model.class_names[index] for index in records.predictions[name, attempt.key][right].tolist()]
-            for name in ("undefended", "zepad")
-        }
-        truth = [model.class_names[index] for index in records.labels[right].tolist()]
-        title = f"T1, {attempt.attack.split('@')[0]}, {budget_text(attempt.epsilon, attempt.norm)}"
-        figures["contact_sheet"] = contact_sheet(test.images[right], attacked, truth, answers, title)
+    sheet = None if report.undefended is None else _sheet(report, records, out, data, count)
+    if sheet is not None:
+        figures["contact_sheet"] = sheet
     paths = []
     for name, figure in figures.items():
         paths.append(out / f"{name}.png")
         save(figure, paths[-1])
     return paths
+
+
+def _universal_attempts(records: Records) -> list[Attempt]:
+    return [attempt for attempt in records.attempts if attempt.threat == T1.key and not attempt.control]
+
+
+def _confidence_of_branches(records: Records, out: Path, model: ZePAD) -> Figure:
+    """Confidences without an attack and under each universal perturbation."""
+    names, logits = list(model.branches), {}
+    for attempt in (records.attempts[0], *_universal_attempts(records)):
+        title = CLEAN.key if attempt.threat == CLEAN.key else f"{attempt.threat} {attempt.algorithm}"
+        logits[title] = read_stage(out, attempt.threat, attempt.attack)["logits"][: len(names)]
+    return confidence_figure(logits, names, model.benign)
+
+
+def _sheet(report: Report, records: Records, out: Path, data: EvalData, count: int) -> Figure | None:
+    """The first universal perturbation on the first images; None where there is none."""
+    undefended, universal = report.undefended, _universal_attempts(records)
+    assert undefended is not None
+    right = (records.predictions[undefended, records.attempts[0].key] == records.labels).nonzero()[:count, 0]
+    if not universal or not len(right):
+        return None
+    attempt, names = universal[0], data.test.class_names
+    clean = data.test.sample(len(records.labels), report.meta["seed"]).images[right]
+    attacked = Perturbation(read_stage(out, attempt.threat, attempt.attack)["delta"], attempt.epsilon)(clean)
+    answers = {
+        model: [names[index] for index in records.predictions[model, attempt.key][right].tolist()]
+        for model in (undefended, report.default)
+    }
+    truth = [names[index] for index in records.labels[right].tolist()]
+    title = f"{attempt.threat}, {attempt.algorithm}, {budget_text(attempt.epsilon, attempt.norm)}"
+    return contact_sheet(clean, attacked, truth, answers, title)
 
 
 def save(figure: Figure, path: str | Path) -> None:

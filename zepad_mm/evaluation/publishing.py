@@ -1,4 +1,7 @@
-"""Records of evaluations on the Hub: a data set of single answers, with the report as its card."""
+"""Evaluations on the Hub: a data set repository of the records, with the report as its card.
+
+Beside report.py and records.py, since it needs both, and the Hub client that neither needs.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ def push_report(
         repo_id, private, token, branch: see :func:`zepad_mm.utils.hub.push_folder`.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
         FileNotFoundError: one of the files is missing; ValueError: damaged, or records of another run than the report.
@@ -37,7 +40,7 @@ def push_report(
     folder = Path(folder)
     report, records = Report.load(folder), Records.load(folder)
     if records.rows() != report.rows:
-        raise ValueError(f"{folder}: {FILE} gives other figures than {JSON}; they are of different evaluations")
+        raise ValueError(f"{folder}: {FILE} gives other rows than {JSON}; they are of different evaluations")
     card = card_text(
         report.markdown() + f"\nLoad it: `Report.load(fetch_report({repo_id!r}))` of `zepad_mm.evaluation`.\n",
         tags=["adversarial-robustness", "evaluation", "zepad"],
@@ -63,6 +66,6 @@ def fetch_report(
     local_files_only: bool = False,
     force_download: bool = False,
 ) -> Path:
-    """The folder of a published evaluation, for ``Report.load`` and ``Records.load``; see ``hub.fetch``."""
+    """Return the folder of a published evaluation, for ``Report.load`` and ``Records.load``; see ``hub.fetch``."""
     access = Access(token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download)
     return fetch(repo_id, FILES, required=(JSON, FILE), revision=revision, access=access, repo_type="dataset")

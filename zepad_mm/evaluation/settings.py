@@ -1,4 +1,4 @@
-"""What an evaluation runs, as data: threat models, budgets, attack strengths; and the two presets."""
+"""Settings of an evaluation: threat models, budgets and strengths of attacks; and the presets."""
 
 from __future__ import annotations
 
@@ -7,101 +7,91 @@ from dataclasses import dataclass, field
 from zepad_mm.attacks import FUSED_LOSSES, MODES, UNIVERSAL_ATTACKS
 from zepad_mm.attacks.base import NORMS, check_budget
 from zepad_mm.evaluation.corruptions import CORRUPTIONS, OUT_OF_DISTRIBUTION, SEVERITIES, check_severity
+from zepad_mm.evaluation.threats import ATTACKS, CLEAN, T1, T1B, T1P, T2, THREATS, threat_model
 from zepad_mm.models.fusion import RULES
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.registry import Registry
 
-# What each threat model lets the attacker know.
-THREATS = {
-    "clean": "no attack",
-    "T1": "one perturbation for all pictures, made on the public encoder (the paper's setting)",
-    "T1p": "one patch for all pictures, made on the public encoder",
-    "T1b": "the same, made on the defence's own encoders: the attacker knows the family",
-    "T2": "white box: everything is known, every picture is attacked through the whole defence",
-    "T3": "white box that also evades the detector: counts when the answer is wrong and not flagged",
-}
 PATCHES = tuple(name for name in UNIVERSAL_ATTACKS if UNIVERSAL_ATTACKS.get(name)().norm == "patch")
+STANDARD_THREATS = tuple(key for key in THREATS if key != T1P.key)  # of the demo and of recipes/evaluate.py
 OWN_ATTACKS = ("pgd", "pgd_from_t1", "apgd", "apgd_targeted", "square")
-POOLS = ("branch", "robust_branches", "all_branches")  # each branch; the robust ones at once; all at once
+POOLS = ("branch", "robust_branches", "all_branches")  # on each branch; on the robust ones at once; on all at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings(Config):
-    """All of an evaluation but the model and the pictures."""
+    """Settings of an evaluation: everything but the model and the images."""
 
-    threats: tuple[str, ...] = ("clean", "T1", "T1b", "T2")  # of THREATS; clean is always run
-    n: int | None = None  # test pictures, drawn by the seed; None: all
-    seed: int = 0  # of pictures, attacks and their order
-    n_validation: int | None = 400  # clean pictures that fix the detector's threshold; None: all
-    n_surrogate: int | None = 2000  # the attacker's own pictures; None: all
-    image_size: int = 64  # side that pictures of a named data set are brought to
+    threats: tuple[str, ...] = (CLEAN.key, T1.key, T1B.key, T2.key)  # keys of THREATS; clean always runs
+    n: int | None = None  # test images, drawn by the seed; None: all
+    seed: int = 0  # of images, attacks and their order
+    n_validation: int | None = 400  # clean images that set the detector's threshold; None: all
+    n_surrogate: int | None = 2000  # the attacker's own images; None: all
+    image_size: int = 64  # side that images of a named data set are resized to
     test_split: str = "test"  # what is reported on
     validation_split: str = "validation"  # falls back to half of "train"
     surrogate_split: str = "surrogate"  # falls back to the other half of "train"
-    batch_size: int = 64  # pictures per forward pass
+    batch_size: int = 64  # images per forward pass
 
     epsilon_universal: float = 10 / 255  # L-inf budget of T1 and T1b, in pixels of [0, 1]
     universal: tuple[str, ...] = ("adv_encoder", "feature_uap", "uapgd")  # T1: made on the public encoder
     universal_family: tuple[str, ...] = ("feature_uap",)  # T1b: made on each branch's encoder, and on all at once
-    universal_steps: dict[str, int] = field(default_factory=dict)  # T1, per attack; missing ones take its default
+    universal_steps: dict[str, int] = field(default_factory=dict)  # T1, per attack; others take their default
     family_steps: dict[str, int] = field(default_factory=dict)  # T1b, the same
 
     area: float = 0.03  # budget of T1p: the share of the area that a patch covers
     patches: tuple[str, ...] = ("adv_encoder_patch", "adv_clip")  # T1p: made on the public encoder
-    published: tuple[str, ...] = ()  # T1: files of perturbations that others made, cut to T1's budget
+    published: tuple[str, ...] = ()  # T1: files of perturbations that others published, clipped to T1's budget
 
     epsilon: float = 4 / 255  # budget of T2 and T3, in pixels of [0, 1]
     norm: str = "linf"  # of T2 and T3: "linf", or "l2", whose budget is a length such as 0.5
     rules: tuple[str, ...] = ()  # fusion rules that get a row and an attack of their own; empty: all
     steps: int = 20  # gradient steps of every T2 attack: the same for branches and for fused models
-    restarts: int = 2  # of each model's own attack, on the pictures that survived the shared pool
+    restarts: int = 2  # of each model's own attack, on the images that survived the shared pool
     own_attacks: tuple[str, ...] = ("pgd",)  # each model's own, of OWN_ATTACKS
     adaptive: tuple[str, ...] = ("average_logit", "weight_hijack")  # losses on the model as it ships
     pools: tuple[str, ...] = POOLS  # what T2's shared pool is made on; see POOLS
-    skip_settled: bool = False  # no own attack for a rule that others' examples put below the default: "at most"
+    skip_settled: bool = False  # no own attack for a rule that is below the default already: its row says "at most"
     targets: int = 9  # wrong classes that "apgd_targeted" tries
-    square_queries: int = 1000  # forward passes per picture of "square"
+    square_queries: int = 1000  # forward passes per image of "square"
     evasion: tuple[str, ...] = ("selective", "lagrangian")  # T3: ways around the detector
     detector_steps: int = 20  # gradient steps of each T3 attack
 
-    diagnostics_n: int = 48  # pictures that the evaluation doubts itself on; 0 skips those checks
-    diagnostics_factor: int = 3  # how many times more steps the doubting attack gets
+    diagnostics_n: int = 48  # images that the diagnostics attack again; 0 skips those checks
+    diagnostics_factor: int = 3  # how many times more steps the attack of the diagnostics gets
 
     corruptions: tuple[str, ...] = ()  # false alarms on everyday corruptions: names of CORRUPTIONS
     severities: tuple[int, ...] = SEVERITIES  # of those corruptions, 1 to 5
-    out_of_distribution: tuple[str, ...] = ()  # false alarms on other pictures: names of OUT_OF_DISTRIBUTION
+    out_of_distribution: tuple[str, ...] = ()  # false alarms on other images: names of OUT_OF_DISTRIBUTION
 
     def __post_init__(self) -> None:
         self._check_names()
         if self.norm not in NORMS:
             raise ValueError(f"norm: expected one of {', '.join(NORMS)} for T2 and T3, got {self.norm!r}")
-        for budget, norm in ((self.epsilon, self.norm), (self.epsilon_universal, "linf"), (self.area, "patch")):
-            check_budget(budget, norm)
-            if budget == 0:
+        for threat in ATTACKS:
+            assert threat.budget is not None
+            epsilon, norm = threat.budget(self)
+            check_budget(epsilon, norm)
+            if epsilon == 0:
                 raise ValueError("epsilon: expected a positive budget; for no attack write threats=('clean',)")
-        if not (self.universal or self.published) and "T1" in self.threats:
-            raise ValueError("universal: expected at least one attack for T1, got none")
-        if not self.patches and "T1p" in self.threats:
-            raise ValueError("patches: expected at least one attack for T1p, got none")
+            if threat.requires and threat.key in self.threats and not threat.attacks(self):
+                raise ValueError(f"{threat.requires}: expected at least one attack for {threat.key}, got none")
         least = {"batch_size": 1, "steps": 1, "restarts": 1, "detector_steps": 1, "diagnostics_factor": 1}
         least |= {"n": 1, "n_validation": 1, "n_surrogate": 1, "square_queries": 1, "targets": 1, "diagnostics_n": 0}
         for key, smallest in least.items():
             value = getattr(self, key)
             if value is not None and value < smallest:
                 raise ValueError(f"{key}: expected at least {smallest}, got {value}")
-
         if self.corruptions and not self.severities:
             raise ValueError("severities: expected at least one of 1 to 5 for the corruptions, got none")
         for severity in self.severities:
             check_severity(severity)
 
     def _check_names(self) -> None:
-        """Everything that is named must be registered, and be of a kind that fits."""
-        table: Registry[str] = Registry("threat")
-        for name, meaning in THREATS.items():
-            table.register(name)(meaning)
+        """Raise ValueError unless everything named is registered and of a kind that fits."""
+        for key in self.threats:
+            threat_model(key)
         for registry, names in (
-            (table, self.threats),
             (UNIVERSAL_ATTACKS, (*self.universal, *self.universal_family, *self.universal_steps, *self.family_steps)),
             (UNIVERSAL_ATTACKS, self.patches),
             (RULES, self.rules),
@@ -126,7 +116,7 @@ class EvalSettings(Config):
                 raise ValueError(f"patches: expected names of {', '.join(PATCHES)}, got {name!r}")
 
 
-# name -> settings; "smoke" shows that everything runs, "demo" takes minutes on two CPU cores, "full" a GPU or a night
+# name -> settings: "smoke" shows that everything runs, "demo" takes minutes on two CPU cores, "full" a GPU or a night
 PRESETS: Registry[EvalSettings] = Registry("evaluation preset")
 PRESETS.register("smoke")(
     EvalSettings(
@@ -165,7 +155,7 @@ PRESETS.register("demo")(
 )
 PRESETS.register("full")(
     EvalSettings(
-        threats=("clean", "T1", "T1p", "T1b", "T2", "T3"),
+        threats=tuple(THREATS),
         n_validation=None,
         n_surrogate=None,
         universal=tuple(name for name in UNIVERSAL_ATTACKS if name not in PATCHES),

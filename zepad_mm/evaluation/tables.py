@@ -1,4 +1,4 @@
-"""Tables over reports: models x threat models x data sets and seeds, as Markdown, LaTeX, CSV or JSON."""
+"""Tables over several reports: models x threat models x data sets and seeds, as Markdown, LaTeX, CSV or JSON."""
 
 from __future__ import annotations
 
@@ -10,24 +10,28 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from zepad_mm.evaluation.report import Report, cell, markdown_table
+from zepad_mm.evaluation.records import WORST
+from zepad_mm.evaluation.report import OVERESTIMATED, Report, cell
+from zepad_mm.evaluation.subjects import RowKind
+from zepad_mm.evaluation.threats import CLEAN, strength
+from zepad_mm.utils.markdown import markdown_table
 from zepad_mm.utils.registry import Registry
 from zepad_mm.utils.validation import budget_text
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One figure of a table.
+    """One accuracy of a table.
 
     Attributes:
         report: name of the report it comes from.
         dataset, seed, model, threat, attack, norm, epsilon, n: what was measured.
         accuracy, ci_low, ci_high: in [0, 1], with the 95 % Wilson interval.
-        upper_bound: the model was not attacked itself; the truth may be lower.
-        seconds: what the attacks of this figure took, where that is known; ``wall_s`` what the whole report took.
+        upper_bound: the model was not attacked itself; its robust accuracy may be lower.
+        seconds: what its attacks took, where that is known; ``wall_s`` what the whole report took.
         commit: of the code that wrote the report.
-        overestimated: the report doubts itself.
-        best: above all others on these pictures under this attack, with intervals that do not touch.
+        overestimated: a diagnostic of the report failed.
+        best: above all others on these images under this attack, with intervals that do not overlap.
     """
 
     report: str
@@ -51,20 +55,20 @@ class Entry:
 
     @property
     def group(self) -> tuple[str, str, int]:
-        """Whose figures may be compared: those of one report on one data set."""
+        """What may be compared: entries of one report on one data set."""
         return self.report, self.dataset, self.seed
 
     @property
     def column(self) -> tuple[str, str, str, float]:
-        """What is the same down a column of the table."""
+        """What a column of the table has in common."""
         return self.threat, self.attack, self.norm, self.epsilon
 
 
 def entries(reports: Mapping[str, Report]) -> list[Entry]:
-    """The figures of named reports: the worst case of each threat or, where a report has none, each of its attacks.
+    """Return the accuracies of named reports: the worst case of each threat model or, without one, each attack.
 
-    A report may hold several data sets. The row of the fusion rule that ships is left out where it only repeats
-    ``zepad``: a model cannot be better than itself.
+    A report may hold several data sets. The row of the fusion rule that ships is left out where it only repeats the
+    row of the model as it ships: a model cannot be better than itself.
 
     Raises:
         ValueError: no report, a report without rows, or rows that lack something.
@@ -76,7 +80,7 @@ def entries(reports: Mapping[str, Report]) -> list[Entry]:
         if not report.rows:
             raise ValueError(f"{name}: the report holds no rows; expected those of a finished evaluation")
         try:
-            found += _without_echo([_entry(name, report, row) for row in _chosen(report)], report)
+            found += _without_repetition([_entry(name, report, row) for row in _chosen(report)], report)
         except KeyError as error:
             raise ValueError(
                 f"{name}: the report lacks {error.args[0]!r}; expected report.json as `zepad evaluate` writes it"
@@ -85,12 +89,12 @@ def entries(reports: Mapping[str, Report]) -> list[Entry]:
 
 
 def _chosen(report: Report) -> list[dict[str, Any]]:
-    worst = {(row["dataset"], row["threat"]) for row in report.rows if row["attack"] == "worst"}
+    worst = {(row["dataset"], row["threat"]) for row in report.rows if row["attack"] == WORST}
     order = {name: index for index, name in enumerate(report.models)}
     rows = [
         row
         for row in report.rows
-        if row["attack"] == "worst" or ((row["dataset"], row["threat"]) not in worst and not row.get("control", False))
+        if row["attack"] == WORST or ((row["dataset"], row["threat"]) not in worst and not row.get("control", False))
     ]
     return sorted(rows, key=lambda row: order[row["model"]])  # stable: threats stay in the order they ran
 
@@ -110,14 +114,18 @@ def _entry(name: str, report: Report, row: Mapping[str, Any]) -> Entry:
     )
 
 
-def _without_echo(found: list[Entry], report: Report) -> list[Entry]:
-    shipped = "zepad:" + str(report.meta.get("config", {}).get("model", {}).get("fusion"))
-    figures = {
+def _without_repetition(found: list[Entry], report: Report) -> list[Entry]:
+    """Drop the row of the rule that ships where it has the accuracies of the model as it ships."""
+    if not report.single or not report.models_of(RowKind.DEFAULT):
+        return found
+    default = report.default
+    shipped = f"{default}:{report.meta.get('config', {}).get('model', {}).get('fusion')}"
+    values = {
         model: {(entry.dataset, *entry.column): entry.accuracy for entry in found if entry.model == model}
-        for model in ("zepad", shipped)
+        for model in (default, shipped)
     }
-    # T3 is measured for zepad alone
-    if any(figures["zepad"].get(key) != value for key, value in figures[shipped].items()):
+    # T3 is measured for the model as it ships alone
+    if any(values[default].get(key) != value for key, value in values[shipped].items()):
         return found
     return [entry for entry in found if entry.model != shipped]
 
@@ -141,13 +149,13 @@ FORMATS: Registry[Callable[[Sequence[Entry]], str]] = Registry("table format")
 
 @FORMATS.register("json")
 def as_json(found: Sequence[Entry]) -> str:
-    """A list of objects, one for each figure."""
+    """Return a list of objects, one for each entry."""
     return json.dumps([asdict(entry) for entry in found], indent=2, allow_nan=False) + "\n"
 
 
 @FORMATS.register("csv")
 def as_csv(found: Sequence[Entry]) -> str:
-    """One line for each figure, numbers in full."""
+    """Return one line for each entry, numbers in full."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(Entry)], lineterminator="\n")
     writer.writeheader()
@@ -157,7 +165,7 @@ def as_csv(found: Sequence[Entry]) -> str:
 
 @FORMATS.register("md")
 def as_markdown(found: Sequence[Entry]) -> str:
-    """A line for each model on each data set, a column for each threat."""
+    """Return a line for each model on each data set, a column for each threat model."""
     grid = _Grid(found)
     lines = [
         [*(f"`{text}`" if name == "model" else text for name, text in about), *(_bold(*c, "**{}**") for c in cells)]
@@ -169,7 +177,7 @@ def as_markdown(found: Sequence[Entry]) -> str:
 
 @FORMATS.register("latex")
 def as_latex(found: Sequence[Entry]) -> str:
-    """The same as a float with booktabs; data sets are set apart by a rule."""
+    """Return the same as a LaTeX float with booktabs; data sets are separated by a rule."""
     grid = _Grid(found)
     blocks = []
     for block in grid.blocks:
@@ -179,8 +187,8 @@ def as_latex(found: Sequence[Entry]) -> str:
                 "" if text == old and name != "model" else text for (name, text), old in zip(about, before, strict=True)
             ]
             before = [text for _, text in about]
-            figures = [_bold(latex(text), best, r"\textbf{{{}}}") for text, best in cells]
-            lines.append(" & ".join([*map(latex, shown), *figures]) + r" \\")
+            values = [_bold(latex(text), best, r"\textbf{{{}}}") for text, best in cells]
+            lines.append(" & ".join([*map(latex, shown), *values]) + r" \\")
         blocks.append("\n".join(lines))
     return "\n".join(
         [
@@ -229,10 +237,10 @@ class _Grid:
 
     def __init__(self, found: Sequence[Entry]) -> None:
         if not found:
-            raise ValueError("expected at least one figure for a table, got none")
+            raise ValueError("expected at least one entry for a table, got none")
         groups, columns = _unique(entry.group for entry in found), _unique(entry.column for entry in found)
-        columns.sort(key=_strength)
-        told_apart = len({group[1:] for group in groups}) == len(groups)
+        columns.sort(key=lambda column: strength(column[0]))
+        distinct = len({group[1:] for group in groups}) == len(groups)
         self.blocks = []
         for group in groups:
             members = [entry for entry in found if entry.group == group]
@@ -241,33 +249,27 @@ class _Grid:
             for model in _unique(entry.model for entry in members):
                 by_column = {entry.column: entry for entry in members if entry.model == model}
                 cells = [_shown(by_column.get(column), largest) for column in columns]
-                about = [] if told_apart else [("report", first.report)]
+                about = [] if distinct else [("report", first.report)]
                 about += [("data set", first.dataset + (" (!)" if first.overestimated else ""))]
                 about += [("seed", str(first.seed)), ("n", str(largest)), ("wall time", f"{first.wall_s:.0f} s")]
                 block.append(([*about, ("model", model)], cells))
             self.blocks.append(block)
         self.head = [*(title for title, _ in self.blocks[0][0][0]), *map(_title, columns)]
         self.notes = ["Accuracy in %, with its 95 % Wilson interval; T3 counts right or flagged."]
-        self.notes.append("Bold: above every other model on the same pictures, with intervals that do not overlap.")
+        self.notes.append("Bold: above every other model on the same images, with intervals that do not overlap.")
         if any(entry.upper_bound for entry in found):
             self.notes.append("<=: not attacked through its own output.")
         if any(entry.overestimated for entry in found):
-            self.notes.append("(!): likely overestimated, see the warnings of its report.")
+            self.notes.append(f"(!): {OVERESTIMATED}, see the warnings of its report.")
 
 
 def _unique(values: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
-def _strength(column: tuple[str, str, str, float]) -> int:
-    """Threats from weak to strong, whatever order the reports bring them in; unknown ones last."""
-    order = ("clean", "T1", "T1p", "T1b", "T2", "T3")
-    return order.index(column[0]) if column[0] in order else len(order)
-
-
 def _title(column: tuple[str, str, str, float]) -> str:
     threat, attack, norm, epsilon = column
-    if threat == "clean":
+    if threat == CLEAN.key:
         return threat
     return f"{threat} {attack}, {budget_text(epsilon, norm)}"
 

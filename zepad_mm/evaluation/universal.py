@@ -1,4 +1,4 @@
-"""T1, T1p and T1b: one perturbation or patch for all pictures. Each adds attacked examples; nothing is judged here."""
+"""T1, T1p and T1b: one perturbation or patch for all images. Each function adds attacked examples to the session."""
 
 from __future__ import annotations
 
@@ -13,45 +13,39 @@ from torch import Tensor
 from zepad_mm.attacks import UNIVERSAL_ATTACKS, Perturbation, UniversalAttack, load_published
 from zepad_mm.attacks.patch import patch_size
 from zepad_mm.attacks.universal.patch_attack import Patched
-from zepad_mm.evaluation.context import UNDEFENDED, Example, Session
+from zepad_mm.evaluation.session import Example, Session
+from zepad_mm.evaluation.subjects import UNDEFENDED
+from zepad_mm.evaluation.threats import CLEAN, T1, T1B, T1P, ThreatModel
+
+FAMILY = "family"  # target of a perturbation made on all branches at once
 
 
 def run_clean(session: Session) -> None:
-    """The pictures as they are."""
+    """Score the clean images."""
     found = session.stage("clean none", lambda: {"logits": session.score(session.images)})
-    everything = torch.zeros(len(session.labels), dtype=torch.bool)
-    session.add(Example("clean", "none", 0.0, found["logits"], everything, float(found["seconds"])))
+    nothing = torch.zeros(len(session.labels), dtype=torch.bool)
+    session.add(Example(CLEAN.key, "none", 0.0, found["logits"], nothing, float(found["seconds"]), algorithm="none"))
 
 
-def run_noise(session: Session) -> None:
-    """The control: random signs of T1's size, one pattern for all pictures. An attack must beat this."""
-    budget = session.settings.epsilon_universal
-
-    def work() -> dict[str, Tensor]:
-        shape = session.images.shape[1:]
-        signs = torch.randint(2, shape, generator=session.generator("noise")) * 2.0 - 1
-        return {"logits": session.score((session.images + budget * signs).clamp(0, 1))}
-
-    found = session.stage("T1 random_noise", work)
-    session.add(of_all(session, "T1", "random_noise", budget, found, control=True))
+def run_public_universal(session: Session) -> None:
+    """T1: random noise as the control, published perturbations, and those made on the public encoder."""
+    _score_noise(session)
+    for path in session.settings.published:
+        _score_published(session, path)
+    for algorithm in session.settings.universal:
+        _craft_and_score(session, T1, algorithm, UNDEFENDED)
 
 
-def run_universal(session: Session, threat: str) -> None:
-    """T1: perturbations made on the public encoder; T1b: on each branch's encoder, and on all of them at once."""
-    settings = session.settings
-    if threat == "T1":
-        run_noise(session)
-        for path in settings.published:
-            _published(session, path)
-    names = settings.universal if threat == "T1" else settings.universal_family
-    for name in names:
-        for where in universal_targets(session, threat):
-            _universal(session, threat, name, where)
+def run_family_universal(session: Session) -> None:
+    """T1b: perturbations made on each branch's encoder, and on all of them at once."""
+    for algorithm in session.settings.universal_family:
+        for target in family_targets(session):
+            _craft_and_score(session, T1B, algorithm, target)
 
 
 def run_patches(session: Session) -> None:
-    """T1p: patches made on the public encoder, and as the control one of random pixels in the place of the first."""
-    first, side = universal_attack(session, "T1p", session.settings.patches[0]), session.images.shape[-1]
+    """T1p: a patch of random pixels as the control, and patches made on the public encoder."""
+    first, side = universal_attack(session, T1P, session.settings.patches[0]), session.images.shape[-1]
     assert isinstance(first, Patched)
     size, place = patch_size((side, side), first.epsilon), first.place
 
@@ -59,81 +53,117 @@ def run_patches(session: Session) -> None:
         pixels = torch.rand(3, *size, generator=session.generator("random patch"))
         return Perturbation(pixels, first.epsilon, "patch", place=place)
 
-    _patch(session, "random_patch", random_patch, control=True)
-    for name in session.settings.patches:
-        made = f"{name}@{UNDEFENDED}"
-        _patch(session, made, partial(_crafted, session, universal_attack(session, "T1p", name), made, [UNDEFENDED]))
+    _score_patch(session, "random_patch", "", random_patch, control=True)
+    for algorithm in session.settings.patches:
+        attack = universal_attack(session, T1P, algorithm)
+        _score_patch(session, algorithm, UNDEFENDED, partial(_craft, session, attack, algorithm, UNDEFENDED))
 
 
-def _patch(session: Session, name: str, make: Callable[[], Perturbation], control: bool = False) -> None:
-    found = session.stage(f"T1p {name}", lambda: {"logits": session.score(make()(session.images))})
-    session.add(of_all(session, "T1p", name, session.settings.area, found, "patch", control))
+def count_public(session: Session) -> int:
+    """Number of stages of :func:`run_public_universal`."""
+    return 1 + len(session.settings.published) + len(session.settings.universal)
 
 
-def _published(session: Session, path: str) -> None:
-    """A perturbation that somebody else made, cut to T1's budget."""
-    name, budget = f"published:{Path(path).stem}", session.settings.epsilon_universal
-
-    def work() -> dict[str, Tensor]:
-        perturbation = load_published(path, epsilon=budget, image_size=session.images.shape[-1])
-        return {"delta": perturbation.delta, "logits": session.score(perturbation(session.images))}
-
-    found = session.stage(f"T1 {name}", work)
-    session.deltas[name] = found["delta"]
-    session.add(of_all(session, "T1", name, budget, found))
+def count_family(session: Session) -> int:
+    """Number of stages of :func:`run_family_universal`."""
+    return len(session.settings.universal_family) * len(family_targets(session))
 
 
-def universal_targets(session: Session, threat: str) -> list[str]:
-    """The encoders that perturbations are made on; "family" is all branches at once."""
-    if threat != "T1b":
-        return [UNDEFENDED]
+def count_patches(session: Session) -> int:
+    """Number of stages of :func:`run_patches`."""
+    return 1 + len(session.settings.patches)
+
+
+def family_targets(session: Session) -> list[str]:
+    """What T1b's perturbations are made on: each branch, and all branches at once."""
     branches = [row.name for row in session.branch_rows]
-    return [*branches, "family"] if len(branches) > 1 else branches
+    return [*branches, FAMILY] if len(branches) > 1 else branches
 
 
-def universal_attack(session: Session, threat: str, name: str) -> UniversalAttack:
-    """A registered attack in the size and strength that the settings ask for."""
+def universal_attack(session: Session, threat: ThreatModel, algorithm: str) -> UniversalAttack:
+    """Return a registered attack with the budget, image size and steps of the settings."""
     settings, side = session.settings, session.images.shape[-1]
-    budget = settings.area if threat == "T1p" else settings.epsilon_universal
-    attack = UNIVERSAL_ATTACKS.get(name)(epsilon=budget, image_size=side, seed=settings.seed)
-    steps = settings.family_steps if threat == "T1b" else settings.universal_steps
-    return replace(attack, steps=steps.get(name, attack.steps))
+    assert threat.budget is not None
+    epsilon, _ = threat.budget(settings)
+    attack = UNIVERSAL_ATTACKS.get(algorithm)(epsilon=epsilon, image_size=side, seed=settings.seed)
+    steps = settings.family_steps if threat is T1B else settings.universal_steps
+    return replace(attack, steps=steps.get(algorithm, attack.steps))
 
 
-def _universal(session: Session, threat: str, name: str, where: str) -> None:
-    settings = session.settings
-    made = f"{name}@{where}"
-    attack = universal_attack(session, threat, name)
-    targets = [row.name for row in session.branch_rows] if where == "family" else [where]
+def attack_name(algorithm: str, target: str) -> str:
+    """An attack as tables show it: "feature_uap@undefended"."""
+    return f"{algorithm}@{target}" if target else algorithm
+
+
+def _score_noise(session: Session) -> None:
+    """The control of T1: random signs at the full budget, one pattern for all images. An attack must beat it."""
+    epsilon = session.settings.epsilon_universal
 
     def work() -> dict[str, Tensor]:
-        perturbation = _crafted(session, attack, made, targets)
+        shape = session.images.shape[1:]
+        signs = torch.randint(2, shape, generator=session.generator("noise")) * 2.0 - 1
+        return {"logits": session.score((session.images + epsilon * signs).clamp(0, 1))}
+
+    found = session.stage("T1 random_noise", work)
+    session.add(on_all_images(session, T1, "random_noise", "", found, control=True))
+
+
+def _score_published(session: Session, path: str) -> None:
+    """A perturbation that others published, clipped to T1's budget."""
+    algorithm, epsilon = f"published:{Path(path).stem}", session.settings.epsilon_universal
+
+    def work() -> dict[str, Tensor]:
+        perturbation = load_published(path, epsilon=epsilon, image_size=session.images.shape[-1])
         return {"delta": perturbation.delta, "logits": session.score(perturbation(session.images))}
 
-    found = session.stage(f"{threat} {made}", work)
-    session.deltas[made] = found["delta"]
-    session.add(of_all(session, threat, made, settings.epsilon_universal, found))
+    found = session.stage(f"T1 {algorithm}", work)
+    session.deltas[algorithm, ""] = found["delta"]
+    session.add(on_all_images(session, T1, algorithm, "", found))
 
 
-def _crafted(session: Session, attack: UniversalAttack, made: str, targets: list[str]) -> Perturbation:
-    """A perturbation made on the encoders of these members, kept in the folder of the evaluation."""
-    chosen = {name: session.encoder(name) for name in targets}
+def _score_patch(
+    session: Session, algorithm: str, target: str, make: Callable[[], Perturbation], control: bool = False
+) -> None:
+    name = attack_name(algorithm, target)
+    found = session.stage(f"T1p {name}", lambda: {"logits": session.score(make()(session.images))})
+    session.add(on_all_images(session, T1P, algorithm, target, found, control))
+
+
+def _craft_and_score(session: Session, threat: ThreatModel, algorithm: str, target: str) -> None:
+    attack = universal_attack(session, threat, algorithm)
+
+    def work() -> dict[str, Tensor]:
+        perturbation = _craft(session, attack, algorithm, target)
+        return {"delta": perturbation.delta, "logits": session.score(perturbation(session.images))}
+
+    found = session.stage(f"{threat} {attack_name(algorithm, target)}", work)
+    session.deltas[algorithm, target] = found["delta"]
+    session.add(on_all_images(session, threat, algorithm, target, found))
+
+
+def _craft(session: Session, attack: UniversalAttack, algorithm: str, target: str) -> Perturbation:
+    """A perturbation made on the encoder of this target, kept in the folder of the evaluation."""
+    name = attack_name(algorithm, target)
+    names = [row.name for row in session.branch_rows] if target == FAMILY else [target]
+    encoders = {member: session.encoder(member) for member in names}
     surrogate = session.data.surrogate.images.to(session.device)
-    perturbation = attack.fit(chosen, surrogate, generator=session.generator("craft", made))
+    perturbation = session.perturbations.get(name, attack, encoders, surrogate, session.generator("craft", name))
     if session.out is not None:
-        perturbation.save(session.out / "perturbations" / f"{made.replace(':', '_')}.safetensors")
+        perturbation.save(session.out / "perturbations" / f"{name.replace(':', '_')}.safetensors")
     return perturbation
 
 
-def of_all(
+def on_all_images(
     session: Session,
-    threat: str,
-    attack: str,
-    epsilon: float,
+    threat: ThreatModel,
+    algorithm: str,
+    target: str,
     found: dict[str, Tensor],
-    norm: str = "linf",
     control: bool = False,
 ) -> Example:
-    """An example of every picture, from what a stage found."""
-    everything = torch.ones(len(session.labels), dtype=torch.bool)
-    return Example(threat, attack, epsilon, found["logits"], everything, float(found["seconds"]), control, norm)
+    """An example of every image, from what a stage found."""
+    assert threat.budget is not None
+    epsilon, norm = threat.budget(session.settings)
+    name, everything = attack_name(algorithm, target), torch.ones(len(session.labels), dtype=torch.bool)
+    seconds = float(found["seconds"])
+    return Example(threat.key, name, epsilon, found["logits"], everything, seconds, control, norm, algorithm, target)

@@ -1,69 +1,110 @@
-"""T2 and T3: every picture is attacked through the whole defence. Each adds attacked examples; nothing is judged here.
+"""The white-box evaluation (T2, and T3 against the detector): each image is attacked through the whole defence.
 
 All rows are judged on all examples (a shared pool): an attack made for one fusion rule is tried on every other, which
-is what uncovers a rule that merely hides its gradients.
+uncovers rules that merely mask their gradients. Each function adds attacked examples to the session.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from zepad_mm.attacks import APGD, PGD, Attack, DetectorAware, FusedAttack, Perturbation, Square
-from zepad_mm.evaluation.context import Example, Row, Session, Through
-from zepad_mm.evaluation.universal import of_all
+from zepad_mm.evaluation.session import Example, Session
+from zepad_mm.evaluation.subjects import BranchView, Row
+from zepad_mm.evaluation.threats import CLEAN, T2, T3, ThreatModel
+from zepad_mm.evaluation.universal import attack_name, on_all_images
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class PoolAttack:
+    """An attack of the shared pool: on some members at once, for all rows that contain them."""
+
+    target: str
+    members: tuple[int, ...]
+    rows: tuple[Row, ...]
+
+
 def run_white_box(session: Session) -> None:
-    """T2: first a pool that strikes the parts, then each row's own attack on what survived the pool."""
-    for made, delta in session.deltas.items():
-        _rescaled(session, made, delta)
-    fused = session.fused_rows
-    robust = tuple(i for i, benign in enumerate(session.model.benign) if not benign)
-    everyone = tuple(range(len(session.branch_rows)))
-    pools = session.settings.pools
-    for row in session.branch_rows:
-        if "branch" in pools and session.twins(row) is None:
-            _pool(session, f"pgd@{row.name}", Through(session.parts(row.members), None), [row, *fused])
-    if "robust_branches" in pools and 1 < len(robust) < len(everyone):
-        _pool(session, "pgd@robust_branches", Through(session.parts(robust), None), fused)
-    if "all_branches" in pools and len(everyone) > 1:
-        _pool(session, "pgd@all_branches", Through(session.parts(everyone), None), fused)
-    kinds = [kind for kind in session.settings.own_attacks if kind != "pgd_from_t1" or session.deltas]
-    if session.settings.norm != "linf" and "square" in kinds:
-        log.warning("square knows no budget but L-inf: left out")
-        kinds.remove("square")
-    for row in session.rows:
-        if session.twins(row) is not None:
+    """T2: first the shared pool, then each row's own attacks on the images that survived it."""
+    for (algorithm, target), delta in session.deltas.items():
+        _score_rescaled(session, algorithm, target, delta)
+    for pool in pool_attacks(session):
+        _attack_pool(session, pool)
+    algorithms = own_algorithms(session)
+    for row in attacked_rows(session):
+        if session.settings.skip_settled and row.fused and _below_default(session, row):
+            session.skipped_rows.append(row.name)
+            session.bar.total -= len(algorithms)
             continue
-        if session.settings.skip_settled and row.fused and _below_the_default(session, row):
-            session.settled.append(row.name)
-            continue
-        for kind in kinds:
-            _own(session, row, kind)
-        if row is session.default and row.fused:
+        for algorithm in algorithms:
+            _attack_row(session, row, algorithm)
+        if row is session.default and has_adaptive(session):
             for loss in session.settings.adaptive:
-                _adaptive(session, loss)
+                _attack_fusion(session, loss)
 
 
-def _below_the_default(session: Session, row: Row) -> bool:
-    """Whether a rule is behind already: attacks of its own could only put it further back."""
-    held, best = (int(session.still_right(which).sum()) for which in (row, session.default))
-    return held < best
+def count_white_box(session: Session) -> int:
+    """Number of stages of :func:`run_white_box` beside the rescaled perturbations; rows may be skipped later."""
+    adaptive = len(session.settings.adaptive) if has_adaptive(session) else 0
+    return len(pool_attacks(session)) + len(attacked_rows(session)) * len(own_algorithms(session)) + adaptive
 
 
-def own_attack(session: Session, kind: str, *, steps: int | None = None, epsilon: float | None = None) -> Attack:
-    """The attack that a row faces on its own, by name of ``OWN_ATTACKS``."""
+def pool_attacks(session: Session) -> list[PoolAttack]:
+    """The shared pool: each branch, the robust branches at once, and all branches at once."""
+    fused, branches, pools = tuple(session.fused_rows), session.branch_rows, session.settings.pools
+    everyone = session.default.members
+    robust = tuple(index for index, benign in zip(everyone, session.subject.benign, strict=False) if not benign)
+    found = []
+    if "branch" in pools:
+        found += [
+            PoolAttack(row.name, row.members, (row, *fused)) for row in branches if session.equivalent_row(row) is None
+        ]
+    if "robust_branches" in pools and 1 < len(robust) < len(everyone):
+        found.append(PoolAttack("robust_branches", robust, fused))
+    if "all_branches" in pools and len(everyone) > 1:
+        found.append(PoolAttack("all_branches", everyone, fused))
+    return found
+
+
+def own_algorithms(session: Session) -> list[str]:
+    """The attacks that every row faces on its own, of ``OWN_ATTACKS``."""
+    chosen = [name for name in session.settings.own_attacks if name != "pgd_from_t1" or session.deltas]
+    if session.settings.norm != "linf" and "square" in chosen:
+        log.warning("square has an L-inf budget only: left out")
+        chosen.remove("square")
+    return chosen
+
+
+def attacked_rows(session: Session) -> list[Row]:
+    """The rows without those that answer like an earlier one."""
+    return [row for row in session.rows if session.equivalent_row(row) is None]
+
+
+def has_adaptive(session: Session) -> bool:
+    """Whether the model as it ships fuses several branches, which adaptive attacks aim at."""
+    return session.subject.fusion is not None and session.default.fused
+
+
+def _below_default(session: Session, row: Row) -> bool:
+    """Whether a rule is below the model as it ships already: attacks of its own could only lower it further."""
+    own, best = (int(session.still_right(which).sum()) for which in (row, session.default))
+    return own < best
+
+
+def own_attack(session: Session, algorithm: str, *, steps: int | None = None, epsilon: float | None = None) -> Attack:
+    """Return the attack that a row faces on its own, by name of ``OWN_ATTACKS``."""
     settings = session.settings
     budget = settings.epsilon if epsilon is None else epsilon
     count, restarts, norm = steps or settings.steps, settings.restarts, settings.norm
-    made: dict[str, Callable[[], Attack]] = {
+    attacks: dict[str, Callable[[], Attack]] = {
         "pgd": lambda: PGD(epsilon=budget, norm=norm, steps=count, restarts=restarts, loss="margin"),
         "pgd_from_t1": lambda: PGD(epsilon=budget, norm=norm, steps=count, loss="margin"),
         "apgd": lambda: APGD(epsilon=budget, norm=norm, steps=count, restarts=restarts, loss="margin"),
@@ -72,90 +113,107 @@ def own_attack(session: Session, kind: str, *, steps: int | None = None, epsilon
         ),
         "square": lambda: Square(epsilon=budget, queries=settings.square_queries),
     }
-    return made[kind]()
+    return attacks[algorithm]()
 
 
-def strike(
-    session: Session, attack: Attack, target: Through, index: Tensor, purpose: str, start: Perturbation | None = None
+def attack_batches(
+    session: Session, attack: Attack, view: BranchView, index: Tensor, purpose: str, start: Perturbation | None = None
 ) -> Tensor:
-    """Attacked versions of the test pictures at ``index`` (k,), in batches: (k, 3, H, W).
+    """Return attacked versions of the test images at ``index`` (k,), made in batches: (k, 3, H, W).
 
-    Every batch is kept as it is finished, under the name of its ``purpose``, until the stage is; each is struck by one
-    of the processes.
+    Every finished batch is kept under the name of its ``purpose`` until the stage is finished. Processes share the
+    batches.
     """
 
     def work(batch: int, rows: Tensor) -> Tensor:
         images, labels = session.images[rows].to(session.device), session.labels[rows].to(session.device)
         begin = None if start is None else start(images)
         generator = session.generator(purpose, batch)
-        return attack(target, images, labels, generator=generator, start=begin).cpu()
+        return attack(view, images, labels, generator=generator, start=begin).cpu()
 
     batches = enumerate(index.split(session.settings.batch_size) if len(index) else ())
-    works = [partial(session.part, purpose, batch, partial(work, batch, rows)) for batch, rows in batches]
+    works = [partial(session.batch, purpose, batch, partial(work, batch, rows)) for batch, rows in batches]
     return torch.cat([session.images[:0], *session.processes.shared(works)])
 
 
-def _strike_and_score(
+def _attack_and_add(
     session: Session,
+    threat: ThreatModel,
+    name: tuple[str, str, str],
     attack: Attack,
-    target: Through,
+    view: BranchView,
     mask: Tensor,
-    name: str,
     start: Perturbation | None = None,
-) -> dict[str, Tensor]:
-    struck = strike(session, attack, target, mask.nonzero()[:, 0], name, start)
-    return {"logits": session.score(struck, mask), "attacked": mask}
+) -> None:
+    """Attack the images of a (n,) mask as one stage; ``name`` is the attack as shown, its algorithm and its target."""
+    shown, algorithm, target = name
+
+    def work() -> dict[str, Tensor]:
+        attacked = attack_batches(session, attack, view, mask.nonzero()[:, 0], shown, start)
+        return {"logits": session.score(attacked, mask), "attacked": mask}
+
+    found = session.stage(f"{threat} {shown}", work)
+    settings, seconds = session.settings, float(found["seconds"])
+    session.add(
+        Example(
+            threat.key,
+            shown,
+            settings.epsilon,
+            found["logits"],
+            found["attacked"].bool(),
+            seconds,
+            norm=settings.norm,
+            algorithm=algorithm,
+            target=target,
+        )
+    )
 
 
-def _pool(session: Session, name: str, target: Through, rows: list[Row]) -> None:
-    """A pool member, run to its end on every picture that one of these rows still gets right."""
+def _attack_pool(session: Session, pool: PoolAttack) -> None:
+    """An attack of the pool, run to its last step on every image that one of its rows still gets right."""
     settings = session.settings
-    mask = torch.stack([session.still_right(row) for row in rows]).any(0)
+    mask = torch.stack([session.still_right(row) for row in pool.rows]).any(0)
     attack = PGD(
         epsilon=settings.epsilon, norm=settings.norm, steps=settings.steps, loss="margin", stop_when_wrong=False
     )
-    found = session.stage(f"T2 {name}", lambda: _strike_and_score(session, attack, target, mask, name))
-    session.add(_of_some(session, "T2", name, found))
+    name = (attack_name("pgd", pool.target), "pgd", pool.target)
+    _attack_and_add(session, T2, name, attack, session.branch_view(pool.members), mask)
 
 
-def _own(session: Session, row: Row, kind: str) -> None:
-    """A row's own attack, on the pictures that it got right so far."""
-    name = f"{kind}@{row.name}:own"
-    if row.fused:
-        name = f"{kind}@{row.name}"
-    mask, start = session.still_right(row), None
-    if kind == "pgd_from_t1":  # the last one was made on the most encoders
-        start = _at_t2s_budget(session, list(session.deltas.values())[-1])
-    attack, target = own_attack(session, kind), session.through(row)
-    found = session.stage(f"T2 {name}", lambda: _strike_and_score(session, attack, target, mask, name, start))
-    session.add(_of_some(session, "T2", name, found))
+def _attack_row(session: Session, row: Row, algorithm: str) -> None:
+    """A row's own attack, on the images that it got right so far."""
+    shown = attack_name(algorithm, row.name) + ("" if row.fused else ":own")  # the pool holds the branch's plain name
+    start = None
+    if algorithm == "pgd_from_t1":  # the last one was made on the most encoders
+        start = _at_white_box_budget(session, list(session.deltas.values())[-1])
+    name = (shown, algorithm, row.name)
+    attack = own_attack(session, algorithm)
+    _attack_and_add(session, T2, name, attack, session.view(row), session.still_right(row), start)
 
 
-def _adaptive(session: Session, loss: str) -> None:
-    """An attack that knows what the model as it ships is made of, on what that still gets right."""
-    name, settings, row = f"{loss}@zepad", session.settings, session.default
-    mask = session.still_right(row)
+def _attack_fusion(session: Session, loss: str) -> None:
+    """An attack that knows the parts of the model as it ships, on the images that it still gets right."""
+    settings, row = session.settings, session.default
     attack = FusedAttack(
-        fuse=session.model.fusion,
+        fuse=session.fusion,
         loss=loss,
         epsilon=settings.epsilon,
         norm=settings.norm,
         steps=settings.steps,
         restarts=settings.restarts,
     )
-    target = Through(session.parts(row.members), None)
-    found = session.stage(f"T2 {name}", lambda: _strike_and_score(session, attack, target, mask, name))
-    session.add(_of_some(session, "T2", name, found))
+    name = (attack_name(loss, row.name), loss, row.name)
+    _attack_and_add(session, T2, name, attack, session.branch_view(row.members), session.still_right(row))
 
 
-def _rescaled(session: Session, made: str, delta: Tensor) -> None:
-    """A universal perturbation at T2's budget, as a pool member: what transfers must not beat what is white-box."""
-    perturbation = _at_t2s_budget(session, delta)
-    found = session.stage(f"T2 {made}", lambda: {"logits": session.score(perturbation(session.images))})
-    session.add(of_all(session, "T2", made, session.settings.epsilon, found, session.settings.norm))
+def _score_rescaled(session: Session, algorithm: str, target: str, delta: Tensor) -> None:
+    """A universal perturbation at T2's budget, in the pool: transfer must not beat the white-box attack."""
+    perturbation, name = _at_white_box_budget(session, delta), attack_name(algorithm, target)
+    found = session.stage(f"T2 {name}", lambda: {"logits": session.score(perturbation(session.images))})
+    session.add(on_all_images(session, T2, algorithm, target, found))
 
 
-def _at_t2s_budget(session: Session, delta: Tensor) -> Perturbation:
+def _at_white_box_budget(session: Session, delta: Tensor) -> Perturbation:
     """The pattern of a universal perturbation, as large as T2 allows."""
     settings = session.settings
     if settings.norm == "linf":
@@ -163,41 +221,66 @@ def _at_t2s_budget(session: Session, delta: Tensor) -> Perturbation:
     return Perturbation.fit_budget(delta * (settings.epsilon / delta.norm().clamp_min(1e-12)), settings.epsilon, "l2")
 
 
-def run_detector_aware(session: Session, threshold: float) -> None:
-    """T3: wrong and not flagged. Each attack goes on with the pictures for which no example so far does that."""
+# ---- T3: the detector as well --------------------------------------------------------------------------------
+
+
+def run_detector_aware(session: Session) -> None:
+    """T3: wrong and not flagged. Each attack continues with the images for which no example so far achieves that."""
     for mode in session.settings.evasion:
         broken = torch.zeros(len(session.labels), dtype=torch.bool)
         for example in session.examples:
-            if example.threat in ("clean", "T2", "T3"):
-                broken |= evaded(session, example.logits, threshold)
-        _evade(session, mode, ~broken, threshold)
+            if example.threat in (CLEAN.key, *T3.counts):
+                broken |= evades_detector(session, example.logits)
+        _evade_detector(session, mode, ~broken)
 
 
-def evaded(session: Session, logits: Tensor, threshold: float) -> Tensor:
-    """(n,) bool: the model as it ships is wrong, and its score does not exceed the threshold."""
-    row = session.default
-    decision = session.model.fusion(logits[list(row.members)])
-    return (decision.logits.argmax(-1) != session.labels) & (decision.score <= threshold)
+def count_detector_aware(session: Session) -> int:
+    """Number of stages of :func:`run_detector_aware`."""
+    return len(session.settings.evasion)
 
 
-def _evade(session: Session, mode: str, mask: Tensor, threshold: float) -> None:
-    settings, fusion, members = session.settings, session.model.fusion, session.default.members
-    clean = fusion(session.clean.logits[list(members)])
+def evades_detector(session: Session, logits: Tensor) -> Tensor:
+    """(n,) bool: the model as it ships is wrong, and its suspicion score does not exceed the threshold."""
+    decision = session.fusion(session.branch_logits(logits))
+    return (decision.logits.argmax(-1) != session.labels) & (decision.score <= session.threshold)
+
+
+def _evade_detector(session: Session, mode: str, mask: Tensor) -> None:
+    settings, fusion, row = session.settings, session.fusion, session.default
+    clean = fusion(session.branch_logits(session.clean.logits))
     attack = DetectorAware(
         fuse=fusion,
         score=lambda logits: fusion(logits).score,
-        threshold=threshold,
+        threshold=session.threshold,
         spread=max(float(clean.score.std()) if len(session.labels) > 1 else 0.0, 1e-6),
         mode=mode,
         epsilon=settings.epsilon,
         norm=settings.norm,
         steps=settings.detector_steps,
     )
-    name, target = f"{mode}@zepad", Through(session.parts(members), None)
-    found = session.stage(f"T3 {name}", lambda: _strike_and_score(session, attack, target, mask, name))
-    session.add(_of_some(session, "T3", name, found))
+    name = (attack_name(mode, row.name), mode, row.name)
+    _attack_and_add(session, T3, name, attack, session.branch_view(row.members), mask)
 
 
-def _of_some(session: Session, threat: str, attack: str, found: dict[str, Tensor]) -> Example:
-    budget, norm, seconds = session.settings.epsilon, session.settings.norm, float(found["seconds"])
-    return Example(threat, attack, budget, found["logits"], found["attacked"].bool(), seconds, norm=norm)
+# ---- without trust in the benign branches ----------------------------------------------------------------------
+
+
+def certified_accuracy(session: Session) -> dict[str, float] | None:
+    """Return, by threat model, the share of images answered right and certified so, on the clean and all T2 examples.
+
+    "T2" is the accuracy against all examples found if the attacker could also choose the answers of the benign
+    branches (the margin certificate of the fusion). None where the rule allows no certificate.
+    """
+    if session.subject.fusion is None:
+        return None
+    held, shares = torch.ones(len(session.labels), dtype=torch.bool), {}
+    for example in session.examples:
+        if example.control or example.threat not in (CLEAN.key, T2.key):
+            continue
+        logits = session.branch_logits(example.logits)
+        certified = session.fusion.certified(logits)
+        if certified is None:
+            return None
+        held &= certified & (session.fusion(logits).logits.argmax(-1) == session.labels)
+        shares[example.threat] = float(held.float().mean())
+    return shares

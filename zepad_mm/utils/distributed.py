@@ -39,8 +39,8 @@ class Processes:
         mine = [(number, work()) for number, work in enumerate(works) if number % self.world == self.rank]
         return [result for _, result in sorted(gather_object(mine), key=lambda entry: entry[0])]
 
-    def agreed(self, result: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
-        """What the first process has, on all of them: what follows from it is then the same on every one."""
+    def broadcast(self, result: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+        """Return the result of the first process on all of them, so that they go on alike."""
         if self.world == 1:
             return result
         from accelerate.utils import broadcast_object_list

@@ -1,0 +1,170 @@
+"""The text of report.md: one table per threat model, detection, a summary in plain words, warnings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from zepad_mm.evaluation.records import WORST
+from zepad_mm.evaluation.report import OVERESTIMATED, Report, budget_of, by_strength, cell
+from zepad_mm.evaluation.threats import CLEAN, T1B, T2, T3, THREATS
+from zepad_mm.utils.markdown import bullets, interval_text, markdown_table, percent
+
+NOTE = (
+    "Accuracy in %, with its 95 % Wilson interval. `worst`: an image counts only if it is answered right without an "
+    "attack and under every attack of that threat model. `<=`: not attacked through its own output, since the attacks "
+    "on others put it below the default already."
+)
+TOLERANCE = 0.005  # differences of accuracy below it are called none
+
+
+def report_text(report: Report) -> str:
+    """Return the report as Markdown."""
+    doubt = f" ({OVERESTIMATED}: see the warnings)" if report.doubted else ""
+    if not report.single:
+        return _study_text(report, doubt)
+    first, meta = report.rows[0], report.meta
+    parts = [f"# Robustness on {first['dataset']}, {first['n']} images{doubt}", NOTE]
+    parts += [_threat_table(report, threat) for threat in by_strength(report) if not THREATS[threat].default_only]
+    if report.threats == [CLEAN.key]:
+        lines = [[f"`{name}`", cell(report.row(name))] for name in report.models]
+        parts.append(markdown_table(["model", "clean"], lines))
+    parts += _detection_table(report)
+    parts += _false_alarm_table(report)
+    parts.append("## In plain words\n\n" + bullets(summary(report)))
+    if meta["warnings"]:
+        parts.append("## Warnings\n\n" + bullets(meta["warnings"]))
+    parts.append(
+        f"Commit {meta['commit']}, seed {meta['seed']}, {meta['hardware']}, {meta['wall_s']:.0f} s. "
+        "All rows are in `report.json`; the answer on every image is in `records.parquet`."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _study_text(report: Report, doubt: str) -> str:
+    """Several models or tasks: one table over all of them."""
+    from zepad_mm.evaluation.tables import as_markdown, entries
+
+    parts = [f"# Robustness of {len(report.meta['evaluations'])} evaluations{doubt}"]
+    parts.append(as_markdown(entries({"study": report})).rstrip())
+    if report.meta["warnings"]:
+        parts.append("## Warnings\n\n" + bullets(report.meta["warnings"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _threat_table(report: Report, threat: str) -> str:
+    rows = [row for row in report.rows if row["threat"] == threat]
+    attacks = list(dict.fromkeys(row["attack"] for row in rows))
+    controls = list(dict.fromkeys(row["attack"] for row in rows if row.get("control")))
+    per_image = not THREATS[threat].universal  # too many attacks for a column each
+    shown = [*controls, *([WORST] if per_image else [name for name in attacks if name not in controls])]
+    lines = []
+    for name in report.models:
+        cells = [cell(report.row(name)), *(cell(report.row(name, threat, attack)) for attack in shown)]
+        lines.append([f"`{name}`", *cells])
+        if per_image:
+            lowest = min(
+                (row for row in rows if row["model"] == name and row["attacked"]),
+                key=lambda row: (row["attack"] == WORST, row["accuracy"]),
+            )
+            lines[-1].append(f"{percent(lowest['accuracy'])} `{lowest['attack']}`")
+    head = ["model", "clean", *(attack.replace("_", " ") for attack in shown)]
+    head += ["strongest single attack"] if per_image else []
+    budget = budget_of(report.row(report.default, threat))
+    return f"## {THREATS[threat].title} ({budget})\n\n" + markdown_table(head, lines)
+
+
+def _detection_table(report: Report) -> Iterator[str]:
+    lines = [
+        [
+            f"`{row['score']}`",
+            f"{row['threat']} {row['attack']}",
+            f"{row['auroc']:.3f}",
+            percent(row["tpr_at_fpr1"]),
+            f"{percent(row['tpr_at_fpr5'])} ({percent(row['fpr_at_fpr5'])})",
+            "-" if row["accuracy_paper_rule"] is None else percent(row["accuracy_paper_rule"]),
+            str(row["n"]),
+        ]
+        for row in report.detection
+        if row["threat"] != T1B.key
+    ]
+    if not lines:
+        return
+    head = ["score", "attack", "AUROC", "TPR at 1 % FPR", "at 5 % (true FPR)", "paper's rule", "n"]
+    note = (
+        "Thresholds come from clean validation images. T2 and T3 hold successful attacks only; `worst` shows the least "
+        "suspicious one of each image, for T3 after attacking the detector too."
+    )
+    yield f"## Detection (advisory)\n\n{note}\n\n" + markdown_table(head, lines)
+
+
+def _false_alarm_table(report: Report) -> Iterator[str]:
+    found: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
+    for row in report.meta.get("false_alarms") or []:
+        found.setdefault((row["name"], row["severity"]), []).append(row)
+    if not found:
+        return
+    lines = []
+    for (name, severity), rows in found.items():
+        first = rows[0]
+        title = "clean" if first["kind"] == "clean" else f"`{name}`" + (f" {severity}" if severity else "")
+        right = "-" if first["accuracy"] is None else interval_text(first["accuracy"], *first["accuracy_ci"])
+        flagged = [f"{percent(row['flagged_at_fpr1'])} / {percent(row['flagged_at_fpr5'])}" for row in rows]
+        lines.append([title, right, *flagged, str(first["n"])])
+    head = ["images", "accuracy", *(f"`{row['score']}`" for row in next(iter(found.values()))), "n"]
+    note = (
+        "Share of images flagged without an attack, in %, at the thresholds that 1 % / 5 % of clean validation images "
+        "exceed. Corruptions are given with their severity, 1 to 5; the other images show no class at all."
+    )
+    yield f"## False alarms\n\n{note}\n\n" + markdown_table(head, lines)
+
+
+def summary(report: Report) -> list[str]:
+    """Return short sentences written from the rows alone: what the defence gains, and what an attacker still does."""
+    default, undefended = report.default, report.undefended
+    without = "" if undefended is None else f", {percent(report.accuracy(undefended))} % without it"
+    model = "with the defence" if undefended is not None else "of the answers are right"
+    lines = [f"Without an attack: {percent(report.accuracy(default))} % {model}{without}."]
+    for threat in by_strength(report):
+        if not THREATS[threat].default_only:
+            lines.append(_under_attack(report, threat, model))
+    if T2.key in report.threats:
+        lines += _against_best_branch(report)
+    if report.meta.get("certificate"):
+        shares = " and ".join(
+            f"{percent(share)} % {'without an attack' if threat == CLEAN.key else 'against all T2 examples'}"
+            for threat, share in report.meta["certificate"].items()
+        )
+        lines.append(f"Right, and certified so whatever the benign branches answer: {shares}.")
+    if T3.key in report.threats:
+        held, cost = report.accuracy(default, T3.key), report.accuracy(default, T3.key, "none")
+        lines.append(
+            f"With a detector that the attacker knows, {percent(held)} % end right or flagged; without an attack "
+            f"{percent(cost)} % are right and not flagged."
+        )
+    if T2.key not in report.threats:
+        lines.append("No white-box attack was run: nothing here says that the model is robust to one.")
+    return lines
+
+
+def _under_attack(report: Report, threat: str, model: str) -> str:
+    row, undefended = report.row(report.default, threat), report.undefended
+    without = "" if undefended is None else f", {percent(report.accuracy(undefended, threat))} % without it"
+    lost = row["asr_correct"]
+    end = "." if lost is None else f": {percent(lost)} % of the right answers are lost."
+    return f"{THREATS[threat].attacker} (at {budget_of(row)}) leaves {percent(row['accuracy'])} % {model}{without}{end}"
+
+
+def _against_best_branch(report: Report) -> Iterator[str]:
+    branch = report.best_branch(T2.key)
+    if branch is None:
+        return
+    best = report.accuracy(branch, T2.key)
+    gap = report.accuracy(report.default, T2.key) - best
+    verdict = "as good as"
+    if abs(gap) > TOLERANCE:
+        verdict = f"{abs(100 * gap):.1f} points {'above' if gap > 0 else 'below'}"
+    yield (
+        f"Under the white-box attack the fusion is {verdict} its best branch `{branch}` ({percent(best)} %, "
+        f"{percent(report.accuracy(branch))} % without an attack)."
+    )

@@ -1,0 +1,294 @@
+"""Models under evaluation: which networks a model consists of, how they are combined, what a T1 attacker would use.
+
+A :class:`Subject` is built by :func:`subject_of` from a ``ZePAD``, a source string, a ``Branch``, an encoder with a
+head, or any module from images in [0, 1] to logits; or by hand, for other combinations of the same networks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zepad_mm.encoders import ENCODERS, Encoder, load_clip
+from zepad_mm.models.branch import Branch
+from zepad_mm.models.fusion import RULES, Fusion, build
+from zepad_mm.models.heads import zero_shot_head
+from zepad_mm.models.zepad import DetectorConfig, ZePAD
+
+DEFENCE = "zepad"  # name of the row of a defended model as it ships
+MODEL = "model"  # name of the row of any other model
+UNDEFENDED = "undefended"
+ROBUST = "mpae"  # role of a robust branch
+Combine = Callable[[Tensor], Tensor]  # logits (N, B, C) of N networks to one answer (B, C)
+
+
+class RowKind(StrEnum):
+    """What a row of the table is, in the order in which tables show them."""
+
+    UNDEFENDED = "undefended"  # the public encoder with its own head
+    DEFAULT = "default"  # the model as it ships
+    BRANCH = "branch"  # one branch alone
+    BASELINE = "baseline"  # a model for comparison
+    RULE = "rule"  # the branches under another fusion rule
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: a model put together from networks ("members") that are run once for all rows.
+
+    Attributes:
+        name: as tables show it.
+        members: which networks it needs, as indices into the members of its subject.
+        combine: logits of those members (N, B, C) to one answer (B, C).
+        kind: what it is.
+    """
+
+    name: str
+    members: tuple[int, ...]
+    combine: Combine
+    kind: RowKind = RowKind.BASELINE
+
+    @property
+    def fused(self) -> bool:
+        """Whether it needs more than one member."""
+        return len(self.members) > 1
+
+    def answer(self, logits: Tensor) -> Tensor:
+        """Logits of all members (M, n, C) to those of this row (n, C)."""
+        return self.combine(logits[list(self.members)])
+
+
+class BranchView(nn.Module):
+    """Some members as one differentiable module for attacks, with what combines them unless that is None.
+
+    Images (B, 3, H, W) to (B, C); without ``combine`` to the stacked logits (N, B, C), whose losses attacks sum.
+    """
+
+    def __init__(self, members: Sequence[nn.Module], combine: Combine | None = None) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.combine = combine
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = torch.stack([member(images) for member in self.members])
+        return logits if self.combine is None else self.combine(logits)
+
+
+@dataclass(frozen=True)
+class FusedAnswer:
+    """The fused logits of a fusion; equal for equal fusions, so that the same rule is not attacked twice."""
+
+    fusion: Fusion
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return self.fusion(logits).logits
+
+
+def soft_vote(logits: Tensor) -> Tensor:
+    """Equal-weight ensemble: log of the mean probability over members up to a constant, (N, B, C) to (B, C)."""
+    return logits.log_softmax(-1).logsumexp(0)
+
+
+def first_logits(logits: Tensor) -> Tensor:
+    """(1, B, C) to (B, C)."""
+    return logits[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model under evaluation.
+
+    Attributes:
+        members: name -> network from images (B, 3, H, W) in [0, 1] to logits (B, C); the branches of a fusion first.
+        rows: the rows of its table; the first is the model as it ships (kind ``DEFAULT``).
+        class_names: the C classes; None where they are not known, which is then not checked.
+        public_encoder: what a T1 attacker has; None: T1 and T1p do not apply. Where a member is called "undefended",
+            its encoder is the public one.
+        fusion: of the model as it ships; None for a single network, which has no detector (no T3, no detection rows).
+        detector: score and threshold of the fusion's detector.
+        about: what identifies the model, for the report.
+    """
+
+    members: Mapping[str, nn.Module]
+    rows: tuple[Row, ...]
+    class_names: tuple[str, ...] | None = None
+    public_encoder: Encoder | None = None
+    fusion: Fusion | None = None
+    detector: DetectorConfig | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.rows or self.rows[0].kind is not RowKind.DEFAULT:
+            raise ValueError("rows: expected the model as it ships first, a Row of kind RowKind.DEFAULT")
+        names = [row.name for row in self.rows]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"rows: given more than once: {', '.join(twice)}")
+
+    @property
+    def device(self) -> torch.device:
+        """Where its networks are; the CPU for one without parameters."""
+        parameters = (parameter for member in self.members.values() for parameter in member.parameters())
+        return next(parameters, torch.zeros(())).device
+
+    @property
+    def benign(self) -> tuple[bool, ...]:
+        """For each branch of the fusion whether it is a benign one."""
+        return tuple(self.fusion.benign) if self.fusion else ()
+
+    def row(self, name: str, kind: RowKind, members: Sequence[str], combine: Combine = first_logits) -> Row:
+        """Return a row over members given by name. Raises ValueError for a member that is not there."""
+        known = list(self.members)
+        for member in members:
+            if member not in known:
+                raise ValueError(f"row {name!r}: no member {member!r}; this model has {', '.join(known)}")
+        return Row(name, tuple(known.index(member) for member in members), combine, kind)
+
+    def with_fused_row(self, name: str, members: Sequence[str], rule: str, **params: Any) -> Subject:
+        """Return the subject with one more row, of kind ``BASELINE``: a fusion rule over some of its members.
+
+        Args:
+            name: of the row, without "baseline:".
+            members: names; those that are robust or benign branches keep their roles, others count as benign.
+            rule: a name of ``RULES``.
+            **params: its constants.
+        """
+        benign = [getattr(self.members.get(member), "role", None) != ROBUST for member in members]
+        answer = FusedAnswer(build(rule, benign, params=params))
+        return replace(self, rows=(*self.rows, self.row(f"baseline:{name}", RowKind.BASELINE, members, answer)))
+
+
+def subject_of(
+    model: Any,
+    *,
+    class_names: Sequence[str] | None = None,
+    rules: Sequence[str] = (),
+    baselines: Mapping[str, nn.Module] | None = None,
+    public_encoder: Encoder | None = None,
+) -> Subject:
+    """Return any model as a :class:`Subject`.
+
+    Args:
+        model: a ``ZePAD``; a source string of a defended model ("embedded", a folder, a Hub name) or of a CLIP
+            ("open_clip:embedded"), which is pointed at ``class_names``; a ``Branch``; a pair (encoder, head); a module
+            from images in [0, 1] to logits; or a Subject, to which only ``baselines`` are added.
+        class_names: what zero-shot heads of a source string answer.
+        rules: fusion rules that get a row, for a ZePAD; empty: all.
+        baselines: further models for comparison, from images to logits.
+        public_encoder: what a T1 attacker has. A ZePAD names its own; the encoder of a source string, of a pair or
+            of a branch without adaptation is public itself.
+
+    Raises:
+        TypeError: something else; ValueError: unknown names, or a source without a text tower and without a head.
+    """
+    if isinstance(model, Subject):
+        subject = model
+    elif isinstance(model, str | Path):
+        return subject_of(
+            load_model(model, class_names), class_names=class_names, rules=rules, baselines=baselines,
+            public_encoder=public_encoder,
+        )  # fmt: skip
+    elif isinstance(model, ZePAD):
+        return _defence(model, rules, baselines or {})
+    elif isinstance(model, tuple) and len(model) == 2:
+        encoder, head = model
+        subject = _single(EncoderWithHead(encoder, head), class_names, public_encoder or encoder)
+    elif isinstance(model, nn.Module) and not isinstance(model, Encoder):
+        if isinstance(model, Branch) and model.config.adaptation == "none":
+            public_encoder = public_encoder or model.encoder
+        subject = _single(model, class_names, public_encoder)
+    else:
+        raise TypeError(
+            f"model: expected a ZePAD, a source string, a Branch, a pair (encoder, head), a Subject or a module from "
+            f"images to logits, got {type(model).__name__}"
+        )
+    return _with_baselines(subject, baselines or {})
+
+
+class EncoderWithHead(nn.Module):
+    """Images (B, 3, H, W) in [0, 1] to logits (B, C), by an encoder and a head."""
+
+    def __init__(self, encoder: Encoder, head: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.encoder(images))
+
+
+def is_encoder_source(model: str | Path) -> bool:
+    """Whether a string is the source of an encoder ("open_clip:...") and not the name of a defended model."""
+    kind, separator, _ = str(model).partition(":")
+    return bool(separator) and kind in ENCODERS
+
+
+def load_model(model: str | Path, class_names: Sequence[str] | None) -> ZePAD | tuple[Encoder, nn.Module]:
+    """Load a defended model, or a CLIP with a zero-shot head, and point zero-shot heads at the class names.
+
+    Raises:
+        FileNotFoundError: no such model; ValueError: an encoder without a text tower, or class names that are missing.
+    """
+    if is_encoder_source(model):
+        if class_names is None:
+            raise ValueError(f"{model}: expected class names for its zero-shot head, got none")
+        encoder, text = load_clip(str(model))
+        return encoder, zero_shot_head(text, class_names)
+    defence = ZePAD.from_pretrained(model)
+    if class_names is not None and all(branch.head == "zero_shot" for branch in defence.config.branches):
+        defence.set_classes(class_names)
+    return defence
+
+
+def _defence(model: ZePAD, rules: Sequence[str], baselines: Mapping[str, nn.Module]) -> Subject:
+    """A ZePAD: the model as it ships, every other rule, the plain ensemble, each branch, and the undefended encoder."""
+    branches = {f"branch:{name}": branch for name, branch in model.branches.items()}
+    fused = tuple(range(len(branches)))
+    members: dict[str, nn.Module] = {**branches, UNDEFENDED: model.undefended}
+    members |= {f"baseline:{name}": module for name, module in baselines.items()}
+    rows = [Row(DEFENCE, fused, FusedAnswer(model.fusion), RowKind.DEFAULT)]
+    for rule in rules or tuple(RULES):
+        fusion = build(rule, model.benign, model.config.detector.score)
+        rows.append(Row(f"{DEFENCE}:{rule}", fused, FusedAnswer(fusion), RowKind.RULE))
+    rows.append(Row("baseline:equal", fused, soft_vote))
+    kinds = [RowKind.BRANCH] * len(branches) + [RowKind.UNDEFENDED] + [RowKind.BASELINE] * len(baselines)
+    rows += [Row(name, (index,), first_logits, kinds[index]) for index, name in enumerate(members)]
+    return Subject(
+        members=members,
+        rows=tuple(rows),
+        class_names=model.class_names,
+        public_encoder=model.undefended.encoder,
+        fusion=model.fusion,
+        detector=model.config.detector,
+        about=model.config.to_dict(),
+    )
+
+
+def _single(model: nn.Module, class_names: Sequence[str] | None, public_encoder: Encoder | None) -> Subject:
+    """One network from images to logits."""
+    about: dict[str, Any] = {"kind": type(model).__name__}
+    encoder = getattr(model, "encoder", None)
+    if isinstance(encoder, Encoder):
+        about["source"] = encoder.source
+    if isinstance(model, Branch):
+        about["branch"] = model.config.to_dict()
+    return Subject(
+        members={MODEL: model.eval()},
+        rows=(Row(MODEL, (0,), first_logits, RowKind.DEFAULT),),
+        class_names=None if class_names is None else tuple(class_names),
+        public_encoder=public_encoder,
+        about=about,
+    )
+
+
+def _with_baselines(subject: Subject, baselines: Mapping[str, nn.Module]) -> Subject:
+    members = {**subject.members, **{f"baseline:{name}": module for name, module in baselines.items()}}
+    first = len(subject.members)
+    rows = [Row(name, (first + index,), first_logits) for index, name in enumerate(list(members)[first:])]
+    return replace(subject, members=members, rows=(*subject.rows, *rows))

@@ -1,0 +1,133 @@
+"""Threat models: what each attacker knows and may do. Every other module reads them from here.
+
+To add one, add it to :data:`THREATS`, write the function that runs its attacks (``universal.py`` or ``white_box.py``)
+and name that function in ``engine.STAGES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from zepad_mm.utils.registry import Registry
+
+if TYPE_CHECKING:
+    from zepad_mm.evaluation.settings import EvalSettings
+
+Budget = tuple[float, str]  # size and norm: "linf" and "l2" in pixels of [0, 1], "patch" as a share of the area
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreatModel:
+    """One attacker.
+
+    Attributes:
+        key: its name in settings, files and tables.
+        title: heading of its table.
+        description: what the attacker knows and does, in plain words.
+        attacker: the same as the subject of a sentence.
+        budget: settings to the size and norm of the perturbation; None without an attack.
+        attacks: settings to the names of the attacks that it runs.
+        counts: threat models whose examples count for the worst case of a row, beside the clean images. Whoever knows
+            more may still do less.
+        universal: one perturbation for all images; otherwise each image is attacked by itself.
+        needs: what a model must have for this threat model to apply.
+        requires: the setting that must name at least one attack.
+        default_only: only the model as it ships gets a row.
+        flagged_is_right: an image that the detector flags counts as answered right.
+    """
+
+    key: str
+    title: str
+    description: str
+    attacker: str = ""
+    budget: Callable[[EvalSettings], Budget] | None = None
+    attacks: Callable[[EvalSettings], tuple[str, ...]] = lambda settings: ()
+    counts: tuple[str, ...] = ()
+    universal: bool = False
+    needs: Literal["", "public encoder", "branches", "detector"] = ""
+    requires: str = ""
+    default_only: bool = False
+    flagged_is_right: bool = False
+
+    def __str__(self) -> str:
+        return self.key
+
+
+CLEAN = ThreatModel(key="clean", title="Without an attack", description="no attack")
+T1 = ThreatModel(
+    key="T1",
+    title="T1: one perturbation for all images, made on the public encoder",
+    description="one perturbation for all images, made on the public encoder (the paper's setting)",
+    attacker="An attacker who knows only the public encoder",
+    budget=lambda settings: (settings.epsilon_universal, "linf"),
+    attacks=lambda settings: (*settings.published, *settings.universal),
+    counts=("T1",),
+    universal=True,
+    needs="public encoder",
+    requires="universal",
+)
+T1P = ThreatModel(
+    key="T1p",
+    title="T1p: one patch for all images, made on the public encoder",
+    description="one patch for all images, made on the public encoder",
+    attacker="An attacker who puts one patch, made on the public encoder, on every image",
+    budget=lambda settings: (settings.area, "patch"),
+    attacks=lambda settings: settings.patches,
+    counts=("T1p",),
+    universal=True,
+    needs="public encoder",
+    requires="patches",
+)
+T1B = ThreatModel(
+    key="T1b",
+    title="T1b: one perturbation for all images, made on the defence's own encoders",
+    description="one perturbation for all images, made on the defence's own encoders",
+    attacker="An attacker who also has the defence's encoders, but makes one perturbation for all images,",
+    budget=lambda settings: (settings.epsilon_universal, "linf"),
+    attacks=lambda settings: settings.universal_family,
+    counts=("T1", "T1b"),
+    universal=True,
+    needs="branches",
+)
+T2 = ThreatModel(
+    key="T2",
+    title="T2: white-box attack on each image",
+    description="white-box attack: everything is known, each image is attacked through the whole defence",
+    attacker="An attacker who knows everything and attacks each image",
+    budget=lambda settings: (settings.epsilon, settings.norm),
+    attacks=lambda settings: (*settings.own_attacks, *settings.adaptive),
+    counts=("T2",),
+)
+T3 = ThreatModel(
+    key="T3",
+    title="T3: white-box attack that also evades the detector",
+    description="white-box attack that also evades the detector: succeeds when the answer is wrong and not flagged",
+    attacker="An attacker who knows everything, the detector included, and attacks each image",
+    budget=lambda settings: (settings.epsilon, settings.norm),
+    attacks=lambda settings: settings.evasion,
+    counts=("T2", "T3"),
+    needs="detector",
+    default_only=True,
+    flagged_is_right=True,
+)
+
+# key -> threat model, from weak to strong
+THREATS: dict[str, ThreatModel] = {threat.key: threat for threat in (CLEAN, T1, T1P, T1B, T2, T3)}
+ATTACKS = tuple(threat for threat in THREATS.values() if threat is not CLEAN)
+UNIVERSAL = tuple(threat.key for threat in ATTACKS if threat.universal)
+
+_names: Registry[ThreatModel] = Registry("threat")
+for _threat in THREATS.values():
+    _names.register(_threat.key)(_threat)
+
+
+def threat_model(key: str) -> ThreatModel:
+    """Return the threat model of this key. Raises ValueError that lists the keys and suggests the nearest."""
+    return _names.get(key)
+
+
+def strength(key: str) -> int:
+    """Return the place of a threat model from weak to strong; unknown ones come last."""
+    return list(THREATS).index(key) if key in THREATS else len(THREATS)
