@@ -58,7 +58,11 @@ def test_two_processes_give_the_report_of_one(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(list((tmp_path / "two").glob("process-*"))) == 2
     one = evaluate(defended(), data=pictures(), settings=FEW, out=tmp_path / "one")
-    assert without_clock(Report.load(tmp_path / "two")) == without_clock(Report.load(tmp_path / "one")) == without_clock(one)
+    assert (
+        without_clock(Report.load(tmp_path / "two"))
+        == without_clock(Report.load(tmp_path / "one"))
+        == without_clock(one)
+    )
     first, second = (Records.load(tmp_path / name) for name in ("one", "two"))
     assert list(first.images) == list(second.images)
     assert all((first.predictions[key] == second.predictions[key]).all() for key in first.predictions)

@@ -17,8 +17,17 @@ from torch import Tensor, nn
 from tests.helpers.toy_defence import CLASSES, SETTINGS, defended, pictures
 from zepad_mm.attacks import PGD, Perturbation
 from zepad_mm.encoders import Encoder
-from zepad_mm.evaluation import PRESETS, EvalData, EvalSettings, Records, Report, acceptance, evaluate, read_stage
-from zepad_mm.evaluation import engine
+from zepad_mm.evaluation import (
+    PRESETS,
+    EvalData,
+    EvalSettings,
+    Records,
+    Report,
+    acceptance,
+    engine,
+    evaluate,
+    read_stage,
+)
 from zepad_mm.evaluation.plots import confidence_figure, contact_sheet, tradeoff_figure, write_figures
 from zepad_mm.evaluation.report_text import summary
 from zepad_mm.evaluation.session import Session
