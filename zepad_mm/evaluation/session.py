@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from zepad_mm.attacks import Perturbation, UniversalAttack
-from zepad_mm.encoders import Encoder, streamlined
+from zepad_mm.encoders import Encoder, optimize_for_inference
 from zepad_mm.evaluation.data import EvalData
 from zepad_mm.evaluation.settings import EvalSettings
 from zepad_mm.evaluation.stage_cache import StageCache
@@ -131,7 +131,7 @@ class Session:
         self.device, self.rows = subject.device, list(subject.rows)
         self.images, self.labels = data.test.images, data.test.labels
         side = self.images.shape[-1]
-        self.members = {name: streamlined(member, side) for name, member in subject.members.items()}
+        self.members = {name: optimize_for_inference(member, side) for name, member in subject.members.items()}
         self.examples: list[Example] = []
         self.skipped_rows: list[str] = []  # not attacked themselves: below the default already
         self.deltas: dict[tuple[str, str], Tensor] = {}  # (algorithm, target) -> universal perturbation (3, H, W)
@@ -140,7 +140,7 @@ class Session:
         self._equal_members: dict[int, int] = {}  # member -> an earlier one that is the same network
         self._public = None if UNDEFENDED in self.members else subject.public_encoder
         if self._public is not None:
-            self._public = streamlined(self._public, side)
+            self._public = optimize_for_inference(self._public, side)
         self.cache = None if out is None else StageCache(out)
         if self.cache is not None and self.processes.first:
             self.cache.open(self._identity(), resume)

@@ -24,7 +24,7 @@ from zepad_mm.models.zepad import DetectorConfig, ZePAD
 DEFENCE = "zepad"  # name of the row of a defended model as it ships
 MODEL = "model"  # name of the row of any other model
 UNDEFENDED = "undefended"
-ROBUST = "mpae"  # role of a robust branch
+ROBUST = "robust"  # role of a robust branch
 Combine = Callable[[Tensor], Tensor]  # logits (N, B, C) of N networks to one answer (B, C)
 
 
