@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from jsonargparse import ArgumentParser
 from torchvision.utils import save_image
 
 from zepad_mm.attacks import UNIVERSAL_ATTACKS
@@ -44,16 +43,6 @@ class Recipe(Config):
     image_size: int = 64  # side of the perturbation; it is resized to pictures of another size
     n: int | None = None  # pictures; None: all
     seed: int = 0
-
-
-def parse(args: list[str] | None = None) -> Recipe:
-    """The configuration from a YAML file and options; unknown keys are refused."""
-    parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--config", action="config", help="YAML file; options after it override it")
-    parser.add_class_arguments(Recipe)
-    values = parser.parse_args(args).as_dict()
-    values.pop("config")
-    return Recipe.from_dict(values)
 
 
 def main(recipe: Recipe) -> Path:
@@ -80,4 +69,4 @@ def main(recipe: Recipe) -> Path:
 
 
 if __name__ == "__main__":
-    main(parse())
+    main(Recipe.from_cli())

@@ -25,8 +25,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from jsonargparse import ArgumentParser
+from typing import Literal
 
 from zepad_mm.defend import DefendSettings, defend, tune_branches
 from zepad_mm.evaluation import Report, evaluate
@@ -49,17 +48,7 @@ class Recipe(Config):
     threats: tuple[str, ...] = ("clean", "T1", "T1b", "T2", "T3")
     n: int | None = None  # test pictures; None: all
     processes: int | None = None  # how many processes are expected; another number is an error
-    mixed_precision: str = "no"  # of the tuning: "no", "bf16" or "fp16"
-
-
-def parse(args: list[str] | None = None) -> Recipe:
-    """The configuration from a YAML file and options; unknown keys are refused."""
-    parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--config", action="config", help="YAML file; options after it override it")
-    parser.add_class_arguments(Recipe)
-    values = parser.parse_args(args).as_dict()
-    values.pop("config")
-    return Recipe.from_dict(values)
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # of the tuning
 
 
 def main(recipe: Recipe) -> Report | None:
@@ -91,4 +80,4 @@ def main(recipe: Recipe) -> Report | None:
 
 
 if __name__ == "__main__":
-    main(parse())
+    main(Recipe.from_cli())

@@ -25,8 +25,6 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
 from zepad_mm.evaluation import Report, evaluate
 from zepad_mm.evaluation.settings import STANDARD_THREATS
 from zepad_mm.training import make_accelerator
@@ -47,16 +45,6 @@ class Recipe(Config):
     seed: int = 0
     resume: bool = False  # continue a killed run in --out
     processes: int | None = None  # number of processes expected; another number is an error
-
-
-def parse(args: list[str] | None = None) -> Recipe:
-    """The configuration from a YAML file and options; unknown keys are refused."""
-    parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--config", action="config", help="YAML file; options after it override it")
-    parser.add_class_arguments(Recipe)
-    values = parser.parse_args(args).as_dict()
-    values.pop("config")
-    return Recipe.from_dict(values)
 
 
 def main(recipe: Recipe) -> Report:
@@ -82,4 +70,4 @@ def main(recipe: Recipe) -> Report:
 
 
 if __name__ == "__main__":
-    main(parse())
+    main(Recipe.from_cli())

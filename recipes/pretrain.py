@@ -28,12 +28,11 @@ import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
 from accelerate import Accelerator
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from torch import nn
 from tqdm import tqdm
 
@@ -54,7 +53,6 @@ from zepad_mm.utils.io import write_json
 from zepad_mm.utils.provenance import provenance
 from zepad_mm.utils.seeding import seeded, seeded_generator
 
-PARTS = ("all", "first_half", "second_half")
 SMALL_RESNET = {"channels": [32, 64, 128, 256], "layers": [1, 1, 1, 1], "zero_init_last": False}
 
 
@@ -66,7 +64,7 @@ class Settings(MethodSettings):
     out: str  # folder for the encoder and its records
     method: str = "simclr"  # a name of zepad_mm.pretraining.METHODS
     split: str = "train"  # split of the data
-    part: str = "all"  # all, first_half (public) or second_half (the defender's own) of the split, in file order
+    part: Literal["all", "first_half", "second_half"] = "all"  # of the split, in file order
     held_out: float = 0.1  # last share of the part, never trained on; kNN and linear accuracy are measured there
     n: int | None = None  # use that many images only
     arch: str = "resnet18"  # a timm architecture
@@ -79,14 +77,12 @@ class Settings(MethodSettings):
     min_scale: float = 0.25  # smallest share of the picture that a random crop keeps
     seed: int = 0
     threads: int | None = None  # torch threads on the CPU; None leaves the default
-    mixed_precision: str = "no"  # no, bf16 or fp16
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     num_processes: int | None = None  # refuse to run with another number of processes
 
     def __post_init__(self) -> None:
         super().__post_init__()
         METHODS.get(self.method)
-        if self.part not in PARTS:
-            raise ValueError(f"part: expected one of {', '.join(PARTS)}, got {self.part!r}")
 
 
 def load_parts(config: Settings) -> tuple[LabelledImages, LabelledImages]:
@@ -201,18 +197,8 @@ def run(config: Settings) -> dict[str, Any]:
     return report
 
 
-def parse(arguments: list[str] | None = None) -> Settings:
-    """Settings from the command line and a ``--config`` file; unknown keys are errors."""
-    parser = ArgumentParser(description=__doc__, formatter_class=DefaultHelpFormatter)
-    parser.add_argument("--config", action="config", help="YAML file with the settings below")
-    parser.add_class_arguments(Settings)
-    parsed = parser.parse_args(arguments).as_dict()
-    parsed.pop("config")
-    return Settings(**parsed)
-
-
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    return run(parse(arguments))
+    return run(Settings.from_cli(arguments))
 
 
 if __name__ == "__main__":

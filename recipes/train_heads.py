@@ -3,13 +3,13 @@
 What it is: the downstream stage of ZePAD. Every encoder is frozen, sees each image once, and gets its own head
 (the paper's MLP, or a linear one). The undefended baseline is the public encoder with such a head: list it too.
 
-Run first: recipes/tune.py and recipes/tune_bmp.py, whose --out folders are named under encoders; source strings
+Run first: recipes/tune.py, whose --out folders are named under encoders; source strings
 such as open_clip:embedded or timm:resnet18.a1_in1k do as well, untuned.
 
 Leaves in --out: NAME.safetensors per encoder, and heads.json with the accuracies on validation.
 
     CPU:              python recipes/train_heads.py --config recipes/configs/smoke/train_heads.yaml
-    one GPU:          python recipes/train_heads.py --config recipes/configs/ssl_resnet/train_heads.yaml
+    one GPU:          python recipes/train_heads.py --config recipes/configs/embedded/train_heads.yaml
     8 GPUs:           accelerate launch --multi_gpu --num_processes 8 recipes/train_heads.py --config ... --processes 8
                       (each encodes an eighth of the images)
     2 nodes, on each: accelerate launch --multi_gpu --num_machines 2 --num_processes 16 --machine_rank RANK
@@ -22,8 +22,6 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from jsonargparse import ArgumentParser
 
 from zepad_mm.data import load_data
 from zepad_mm.defences import Student
@@ -65,16 +63,6 @@ class Recipe(Config):
     processes: int | None = None  # how many processes are expected; another number is an error
 
 
-def parse(args: list[str] | None = None) -> Recipe:
-    """The configuration from a YAML file and options; unknown keys are refused."""
-    parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--config", action="config", help="YAML file; options after it override it")
-    parser.add_class_arguments(Recipe)
-    values = parser.parse_args(args).as_dict()
-    values.pop("config")
-    return Recipe.from_dict(values)
-
-
 def main(recipe: Recipe) -> None:
     """Train and write."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
@@ -105,4 +93,4 @@ def main(recipe: Recipe) -> None:
 
 
 if __name__ == "__main__":
-    main(parse())
+    main(Recipe.from_cli())

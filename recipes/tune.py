@@ -28,9 +28,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from jsonargparse import ArgumentParser
+from typing import Any, Literal
 
 from zepad_mm.defences import make_defence
 from zepad_mm.encoders import LoraSettings
@@ -54,7 +52,7 @@ class Recipe(Config):
 
     out: str  # folder of the result
     source: str = "open_clip:embedded"  # the public encoder to start from
-    adaptation: str = "full"  # "full" or "lora"
+    adaptation: Literal["full", "lora"] = "full"
     lora: LoraSettings = field(default_factory=LoraSettings)
     head: str = "auto"  # zero_shot, mlp, linear, probe; auto: zero_shot for CLIPs, else mlp, for fare probe
     prompts: str = "photo"  # prompt set or template of the zero-shot head
@@ -63,20 +61,11 @@ class Recipe(Config):
     data: DataSettings = field(default_factory=DataSettings)
     settings: TrainSettings = field(default_factory=TrainSettings)
     processes: int | None = None  # how many processes are expected; another number is an error
-    mixed_precision: str = "no"  # "no", "bf16" or "fp16"
-    tracker: str = "none"  # "tensorboard" or "trackio", beside run/metrics.jsonl
-    plan: bool = False  # print what the run would cost, from a few steps on one device, and leave nothing on disk
-
-
-def parse(args: list[str] | None = None) -> Recipe:
-    """The configuration from a YAML file and options; unknown keys are refused."""
-    parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--config", action="config", help="YAML file; options after it override it")
-    parser.add_class_arguments(Recipe, skip={"plan"})
-    parser.add_argument("--plan", action="store_true", help="print what the run would cost, and write nothing")
-    values = parser.parse_args(args).as_dict()
-    values.pop("config")
-    return Recipe.from_dict(values)
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    tracker: Literal["none", "tensorboard", "trackio"] = "none"  # beside run/metrics.jsonl
+    plan: bool = field(  # from a few steps on one device
+        default=False, metadata={"flag": "print what the run would cost, and write nothing"}
+    )
 
 
 def main(recipe: Recipe) -> None:
@@ -110,7 +99,7 @@ def main(recipe: Recipe) -> None:
             write_head(out / "head.safetensors", student.head, train.class_names)
         figures = result.validation.to_dict() if result.validation else None
         record = {
-            "branch": "robust",
+            "branch": "benign" if defence.name == "clean" else "robust",
             "recipe": recipe.to_dict(),
             "defence": {"name": defence.name, **defence.to_dict()},
             "data": {"name": train.name, "n_train": size_of(train), "n_validation": len(validation)},
@@ -127,4 +116,4 @@ def main(recipe: Recipe) -> None:
 
 
 if __name__ == "__main__":
-    main(parse())
+    main(Recipe.from_cli())

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from accelerate import Accelerator
 
@@ -20,7 +20,7 @@ from zepad_mm.data import LabelledImages, load_data
 from zepad_mm.defences import DEFENCES, make_defence
 from zepad_mm.encoders import Encoder, LoraSettings, has_lora, load_clip, load_encoder
 from zepad_mm.encoders.prompts import templates_of
-from zepad_mm.models.branch import Branch, BranchConfig
+from zepad_mm.models.branch import Adaptation, Branch, BranchConfig, Role
 from zepad_mm.models.heads import zero_shot_head
 from zepad_mm.models.zepad import ZePAD, ZePADConfig
 from zepad_mm.selection import select_detector, select_fusion
@@ -48,7 +48,7 @@ class DefendSettings(Config):
     )
     epsilon: float = 4 / 255  # L-inf budget that branches are tuned for and the rule is chosen at, in pixels of [0, 1]
     tune_benign: bool = True  # False: the benign branch is the public encoder as it is
-    adaptation: str = "lora"  # "lora" or "full"
+    adaptation: Literal["full", "lora"] = "lora"
     lora: LoraSettings = field(default_factory=lambda: LoraSettings(rank=16, alpha=32.0))
     prompts: str = "photo"  # prompt set or template of the zero-shot heads
     image_size: int | None = None  # side that pictures are stored and attacked at; None: that of the encoder
@@ -64,6 +64,7 @@ class DefendSettings(Config):
     )  # fmt: skip
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_epsilon(self.epsilon)
         for name in check_names(self.defences, "defences"):
             DEFENCES.get(name)
@@ -206,8 +207,8 @@ def _tuned(
     return [*parts, (_config("benign", "benign", source, tower, "clean tuning"), tower)]
 
 
-def _config(name: str, role: str, source: str, tower: Encoder, objective: str) -> BranchConfig:
-    adaptation = "lora" if has_lora(tower) else "full"
+def _config(name: str, role: Role, source: str, tower: Encoder, objective: str) -> BranchConfig:
+    adaptation: Adaptation = "lora" if has_lora(tower) else "full"
     return BranchConfig(name=name, role=role, source=source, adaptation=adaptation, objective=objective)
 
 

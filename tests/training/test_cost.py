@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from recipes import tune
 from zepad_mm.data import LabelledImages, load_data
 from zepad_mm.defences import FARE, Clean, Student
 from zepad_mm.encoders import add_lora, load_encoder
@@ -74,17 +73,14 @@ def test_a_plan_counts_what_the_run_computes(data: tuple[LabelledImages, Labelle
     assert benign.gradient_bytes > found.gradient_bytes
 
 
-@pytest.mark.parametrize("name", ["tune_mpae", "tune_bmp"])
+@pytest.mark.parametrize("defence", ["tecoa", "clean"])
 def test_the_flag_prints_the_plan_and_writes_nothing(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    defence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spec = importlib.util.spec_from_file_location(f"{name}_plan", ROOT / "recipes" / f"{name}.py")
-    recipe = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, recipe)
-    spec.loader.exec_module(recipe)
     small = ["--data.n_train=64", "--data.n_validation=16", "--settings.steps=4", "--settings.batch_size=8"]
-    config = str(ROOT / "recipes" / "configs" / "smoke" / f"{name}.yaml")
-    recipe.main(recipe.parse(["--config", config, "--plan", "--out", str(tmp_path / "out"), *small]))
+    config = str(ROOT / "recipes" / "configs" / "smoke" / "tune.yaml")
+    chosen = ["--defence", defence, "--defence_options", "{}"]
+    tune.main(tune.Recipe.from_cli(["--config", config, "--plan", *chosen, "--out", str(tmp_path / "out"), *small]))
     printed = capsys.readouterr().out
     assert "4 steps of 8 pictures" in printed
     assert "devices  wall time" in printed

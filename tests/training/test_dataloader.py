@@ -15,6 +15,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as Picture
 from torchvision.transforms.functional import to_pil_image
 
+from recipes import tune
 from tests.training.test_fit import QUICK, colours, quick, tiny_student
 from zepad_mm.data import StreamedImages, load_data, open_images, stream_images
 from zepad_mm.training import DataSettings, build_student, fit
@@ -170,11 +171,8 @@ def test_impossible_runs_are_named(folder: Path, tmp_path: Path) -> None:
             DataSettings(**wrong)
 
 
-def test_the_recipe_reads_from_where_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "recipes")
-    import tune_mpae
-
-    smoke = ["--config", str(ROOT / "recipes" / "configs" / "smoke" / "tune_mpae.yaml"), "--out", str(tmp_path)]
+def test_the_recipe_reads_from_where_it_is_told(tmp_path: Path) -> None:
+    smoke = ["--config", str(ROOT / "recipes" / "configs" / "smoke" / "tune.yaml"), "--out", str(tmp_path)]
     stream = ["--data.storage", "stream", "--data.n_train", "null", "--settings.num_workers", "1"]
-    tune_mpae.main(tune_mpae.parse([*smoke, *stream, "--settings.steps", "2"]))
+    tune.main(tune.Recipe.from_cli([*smoke, *stream, "--settings.steps", "2"]))
     assert (tmp_path / "tuned.json").is_file()

@@ -102,6 +102,7 @@ class Defence(Config, ABC):
     keeps_features: ClassVar[bool] = False  # whether it holds features where they were, so that other names survive
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_epsilon(self.epsilon)
         if self.attack_steps < 1:
             raise ValueError(f"attack_steps: expected at least 1, got {self.attack_steps}; for no attack use 'clean'")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,6 @@ from torch import Tensor
 from zepad_mm.attacks.base import random_delta
 from zepad_mm.defences.base import DEFENCES, AttackLoss, Batch, Defence, LossParts, Student, sign_step
 
-TOPOLOGY_TARGETS = ("clean", "attacked")
 REFERENCE_BATCH = 256  # the batch that the released weight of 20 was chosen for
 
 
@@ -37,7 +36,7 @@ class GenAF(Defence):
     attack_step_size: float | None = 0.007
     topology_weight: float = 20.0  # lambda at a batch of 256
     scale_weight_by_batch: bool = True  # False: lambda fixed at whatever batch
-    topology_target: str = "clean"  # whose topology is the target: "clean", or "attacked" (the release's call order)
+    topology_target: Literal["clean", "attacked"] = "clean"  # whose topology is the target; released: attacked
     detach_target: bool = True  # False: gradients flow through both sides
     label_aware: bool = True  # hard pairs of the target are pushed to 0 (same class) or 2 (different)
     normalised_attack: bool = True  # False: the attack feeds pixels to the backbone without mean and std
@@ -50,8 +49,6 @@ class GenAF(Defence):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.topology_target not in TOPOLOGY_TARGETS:
-            raise ValueError(f"topology_target: expected one of {TOPOLOGY_TARGETS}, got {self.topology_target!r}")
         if self.topology_weight < 0:
             raise ValueError(f"topology_weight: expected at least 0, got {self.topology_weight}")
 
@@ -129,7 +126,7 @@ class GenAFReleased(GenAF):
 
     random_start: bool = False
     scale_weight_by_batch: bool = False
-    topology_target: str = "attacked"
+    topology_target: Literal["clean", "attacked"] = "attacked"
     detach_target: bool = False
     normalised_attack: bool = False
     parameter_gradient_leak: bool = True

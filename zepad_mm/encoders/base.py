@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,8 @@ from zepad_mm.utils.hub import Access
 from zepad_mm.utils.registry import Registry
 from zepad_mm.utils.validation import check_images
 
-INTERPOLATIONS = ("bilinear", "bicubic")
-RESIZE_MODES = ("squash", "shortest")
-CENTRES = ("floor", "round")
+Interpolation = Literal["bilinear", "bicubic"]
+ResizeMode = Literal["squash", "shortest"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,18 +30,13 @@ class Preprocess(Config):
     image_size: int  # side of the square picture the backbone wants, in pixels
     mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
     std: tuple[float, ...]  # per channel, of pixels in [0, 1]
-    interpolation: str = "bicubic"  # "bilinear" or "bicubic", always antialiased
-    resize_mode: str = "squash"  # "squash" changes the aspect; "shortest" resizes the shorter side and crops the centre
+    interpolation: Interpolation = "bicubic"  # always antialiased
+    resize_mode: ResizeMode = "squash"  # squash changes the aspect; shortest: shorter side, then a centre crop
     resize_size: int | None = None  # side before the centre is cropped, at least image_size; None: image_size
-    centre: str = "floor"  # where an odd margin goes: "floor" (transformers) or "round" (torchvision)
+    centre: Literal["floor", "round"] = "floor"  # of odd margins: transformers floors, torchvision rounds
 
     def __post_init__(self) -> None:
-        if self.resize_mode not in RESIZE_MODES:
-            raise ValueError(f"resize_mode: expected one of {RESIZE_MODES}, got {self.resize_mode!r}")
-        if self.centre not in CENTRES:
-            raise ValueError(f"centre: expected one of {CENTRES}, got {self.centre!r}")
-        if self.interpolation not in INTERPOLATIONS:
-            raise ValueError(f"interpolation: expected one of {INTERPOLATIONS}, got {self.interpolation!r}")
+        super().__post_init__()
         if self.image_size < 1 or (self.resize_size or self.image_size) < self.image_size:
             raise ValueError(
                 f"resize_size: expected at least the image_size of {self.image_size} pixels, got {self.resize_size}"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zepad_mm.encoders.base import Preprocess
+from zepad_mm.encoders.base import Interpolation, Preprocess
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def _statistics(about: dict[str, Any]) -> dict[str, Any]:
     return {"mean": tuple(value / scale for value in mean), "std": tuple(value / scale for value in std)}
 
 
-def _filter(about: dict[str, Any], source: str) -> str:
+def _filter(about: dict[str, Any], source: str) -> Interpolation:
     code = about.get("resample")
     code = BILINEAR if code is None else int(code)
     if code not in (BILINEAR, BICUBIC):

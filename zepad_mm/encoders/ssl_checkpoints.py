@@ -19,13 +19,13 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import parse_qsl
 
 from torch import nn
 
-from zepad_mm.encoders.base import ENCODERS, Encoder, Preprocess, feature_dim_of
-from zepad_mm.encoders.ssl_networks import MOMENTUM, NETWORKS, ONLINE, STEMS, Network, find_networks
+from zepad_mm.encoders.base import ENCODERS, Encoder, Interpolation, Preprocess, ResizeMode, feature_dim_of
+from zepad_mm.encoders.ssl_networks import MOMENTUM, ONLINE, Network, find_networks
 from zepad_mm.encoders.state_dict import read_foreign, summary
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.io import read_json
@@ -44,18 +44,12 @@ class CheckpointOptions(Config):
     std: tuple[float, ...] | None = None  # per channel
     image_size: int | None = None  # side in pixels
     resize_size: int | None = None  # side before the centre is cropped
-    interpolation: str = "bilinear"  # of the resize: "bilinear" or "bicubic"
-    resize_mode: str = "shortest"  # "shortest" or "squash"
-    stem: str | None = None  # of ResNets: "7x7", "3x3p1" or "3x3p2" (no max pooling), "3x3p1pool" or "3x3p2pool"
-    network: str | None = None  # "online" (student, encoder_q, backbone) or "momentum" (teacher, encoder_k, target)
+    interpolation: Interpolation = "bilinear"  # of the resize
+    resize_mode: ResizeMode = "shortest"
+    stem: Literal["7x7", "3x3p1", "3x3p2", "3x3p1pool", "3x3p2pool"] | None = None  # of ResNets; pool: with max pooling
+    network: Literal["online", "momentum"] | None = None  # student, encoder_q, backbone; or teacher, encoder_k, target
     prefix: str | None = None  # what stands before the backbone's names in the file, where several could be meant
     heads: int | None = None  # attention heads of a ViT; default one for every 64 channels (12 in MoCo v3's ViT-S)
-
-    def __post_init__(self) -> None:
-        for name, known in (("stem", STEMS), ("network", NETWORKS)):
-            value = getattr(self, name)
-            if value is not None and value not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
 
 
 @ENCODERS.register("ssl")

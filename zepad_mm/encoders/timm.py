@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
+from typing import get_args
 
-from zepad_mm.encoders.base import ENCODERS, INTERPOLATIONS, Encoder, Preprocess, feature_dim_of
+from zepad_mm.encoders.base import ENCODERS, Encoder, Interpolation, Preprocess, feature_dim_of
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def _load(rest: str, pretrained: bool) -> Encoder:
     patch_embed = getattr(backbone, "patch_embed", None)
     size = getattr(patch_embed, "img_size", None) or config["input_size"][-2:]
     mode = config.get("crop_mode") or "center"
-    if mode == "border" or config["interpolation"] not in INTERPOLATIONS:
+    if mode == "border" or config["interpolation"] not in get_args(Interpolation):
         log.warning(
             "timm:%s was trained on %s, %s pictures; here: centre crop, bicubic", rest, mode, config["interpolation"]
         )
@@ -41,7 +42,7 @@ def _load(rest: str, pretrained: bool) -> Encoder:
         image_size=int(size[0]),
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
-        interpolation=config["interpolation"] if config["interpolation"] in INTERPOLATIONS else "bicubic",
+        interpolation=config["interpolation"] if config["interpolation"] in get_args(Interpolation) else "bicubic",
         resize_mode="squash" if mode == "squash" else "shortest",
         resize_size=math.floor(int(size[0]) / config["crop_pct"]),
         centre="round",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from zepad_mm.attacks import FUSED_LOSSES, MODES, UNIVERSAL_ATTACKS
-from zepad_mm.attacks.base import NORMS, check_budget
+from zepad_mm.attacks.base import check_budget
 from zepad_mm.evaluation.corruptions import CORRUPTIONS, OUT_OF_DISTRIBUTION, SEVERITIES, check_severity
 from zepad_mm.evaluation.threats import ATTACKS, CLEAN, T1, T1B, T1P, T2, THREATS, threat_model
 from zepad_mm.models.fusion import RULES
@@ -44,7 +45,7 @@ class EvalSettings(Config):
     published: tuple[str, ...] = ()  # T1: files of perturbations that others published, clipped to T1's budget
 
     epsilon: float = 4 / 255  # budget of T2 and T3, in pixels of [0, 1]
-    norm: str = "linf"  # of T2 and T3: "linf", or "l2", whose budget is a length such as 0.5
+    norm: Literal["linf", "l2"] = "linf"  # of T2 and T3; the budget of "l2" is a length such as 0.5
     rules: tuple[str, ...] = ()  # fusion rules that get a row and an attack of their own; empty: all
     steps: int = 20  # gradient steps of every T2 attack: the same for branches and for fused models
     restarts: int = 2  # of each model's own attack, on the images that survived the shared pool
@@ -65,9 +66,8 @@ class EvalSettings(Config):
     out_of_distribution: tuple[str, ...] = ()  # false alarms on other images: names of OUT_OF_DISTRIBUTION
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_names()
-        if self.norm not in NORMS:
-            raise ValueError(f"norm: expected one of {', '.join(NORMS)} for T2 and T3, got {self.norm!r}")
         for threat in ATTACKS:
             assert threat.budget is not None
             epsilon, norm = threat.budget(self)

@@ -7,6 +7,7 @@ branches never saw one (BMP in the paper).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 
@@ -14,8 +15,8 @@ from zepad_mm.encoders import Encoder
 from zepad_mm.models.heads import HEADS
 from zepad_mm.utils.config import Config
 
-ROLES = ("robust", "benign")
-ADAPTATIONS = ("none", "full", "lora")
+Role = Literal["robust", "benign"]
+Adaptation = Literal["none", "full", "lora"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,20 +24,19 @@ class BranchConfig(Config):
     """What a branch is made of, enough to build it again around the saved weights."""
 
     name: str  # unique within a model
-    role: str  # "robust": tuned on adversarial images; "benign": never
+    role: Role  # "robust": tuned on adversarial images; "benign": never
     source: str  # where the base encoder comes from, e.g. "open_clip:embedded"
-    adaptation: str = "none"  # "none": the base as it is; "full": all weights tuned; "lora": an adapter
+    adaptation: Adaptation = "none"  # "none": the base as it is; "full": all weights tuned; "lora": an adapter
     head: str = "zero_shot"  # a name of zepad_mm.models.heads.HEADS
     objective: str = ""  # how it was tuned, in words, for the model card
 
     def __post_init__(self) -> None:
-        if self.role not in ROLES:
+        if str(self.role) in ("mpae", "bmp"):
             raise ValueError(
-                f"branch {self.name!r}: expected a role of {ROLES}, got {self.role!r}. In files by an older zepad-mm "
-                "change the role 'mpae' to 'robust' and 'bmp' to 'benign' in config.json"
+                f"branch {self.name!r}: expected a role of {get_args(Role)}, got {self.role!r}. In files by an older "
+                "zepad-mm change the role 'mpae' to 'robust' and 'bmp' to 'benign' in config.json"
             )
-        if self.adaptation not in ADAPTATIONS:
-            raise ValueError(f"branch {self.name!r}: expected an adaptation of {ADAPTATIONS}, got {self.adaptation!r}")
+        super().__post_init__()
         if not self.name or "." in self.name or "/" in self.name:
             raise ValueError(f"branch name {self.name!r}: expected a non-empty name without '.' and '/'")
         HEADS.get(self.head)

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -55,17 +55,16 @@ class ZePADConfig(Config):
     detector: DetectorConfig = field(default_factory=DetectorConfig)
     revisions: dict[str, str] = field(default_factory=dict)  # source -> commit of the base, where it is known
     tuned_names: tuple[str, ...] = ()  # all that the robust branches know; empty: tuned to keep other names too
-    storage_dtype: str = "float32"  # of the saved weights: "float32" or "float16"
+    storage_dtype: Literal["float32", "float16"] = "float32"  # of the saved weights
     fingerprint: tuple[float, ...] = ()  # logits of a fixed picture, checked on load
     encoders: dict[str, Any] = field(default_factory=dict)  # fingerprint of each branch's encoder: says what changed
     version: str = __version__  # of zepad-mm that wrote it
     format: int = FORMAT
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_names([branch.name for branch in self.branches], "branch names")
         check_names(self.class_names)
-        if self.storage_dtype not in ("float32", "float16"):
-            raise ValueError(f"storage_dtype: expected 'float32' or 'float16', got {self.storage_dtype!r}")
         if self.format != FORMAT:
             raise ValueError(f"the model is of format {self.format}, this zepad-mm reads {FORMAT}; upgrade zepad-mm")
 

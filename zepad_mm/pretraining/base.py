@@ -27,6 +27,7 @@ class MethodSettings(Config):
     prototypes: int = 512  # of swav; outputs of dino
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("hidden_dim", "projection_dim", "queue_size", "prototypes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")

@@ -24,6 +24,7 @@ class ServeSettings(Config):
     page: bool = True  # False: the HTTP endpoint alone
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, value in self.to_dict().items():
             least = 0 if name in ("queue", "page") else 1
             if value < least:

@@ -11,8 +11,6 @@ from zepad_mm.data import LabelledImages, StoredImages, load_data, open_images, 
 from zepad_mm.training.dataloader import TrainData
 from zepad_mm.utils.config import Config
 
-STORAGES = ("memory", "disk", "stream")
-
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings(Config):
@@ -28,8 +26,7 @@ class DataSettings(Config):
     shuffle_buffer: int = 1000  # rows of a stream that the next one is drawn from
 
     def __post_init__(self) -> None:
-        if self.storage not in STORAGES:
-            raise ValueError(f"storage: expected one of {', '.join(STORAGES)}, got {self.storage!r}")
+        super().__post_init__()
         if self.storage == "stream" and (self.validation_split is None or self.n_train is not None):
             raise ValueError(
                 "storage: a stream is read whole, from its own split; give a validation_split and leave n_train out"

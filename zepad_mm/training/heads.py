@@ -29,6 +29,7 @@ class HeadSettings(Config):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.epochs < 1 or self.batch_size < 1:
             raise ValueError(f"epochs and batch_size: expected at least 1, got {self.epochs} and {self.batch_size}")
 

@@ -46,6 +46,7 @@ class TrainSettings(Config):
     resume: Literal["auto", "never"] = "auto"  # never refuses a folder that holds a run
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in (
             "epochs", "batch_size", "validation_attack_steps", "validation_batch_size", "checkpoint_every", "log_every",
             "accumulation",
@@ -66,9 +67,6 @@ class TrainSettings(Config):
             raise ValueError(f"grad_clip: expected a positive norm or none, got {self.grad_clip}")
         if self.validation_epsilon is not None:
             check_epsilon(self.validation_epsilon)
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
 
     def lr_factor(self, step: int, total: int, per_epoch: int) -> float:
         """What the highest rate is multiplied by at ``step`` (from 0): a pure function, so nothing to save."""
@@ -84,14 +82,3 @@ class TrainSettings(Config):
     def epsilon_factor(self, step: int) -> float:
         """What the budget is multiplied by at ``step`` (from 0)."""
         return min(1.0, (step + 1) / self.epsilon_warmup_steps) if self.epsilon_warmup_steps else 1.0
-
-
-_CHOICES = {
-    "optimizer": ("adam", "adamw"),
-    "schedule": ("cosine", "exponential", "constant"),
-    "augment": ("none", "flip", "flip_shift"),
-    "bn_mode": ("eval", "train"),
-    "compile": ("no", "inductor", "aot_eager", "cudagraphs"),
-    "selection": ("mean", "clean", "robust", "last"),
-    "resume": ("auto", "never"),
-}

@@ -14,6 +14,7 @@ from zepad_mm.training.artifacts import TUNED, load_tuned
 from zepad_mm.training.dataloader import TrainData
 from zepad_mm.training.feature_cache import class_embeddings
 from zepad_mm.training.heads import HeadSettings, fresh_head, train_head
+from zepad_mm.utils.registry import check_choice
 from zepad_mm.utils.seeding import derived_seed, seeded
 
 ADAPTATIONS = ("full", "lora")
@@ -47,8 +48,7 @@ def build_student(
     Raises:
         ValueError: unknown adaptation or head, or a zero-shot head for an encoder without a text tower.
     """
-    if adaptation not in ADAPTATIONS:
-        raise ValueError(f"adaptation: expected one of {', '.join(ADAPTATIONS)}, got {adaptation!r}")
+    check_choice("adaptation", adaptation, ADAPTATIONS)
     kind = ("zero_shot" if is_clip(source) else "mlp") if head == "auto" else head
     encoder, module = _with_head(source, train, kind, prompts, seed, cache_dir)
     encoder.requires_grad_(True)

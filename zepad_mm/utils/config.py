@@ -1,19 +1,30 @@
-"""Frozen dataclasses to and from plain dictionaries, strictly: an unknown key is an error that names it."""
+"""Settings as frozen dataclasses: strict conversion from dictionaries and command lines, checked choices."""
 
 from __future__ import annotations
 
 import dataclasses
+import sys
 import types
 import typing
-from difflib import get_close_matches
-from typing import Any, TypeVar, Union, get_args, get_origin
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from zepad_mm.utils.registry import check_choice, did_you_mean
 
 C = TypeVar("C", bound="Config")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Base of every configuration. Sub-classes are frozen, keyword-only dataclasses of JSON-able fields."""
+    """Base of every configuration. Sub-classes are frozen, keyword-only dataclasses of JSON-able fields.
+
+    A field annotated ``Literal[...]`` (or ``Literal[...] | None``) accepts only these values. A sub-class that adds
+    checks of its own starts its ``__post_init__`` with ``super().__post_init__()``.
+    """
+
+    def __post_init__(self) -> None:
+        for name, choices in literal_fields(type(self)).items():
+            check_choice(name, getattr(self, name), choices)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dictionary, ready for JSON."""
@@ -28,10 +39,8 @@ class Config:
         fields = {field.name: field for field in dataclasses.fields(cls)}
         for key in values:
             if key not in fields:
-                near = get_close_matches(key, fields, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ValueError(
-                    f"{cls.__name__} has no key {key!r}{hint}. Known keys: {', '.join(fields)}. "
+                    f"{cls.__name__} has no key {key!r}{did_you_mean(key, fields)}. Known keys: {', '.join(fields)}. "
                     "If the file comes from a newer zepad-mm, upgrade."
                 )
         missing = [
@@ -44,6 +53,44 @@ class Config:
         if missing:
             raise ValueError(f"{cls.__name__} lacks the keys {', '.join(map(repr, missing))}")
         return cls(**{key: _convert(hints[key], value, f"{cls.__name__}.{key}") for key, value in values.items()})
+
+    @classmethod
+    def from_cli(cls: type[C], arguments: Sequence[str] | None = None) -> C:
+        """Parse a command line: ``--config FILE.yaml``, and an option for every field, nested ones with dots.
+
+        ``--print_config`` prints every field and exits. An unknown key in the file or on the command line ends the
+        program with an error that names it. A boolean field with ``metadata={"flag": "its help"}`` is given as
+        ``--name`` alone.
+
+        Args:
+            arguments: the words of the command line; None: those of this program.
+        """
+        from jsonargparse import ArgumentParser
+
+        module = sys.modules[cls.__module__]
+        parser = ArgumentParser(description=(module.__doc__ or "").partition("\n")[0])
+        parser.add_argument("--config", action="config", help="YAML file; options after it override it")
+        flags = {field.name: field.metadata["flag"] for field in dataclasses.fields(cls) if "flag" in field.metadata}
+        parser.add_class_arguments(cls, skip=set(flags))
+        for name, text in flags.items():
+            parser.add_argument(f"--{name}", action="store_true", help=text)
+        values = parser.parse_args(None if arguments is None else list(arguments)).as_dict()
+        values.pop("config")
+        return cls.from_dict(values)
+
+
+def literal_fields(cls: type[Config]) -> dict[str, tuple[Any, ...]]:
+    """The fields of ``cls`` that accept only certain values, with these values."""
+    choices = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        if any(get_origin(option) is Literal for option in options):
+            choices[name] = tuple(
+                value
+                for option in options
+                for value in (get_args(option) if get_origin(option) is Literal else (None,))
+            )
+    return choices
 
 
 def _convert_to_one_of(options: tuple[Any, ...], value: Any, where: str) -> Any:

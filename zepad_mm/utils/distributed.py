@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from zepad_mm.utils.registry import check_choice
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -65,8 +67,7 @@ def make_accelerator(
     """
     from accelerate import Accelerator
 
-    if tracker not in TRACKERS:
-        raise ValueError(f"tracker: expected one of {', '.join(TRACKERS)}, got {tracker!r}")
+    check_choice("tracker", tracker, TRACKERS)
     if tracker != "none" and find_spec(tracker) is None:
         raise ValueError(f"tracker: {tracker} is not installed; pip install 'zepad-mm[trackers]'")
     accelerator = Accelerator(

@@ -1,12 +1,25 @@
-"""One way to name things: attacks, defences, fusion rules, losses, prompt sets."""
+"""Tables of named things (attacks, defences, fusion rules, ...), and checks of names with the nearest spelling."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from difflib import get_close_matches
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+
+
+def did_you_mean(name: object, known: Collection[str]) -> str:
+    """The end of an error message that names the nearest known spelling; empty where nothing is near."""
+    near = get_close_matches(str(name), known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def check_choice(key: str, value: Any, choices: Collection[Any]) -> None:
+    """Raise ValueError that names the key, its value, the choices and the nearest spelling, unless it is a choice."""
+    if value not in choices:
+        texts = [str(choice) for choice in choices]
+        raise ValueError(f"{key}: expected one of {', '.join(texts)}, got {value!r}{did_you_mean(value, texts)}")
 
 
 class Registry(Generic[T]):
@@ -35,8 +48,7 @@ class Registry(Generic[T]):
         """The entry called ``name``. Raises ValueError that lists the names and suggests the nearest."""
         if name in self._entries:
             return self._entries[name]
-        near = get_close_matches(str(name), self._entries, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, self._entries)
         raise ValueError(f"unknown {self.kind} {name!r}{hint}. Known: {', '.join(self.names())}")
 
     def names(self) -> list[str]:
