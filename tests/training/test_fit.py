@@ -216,7 +216,6 @@ def test_what_saves_memory_or_time_changes_no_result(changes: dict[str, Any], ti
 def test_clean_targets_are_kept_for_other_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from zepad_mm.training import originals
 
     defence, kept = make_defence("fare", {"attack_steps": 1}), tmp_path / "kept"
     settings = quick(augment="none", steps=3, cache_dir=str(kept))
@@ -329,14 +328,14 @@ def test_fare_encodes_each_image_once_with_the_original_and_resumes_exactly(
 ) -> None:
     defence, settings = make_defence("fare", {"attack_steps": 2}), quick(augment="none", selection="last")
     seen: list[int] = []
-    from zepad_mm.training import originals
+    from zepad_mm.training import feature_cache
 
     def counting(encoder: Encoder, images: Tensor, *rest: Any) -> Tensor:
         seen.append(len(images))
         assert same(encoder, tiny_encoder())
         return encode_images(encoder, images, *rest)
 
-    monkeypatch.setattr(originals, "encode_images", counting)
+    monkeypatch.setattr(feature_cache, "encode_images", counting)
     whole, _ = run(tmp_path / "whole", defence, settings)
     assert seen == [48]  # 9 steps of 16 are three passes
     run(tmp_path / "short", defence, quick(augment="none", steps=2))
