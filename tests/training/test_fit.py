@@ -27,6 +27,7 @@ from zepad_mm.training import (
     TrainSettings,
     build_student,
     encode_images,
+    feature_cache,
     fit,
     fresh_head,
     load_encoder_or_tuned,
@@ -222,7 +223,7 @@ def test_clean_targets_are_kept_for_other_runs(
     first, _ = run(tmp_path / "first", defence, settings)
     (file,) = kept.iterdir()
     with monkeypatch.context() as patch:
-        patch.delattr(originals, "encode_images")  # nothing is encoded again
+        patch.delattr(feature_cache, "encode_images")  # nothing is encoded again
         second, _ = run(tmp_path / "second", defence, settings)
     assert same(first, second)
     other = Student(tiny_encoder(1), fresh_head("linear", 32, 3))
