@@ -40,7 +40,6 @@ from zepad_mm.encoders import LoraSettings, add_lora, load_clip
 from zepad_mm.encoders.shared_trunk import blocks_of
 from zepad_mm.models.branch import Branch, BranchConfig
 from zepad_mm.models.heads import zero_shot_head
-from zepad_mm.models.sharing import share_trunk
 from zepad_mm.models.zepad import ZePAD, ZePADConfig
 from zepad_mm.utils.io import write_json
 from zepad_mm.utils.provenance import provenance
@@ -143,7 +142,7 @@ def over_one_trunk(source: str, part: int) -> ZePAD:
         branches.append(Branch(config, adapted.eval(), zero_shot_head(text, ["a", "b"], [TEMPLATE])))
     configs = tuple(branch.config for branch in branches)
     model = ZePAD(ZePADConfig(public_source=source, branches=configs, class_names=("a", "b")), branches).eval()
-    share_trunk(model)
+    model.share_trunk()
     return model
 
 

@@ -29,7 +29,6 @@ from zepad_mm.encoders import (  # noqa: E402
 from zepad_mm.encoders.shared_trunk import blocks_of  # noqa: E402
 from zepad_mm.models.branch import Branch, BranchConfig  # noqa: E402
 from zepad_mm.models.heads import zero_shot_head  # noqa: E402
-from zepad_mm.models.sharing import share_trunk  # noqa: E402
 from zepad_mm.models.zepad import ZePAD, ZePADConfig  # noqa: E402
 
 VITS = ["open_clip: ViT, MultiheadAttention", "open_clip: ViT, fused in_proj, q/k norm", "hf: CLIP", "hf: DINOv3"]
@@ -156,7 +155,7 @@ def test_a_whole_model_shares(clip_source: str, images: torch.Tensor, tmp_path: 
     expected = model.branch_logits(x)
     (gradient,) = torch.autograd.grad(expected.square().sum(), x)
     model.save_pretrained(tmp_path / "before")
-    (trunk,) = share_trunk(model)
+    (trunk,) = model.share_trunk()
     assert (trunk.shared_blocks, trunk.blocks) == (1, 2)
     torch.testing.assert_close(model.branch_logits(x), expected)
     torch.testing.assert_close(torch.autograd.grad(model.branch_logits(x).square().sum(), x)[0], gradient)
@@ -165,7 +164,7 @@ def test_a_whole_model_shares(clip_source: str, images: torch.Tensor, tmp_path: 
     for name in ("model.safetensors", "branches/one/adapter_model.safetensors"):
         assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
     loaded = ZePAD.from_pretrained(tmp_path / "after")
-    share_trunk(loaded)
+    loaded.share_trunk()
     torch.testing.assert_close(loaded.branch_logits(x), expected)
     torch.testing.assert_close(optimize_for_inference(model, 32).branch_logits(images), expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(model.branch_logits(images), expected)

@@ -23,8 +23,11 @@ ROOT = Path(__file__).parents[2]
 
 def test_forward_is_the_fusion_of_the_branches(zepad: ZePAD, images: torch.Tensor) -> None:
     with torch.no_grad():
-        branch_logits = torch.stack([branch(images) for branch in zepad.branches.values()])
-        torch.testing.assert_close(zepad(images), zepad.fuse(branch_logits).logits)
+        outputs = zepad.branch_outputs(images)
+        for branch, features, logits in zip(zepad.branches.values(), outputs.features, outputs.logits, strict=True):
+            torch.testing.assert_close(branch.encoder(images), features)  # type: ignore[union-attr, operator]
+            torch.testing.assert_close(branch(images), logits)
+        torch.testing.assert_close(zepad(images), zepad.fuse(outputs.logits).logits)
     decision = zepad.decide(images)
     assert decision.logits.shape == (4, 3)
     assert decision.weights.shape == decision.confidences.shape == (3, 4)

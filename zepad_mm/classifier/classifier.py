@@ -187,7 +187,7 @@ class RobustZeroShotClassifier:
             encoders[""] = self.model.undefended.encoder  # the empty name is no branch's
         geometries = {name: _geometry(encoder.preprocess) for name, encoder in encoders.items()}
         for batch in self._batches(pictures, set(geometries.values()), single):
-            with torch.no_grad(), self.model.sharing():
+            with torch.no_grad(), self.model.shared_blocks_run_once():
                 logits, features = {}, {}
                 for name, encoder in encoders.items():
                     if encoder not in features:  # a benign branch that nobody changed is the undefended encoder too

@@ -19,7 +19,9 @@ def set_gradient_checkpointing(encoder: Encoder, enabled: bool = True) -> Encode
             shares a trunk.
     """
     if enabled and shares_trunk(encoder):
-        raise ValueError(f"{encoder.source} shares a trunk, which cannot recompute; train it before share_trunk(model)")
+        raise ValueError(
+            f"{encoder.source} shares a trunk, which cannot recompute; train it before ZePAD.share_trunk()"
+        )
     if not _switch(encoder.backbone, enabled):
         raise ValueError(
             f"{encoder.source}: {_name(encoder)} has no gradient checkpointing; use smaller batches and accumulation"

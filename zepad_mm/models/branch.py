@@ -42,8 +42,21 @@ class BranchConfig(Config):
         HEADS.get(self.head)
 
 
+@dataclass(frozen=True)
+class BranchOutputs:
+    """What the branches of a model give for the same images, in the order of its branches.
+
+    Attributes:
+        features: for each of the N branches (B, D), what its encoder gives; D may differ between branches.
+        logits: (N, B, C), what its head makes of them.
+    """
+
+    features: tuple[Tensor, ...]
+    logits: Tensor
+
+
 class Branch(nn.Module):
-    """Images (B, 3, H, W) in [0, 1] to logits (B, C)."""
+    """An encoder with a head: images (B, 3, H, W) in [0, 1] to logits (B, C)."""
 
     def __init__(self, config: BranchConfig, encoder: Encoder, head: nn.Module) -> None:
         super().__init__()

@@ -35,14 +35,14 @@ class Exported:
 
 
 class _Graph(nn.Module):
-    """The model without the checks of its input, which are no part of a graph."""
+    """The model with its evidence as a tuple, in the order of ``OUTPUTS``."""
 
     def __init__(self, model: ZePAD) -> None:
         super().__init__()
-        self.branches, self.fusion = model.branches, model.fusion
+        self.model = model
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        decision = self.fusion(torch.stack([branch(images) for branch in self.branches.values()]))
+        decision = self.model.fuse(self.model.branch_outputs(images).logits)
         return tuple(getattr(decision, name) for name in OUTPUTS)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,10 +14,10 @@ import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
-from zepad_mm.encoders import Encoder, TextEncoder, load_clip
+from zepad_mm.encoders import Encoder, SharedTrunk, TextEncoder, load_clip
 from zepad_mm.encoders.prompts import templates_of
 from zepad_mm.encoders.sources import is_local, known_revisions
-from zepad_mm.models.branch import Branch, BranchConfig
+from zepad_mm.models.branch import Branch, BranchConfig, BranchOutputs
 from zepad_mm.models.fusion import Decision, Fusion, build
 from zepad_mm.models.heads import HEADS, zero_shot_head
 from zepad_mm.models.serialization import (
@@ -34,6 +35,8 @@ from zepad_mm.models.serialization import (
 from zepad_mm.utils.hub import Access, push_folder
 from zepad_mm.utils.io import write_text
 from zepad_mm.utils.validation import check_images, check_names
+
+log = logging.getLogger(__name__)
 
 __all__ = ["EMBEDDED_MODEL", "DetectorConfig", "ZePAD", "ZePADConfig"]
 
@@ -58,9 +61,7 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
         self.config = replace(config, revisions={**known_revisions(config.sources), **config.revisions})
         self.branches = nn.ModuleDict({branch.name: branch for branch in branches})
         self.fusion = build(config.fusion, self.benign, config.detector.score, config.fusion_params)
-        self.sharing: Callable[[], Any] = (
-            nullcontext  # around all branches; zepad_mm.models.sharing puts shared trunks there
-        )
+        self._trunks: list[SharedTrunk] = []
         self._lazy: dict[str, Any] = {}  # what is loaded on demand and is no part of the defence
         self._access = Access()
         self.eval()
@@ -84,11 +85,21 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
         assert isinstance(branch, Branch)
         return branch
 
-    def branch_logits(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] to the logits of each branch (N, B, C)."""
+    def branch_outputs(self, images: Tensor) -> BranchOutputs:
+        """Features and logits of each branch for images (B, 3, H, W) in [0, 1], differentiable.
+
+        Raises ValueError for other shapes or ranges.
+        """
         check_images(images)
-        with self.sharing():
-            return torch.stack([branch(images) for branch in self.branches.values()])
+        branches = [self.branch(name) for name in self.branches]
+        with self.shared_blocks_run_once():
+            features = tuple(branch.encoder(images) for branch in branches)
+        logits = [branch.head(own) for branch, own in zip(branches, features, strict=True)]
+        return BranchOutputs(features, torch.stack(logits))
+
+    def branch_logits(self, images: Tensor) -> Tensor:
+        """The logits (N, B, C) of :meth:`branch_outputs`."""
+        return self.branch_outputs(images).logits
 
     def fuse(self, branch_logits: Tensor) -> Decision:
         """(N, B, C) to a :class:`Decision` by the model's rule."""
@@ -109,6 +120,32 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
         if threshold is None:
             return torch.zeros_like(decision.score, dtype=torch.bool)
         return decision.score > threshold
+
+    def share_trunk(self) -> list[SharedTrunk]:
+        """Hold weights that several branches have in common once, in place; answers, files and attacks stay the same.
+
+        Branches of one source that are untouched or adapted by LoRA share its weights. Blocks below the first adapter
+        (``LoraSettings(first_block=...)``) run once for all of them. Fully tuned branches stay as they are.
+
+        Returns:
+            One trunk for each source with at least two such branches; empty where there is nothing to share.
+        """
+        groups: dict[str, list[Encoder]] = {}
+        for branch in map(self.branch, self.branches):
+            if branch.config.adaptation != "full":
+                groups.setdefault(branch.config.source, []).append(branch.encoder)
+        self._trunks = [SharedTrunk(encoders) for encoders in groups.values() if len(encoders) > 1]
+        for trunk in self._trunks:
+            log.info("%d branches share %d of %d blocks", len(trunk.encoders), trunk.shared_blocks, trunk.blocks)
+        return list(self._trunks)
+
+    @contextmanager
+    def shared_blocks_run_once(self) -> Iterator[None]:
+        """Context in which all encoders are called on the same images, and run the blocks they share once."""
+        with ExitStack() as stack:
+            for trunk in self._trunks:
+                stack.enter_context(trunk.once())
+            yield
 
     # ---- what it defends -------------------------------------------------------------------------------------
 
