@@ -52,7 +52,7 @@ class DefendSettings(Config):
     lora: LoraSettings = field(default_factory=lambda: LoraSettings(rank=16, alpha=32.0))
     prompts: str = "photo"  # prompt set or template of the zero-shot heads
     image_size: int | None = None  # side that pictures are stored and attacked at; None: that of the encoder
-    n_train: int | None = None  # None: all
+    n_train: int | None = None  # training images; None: all
     n_validation: int | None = 512  # pictures that choose weights, rule and threshold; None: all
     selection_steps: int = 10  # of each attack that the fusion rules are compared under
     detector_steps: int = 300  # of the universal perturbation that the detector's scores are compared on

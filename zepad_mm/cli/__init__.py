@@ -1,4 +1,4 @@
-"""The command ``zepad``: parses, calls the library, prints. Nothing heavy is imported before a command runs."""
+"""The command ``zepad``. Nothing heavy is imported before a command runs."""
 
 from __future__ import annotations
 
@@ -47,33 +47,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit code: 0; 1 where ``doctor`` misses something; 2 for a user's error, told in one line on stderr; 130
-        when stopped by Ctrl-C.
+        The exit code: 0; 1 when ``doctor`` finds something missing; 2 for a user error, printed as one line on
+        stderr; 130 when stopped by Ctrl-C.
     """
     from jsonargparse import ArgumentError
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         parser = _parser()
-        given = list(sys.argv[1:] if arguments is None else arguments)
-        if not given:
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        if not words:
             parser.print_help()
             return 0
-        settings = parser.parse_args(given)
+        settings = parser.parse_args(words)
         options = settings[settings.command]
-        logging.basicConfig(level=logging.WARNING, format="%(message)s")  # open_clip tells its story on the root logger
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")  # open_clip logs on the root logger
         logging.getLogger("zepad_mm").setLevel(logging.WARNING if options.quiet else logging.INFO)
         return COMMANDS[settings.command].run(options)
-    except BrokenPipeError:  # as in "zepad ... | head"; what is left in the buffer has nowhere to go
+    except BrokenPipeError:  # as in "zepad ... | head": discard the rest of the output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ArgumentError, UsageError, *USER_ERRORS) as error:
-        message = " ".join(str(getattr(error, "message", None) or error).split())
-        print(f"zepad: {message}", file=sys.stderr)
+        print(translate_error(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("zepad: stopped; evaluate takes up where it was with --resume, defend by itself", file=sys.stderr)
+        print("zepad: stopped; to continue, run evaluate with --resume, or defend as before", file=sys.stderr)
         return 130
+
+
+def translate_error(error: BaseException) -> str:
+    """One line for stderr, whatever line breaks the message of the exception has."""
+    return "zepad: " + " ".join(str(getattr(error, "message", None) or error).split())
 
 
 def _parser() -> Any:
@@ -82,12 +86,12 @@ def _parser() -> Any:
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
     class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-        """Of all commands: an example stays on a line of its own."""
+        """Help with defaults that keeps the line breaks of descriptions."""
 
     parser = ArgumentParser(
         prog="zepad",
         formatter_class=Formatter,
-        description="Defend pre-trained image encoders against downstream-agnostic attacks, and measure it honestly.",
+        description="Defend pre-trained image encoders against downstream-agnostic attacks and evaluate the defence.",
         exit_on_error=False,
         version=__version__,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from zepad_mm.cli.common import DATA, SOURCE, Command, budget, told
+from zepad_mm.cli.common import DATA, SOURCE, Command, budget, print_result
 
 
 def _declare(parser: Any) -> None:
@@ -36,7 +36,7 @@ def _run(options: Any) -> int:
     perturbation = made.fit(encoder, pictures.images, progress=not options.quiet)
     perturbation.save(options.out)
     about = {"out": options.out, "epsilon": perturbation.epsilon, **perturbation.provenance}
-    told(options, about, f"Written: {options.out} ({perturbation!r})")
+    print_result(options, about, f"Written: {options.out} ({perturbation!r})")
     return 0
 
 

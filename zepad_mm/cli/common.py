@@ -1,4 +1,4 @@
-"""What the commands share: how one is declared, and how what people type is read."""
+"""Declaration of commands, parsing of their option values, and printing of their results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SOURCE = "a source, e.g. open_clip:embedded, open_clip:ViT-B-32/openai or hf:ope
 
 
 class UsageError(Exception):
-    """Something in the command line that cannot be meant."""
+    """An error in the command line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Command:
         about: what it does, in a sentence.
         example: a command line that works, shown by ``--help`` and run by a test.
         declare: adds its arguments to a jsonargparse parser.
-        run: does it; returns the exit code.
+        run: runs it and returns the exit code.
         json: whether it takes ``--json``, for scripts.
     """
 
@@ -43,20 +43,20 @@ class Command:
         self.declare(parser)
         if self.json:
             parser.add_argument("--json", action="store_true", help="print JSON")
-        parser.add_argument("--quiet", action="store_true", help="no progress")
+        parser.add_argument("--quiet", action="store_true", help="hide progress")
         return parser
 
 
-def told(options: Any, values: Any, text: str) -> None:
-    """Print the outcome: JSON for scripts, or words."""
+def print_result(options: Any, values: Any, text: str) -> None:
+    """Print the result: ``values`` as JSON with ``--json``, else ``text``."""
     print(json.dumps(values) if options.json else text)
 
 
 def budget(text: str, norm: str = "linf") -> float:
-    """A budget in pixels of [0, 1]: "4/255" or "0.0157"; in L2 any length. Raises ValueError for "8" in L-inf."""
-    top, slash, bottom = str(text).partition("/")
+    """Parse a budget in pixels of [0, 1]: "4/255" or "0.0157"; any length in L2. Raises ValueError for "8" in L-inf."""
+    numerator, slash, denominator = str(text).partition("/")
     try:
-        value = float(top) / float(bottom) if slash else float(top)
+        value = float(numerator) / float(denominator) if slash else float(numerator)
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"--eps: expected a budget such as 4/255 or 0.0157, got {text!r}") from None
     if not 0 < value <= (1 if norm == "linf" else float("inf")):
@@ -64,19 +64,19 @@ def budget(text: str, norm: str = "linf") -> float:
     return value
 
 
-def listed(text: str) -> list[str]:
-    """What stands between commas."""
+def split_commas(text: str) -> list[str]:
+    """The non-empty parts between commas, stripped."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def labels_of(text: str) -> list[str]:
+def split_labels(text: str) -> list[str]:
     """Labels between commas. Raises UsageError when there are none."""
-    labels = listed(text)
+    labels = split_commas(text)
     if not labels:
         raise UsageError('--labels: expected names separated by commas, e.g. --labels "a cat,a dog"')
     return labels
 
 
-def written(out: str | Path, *names: str) -> list[str]:
+def output_paths(out: str | Path, *names: str) -> list[str]:
     """Paths of files in a folder, for messages and JSON."""
     return [str(Path(out) / name) for name in names]

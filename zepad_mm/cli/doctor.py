@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
-from zepad_mm.cli.common import Command, told
+from zepad_mm.cli.common import Command, print_result
 
-EXTRAS = ("serve", "attacks", "ssl")  # what users may want; the others are for developers
+EXTRAS = ("serve", "attacks", "ssl")  # the other extras are for developers
 
 
 def _run(options: Any) -> int:
@@ -15,10 +16,8 @@ def _run(options: Any) -> int:
     from zepad_mm.utils.provenance import commit, hardware, versions
 
     missing = _missing(None)
-    extras = {name: _missing(name) for name in EXTRAS}
-    shipped = {
-        name: (ASSETS / name).is_dir() and any((ASSETS / name).iterdir()) for name in ("clip", "clothing", "zepad")
-    }
+    assets = ("clip", "clothing", "zepad")
+    shipped = {name: (ASSETS / name).is_dir() and any((ASSETS / name).iterdir()) for name in assets}
     found = {
         "commit": commit(),
         "hardware": hardware(),
@@ -26,24 +25,29 @@ def _run(options: Any) -> int:
         "versions": versions(),
         "shipped": shipped,
         "missing": missing,
-        "extras": extras,
+        "extras": {name: _missing(name) for name in EXTRAS},
     }
-    lines = [f"{name:18} {number}" for name, number in versions().items()]
-    lines += [f"{'commit':18} {found['commit']}", f"{'hardware':18} {found['hardware']}"]
-    lines += [f"{'devices':18} {', '.join(_devices())}"]
-    for name, there in shipped.items():
-        lines.append(
-            f"{'shipped ' + name:18} {'there' if there else 'MISSING: reinstall, or rebuild it with scripts/'}"
-        )
-    for name, lacks in extras.items():
-        get = f"lacks {', '.join(lacks)}; get it: pip install 'zepad-mm[{name}]'" if lacks else "there"
-        lines.append(f"{'extra ' + name:18} {get}")
-    get = (
-        f"{', '.join(missing)}; get them: pip install {' '.join(repr(line) for line in missing)}" if missing else "none"
-    )
-    lines.append(f"{'missing packages':18} {get}")
-    told(options, found, "\n".join(lines))
+    print_result(options, found, "\n".join(_lines(found)))
     return 0 if not missing and all(shipped.values()) else 1
+
+
+def _lines(found: dict[str, Any]) -> Iterator[str]:
+    def line(title: str, text: str) -> str:
+        return f"{title:18} {text}"
+
+    for name, number in found["versions"].items():
+        yield line(name, number)
+    yield line("commit", found["commit"])
+    yield line("hardware", found["hardware"])
+    yield line("devices", ", ".join(found["devices"]))
+    for name, present in found["shipped"].items():
+        yield line(f"shipped {name}", "present" if present else "MISSING: reinstall, or rebuild it with tools/")
+    for name, lacking in found["extras"].items():
+        install = f"missing {', '.join(lacking)}; install with: pip install 'zepad-mm[{name}]'"
+        yield line(f"extra {name}", install if lacking else "present")
+    missing = found["missing"]
+    install = f"{', '.join(missing)}; install with: pip install {' '.join(map(repr, missing))}"
+    yield line("missing packages", install if missing else "none")
 
 
 def _devices() -> list[str]:
@@ -54,12 +58,12 @@ def _devices() -> list[str]:
 
 
 def _missing(extra: str | None) -> list[str]:
-    """Requirements, of the package itself or of an extra, that are not installed."""
+    """Requirements of the package (None) or of an extra that are not installed."""
     from importlib.metadata import PackageNotFoundError, requires, version
 
     try:
         wanted = requires("zepad-mm") or []
-    except PackageNotFoundError:  # run from a checkout that was not installed
+    except PackageNotFoundError:  # a checkout that is not installed
         return []
     missing = []
     for line in wanted:
@@ -75,7 +79,7 @@ def _missing(extra: str | None) -> list[str]:
 
 
 DOCTOR = Command(
-    about="Show versions and devices, and what is missing and how to get it.",
+    about="Show versions, devices, and missing packages with the command that installs them.",
     example="zepad doctor",
     declare=lambda parser: None,
     run=_run,

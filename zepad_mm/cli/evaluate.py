@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from zepad_mm.cli.common import DATA, MODEL, Command, UsageError, budget, listed, told, written
+from zepad_mm.cli.common import DATA, MODEL, Command, UsageError, budget, output_paths, print_result, split_commas
 
 
 def _declare_evaluate(parser: Any) -> None:
@@ -27,11 +27,11 @@ def _evaluate(options: Any) -> int:
     from zepad_mm.evaluation import PRESETS
 
     changes: dict[str, Any] = {"seed": options.seed, "n": options.n}
-    changes["threats"] = tuple(listed(options.threats)) if options.threats else None
+    changes["threats"] = tuple(split_commas(options.threats)) if options.threats else None
     if options.norm != "linf" and not options.eps:
         raise UsageError("--eps: another norm needs a budget of its own, e.g. --norm l2 --eps 0.5")
     changes["norm"], changes["epsilon"] = options.norm, budget(options.eps, options.norm) if options.eps else None
-    changes["published"] = tuple(listed(options.published)) if options.published else None
+    changes["published"] = tuple(split_commas(options.published)) if options.published else None
     values = {**PRESETS.get(options.preset).to_dict(), **{k: v for k, v in changes.items() if v is not None}}
     settings = type(PRESETS.get(options.preset)).from_dict(values)
     return _evaluate_and_print(options, settings, options.data, resume=options.resume, figures=not options.no_figures)
@@ -45,13 +45,13 @@ def _evaluate_and_print(options: Any, settings: Any, source: str, *, resume: boo
     data = EvalData.load(source, settings)
     model = load_model(options.model, data.test.class_names)
     report = evaluate(model, data=data, settings=settings, out=options.out, resume=resume)
-    files = written(options.out, "report.json", "report.md", "records.parquet")
+    files = output_paths(options.out, "report.json", "report.md", "records.parquet")
     if figures:
         from zepad_mm.evaluation.plots import write_figures
 
         defence = model if isinstance(model, ZePAD) else None
         files += map(str, write_figures(report, options.out, defence, data))
-    told(options, report.to_dict(), f"{report.markdown()}\nWritten: {', '.join(files)}")
+    print_result(options, report.to_dict(), f"{report.markdown()}\nWritten: {', '.join(files)}")
     return 0
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from zepad_mm.cli.common import Command, told
+from zepad_mm.cli.common import Command, print_result
 
 
 def _declare_card(parser: Any) -> None:
-    parser.add_argument("folder", type=str, help="of a saved model")
-    parser.add_argument(
-        "--report", type=str, default=None, help="report.json of its evaluation, or the folder it is in"
-    )
+    parser.add_argument("folder", type=str, help="folder of a saved model")
+    parser.add_argument("--report", type=str, default=None, help="report.json of its evaluation, or its folder")
 
 
 def _card(options: Any) -> int:
@@ -21,12 +19,12 @@ def _card(options: Any) -> int:
 
     write_card(options.folder, None if options.report is None else Report.load(options.report))
     path = str(Path(options.folder) / "README.md")
-    told(options, {"out": path}, f"Written: {path}")
+    print_result(options, {"out": path}, f"Written: {path}")
     return 0
 
 
 CARD = Command(
-    about="Write the card of a saved model, from the record of its evaluation.",
+    about="Write the model card of a saved model from its evaluation report.",
     example="zepad card defended --report outputs/evaluation",
     declare=_declare_card,
     run=_card,
@@ -36,9 +34,9 @@ CARD = Command(
 def _declare_push(parser: Any) -> None:
     parser.add_argument("model", type=str, help='"embedded", or the folder of a saved model')
     parser.add_argument("repo", type=str, help="owner/name on the Hub")
-    parser.add_argument("--report", type=str, default=None, help="evaluation that its card is written from")
-    parser.add_argument("--private", action="store_true", help="nobody else sees it")
-    parser.add_argument("--branch", type=str, default=None, help="of the repository (default: main)")
+    parser.add_argument("--report", type=str, default=None, help="report that the model card is written from")
+    parser.add_argument("--private", action="store_true", help="create a private repository")
+    parser.add_argument("--branch", type=str, default=None, help="branch of the repository (default: main)")
 
 
 def _push(options: Any) -> int:
@@ -50,12 +48,12 @@ def _push(options: Any) -> int:
     model = ZePAD.from_pretrained(options.model)
     card = None if report is None else model_card(model.config, report)
     url = model.push_to_hub(options.repo, private=options.private or None, branch=options.branch, card=card)
-    told(options, {"url": url}, f"Published: {url}")
+    print_result(options, {"url": url}, f"Published: {url}")
     return 0
 
 
 PUSH = Command(
-    about="Publish a saved model on the Hub, with its card; the token is that of `hf auth login`, or HF_TOKEN.",
+    about="Publish a saved model on the Hub, with its model card; log in with `hf auth login` or set HF_TOKEN.",
     example="zepad push defended owner/name --report outputs/evaluation --private",
     declare=_declare_push,
     run=_push,
