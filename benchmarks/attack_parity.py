@@ -1,4 +1,4 @@
-"""Our attacks beside those of torchattacks and adv-lib: same model, pictures, budget and steps; accuracy and seconds.
+"""Our attacks beside those of torchattacks and adv-lib: same model, images, budget and steps; accuracy and seconds.
 
     pip install "zepad-mm[attacks]" && pip install --no-deps torchattacks
     python -m benchmarks.attack_parity --n 500
@@ -32,7 +32,7 @@ DEFAULT = ", its defaults"  # as torchattacks' AutoAttack comes: 10 steps, FAB t
 PGD_BATCH = 64  # a power of two: the mean over the batch, which torchattacks takes, then changes no rounding
 
 Model = Callable[[Tensor], Tensor]
-Run = Callable[[Model, Tensor, Tensor], Tensor]  # attacked pictures
+Run = Callable[[Model, Tensor, Tensor], Tensor]  # attacked images
 
 
 def ours(attacks: list[Attack]) -> Run:
@@ -120,7 +120,7 @@ def table(settings: dict[str, Any], classes: int) -> dict[str, Run]:
 
 
 def measure(run: Run, model: Model, images: Tensor, labels: Tensor, settings: dict[str, Any]) -> dict[str, Any]:
-    """Accuracy left, wall and processor seconds, and whether the pictures keep to the rules."""
+    """Accuracy left, wall and processor seconds, and whether the images keep to the rules."""
     torch.manual_seed(settings["seed"])
     wall, busy = time.perf_counter(), time.process_time()
     struck = [
@@ -148,9 +148,9 @@ def pgd_difference(model: Model, images: Tensor, labels: Tensor, settings: dict[
     theirs = torchattacks.PGD(model, eps=budget, alpha=step, steps=steps, random_start=False)(images, labels)
     seen: list[Tensor] = []
 
-    def recorded(pictures: Tensor) -> Tensor:
-        seen.append(pictures.detach().clone())
-        return model(pictures)
+    def recorded(images: Tensor) -> Tensor:
+        seen.append(images.detach().clone())
+        return model(images)
 
     attack = PGD(epsilon=budget, steps=steps, step_size=step, loss="ce", random_start=False, stop_when_wrong=False)
     attack(recorded, images, labels)
@@ -168,7 +168,7 @@ def markdown(record: dict[str, Any]) -> str:
     lines = [
         "# Attacks beside those of other libraries",
         "",
-        f"Branch `{settings['branch']}` of the shipped model alone, {settings['n']} test pictures, L-inf "
+        f"Branch `{settings['branch']}` of the shipped model alone, {settings['n']} test images, L-inf "
         f"{settings['epsilon'] * 255:.4g}/255, {settings['steps']} steps per run and target, "
         f"{settings['queries']} queries of Square, one thread ({record['meta']['hardware']}).",
         "Where a line ends in *its defaults*, torchattacks' AutoAttack is called as it comes: 10 steps, FAB-T besides, "
@@ -176,7 +176,7 @@ def markdown(record: dict[str, Any]) -> str:
         f"{10 * settings['queries']} queries.",
         "Made by `python -m benchmarks.attack_parity`.",
         "",
-        "| attack | pictures | accuracy left | CPU seconds |",
+        "| attack | images | accuracy left | CPU seconds |",
         "|---|---|---|---|",
         f"| none | {settings['n']} | {record['clean'] * 100:.1f} % | |",
     ]
@@ -188,7 +188,7 @@ def markdown(record: dict[str, Any]) -> str:
         "",
         *(
             f"{which[0].upper()}{which[1:]}: the worst cases of ours and torchattacks' disagree on {found['disagree']} "
-            f"pictures; theirs takes {found['speed_up']:.2f} times the processor time of ours."
+            f"images; theirs takes {found['speed_up']:.2f} times the processor time of ours."
             for which, found in summary.items()
         ),
         f"PGD without random start: the last iterates differ by at most {pgd['largest_difference']:.2g} "
@@ -199,10 +199,10 @@ def markdown(record: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=500, help="test pictures")
+    parser.add_argument("--n", type=int, default=500, help="test images")
     parser.add_argument("--steps", type=int, default=20, help="gradient steps per run and target")
     parser.add_argument("--queries", type=int, default=200, help="of Square")
-    parser.add_argument("--few", type=int, default=100, help="test pictures for the whole defence, and for defaults")
+    parser.add_argument("--few", type=int, default=100, help="test images for the whole defence, and for defaults")
     parser.add_argument("--stages", type=int, default=None, help="stop after so many (default: all); a rerun goes on")
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args()

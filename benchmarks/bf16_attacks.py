@@ -3,7 +3,7 @@
 
     python -m benchmarks.bf16_attacks                 # results/bf16.json, some minutes on two CPU cores
 
-On the robust branches of the shipped defence, on the embedded test pictures, picture by picture. Adversarial tuning
+On the robust branches of the shipped defence, on the embedded test images, image by image. Adversarial tuning
 with ``mixed_precision="bf16"`` makes its attacks this way; the goal is a robust accuracy within half a point.
 """
 
@@ -69,7 +69,7 @@ def in_bf16(network: torch.nn.Module, device: str) -> Callable[[Tensor], Tensor]
 
 
 def compared(name: str, right: dict[str, Tensor]) -> dict[str, Any]:
-    """Robust accuracy both ways with 95 % intervals, and on how many pictures they differ."""
+    """Robust accuracy both ways with 95 % intervals, and on how many images they differ."""
     row: dict[str, Any] = {"model": name, "n": len(right["fp32"])}
     for kind, mask in right.items():
         found = share(mask)

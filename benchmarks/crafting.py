@@ -4,12 +4,11 @@
     python -m benchmarks.crafting                     # results/bench_crafting.json, some minutes
     python -m benchmarks.crafting --small             # seconds: shows that it runs
 
-The same attacks, pictures and steps on the embedded encoder, twice:
+The same attacks, images and steps on the embedded encoder, twice:
 
 - straightforward: the encoder as it is loaded, its parameters asking for gradients that nobody wants, the features of
-  the clean pictures computed anew at every step;
-- ours: ``optimize_for_inference(encoder)``, parameters frozen while crafting, each clean image encoded once in the
-  whole run.
+  the clean images computed anew at every step;
+- ours: ``optimize_for_inference(encoder)``, parameters frozen while crafting, each clean image encoded once in the whole run.
 
 Both take turns, round after round in one process; ratios are medians over the rounds. That both find perturbations of
 the same strength is checked: the loss that each reports at its end is in the record.
@@ -42,11 +41,11 @@ ATTACKS = ("adv_encoder", "feature_uap", "etu", "x_transfer", "l4a_base")  # the
 
 @contextmanager
 def straightforward() -> Iterator[None]:
-    """Within, parameters are not frozen, and the clean pictures of a batch are encoded at every step."""
+    """Within, parameters are not frozen, and the clean images of a batch are encoded at every step."""
 
     def anew(self: Surrogate, which: int, batch: Tensor) -> Tensor:
         with torch.no_grad():
-            return self.encoders[which](self.pictures(batch))
+            return self.encoders[which](self.select(batch))
 
     with patch.object(base, "frozen", nullcontext), patch.object(Surrogate, "clean_features", anew):
         yield
@@ -57,7 +56,7 @@ def main() -> None:
     parser.add_argument("--source", default="open_clip:embedded")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--n", type=int, default=128, help="surrogate pictures")
+    parser.add_argument("--n", type=int, default=128, help="surrogate images")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--small", action="store_true", help="one round of two steps")
@@ -67,7 +66,7 @@ def main() -> None:
         args.steps, args.rounds, args.n = 2, 1, 16
     encoder = load_encoder(args.source).to(args.device).eval()
     size = encoder.preprocess.image_size
-    pictures = load_data("embedded", "surrogate", size, args.n).images.to(args.device)
+    images = load_data("embedded", "surrogate", size, args.n).images.to(args.device)
     plain, light = encoder.requires_grad_(True), optimize_for_inference(encoder, size)
     times: dict[str, dict[str, list[float]]] = {name: {"straightforward": [], "ours": []} for name in ATTACKS}
     losses: dict[str, dict[str, float]] = {name: {} for name in ATTACKS}
@@ -77,10 +76,10 @@ def main() -> None:
             for way in taken:
                 began = time.perf_counter()
                 if way == "ours":
-                    found = attack.fit(light, pictures)
+                    found = attack.fit(light, images)
                 else:
                     with straightforward():
-                        found = attack.fit(plain, pictures)
+                        found = attack.fit(plain, images)
                 if args.device.startswith("cuda"):
                     torch.cuda.synchronize()
                 if number:  # the first round warms up

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.broken_defences import Answer, mean_of, pictures, undefended
+from tests.helpers.broken_defences import Answer, make_images, mean_of, undefended
 from zepad_mm.attacks import (
     ADAPTIVE_ATTACKS,
     APGD,
@@ -24,8 +24,8 @@ from zepad_mm.attacks import (
     bpda,
     curve,
     eot,
-    load_attacked,
-    save_attacked,
+    load_adversarial,
+    save_adversarial,
 )
 from zepad_mm.models.fusion import build
 
@@ -37,7 +37,7 @@ MIX = torch.eye(768) + 0.02 * torch.randn(3, 768, 768, generator=torch.Generator
 
 
 def branches(images: Tensor) -> Tensor:
-    """Three linear branches that look at the picture differently: (3, B, 4)."""
+    """Three linear branches that look at the image differently: (3, B, 4)."""
     turned = [((images.flatten(1) - 0.5) @ mix + 0.5).view_as(images) for mix in MIX]
     return torch.stack([undefended(one) for one in turned])
 
@@ -58,7 +58,7 @@ every = pytest.mark.parametrize("attack", ALL, ids=repr)
 
 @pytest.fixture(scope="module")
 def batch() -> tuple[Tensor, Tensor]:
-    return pictures(12)
+    return make_images(12)
 
 
 def inside(attacked: Tensor, images: Tensor, attack: Attack) -> bool:
@@ -93,7 +93,7 @@ def test_fused_losses_break_the_fused_answer(loss: str, norm: str, batch: tuple[
     attack = FusedAttack(fuse=FUSION, loss=loss, epsilon=big, norm=norm, steps=20)
     attacked = attack(branches, images, labels)
     wrong = FUSION(branches(attacked)).logits.argmax(-1) != labels
-    assert torch.equal(~attack.holds(branches, attacked, labels), wrong)
+    assert torch.equal(~attack.still_correct(branches, attacked, labels), wrong)
     assert wrong.float().mean() >= 0.9
 
 
@@ -115,23 +115,23 @@ def test_suppression_sets_out_from_flagged_wrong_pictures(batch: tuple[Tensor, T
         mode="suppress", fuse=FUSION, score=score, threshold=threshold, spread=0.01, epsilon=0.2, steps=30
     )
     after = attack(branches, images, labels, start=wrong)
-    held = attack.holds(branches, wrong, labels)
-    assert attack.holds(branches, after, labels).sum() <= held.sum()
+    held = attack.still_correct(branches, wrong, labels)
+    assert attack.still_correct(branches, after, labels).sum() <= held.sum()
 
 
 def test_adaptive_attacks_bite_at_least_as_deep_as_generic_ones(batch: tuple[Tensor, Tensor]) -> None:
-    images, labels = pictures(48, seed=5)
+    images, labels = make_images(48, seed=5)
     budget = 3 / 255
 
     def fused(pixels: Tensor) -> Tensor:
         return FUSION(branches(pixels)).logits
 
     generic = APGD(loss="targeted", epsilon=budget, steps=20)
-    left = generic.holds(fused, generic(fused, images, labels), labels)
+    left = generic.still_correct(fused, generic(fused, images, labels), labels)
     stands = torch.ones_like(left)
     for loss in FUSED_LOSSES:
         attack = FusedAttack(fuse=FUSION, loss=loss, epsilon=budget, steps=20)
-        stands &= attack.holds(branches, attack(branches, images, labels), labels)
+        stands &= attack.still_correct(branches, attack(branches, images, labels), labels)
     assert 0 < left.sum() < len(labels)  # the comparison means something
     assert stands.sum() <= left.sum()
 
@@ -157,22 +157,22 @@ def test_whole_levels(name: str, norm: str, batch: tuple[Tensor, Tensor]) -> Non
 def test_saved_pictures_score_the_same(tmp_path: Any, batch: tuple[Tensor, Tensor]) -> None:
     images, labels = (batch[0] * 255).round() / 255, batch[1]
     attacked = PGD(quantize=True)(undefended, images, labels)
-    save_attacked(tmp_path / "pgd", attacked, labels, {"attack": "pgd"})
-    loaded = load_attacked(tmp_path / "pgd")
+    save_adversarial(tmp_path / "pgd", attacked, labels, {"attack": "pgd"})
+    loaded = load_adversarial(tmp_path / "pgd")
     assert torch.equal(loaded.images, attacked)
     assert torch.equal(undefended(loaded.images), undefended(attacked))
     assert loaded.labels is not None
     assert torch.equal(loaded.labels, labels)
     assert loaded.about == {"attack": "pgd"}
     with pytest.raises(FileExistsError, match="another folder"):
-        save_attacked(tmp_path / "pgd", attacked)
+        save_adversarial(tmp_path / "pgd", attacked)
     with pytest.raises(ValueError, match="whole levels"):
-        save_attacked(tmp_path / "other", PGD()(undefended, images, labels))
-    (tmp_path / "pgd" / "000001.png").write_bytes(b"no picture")
+        save_adversarial(tmp_path / "other", PGD()(undefended, images, labels))
+    (tmp_path / "pgd" / "000001.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"000001\.png"):
-        load_attacked(tmp_path / "pgd")
-    with pytest.raises(FileNotFoundError, match="save_attacked"):
-        load_attacked(tmp_path)
+        load_adversarial(tmp_path / "pgd")
+    with pytest.raises(FileNotFoundError, match="save_adversarial"):
+        load_adversarial(tmp_path)
 
 
 @pytest.mark.parametrize("name", list(ATTACKS))
@@ -186,9 +186,9 @@ def test_starts_are_used_and_brought_into_the_budget(name: str, batch: tuple[Ten
 
     attack = ATTACKS.get(name)(epsilon=1 / 255)
     attacked = attack(model, images, labels, start=torch.ones_like(images))
-    torch.testing.assert_close(seen[1], (images + 1 / 255).clamp(0, 1))  # after a look at the clean pictures
+    torch.testing.assert_close(seen[1], (images + 1 / 255).clamp(0, 1))  # after a look at the clean images
     assert inside(attacked, images, attack)
-    with pytest.raises(ValueError, match="start: expected one picture for each image"):
+    with pytest.raises(ValueError, match="start: expected one image for each image"):
         attack(undefended, images, labels, start=images[:3])
 
 
@@ -199,7 +199,7 @@ def test_curves_never_rise(attack: Attack, batch: tuple[Tensor, Tensor]) -> None
     assert found.epsilons == (0.0, 2 * LEVEL, 4 * LEVEL, 8 * LEVEL)
     assert found.accuracy[0] == 1
     assert found.accuracy[-1] == 0
-    assert bool((found.holds[1:] <= found.holds[:-1]).all())
+    assert bool((found.still_correct[1:] <= found.still_correct[:-1]).all())
     with pytest.raises(ValueError, match="budgets"):
         curve(attack, undefended, images, labels, [])
     fused = curve(FusedAttack(fuse=FUSION, steps=5), branches, images, labels, [0.0, 0.2])

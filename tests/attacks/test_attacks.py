@@ -52,8 +52,8 @@ class TinyNet(nn.Module):
         return self.head(self.body(images))
 
 
-def pictures(n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Noisy pictures of four faint patterns."""
+def make_images(n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Noisy images of four faint patterns."""
     patterns = torch.rand(CLASSES, 3, 16, 16, generator=torch.Generator().manual_seed(7))
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % CLASSES
@@ -66,7 +66,7 @@ def trained() -> TinyNet:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = TinyNet()
-    images, labels = pictures(256, seed=1)
+    images, labels = make_images(256, seed=1)
     optimiser = torch.optim.Adam(net.parameters(), lr=3e-3)
     for _ in range(40):
         optimiser.zero_grad()
@@ -78,7 +78,7 @@ def trained() -> TinyNet:
 
 @pytest.fixture
 def batch() -> tuple[Tensor, Tensor]:
-    return pictures(24, seed=2)
+    return make_images(24, seed=2)
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from zepad_mm.attacks import (
     load_published,
 )
 from zepad_mm.attacks.patch import paste
-from zepad_mm.attacks.universal.layer_outputs import Activations, blocks_of
+from zepad_mm.attacks.universal.activations import Activations, blocks_of
 from zepad_mm.attacks.universal.surrogate_heads import cluster
 from zepad_mm.attacks.universal.x_transfer import UpperConfidence
 from zepad_mm.encoders import load_encoder
@@ -141,7 +141,7 @@ def test_lifting_makes_the_layer_larger(surrogate):
 
 def test_fff_looks_at_no_picture(surrogate):
     attack = FFF(image_size=SIDE, steps=5)
-    first, second = (attack.fit(make_encoder(), pictures).delta for pictures in (surrogate, 1 - surrogate))
+    first, second = (attack.fit(make_encoder(), images).delta for images in (surrogate, 1 - surrogate))
     assert torch.equal(first, second)
 
 
@@ -164,11 +164,11 @@ def test_a_head_of_ones_own(surrogate):
 
 def test_deepfool_crosses_the_border(surrogate):
     encoder = make_encoder()
-    pictures = surrogate * 0.5 + 0.25
+    images = surrogate * 0.5 + 0.25
     logits = nn.Sequential(encoder, nn.Linear(150, 5))
-    answers = logits(pictures).argmax(-1)
-    away = UAP(iterations=30).deepfool(logits, pictures, answers)
-    assert (logits((pictures + away).clamp(0, 1)).argmax(-1) != answers).float().mean() > 0.8
+    answers = logits(images).argmax(-1)
+    away = UAP(iterations=30).deepfool(logits, images, answers)
+    assert (logits((images + away).clamp(0, 1)).argmax(-1) != answers).float().mean() > 0.8
     assert away.flatten(1).norm(dim=1).mean() < 5
 
 

@@ -1,4 +1,4 @@
-"""Every registered universal attack: no labels, inside the budget, each picture encoded once, stronger than noise."""
+"""Every registered universal attack: no labels, inside the budget, each image encoded once, stronger than noise."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from zepad_mm.attacks import FEATURE_LOSSES, UNIVERSAL_ATTACKS, AdvEncoder, FeatureUAP, Perturbation, UniversalAttack
 from zepad_mm.attacks.universal.adv_encoder import high_pass
 from zepad_mm.attacks.universal.base import FeatureAttack
-from zepad_mm.attacks.universal.generator import PerturbationGenerator
-from zepad_mm.attacks.universal.surrogate_heads import HeadedAttack
+from zepad_mm.attacks.universal.perturbation_generator import PerturbationGenerator
+from zepad_mm.attacks.universal.surrogate_heads import PseudoLabelAttack
 
 SIDE = 16
 EPSILON = {"linf": 32 / 255, "l2": 3.0, "patch": 0.1}
@@ -37,9 +37,11 @@ CASES = [
 ]
 every_attack = pytest.mark.parametrize("attack", CASES, ids=repr)
 of_features = pytest.mark.parametrize("attack", [case for case in CASES if isinstance(case, FeatureAttack)], ids=repr)
-# one look at each picture per step, by the output alone: what each of these does can be counted from outside
+# one look at each image per step, by the output alone: what each of these does can be counted from outside
 plain = pytest.mark.parametrize(
-    "attack", [case for case in CASES if isinstance(case, FeatureAttack | HeadedAttack) and case.steps == 24], ids=repr
+    "attack",
+    [case for case in CASES if isinstance(case, FeatureAttack | PseudoLabelAttack) and case.steps == 24],
+    ids=repr,
 )
 
 
@@ -64,7 +66,7 @@ def encoder() -> nn.Sequential:
 
 @pytest.fixture
 def surrogate() -> Tensor:
-    """Smooth random pictures: 40, so that batches of 16 leave a rest."""
+    """Smooth random images: 40, so that batches of 16 leave a rest."""
     coarse = torch.rand(40, 3, 4, 4, generator=torch.Generator().manual_seed(1))
     return F.interpolate(coarse, (SIDE, SIDE), mode="bilinear", align_corners=False)
 

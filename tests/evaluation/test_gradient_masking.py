@@ -44,7 +44,7 @@ def standing(defence: Model, images: Tensor, labels: Tensor) -> float:
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_masked_gradients(name: str) -> None:
-    images, labels = zoo.pictures()
+    images, labels = zoo.make_images()
     defence, rebuilt, attack = CASES[name]
     assert standing(defence, images, labels) > 0.9
     assert standing(defence, NAIVE(defence, images, labels), labels) > 0.7
@@ -52,7 +52,7 @@ def test_masked_gradients(name: str) -> None:
 
 
 def test_a_detached_branch() -> None:
-    images, labels = zoo.pictures()
+    images, labels = zoo.make_images()
     assert standing(zoo.detached_branch, NAIVE(zoo.detached_branch, images, labels), labels) > 0.7
     for loss in ("branch", "sum_margin"):
         attacked = FusedAttack(fuse=zoo.mean_of, loss=loss, epsilon=EPSILON, steps=20)(
@@ -62,7 +62,7 @@ def test_a_detached_branch() -> None:
 
 
 def test_random_resizing() -> None:
-    images, labels = zoo.pictures()
+    images, labels = zoo.make_images()
     budget = 6 / 255
 
     def rate(attacked: Tensor) -> float:
@@ -83,7 +83,7 @@ def test_random_resizing() -> None:
 
 def test_a_detector_that_peeks_at_the_labels() -> None:
     """No input evades it, which is what gives it away: also when the labels it is asked about are not the true ones."""
-    images, labels = zoo.pictures()
+    images, labels = zoo.make_images()
     wrong = NAIVE(zoo.undefended, images, labels)
     leaking = zoo.leaking_detector(labels)
     assert (leaking(zoo.undefended(wrong)[None]) > 0.5).all()  # it seems perfect
@@ -97,7 +97,7 @@ def test_a_detector_that_peeks_at_the_labels() -> None:
 
 
 def test_a_detector_of_disagreement_is_talked_out_of_it() -> None:
-    images, labels = zoo.pictures()
+    images, labels = zoo.make_images()
     threshold = float(zoo.disagreement(zoo.detached_parts(images)).max())
 
     def evading(attacked: Tensor) -> float:

@@ -13,7 +13,7 @@ CLASSES, SIDE = 4, 16
 PATTERNS = torch.randn(CLASSES, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(7)).sign()
 
 
-def pictures(n: int = 24, seed: int = 0) -> tuple[Tensor, Tensor]:
+def make_images(n: int = 24, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Faint patterns in noise: the classifier is right on all of them, and 8/255 is enough to break it."""
     labels = torch.arange(n) % CLASSES
     noise = torch.randn(n, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))

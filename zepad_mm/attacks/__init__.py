@@ -5,11 +5,10 @@ from zepad_mm.attacks.apgd import APGD
 from zepad_mm.attacks.base import ATTACKS, Attack, frozen
 from zepad_mm.attacks.curve import Curve, curve
 from zepad_mm.attacks.detector_aware import MODES, DetectorAware
+from zepad_mm.attacks.io import AdversarialImages, load_adversarial, load_published, save_adversarial
 from zepad_mm.attacks.losses import FEATURE_LOSSES, LOGIT_LOSSES
 from zepad_mm.attacks.perturbation import Perturbation
 from zepad_mm.attacks.pgd import PGD
-from zepad_mm.attacks.published import load_published
-from zepad_mm.attacks.saved import Attacked, load_attacked, save_attacked
 from zepad_mm.attacks.square import Square
 from zepad_mm.attacks.universal import (
     ETU,
@@ -49,8 +48,8 @@ __all__ = [
     "AdvCLIP",
     "AdvEncoder",
     "AdvEncoderPatch",
+    "AdversarialImages",
     "Attack",
-    "Attacked",
     "Curve",
     "DetectorAware",
     "FeatureUAP",
@@ -65,7 +64,7 @@ __all__ = [
     "curve",
     "eot",
     "frozen",
-    "load_attacked",
+    "load_adversarial",
     "load_published",
-    "save_attacked",
+    "save_adversarial",
 ]

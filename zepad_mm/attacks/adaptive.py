@@ -14,7 +14,7 @@ from torch import Tensor
 from zepad_mm.attacks.apgd import APGD
 from zepad_mm.attacks.base import Attack, Model, frozen
 from zepad_mm.attacks.losses import cross_entropy, difference_of_logits_ratio, margin, margin_per_branch
-from zepad_mm.attacks.objective import Objective, Worst, not_clearly_wrong
+from zepad_mm.attacks.objective import BestAdversarial, Objective, not_clearly_wrong
 from zepad_mm.attacks.pgd import PGD
 from zepad_mm.utils.registry import Registry
 from zepad_mm.utils.validation import check_labels
@@ -29,7 +29,7 @@ class Fused(Protocol):
 
     @property
     def weights(self) -> Tensor:
-        """(N, B), of each branch for each picture."""
+        """(N, B), of each branch for each image."""
 
 
 Fuse = Callable[[Tensor], Fused]  # branch logits (N, B, C) to one answer
@@ -60,9 +60,9 @@ class BranchedAttack(Attack):
             raise ValueError(f"fuse: expected a callable on branch logits, e.g. model.fuse, got {self.fuse!r}")
         if self.driver not in ("apgd", "pgd"):
             raise ValueError(f"driver: expected 'apgd' or 'pgd', got {self.driver!r}")
-        self.drive()  # checks the steps
+        self.make_driver()  # checks the steps
 
-    def drive(self) -> APGD | PGD:
+    def make_driver(self) -> APGD | PGD:
         """The steps, whatever they climb."""
         kind: type[APGD] | type[PGD] = APGD if self.driver == "apgd" else PGD
         return kind(epsilon=self.epsilon, norm=self.norm, steps=self.steps, restarts=self.restarts)
@@ -76,12 +76,12 @@ class BranchedAttack(Attack):
         check_branches(outputs, len(images))
         objectives = self.objectives(target, len(outputs))
         objectives[0].check(outputs, len(images))
-        worst = Worst(images)
-        worst.look(images, outputs, objectives[0])
-        self.drive().ascend(model, images, objectives, worst, generator, start)
-        return worst.images
+        best = BestAdversarial(images)
+        best.update(images, outputs, objectives[0])
+        self.make_driver().ascend(model, images, objectives, best, generator, start)
+        return best.images
 
-    def holds(self, model: Model, images: Tensor, labels: Tensor) -> Tensor:
+    def still_correct(self, model: Model, images: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad(), frozen(model):
             return self.judge(model(images), labels)[1]
 
@@ -90,7 +90,7 @@ class BranchedAttack(Attack):
         """One for each run."""
 
     def judge(self, branch_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """What pictures are compared by (b,), and for which the defence still stands (b,)."""
+        """What images are compared by (b,), and for which the defence still stands (b,)."""
         logits = self.fuse(branch_logits).logits
         return margin(logits, labels), not_clearly_wrong(logits, labels)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zepad_mm.attacks.base import ATTACKS, Attack, Model, random_delta, steepest
 from zepad_mm.attacks.losses import FEATURE_LOSSES, LOGIT_LOSSES
-from zepad_mm.attacks.objective import Objective, Worst, strongest_rivals
+from zepad_mm.attacks.objective import BestAdversarial, Objective, strongest_rivals
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +47,10 @@ class APGD(Attack):
         self, model: Model, images: Tensor, labels: Tensor | None, generator: torch.Generator, start: Tensor | None
     ) -> Tensor:
         objective = Objective.make("margin" if self.loss == TARGETED else self.loss, model, images, labels)
-        worst = Worst(images)
+        best = BestAdversarial(images)
         objectives = [objective]
         if not objective.on_features:
-            outputs = worst.look_at_clean(model, objective, self.stop_when_wrong)
+            outputs = best.update_from_clean(model, objective, self.stop_when_wrong)
             if self.loss == TARGETED:
                 if outputs.shape[-1] < 4:
                     log.info(
@@ -58,56 +58,60 @@ class APGD(Attack):
                     )
                 rivals = strongest_rivals(outputs, objective.target, self.targets)
                 objectives = [replace(objective, rivals=column) for column in rivals.unbind(-1)]
-        self.ascend(model, images, objectives, worst, generator, start)
-        return worst.images
+        self.ascend(model, images, objectives, best, generator, start)
+        return best.images
 
     def ascend(
         self,
         model: Model,
         images: Tensor,
         objectives: Sequence[Objective],
-        worst: Worst,
+        best: BestAdversarial,
         generator: torch.Generator,
         start: Tensor | None = None,
     ) -> None:
         """Every restart of every objective over the samples alive, noted in ``worst``."""
         for restart in range(self.restarts):
             for objective in objectives:
-                if len(worst.alive):
-                    clean = images[worst.alive]
+                if len(best.active):
+                    clean = images[best.active]
                     if start is not None and restart == 0:
-                        begin = start[worst.alive]
+                        begin = start[best.active]
                     else:
                         begin = clean + random_delta(clean, self.epsilon, self.norm, generator)
-                    self._climb(model, clean, begin.clamp(0, 1), objective, worst)
+                    self._run_restart(model, clean, begin.clamp(0, 1), objective, best)
 
-    def _climb(self, model: Model, clean: Tensor, start: Tensor, objective: Objective, worst: Worst) -> None:
+    def _run_restart(
+        self, model: Model, clean: Tensor, start: Tensor, objective: Objective, best: BestAdversarial
+    ) -> None:
         """One run over the samples alive, noted in ``worst``; algorithm 1 of the paper, with a step size per sample."""
-        loss, gradient, keep = self._look(model, start, objective, worst)
-        walk = _Walk.begin(clean, start, loss, gradient, 2 * self.epsilon).only(keep)
+        loss, gradient, keep = self._forward_backward(model, start, objective, best)
+        walk = APGDState.begin(clean, start, loss, gradient, 2 * self.epsilon).only(keep)
         checks = checkpoints(self.steps)
         since = 0
         for step in range(1, self.steps + 1):
-            if len(worst.alive) == 0:
+            if len(best.active) == 0:
                 return
-            moved = self.inside(walk.clean, walk.current + walk.step * steepest(walk.gradient, self.norm))
+            moved = self.clip_to_budget(walk.clean, walk.current + walk.step * steepest(walk.gradient, self.norm))
             if step > 1:
                 moved = walk.current + 0.75 * (moved - walk.current) + 0.25 * (walk.current - walk.previous)
-                moved = self.inside(walk.clean, moved)
-            loss, gradient, keep = self._look(model, moved, objective, worst)
+                moved = self.clip_to_budget(walk.clean, moved)
+            loss, gradient, keep = self._forward_backward(model, moved, objective, best)
             walk = walk.moved(moved, loss, gradient).only(keep)
             if step in checks:
                 walk = walk.checked(step - since)
                 since = step
 
-    def _look(self, model: Model, current: Tensor, objective: Objective, worst: Worst) -> tuple[Tensor, Tensor, Tensor]:
+    def _forward_backward(
+        self, model: Model, current: Tensor, objective: Objective, best: BestAdversarial
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Losses (b,), gradients and who stays alive, at iterates of the samples alive."""
         current = current.detach().requires_grad_(True)
         outputs = model(current)
         objective.check(outputs, len(current), classes=False)
-        losses = objective(outputs, worst.alive)
-        gradient = objective.gradient(losses, outputs, worst.alive, current)
-        return losses.detach(), gradient, worst.look(current, outputs, objective, self.stop_when_wrong)
+        losses = objective(outputs, best.active)
+        gradient = objective.gradient(losses, outputs, best.active, current)
+        return losses.detach(), gradient, best.update(current, outputs, objective, self.stop_when_wrong)
 
 
 def checkpoints(steps: int) -> set[int]:
@@ -126,7 +130,7 @@ def checkpoints(steps: int) -> set[int]:
 
 
 @dataclass(frozen=True)
-class _Walk:
+class APGDState:
     """The state of one run, first axis: sample."""
 
     clean: Tensor
@@ -143,16 +147,16 @@ class _Walk:
     halved: Tensor  # was the step halved at the last checkpoint?
 
     @classmethod
-    def begin(cls, clean: Tensor, start: Tensor, loss: Tensor, gradient: Tensor, step: float) -> _Walk:
+    def begin(cls, clean: Tensor, start: Tensor, loss: Tensor, gradient: Tensor, step: float) -> APGDState:
         steps = torch.full((len(clean), 1, 1, 1), step, dtype=clean.dtype, device=clean.device)
         rises = torch.zeros(len(clean), dtype=torch.long, device=clean.device)
         return cls(clean, start, start, loss, gradient, steps, start, loss, gradient, loss, rises, rises == 0)
 
-    def only(self, keep: Tensor) -> _Walk:
+    def only(self, keep: Tensor) -> APGDState:
         """The samples that stay alive."""
-        return self if bool(keep.all()) else _Walk(*(getattr(self, field.name)[keep] for field in fields(self)))
+        return self if bool(keep.all()) else APGDState(*(getattr(self, field.name)[keep] for field in fields(self)))
 
-    def moved(self, current: Tensor, loss: Tensor, gradient: Tensor) -> _Walk:
+    def moved(self, current: Tensor, loss: Tensor, gradient: Tensor) -> APGDState:
         """After one step."""
         better = loss > self.best_loss
         wide = better[:, None, None, None]
@@ -168,8 +172,8 @@ class _Walk:
             rises=self.rises + (loss > self.loss),
         )
 
-    def checked(self, steps: int) -> _Walk:
-        """After a checkpoint: stalled samples halve their step and go on from their best picture."""
+    def checked(self, steps: int) -> APGDState:
+        """After a checkpoint: stalled samples halve their step and go on from their best image."""
         stalled = (self.rises <= 0.75 * steps) | (~self.halved & (self.checked_loss >= self.best_loss))
         wide = stalled[:, None, None, None]
         return replace(

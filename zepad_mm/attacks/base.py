@@ -97,28 +97,28 @@ def steepest(gradient: Tensor, norm: str) -> Tensor:
     return gradient / gradient.flatten(1).norm(dim=1)[:, None, None, None].clamp_min(1e-12)
 
 
-def fit_delta(delta: Tensor, size: tuple[int, int], epsilon: float, norm: str) -> Tensor:
-    """A universal (3, h, w) resized to pictures of ``size`` (H, W), inside the budget again."""
+def resize_delta(delta: Tensor, size: tuple[int, int], epsilon: float, norm: str) -> Tensor:
+    """A universal (3, h, w) resized to images of ``size`` (H, W), inside the budget again."""
     if (delta.shape[-2], delta.shape[-1]) == size:
         return delta
     return project(F.interpolate(delta[None], size, mode="bilinear", align_corners=False)[0], epsilon, norm)
 
 
-def _rounded(images: Tensor) -> Tensor:
+def _round_to_levels(images: Tensor) -> Tensor:
     return (images * 255).round() / 255
 
 
 def check_levels(images: Tensor) -> None:
-    """Raises ValueError for pictures that are not of whole levels k / 255."""
+    """Raises ValueError for images that are not of whole levels k / 255."""
     off = float((images * 255 - (images * 255).round()).abs().max()) if images.numel() else 0.0
     if off > 1e-3:
         raise ValueError(
-            f"images: expected whole levels k / 255, as 8-bit pictures have, got values {off:.2g} levels beside; "
+            f"images: expected whole levels k / 255, as 8-bit images have, got values {off:.2g} levels beside; "
             "write (images * 255).round() / 255 first"
         )
 
 
-def to_levels(images: Tensor, moved: Tensor, epsilon: float, norm: str) -> Tensor:
+def round_within_budget(images: Tensor, moved: Tensor, epsilon: float, norm: str) -> Tensor:
     """``moved`` on whole levels k / 255 and inside the budget around ``images``, which are of whole levels.
 
     L2 perturbations that rounding carried outside are shrunk, by bisection, until what is rounded fits.
@@ -192,7 +192,7 @@ class Attack(ABC):
 
     epsilon: float = 4 / 255  # budget in pixels of [0, 1]
     norm: str = "linf"  # "linf" or "l2"
-    quantize: bool = False  # True: pictures of whole levels k / 255 only, as a file of 8 bits holds them
+    quantize: bool = False  # True: images of whole levels k / 255 only, as a file of 8 bits holds them
 
     def __post_init__(self) -> None:
         check_budget(self.epsilon, self.norm)
@@ -215,11 +215,11 @@ class Attack(ABC):
             images: (B, 3, H, W) in [0, 1].
             labels: (B,) true classes, for losses on logits.
             generator: source of all randomness; a fixed seed 0 when None. The global RNG is never touched.
-            start: (B, 3, H, W) pictures to set out from, e.g. transferred ones; brought into the budget first. Further
+            start: (B, 3, H, W) images to set out from, e.g. transferred ones; brought into the budget first. Further
                 restarts begin at random.
 
         Raises:
-            ValueError: pictures, labels or outputs of the wrong shape or range; with ``quantize``, pictures of more
+            ValueError: images, labels or outputs of the wrong shape or range; with ``quantize``, images of more
                 than 8 bits.
         """
         with torch.inference_mode(False), torch.enable_grad():  # a caller's no_grad must not turn an attack off
@@ -231,37 +231,39 @@ class Attack(ABC):
             generator = check_generator(generator)
             inner, seen = self, model
             if self.quantize:
-                inner, seen = self._on_levels(model)
+                inner, seen = self._quantized(model)
                 if inner.epsilon == 0:
                     return images.clone()
             if start is not None:
-                start = inner.inside(images, _check_start(start, images))
+                start = inner.clip_to_budget(images, _check_start(start, images))
             with frozen(model):
                 attacked = inner.run(seen, images.clone(), labels, generator, start).detach()
             if attacked.shape != images.shape:
                 raise ValueError(f"{type(self).__name__}.run gave {tuple(attacked.shape)} for {tuple(images.shape)}")
             attacked = images + (attacked - images).nan_to_num(0.0)
             return (
-                to_levels(images, attacked, self.epsilon, self.norm) if self.quantize else self.inside(images, attacked)
+                round_within_budget(images, attacked, self.epsilon, self.norm)
+                if self.quantize
+                else self.clip_to_budget(images, attacked)
             )
 
-    def inside(self, images: Tensor, moved: Tensor) -> Tensor:
+    def clip_to_budget(self, images: Tensor, moved: Tensor) -> Tensor:
         """``moved`` brought back into the budget around ``images`` and into [0, 1]."""
         return (images + project(moved - images, self.epsilon, self.norm)).clamp(0, 1)
 
-    def holds(self, model: Model, images: Tensor, labels: Tensor) -> Tensor:
-        """(B,) bool: does the defence still stand on these pictures, as this attack counts success?"""
+    def still_correct(self, model: Model, images: Tensor, labels: Tensor) -> Tensor:
+        """(B,) bool: does the defence still stand on these images, as this attack counts success?"""
         with torch.no_grad(), frozen(model):
             right = model(images).argmax(-1) == labels
         return right if right.ndim == 1 else right.flatten(0, -2).any(0)
 
-    def _on_levels(self, model: Model) -> tuple[Self, Model]:
-        """The same attack on a model that sees rounded pictures, so that success is judged on what will be stored.
+    def _quantized(self, model: Model) -> tuple[Self, Model]:
+        """The same attack on a model that sees rounded images, so that success is judged on what will be stored.
 
         With an L-inf budget of whole levels, rounding never leaves the budget.
         """
         whole = math.floor(self.epsilon * 255 + 1e-4) / 255 if self.norm == "linf" else self.epsilon
-        return replace(self, epsilon=whole, quantize=False), lambda images: model(bpda(_rounded)(images))
+        return replace(self, epsilon=whole, quantize=False), lambda images: model(bpda(_round_to_levels)(images))
 
     @abstractmethod
     def run(
@@ -273,5 +275,5 @@ class Attack(ABC):
 def _check_start(start: Tensor, images: Tensor) -> Tensor:
     start = check_attackable(start)
     if start.shape != images.shape:
-        raise ValueError(f"start: expected one picture for each image, {tuple(images.shape)}, got {tuple(start.shape)}")
+        raise ValueError(f"start: expected one image for each image, {tuple(images.shape)}, got {tuple(start.shape)}")
     return start.to(images)

@@ -22,12 +22,12 @@ class Curve:
     """
 
     epsilons: tuple[float, ...]
-    holds: Tensor
+    still_correct: Tensor
 
     @property
     def accuracy(self) -> tuple[float, ...]:
         """In [0, 1], one for each budget."""
-        return tuple(float(share) for share in self.holds.double().mean(1))
+        return tuple(float(share) for share in self.still_correct.double().mean(1))
 
 
 def curve(
@@ -47,13 +47,11 @@ def curve(
         epsilons: budgets in the attack's norm, in any order; 0 is the clean accuracy.
 
     Raises:
-        ValueError: no pictures, no budgets, or one that the norm does not know.
+        ValueError: no images, no budgets, or one that the norm does not know.
     """
     labels = check_labels(labels, images)
     if not len(images) or not len(epsilons):
-        raise ValueError(
-            f"curve: expected pictures and budgets, got {len(images)} and {len(epsilons)}; e.g. [0, 4/255]"
-        )
+        raise ValueError(f"curve: expected images and budgets, got {len(images)} and {len(epsilons)}; e.g. [0, 4/255]")
     ordered = tuple(sorted(set(epsilons)))
     held = torch.ones(len(images), dtype=torch.bool, device=images.device)
     rows: list[Tensor] = []
@@ -62,10 +60,10 @@ def curve(
         at = replace(attack, epsilon=epsilon)
         index = held.nonzero()[:, 0]
         if len(index):
-            # the pictures of the budget before are inside this one: a better place to set out from than at random
+            # the images of the budget before are inside this one: a better place to set out from than at random
             first = start[index] if rows else None
             struck = at(model, images[index], labels[index], generator=generator, start=first)
             start = start.index_copy(0, index, struck)
-            held = held.index_copy(0, index, at.holds(model, struck, labels[index]))
+            held = held.index_copy(0, index, at.still_correct(model, struck, labels[index]))
         rows.append(held)
     return Curve(ordered, torch.stack(rows))

@@ -22,7 +22,7 @@ MODES: Registry[Callable[[DetectorAware, Tensor], list[Objective]]] = Registry("
 class DetectorAware(BranchedAttack):
     """Drives the fused answer wrong and the detector's score below its threshold.
 
-    The picture kept is the one with the largest of the smaller of two gains: the margin of the fused answer and the
+    The image kept is the one with the largest of the smaller of two gains: the margin of the fused answer and the
     distance below the threshold, the latter in units of ``spread``.
     """
 
@@ -30,7 +30,7 @@ class DetectorAware(BranchedAttack):
     threshold: float  # what exceeds it is flagged
     driver: str = "pgd"  # Auto-PGD judges its step by a loss, and these switch between two
     mode: str = "selective"  # of MODES
-    spread: float = 1.0  # unit of the score: its standard deviation on clean pictures
+    spread: float = 1.0  # unit of the score: its standard deviation on clean images
     multipliers: tuple[float, ...] = (0.3, 3.0)  # of the score in the joint loss: a run for each
 
     def __post_init__(self) -> None:
@@ -105,5 +105,5 @@ def orthogonal(attack: DetectorAware, labels: Tensor) -> list[Objective]:
 
 @MODES.register("suppress")
 def suppress(attack: DetectorAware, labels: Tensor) -> list[Objective]:
-    """The score alone, downwards; for pictures handed in as ``start`` that are wrong already and flagged."""
+    """The score alone, downwards; for images handed in as ``start`` that are wrong already and flagged."""
     return [Objective(lambda logits, y: attack.gains(logits, y)[1], labels, False, judge=attack.judge)]

@@ -1,4 +1,4 @@
-"""What a per-sample attack drives up, and the record of the worst picture found for each sample."""
+"""What a per-sample attack drives up, and the record of the worst image found for each sample."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from zepad_mm.attacks.base import Model
 from zepad_mm.attacks.losses import FEATURE_LOSSES, LOGIT_LOSSES, margin_per_branch, targeted
 from zepad_mm.utils.validation import check_labels
 
-# An answer counts as wrong once the margin is this part of the largest logit: thinner ones flip back when the picture
+# An answer counts as wrong once the margin is this part of the largest logit: thinner ones flip back when the image
 # is scored again in another batch, where sums are taken in another order.
 CLEARLY_WRONG = 1e-5
 
@@ -61,7 +61,7 @@ class Objective:
             return self.judge(outputs, self._target(index))[0]
         return replace(self, rivals=None)(outputs, index)
 
-    def still_right(self, outputs: Tensor, index: Tensor) -> Tensor | None:
+    def still_correct(self, outputs: Tensor, index: Tensor) -> Tensor | None:
         """(b,): does any branch still answer right? None for losses on features, which do not know."""
         if self.on_features:
             return None
@@ -101,33 +101,33 @@ def not_clearly_wrong(logits: Tensor, labels: Tensor) -> Tensor:
     return ~(margin_per_branch(logits, labels) > CLEARLY_WRONG * logits.abs().amax(-1))
 
 
-class Worst:
-    """The worst picture of each sample so far, and the samples still worth attacking.
+class BestAdversarial:
+    """The worst image of each sample so far, and the samples still worth attacking.
 
     Attributes:
         images: (B, 3, H, W).
-        losses: (B,), of those pictures.
+        losses: (B,), of those images.
         alive: (b,) indices of the samples not yet beaten.
     """
 
     def __init__(self, images: Tensor) -> None:
         self.images = images.clone()
         self.losses = torch.full((len(images),), -torch.inf, device=images.device)
-        self.alive = torch.arange(len(images), device=images.device)
+        self.active = torch.arange(len(images), device=images.device)
 
-    def look_at_clean(self, model: Model, objective: Objective, stop_when_wrong: bool = True) -> Tensor:
-        """Outputs at the pictures as they are; samples that are wrong without an attack leave at once."""
+    def update_from_clean(self, model: Model, objective: Objective, stop_when_wrong: bool = True) -> Tensor:
+        """Outputs at the images as they are; samples that are wrong without an attack leave at once."""
         with torch.no_grad():
             outputs = model(self.images)
         objective.check(outputs, len(self.images))
-        self.look(self.images, outputs, objective, stop_when_wrong)
+        self.update(self.images, outputs, objective, stop_when_wrong)
         return outputs
 
-    def look(self, current: Tensor, outputs: Tensor, objective: Objective, stop_when_wrong: bool = True) -> Tensor:
+    def update(self, current: Tensor, outputs: Tensor, objective: Objective, stop_when_wrong: bool = True) -> Tensor:
         """Take note of iterates whose outputs are given; returns the mask (b,) of those that stay alive."""
         outputs = outputs.detach()
-        right = objective.still_right(outputs, self.alive) if stop_when_wrong else None
-        return self.record(current, objective.untargeted(outputs, self.alive), right)
+        right = objective.still_correct(outputs, self.active) if stop_when_wrong else None
+        return self.record(current, objective.untargeted(outputs, self.active), right)
 
     def record(self, current: Tensor, losses: Tensor, right: Tensor | None) -> Tensor:
         """Take note of iterates of the samples alive; returns the mask (b,) of those that stay alive.
@@ -135,19 +135,19 @@ class Worst:
         Args:
             current: (b, 3, H, W).
             losses: (b,); the higher one is kept.
-            right: (b,) still answered right; the others leave with this picture, whatever their loss. None: all stay.
+            right: (b,) still answered right; the others leave with this image, whatever their loss. None: all stay.
         """
         losses = losses.detach().to(self.losses.dtype)
-        keep = torch.ones_like(self.alive, dtype=torch.bool) if right is None else right
-        take = (losses > self.losses[self.alive]) | ~keep
-        self.images[self.alive[take]] = current.detach()[take]
-        self.losses[self.alive[take]] = losses[take]
-        self.alive = self.alive[keep]
+        keep = torch.ones_like(self.active, dtype=torch.bool) if right is None else right
+        take = (losses > self.losses[self.active]) | ~keep
+        self.images[self.active[take]] = current.detach()[take]
+        self.losses[self.active[take]] = losses[take]
+        self.active = self.active[keep]
         return keep
 
 
 def input_gradient(losses: Tensor, current: Tensor, keep_graph: bool = False) -> Tensor:
-    """Gradient of each sample's loss with respect to its picture, without touching ``.grad``.
+    """Gradient of each sample's loss with respect to its image, without touching ``.grad``.
 
     Zero where it is NaN, and where the model cuts it off: such a model is for attacks without gradients, and for the
     evaluation's doubts, not a reason to stop.

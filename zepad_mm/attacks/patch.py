@@ -1,4 +1,4 @@
-"""A patch: pixels that replace a part of a picture. Its budget is the share of the area that it covers."""
+"""A patch: pixels that replace a part of an image. Its budget is the share of the area that it covers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_place(place: str) -> str:
 
 
 def patch_size(size: tuple[int, int], area: float) -> tuple[int, int]:
-    """(h, w) of a patch on a picture of ``size`` (H, W): the picture's shape, at most ``area`` of its pixels."""
+    """(h, w) of a patch on an image of ``size`` (H, W): the image's shape, at most ``area`` of its pixels."""
     side = math.sqrt(area)
     return int(size[0] * side + 1e-9), int(size[1] * side + 1e-9)  # 1e-9: 0.1 * 10 may come out below 1
 
@@ -29,13 +29,13 @@ def patch_size(size: tuple[int, int], area: float) -> tuple[int, int]:
 def paste(
     images: Tensor, patch: Tensor, area: float, place: str = "lower_right", generator: torch.Generator | None = None
 ) -> Tensor:
-    """Pictures with the patch on them; gradients reach both.
+    """Images with the patch on them; gradients reach both.
 
     Args:
         images: (B, 3, H, W) in [0, 1].
         patch: (3, h, w) in [0, 1]; resized to what ``area`` allows.
         area: share of the pixels that are replaced at most, in [0, 1]; where that is less than one pixel, none is.
-        place: "center", "lower_right", as AdvEncoder and AdvCLIP do, or "random": a place of its own for each picture.
+        place: "center", "lower_right", as AdvEncoder and AdvCLIP do, or "random": a place of its own for each image.
         generator: CPU source of random places; seed 0 when None.
 
     Returns:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zepad_mm.attacks.base import check_budget, fit_delta, project
+from zepad_mm.attacks.base import check_budget, project, resize_delta
 from zepad_mm.attacks.patch import check_place, paste
 from zepad_mm.utils.hub import Access, card_text, fetch, push_folder
 from zepad_mm.utils.io import read_tensors, write_tensors, write_text
@@ -31,7 +31,7 @@ class Perturbation:
         epsilon: the budget in pixels of [0, 1]; of a patch the share of the area that it may cover.
         norm: "linf", "l2" or "patch".
         provenance: how it was made: attack, encoder, data, seed, steps. JSON-able.
-        place: where a patch goes, "center", "lower_right" or "random" (per picture); additive ones leave it as it is.
+        place: where a patch goes, "center", "lower_right" or "random" (per image); additive ones leave it as it is.
     """
 
     delta: Tensor
@@ -90,7 +90,7 @@ class Perturbation:
         images = check_images(images)
         if self.norm == "patch":
             return paste(images, self.delta.to(images), self.epsilon, self.place, generator)
-        delta = fit_delta(self.delta, (images.shape[-2], images.shape[-1]), self.epsilon, self.norm)
+        delta = resize_delta(self.delta, (images.shape[-2], images.shape[-1]), self.epsilon, self.norm)
         return (images + delta.to(images)).clamp(0, 1)
 
     def __repr__(self) -> str:
@@ -171,7 +171,7 @@ class Perturbation:
         body = f"""\
 # A universal adversarial perturbation
 
-One perturbation of {self.delta.shape[-2]} x {self.delta.shape[-1]} pixels for every picture: {self.norm}, budget
+One perturbation of {self.delta.shape[-2]} x {self.delta.shape[-1]} pixels for every image: {self.norm}, budget
 {budget}. It is for testing defences; it was made as follows.
 
 | | |

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zepad_mm.attacks.base import ATTACKS, Attack, Model, random_delta, steepest
 from zepad_mm.attacks.losses import FEATURE_LOSSES, LOGIT_LOSSES
-from zepad_mm.attacks.objective import Objective, Worst
+from zepad_mm.attacks.objective import BestAdversarial, Objective
 
 
 @ATTACKS.register("pgd")
@@ -45,36 +45,36 @@ class PGD(Attack):
         self, model: Model, images: Tensor, labels: Tensor | None, generator: torch.Generator, start: Tensor | None
     ) -> Tensor:
         objective = Objective.make(self.loss, model, images, labels)
-        worst = Worst(images)
+        best = BestAdversarial(images)
         if self.stop_when_wrong and not objective.on_features:
-            worst.look_at_clean(model, objective)
-        self.ascend(model, images, [objective], worst, generator, start)
-        return worst.images
+            best.update_from_clean(model, objective)
+        self.ascend(model, images, [objective], best, generator, start)
+        return best.images
 
     def ascend(
         self,
         model: Model,
         images: Tensor,
         objectives: Sequence[Objective],
-        worst: Worst,
+        best: BestAdversarial,
         generator: torch.Generator,
         start: Tensor | None = None,
     ) -> None:
         """Every restart of every objective over the samples alive, noted in ``worst``."""
         for restart in range(self.restarts):
             for number, objective in enumerate(objectives):
-                if len(worst.alive):
-                    clean = images[worst.alive]
+                if len(best.active):
+                    clean = images[best.active]
                     if start is not None and restart == 0:
-                        begin = start[worst.alive]
+                        begin = start[best.active]
                     elif self.random_start or restart:
                         begin = clean + random_delta(clean, self.epsilon, self.norm, generator)
                     else:
                         begin = clean
-                    self._climb(model, clean, begin.clamp(0, 1), objective, worst, first=number == restart == 0)
+                    self._run_restart(model, clean, begin.clamp(0, 1), objective, best, first=number == restart == 0)
 
-    def _climb(
-        self, model: Model, clean: Tensor, current: Tensor, objective: Objective, worst: Worst, first: bool
+    def _run_restart(
+        self, model: Model, clean: Tensor, current: Tensor, objective: Objective, best: BestAdversarial, first: bool
     ) -> None:
         """One run from ``current`` over the samples alive, noted in ``worst``."""
         for step in range(self.steps + 1):
@@ -83,15 +83,15 @@ class PGD(Attack):
                 outputs = model(current.requires_grad_(not looking))
                 if step == 0 and first:
                     objective.check(outputs, len(current))
-                losses = objective(outputs, worst.alive)
-            gradient = current if looking else objective.gradient(losses, outputs, worst.alive, current)
+                losses = objective(outputs, best.active)
+            gradient = current if looking else objective.gradient(losses, outputs, best.active, current)
             current = current.detach()
-            keep = worst.look(current, outputs, objective, self.stop_when_wrong)
-            if looking or len(worst.alive) == 0:
+            keep = best.update(current, outputs, objective, self.stop_when_wrong)
+            if looking or len(best.active) == 0:
                 return
             if not bool(keep.all()):
                 clean, current, gradient = clean[keep], current[keep], gradient[keep]
-            current = self.inside(clean, current + self._step_size() * steepest(gradient, self.norm))
+            current = self.clip_to_budget(clean, current + self._step_size() * steepest(gradient, self.norm))
 
     def _step_size(self) -> float:
         if self.step_size is not None:

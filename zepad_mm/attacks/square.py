@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zepad_mm.attacks.base import ATTACKS, Attack, Model
 from zepad_mm.attacks.losses import FEATURE_LOSSES, LOGIT_LOSSES
-from zepad_mm.attacks.objective import Objective, Worst
+from zepad_mm.attacks.objective import BestAdversarial, Objective
 
 # after these parts of the queries the squares' area is halved
 HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
@@ -25,7 +25,7 @@ class Square(Attack):
 
     loss: str = "margin"  # of LOGIT_LOSSES or FEATURE_LOSSES
     queries: int = 1000  # forward passes per sample
-    area: float = 0.8  # part of the picture covered by the first squares
+    area: float = 0.8  # part of the image covered by the first squares
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,15 +38,15 @@ class Square(Attack):
         self, model: Model, images: Tensor, labels: Tensor | None, generator: torch.Generator, start: Tensor | None
     ) -> Tensor:
         objective = Objective.make(self.loss, model, images, labels)
-        worst = Worst(images)
+        best = BestAdversarial(images)
         if not objective.on_features:
-            worst.look_at_clean(model, objective)
+            best.update_from_clean(model, objective)
         for query in range(self.queries):
-            if len(worst.alive) == 0:
+            if len(best.active) == 0:
                 break
-            clean, current = images[worst.alive], worst.images[worst.alive]
+            clean, current = images[best.active], best.images[best.active]
             if query == 0 and start is not None:
-                tried = start[worst.alive]
+                tried = start[best.active]
             elif query == 0:  # vertical stripes
                 step = self.epsilon * _signs((len(clean), 3, 1, clean.shape[-1]), clean, generator)
                 tried = clean + step
@@ -57,8 +57,8 @@ class Square(Attack):
                 outputs = model(tried)
             if query == 0:
                 objective.check(outputs, len(tried), classes=False)
-            worst.look(tried, outputs, objective)
-        return worst.images
+            best.update(tried, outputs, objective)
+        return best.images
 
     def _try_square(self, current: Tensor, spent: float, generator: torch.Generator) -> Tensor:
         """``current`` with one square, at one place for the whole batch, thrown to the other side of the budget."""

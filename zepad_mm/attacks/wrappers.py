@@ -15,7 +15,7 @@ Model = Callable[[Tensor], Tensor]
 def eot(model: Model, passes: int = 20, seed: int = 0) -> Model:
     """Expectation over transformation (Athalye et al. 2018): outputs, and so gradients, averaged over forward passes.
 
-    Every picture batch gets draws of its own, made from ``seed`` and the pixels: two looks at the same batch agree, two
+    Every image batch gets draws of its own, made from ``seed`` and the pixels: two looks at the same batch agree, two
     iterates of an attack do not share their luck. The global random state is left as it was. A model that draws from a
     generator of its own decides for itself.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zepad_mm.attacks import UNIVERSAL_ATTACKS, Perturbation, UniversalAttack, load_published
 from zepad_mm.attacks.patch import patch_size
-from zepad_mm.attacks.universal.patch_attack import Patched
+from zepad_mm.attacks.universal.base import PatchAttack
 from zepad_mm.evaluation.session import Example, Session
 from zepad_mm.evaluation.subjects import UNDEFENDED
 from zepad_mm.evaluation.threats import CLEAN, T1, T1B, T1P, ThreatModel
@@ -46,7 +46,7 @@ def run_family_universal(session: Session) -> None:
 def run_patches(session: Session) -> None:
     """T1p: a patch of random pixels as the control, and patches made on the public encoder."""
     first, side = universal_attack(session, T1P, session.settings.patches[0]), session.images.shape[-1]
-    assert isinstance(first, Patched)
+    assert isinstance(first, PatchAttack)
     size, place = patch_size((side, side), first.epsilon), first.place
 
     def random_patch() -> Perturbation:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zepad_mm.attacks import PGD, FeatureUAP, Perturbation
-from zepad_mm.attacks.base import to_levels
+from zepad_mm.attacks.base import round_within_budget
 from zepad_mm.classifier import RobustZeroShotClassifier, pixels_of
 from zepad_mm.data import load_data
 from zepad_mm.encoders import Preprocess
@@ -136,7 +136,7 @@ class Service:
             epsilon = levels / 255
             if attack == "universal":
                 moved = self.perturbation.rescaled(epsilon)(clean)
-                attacked = to_levels(clean, moved, epsilon, "linf")
+                attacked = round_within_budget(clean, moved, epsilon, "linf")
             else:
                 pgd = PGD(epsilon=epsilon, steps=self.settings.attack_steps, quantize=True)
                 attacked = pgd(view, clean, torch.tensor([away], device=clean.device))

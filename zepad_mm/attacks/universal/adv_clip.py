@@ -1,4 +1,4 @@
-"""AdvCLIP (Zhou et al., ACM MM 2023): a universal patch that tears pictures from their texts."""
+"""AdvCLIP (Zhou et al., ACM MM 2023): a universal patch that tears images from their texts."""
 
 from __future__ import annotations
 
@@ -12,28 +12,27 @@ from torch import Tensor
 
 from zepad_mm.attacks.losses import info_nce
 from zepad_mm.attacks.perturbation import Perturbation
-from zepad_mm.attacks.universal.base import UNIVERSAL_ATTACKS, Surrogate
-from zepad_mm.attacks.universal.generator import GeneratorAttack
-from zepad_mm.attacks.universal.patch_attack import Patched
+from zepad_mm.attacks.universal.base import UNIVERSAL_ATTACKS, PatchAttack, Surrogate
+from zepad_mm.attacks.universal.perturbation_generator import GeneratorAttack
 from zepad_mm.attacks.universal.surrogate_heads import cluster
 
 
 @UNIVERSAL_ATTACKS.register("adv_clip")
 @dataclass(frozen=True, kw_only=True)
-class AdvCLIP(Patched, GeneratorAttack):
-    """AdvCLIP's patch of 3 % of the area: contrastive and topology losses to the clean pictures and to their texts.
+class AdvCLIP(PatchAttack, GeneratorAttack):
+    """AdvCLIP's patch of 3 % of the area: contrastive and topology losses to the clean images and to their texts.
 
     Maximises ``info_nce(clean, attacked) + text_weight * info_nce(text, attacked)`` and, by ``topology_weight``, the
-    same two of :func:`topology`. A picture's text is the nearest of ``text_features``; without those, pseudo texts
+    same two of :func:`topology`. An image's text is the nearest of ``text_features``; without those, pseudo texts
     stand in: the centres of k-means clusters of the clean features. The paper's discriminator, which makes the patch
-    look natural and no stronger, and the squared error on the picture are left out.
+    look natural and no stronger, and the squared error on the image are left out.
     """
 
     epsilon: float = 0.03  # share of the area
     norm: str = "patch"
-    place: str = "center"  # "lower_right" as published, or "random": a place of its own for each picture
+    place: str = "center"  # "lower_right" as published, or "random": a place of its own for each image
     learning_rate: float = 2e-3  # as for AdvEncoder's patch; 2e-4 as published
-    text_weight: float = 1.0  # of texts against pictures; 5 with pseudo texts is weaker on the embedded CLIP
+    text_weight: float = 1.0  # of texts against images; 5 with pseudo texts is weaker on the embedded CLIP
     topology_weight: float = 0.1  # of the topology losses; the released code weighs contrast 10 to 1
     clusters: int = 10  # pseudo texts, where no texts are given
     text_features: Tensor | None = field(default=None, repr=False, compare=False)  # (T, D), any length; no pairs needed
@@ -48,26 +47,26 @@ class AdvCLIP(Patched, GeneratorAttack):
             raise ValueError(f"text_features: expected a (T, D) tensor of text embeddings, got {got}")
 
     @property
-    def least(self) -> int:
+    def min_images(self) -> int:
         return 2
 
     def run(self, surrogate: Surrogate, generator: torch.Generator) -> Tensor:
         texts = self.texts(surrogate, generator)
 
         def total_loss(delta: Tensor, batch: Tensor) -> Tensor:
-            attacked, losses = surrogate.attacked(delta, batch), []
+            attacked, losses = surrogate.perturb(delta, batch), []
             for which, encoder in enumerate(surrogate.encoders):
                 now, clean = encoder(attacked), surrogate.clean_features(which, batch)
                 text = texts[which][..., batch.to(now.device), :]
                 contrast = info_nce(now, clean).mean() + self.text_weight * info_nce(now, text).mean()
                 shape = topology(now, clean).mean() + self.text_weight * topology(now, text).mean()
                 losses.append(contrast + self.topology_weight * shape)
-            return -surrogate.note(torch.stack(losses).mean())
+            return -surrogate.record_loss(torch.stack(losses).mean())
 
         return self.train(surrogate, generator, total_loss)
 
     def texts(self, surrogate: Surrogate, generator: torch.Generator) -> list[Tensor]:
-        """For each encoder the text of each picture, (..., N, D)."""
+        """For each encoder the text of each image, (..., N, D)."""
         found = []
         for which in range(len(surrogate.encoders)):
             features = surrogate.all_features(which)
@@ -85,9 +84,9 @@ class AdvCLIP(Patched, GeneratorAttack):
             found.append(choices.gather(-2, nearest[..., None].expand(features.shape)))
         return found
 
-    def pack(self, delta: Tensor, provenance: Mapping[str, Any]) -> Perturbation:
+    def to_perturbation(self, delta: Tensor, provenance: Mapping[str, Any]) -> Perturbation:
         texts = "cluster centres" if self.text_features is None else f"{len(self.text_features)} given"
-        return super().pack(delta, {**provenance, "texts": texts})
+        return super().to_perturbation(delta, {**provenance, "texts": texts})
 
 
 def neighbours(features: Tensor, others: Tensor) -> Tensor:
@@ -108,7 +107,7 @@ def topology(attacked: Tensor, reference: Tensor) -> Tensor:
         attacked, reference: features (..., B, D).
 
     Returns:
-        (..., B) losses; higher where a picture's attacked neighbours are not its clean ones.
+        (..., B) losses; higher where an image's attacked neighbours are not its clean ones.
     """
     truth = neighbours(reference, reference).clamp(1e-4, 1 - 1e-4)
     now = neighbours(attacked, reference).clamp(1e-4, 1 - 1e-4)

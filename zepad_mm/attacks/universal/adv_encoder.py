@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zepad_mm.attacks.universal.base import UNIVERSAL_ATTACKS, FeatureAttack, Surrogate
-from zepad_mm.attacks.universal.generator import GeneratorAttack
-from zepad_mm.attacks.universal.patch_attack import Patched
+from zepad_mm.attacks.universal.base import UNIVERSAL_ATTACKS, FeatureAttack, PatchAttack, Surrogate
+from zepad_mm.attacks.universal.perturbation_generator import GeneratorAttack
 
 
 @UNIVERSAL_ATTACKS.register("adv_encoder")
@@ -23,7 +22,7 @@ class AdvEncoder(GeneratorAttack, FeatureAttack):
     """
 
     loss: str = "info_nce"
-    adversarial_weight: float = 5.0  # of the feature loss against the two terms on the look of the picture
+    adversarial_weight: float = 5.0  # of the feature loss against the two terms on the look of the image
     high_pass_radius: float = 8.0  # radius of the removed centred disc of frequencies
 
     def run(self, surrogate: Surrogate, generator: torch.Generator) -> Tensor:
@@ -37,13 +36,13 @@ class AdvEncoder(GeneratorAttack, FeatureAttack):
         return -self.adversarial_weight * surrogate.loss(delta, batch, self.criterion) + quality - high_frequency
 
     def change(self, surrogate: Surrogate, delta: Tensor, batch: Tensor) -> Tensor:
-        """What the perturbation does to the pixels, (..., 3, H, W): itself, whatever the pictures."""
+        """What the perturbation does to the pixels, (..., 3, H, W): itself, whatever the images."""
         return delta
 
 
 @UNIVERSAL_ATTACKS.register("adv_encoder_patch")
 @dataclass(frozen=True, kw_only=True)
-class AdvEncoderPatch(Patched, AdvEncoder):
+class AdvEncoderPatch(PatchAttack, AdvEncoder):
     """AdvEncoder-PAT: a patch of 3 % of the area; the same losses.
 
     The paper puts it in the lower right. By default it is in the centre, where it does most harm: in the corner the
@@ -52,18 +51,18 @@ class AdvEncoderPatch(Patched, AdvEncoder):
 
     epsilon: float = 0.03  # share of the area
     norm: str = "patch"
-    place: str = "center"  # "lower_right" as published, or "random": a place of its own for each picture
+    place: str = "center"  # "lower_right" as published, or "random": a place of its own for each image
     steps: int = 60
-    learning_rate: float = 2e-3  # a patch of 11 x 11 pixels allows, and needs, larger steps than a whole picture
+    learning_rate: float = 2e-3  # a patch of 11 x 11 pixels allows, and needs, larger steps than a whole image
 
     def change(self, surrogate: Surrogate, delta: Tensor, batch: Tensor) -> Tensor:
-        return surrogate.attacked(delta, batch) - surrogate.pictures(batch)
+        return surrogate.perturb(delta, batch) - surrogate.select(batch)
 
 
-def high_pass(picture: Tensor, radius: float) -> Tensor:
+def high_pass(image: Tensor, radius: float) -> Tensor:
     """(..., H, W) without the frequencies in the centred disc of ``radius`` around zero frequency."""
-    height, width = picture.shape[-2:]
-    rows = torch.fft.fftfreq(height, 1 / height, device=picture.device)[:, None]
-    columns = torch.fft.fftfreq(width, 1 / width, device=picture.device)[None]
+    height, width = image.shape[-2:]
+    rows = torch.fft.fftfreq(height, 1 / height, device=image.device)[:, None]
+    columns = torch.fft.fftfreq(width, 1 / width, device=image.device)[None]
     keep = rows.square() + columns.square() > radius**2
-    return torch.fft.ifft2(torch.fft.fft2(picture) * keep).real
+    return torch.fft.ifft2(torch.fft.fft2(image) * keep).real

@@ -1,4 +1,4 @@
-"""The contract of every universal attack, and what the attacker owns: encoders and unlabelled pictures."""
+"""The contract of every universal attack, and what the attacker owns: encoders and unlabelled images."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ from zepad_mm.attacks.base import (
     check_attackable,
     check_budget,
     check_generator,
-    fit_delta,
     frozen,
     project,
+    random_delta,
+    resize_delta,
+    steepest,
 )
 from zepad_mm.attacks.losses import FEATURE_LOSSES
+from zepad_mm.attacks.patch import check_place, paste
 from zepad_mm.attacks.perturbation import Perturbation
 from zepad_mm.utils.registry import Registry
 
@@ -47,7 +50,7 @@ class Surrogate:
         attack: its budget, batch size and number of steps are used.
         seconds: wall-clock budget in place of the number of steps.
         progress: show a progress bar.
-        generator: draws the order of the pictures, and places of patches.
+        generator: draws the order of the images, and places of patches.
     """
 
     def __init__(
@@ -69,7 +72,7 @@ class Surrogate:
         self._progress = progress
         self._generator = generator
         self._started = time.perf_counter()
-        self._clean: dict[int, Tensor] = {}  # encoder -> (..., N, D), filled as pictures come up
+        self._clean: dict[int, Tensor] = {}  # encoder -> (..., N, D), filled as images come up
         self._known = torch.zeros(len(encoders), len(images), dtype=torch.bool)
 
     @property
@@ -78,18 +81,18 @@ class Surrogate:
         return time.perf_counter() - self._started
 
     @property
-    def done(self) -> float:
+    def fraction_done(self) -> float:
         """The part of the budget already spent, in [0, 1], for schedules."""
         spent = self.steps_done / self._attack.steps if self._seconds is None else self.seconds_spent / self._seconds
         return min(1.0, spent)
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Index batches over shuffled pictures until the budget is spent; at least one."""
+        """Index batches over shuffled images until the budget is spent; at least one."""
         size = min(self._attack.batch_size, len(self.images))
         total = self._attack.steps if self._seconds is None else None
         order = torch.empty(0, dtype=torch.long)
         with tqdm(total=total, disable=not self._progress, desc=type(self._attack).__name__) as bar:
-            while self.steps_done == 0 or self.done < 1:
+            while self.steps_done == 0 or self.fraction_done < 1:
                 if len(order) < size:  # a short rest is dropped: contrastive losses want full batches
                     order = torch.randperm(len(self.images), generator=self._generator)
                 yield order[:size]
@@ -97,13 +100,13 @@ class Surrogate:
                 self.steps_done += 1
                 bar.update()
 
-    def pictures(self, batch: Tensor) -> Tensor:
-        """The pictures at ``batch`` (B,), (B, 3, H, W)."""
+    def select(self, batch: Tensor) -> Tensor:
+        """The images at ``batch`` (B,), (B, 3, H, W)."""
         return self.images[batch.to(self.images.device)]
 
-    def attacked(self, delta: Tensor, batch: Tensor) -> Tensor:
-        """The pictures at ``batch`` (B,) with ``delta`` (3, h, w) on them, in the budget and in [0, 1]."""
-        return self._attack.apply(self.pictures(batch), delta, self._generator)
+    def perturb(self, delta: Tensor, batch: Tensor) -> Tensor:
+        """The images at ``batch`` (B,) with ``delta`` (3, h, w) on them, in the budget and in [0, 1]."""
+        return self._attack.apply(self.select(batch), delta, self._generator)
 
     def loss(self, delta: Tensor, batch: Tensor, criterion: FeatureLoss, which: Sequence[int] | None = None) -> Tensor:
         """How far ``delta`` (3, h, w) drives the features of a batch away; a scalar.
@@ -112,28 +115,28 @@ class Surrogate:
             criterion: (attacked features (..., B, D), clean ones) to losses; higher is worse for the defender.
             which: indices of the encoders to average over; None: all.
         """
-        attacked = self.attacked(delta, batch)
+        attacked = self.perturb(delta, batch)
         chosen = range(len(self.encoders)) if which is None else which
         losses = [criterion(self.encoders[i](attacked), self.clean_features(i, batch)).mean() for i in chosen]
-        return self.note(torch.stack(losses).mean())
+        return self.record_loss(torch.stack(losses).mean())
 
-    def note(self, loss: Tensor) -> Tensor:
+    def record_loss(self, loss: Tensor) -> Tensor:
         """The loss, kept as the last one for the provenance."""
         self.last_loss = float(loss.detach())
         return loss
 
     def all_features(self, which: int) -> Tensor:
-        """Features of all pictures as they are, (..., N, D)."""
+        """Features of all images as they are, (..., N, D)."""
         for batch in torch.arange(len(self.images)).split(self._attack.batch_size):
             self.clean_features(which, batch)
         return self._clean[which]
 
     def clean_features(self, which: int, batch: Tensor) -> Tensor:
-        """Features of the pictures as they are, (..., B, D); each is encoded once in the whole run."""
+        """Features of the images as they are, (..., B, D); each is encoded once in the whole run."""
         new = batch[~self._known[which, batch]]
         if len(new):
             with torch.no_grad():
-                features = self.encoders[which](self.pictures(new))
+                features = self.encoders[which](self.select(new))
             if not isinstance(features, Tensor) or features.ndim < 2 or features.shape[-2] != len(new):
                 got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
                 raise ValueError(
@@ -155,9 +158,9 @@ class UniversalAttack(ABC):
 
     epsilon: float = 10 / 255  # budget in pixels of [0, 1]
     norm: str = "linf"  # "linf" or "l2"
-    image_size: int = 64  # side of the perturbation; it is resized to pictures of another size
+    image_size: int = 64  # side of the perturbation; it is resized to images of another size
     steps: int = 150  # optimiser steps
-    batch_size: int = 16  # pictures per step; more and smaller steps beat fewer and larger ones
+    batch_size: int = 16  # images per step; more and smaller steps beat fewer and larger ones
     seed: int = 0  # of everything random, when no generator is handed in
 
     def __post_init__(self) -> None:
@@ -167,15 +170,15 @@ class UniversalAttack(ABC):
         for name in ("image_size", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.least > self.batch_size:
+        if self.min_images > self.batch_size:
             raise ValueError(
-                f"batch_size: {type(self).__name__} contrasts pictures with each other (as info_nce does) and needs at "
-                f"least {self.least}, got {self.batch_size}"
+                f"batch_size: {type(self).__name__} contrasts images with each other (as info_nce does) and needs at "
+                f"least {self.min_images}, got {self.batch_size}"
             )
 
     @property
-    def least(self) -> int:
-        """The fewest pictures of a batch."""
+    def min_images(self) -> int:
+        """The fewest images of a batch."""
         return 1
 
     def fit(
@@ -192,19 +195,19 @@ class UniversalAttack(ABC):
         Args:
             encoder: maps (B, 3, H, W) in [0, 1] to features (..., B, D). A list or dictionary of several crafts on
                 all at once: their losses are averaged.
-            images: (N, 3, H, W) in [0, 1], the attacker's own unlabelled pictures.
+            images: (N, 3, H, W) in [0, 1], the attacker's own unlabelled images.
             seconds: wall-clock budget in place of ``steps``; what comes out then depends on the machine.
             progress: show a progress bar.
             generator: CPU source of all randomness; seeded with ``seed`` when None. The global RNG is never touched.
 
         Raises:
-            ValueError: no pictures, no encoder, pictures out of range, features of a wrong shape.
+            ValueError: no images, no encoder, images out of range, features of a wrong shape.
         """
         models = _models(encoder)
         with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
             images = check_attackable(images)
-            if len(images) < self.least:
-                raise ValueError(f"images: expected at least {self.least} picture(s) to craft on, got {len(images)}")
+            if len(images) < self.min_images:
+                raise ValueError(f"images: expected at least {self.min_images} image(s) to craft on, got {len(images)}")
             if seconds is not None and not 0 < seconds < math.inf:
                 raise ValueError(f"seconds: expected a positive number, got {seconds}")
             generator = check_generator(generator, self.seed)
@@ -215,18 +218,18 @@ class UniversalAttack(ABC):
         delta = project(raw.float().cpu().nan_to_num(0.0), self.epsilon, self.norm)
         log.info("%r: loss %.4f after %d steps", self, surrogate.last_loss, surrogate.steps_done)
         about = self._provenance(surrogate, encoder, seconds) | {"seed": generator.initial_seed()}
-        return self.pack(delta, about)
+        return self.to_perturbation(delta, about)
 
     @abstractmethod
     def run(self, surrogate: Surrogate, generator: torch.Generator) -> Tensor:
         """The attack itself: (3, image_size, image_size); what it returns is projected again."""
 
     def apply(self, images: Tensor, delta: Tensor, generator: torch.Generator) -> Tensor:
-        """Pictures (B, 3, H, W) with ``delta`` (3, h, w) on them, as the perturbation will later be applied."""
+        """Images (B, 3, H, W) with ``delta`` (3, h, w) on them, as the perturbation will later be applied."""
         size = (images.shape[-2], images.shape[-1])
-        return (images + fit_delta(delta, size, self.epsilon, self.norm)).clamp(0, 1)
+        return (images + resize_delta(delta, size, self.epsilon, self.norm)).clamp(0, 1)
 
-    def pack(self, delta: Tensor, provenance: Mapping[str, Any]) -> Perturbation:
+    def to_perturbation(self, delta: Tensor, provenance: Mapping[str, Any]) -> Perturbation:
         """The finished perturbation from a delta inside the budget."""
         return Perturbation(delta, self.epsilon, self.norm, provenance)
 
@@ -255,13 +258,66 @@ class FeatureAttack(UniversalAttack):
         super().__post_init__()
 
     @property
-    def least(self) -> int:
+    def min_images(self) -> int:
         return 2 if self.loss == "info_nce" else 1
 
     @property
     def criterion(self) -> FeatureLoss:
         """The loss as a function."""
         return FEATURE_LOSSES.get(self.loss)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignAscentAttack(UniversalAttack):
+    """Momentum-sign ascent. The step shrinks along a cosine to a tenth.
+
+    The start is random: at the clean features every feature loss is flat.
+    """
+
+    step_size: float = 0.1  # first step as a part of epsilon
+    momentum: float = 0.9  # of gradients scaled to mean magnitude 1; 0 is plain sign ascent
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.step_size > 0 or not 0 <= self.momentum < 1:
+            raise ValueError(f"expected step_size > 0 and momentum in [0, 1), got {self.step_size} and {self.momentum}")
+
+    def ascend(
+        self, surrogate: Surrogate, generator: torch.Generator, objective: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """The delta (3, image_size, image_size) that makes ``objective(delta, batch)``, a scalar, large."""
+        like = surrogate.images.new_empty(1, 3, self.image_size, self.image_size)
+        delta = random_delta(like, self.epsilon, self.norm, generator)[0]
+        velocity = torch.zeros_like(delta)
+        for batch in surrogate:
+            delta.requires_grad_(True)
+            (gradient,) = torch.autograd.grad(objective(delta, batch), delta)
+            gradient = gradient.nan_to_num(0.0)
+            velocity = self.momentum * velocity + gradient / gradient.abs().mean().clamp_min(1e-20)
+            size = self.step_size * self.epsilon * (0.55 + 0.45 * math.cos(math.pi * surrogate.fraction_done))
+            moved = delta.detach() + size * steepest(velocity[None], self.norm)[0]
+            delta = project(moved, self.epsilon, self.norm)
+        return delta
+
+
+class PatchAttack(UniversalAttack):
+    """Mix-in, named before the attack: pixels are replaced, not added to; ``epsilon`` is a share of the area.
+
+    Adds no fields of its own, so that it changes no default of the attack; that declares ``place``.
+    """
+
+    norms: ClassVar[tuple[str, ...]] = ("patch",)
+    place: str
+
+    def __post_init__(self) -> None:
+        check_place(self.place)
+        super().__post_init__()
+
+    def apply(self, images: Tensor, delta: Tensor, generator: torch.Generator) -> Tensor:
+        return paste(images, delta, self.epsilon, self.place, generator)
+
+    def to_perturbation(self, delta: Tensor, provenance: Mapping[str, Any]) -> Perturbation:
+        return Perturbation(delta, self.epsilon, self.norm, provenance, self.place)
 
 
 def _models(encoder: Encoders) -> list[Model]:

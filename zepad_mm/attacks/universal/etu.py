@@ -8,22 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zepad_mm.attacks.universal.base import UNIVERSAL_ATTACKS, FeatureAttack, Surrogate
-from zepad_mm.attacks.universal.gradient_ascent import SignAscent
+from zepad_mm.attacks.universal.base import UNIVERSAL_ATTACKS, FeatureAttack, SignAscentAttack, Surrogate
 
 
 @UNIVERSAL_ATTACKS.register("etu")
 @dataclass(frozen=True, kw_only=True)
-class ETU(SignAscent, FeatureAttack):
+class ETU(SignAscentAttack, FeatureAttack):
     """Feature loss of ``x + delta``, ``x + crop(delta)`` and ``ScMix(x) + crop(delta)``, one after another.
 
-    A crop is resized to the whole picture. ScMix mixes two crops of a picture with each other, then with another
-    picture, which weighs less. The paper computes all three in every step, with the divergence "feature_kl" as the
+    A crop is resized to the whole image. ScMix mixes two crops of an image with each other, then with another
+    image, which weighs less. The paper computes all three in every step, with the divergence "feature_kl" as the
     loss; taking turns costs a third, and the cosine was stronger on the encoder that ships.
     """
 
     crop: tuple[float, float] = (0.5, 1.0)  # range of a crop's side as a part of the whole
-    mix: float = 0.3  # weight of the other picture in ScMix, below a half
+    mix: float = 0.3  # weight of the other image in ScMix, below a half
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -36,31 +35,31 @@ class ETU(SignAscent, FeatureAttack):
     def run(self, surrogate: Surrogate, generator: torch.Generator) -> Tensor:
         def objective(delta: Tensor, batch: Tensor) -> Tensor:
             turn = surrogate.steps_done % 3
-            pictures = surrogate.pictures(batch)
+            images = surrogate.select(batch)
             if turn == 2:
-                pictures = self.scmix(pictures, generator)
-            attacked = self.apply(pictures, self.cropped(delta[None], generator)[0] if turn else delta, generator)
+                images = self.scmix(images, generator)
+            attacked = self.apply(images, self.cropped(delta[None], generator)[0] if turn else delta, generator)
             losses = []
             for which, encoder in enumerate(surrogate.encoders):
                 clean = surrogate.clean_features(which, batch)
                 losses.append(self.criterion(encoder(attacked), clean).mean())
-            return surrogate.note(torch.stack(losses).mean())
+            return surrogate.record_loss(torch.stack(losses).mean())
 
         return self.ascend(surrogate, generator, objective)
 
-    def cropped(self, pictures: Tensor, generator: torch.Generator) -> Tensor:
+    def cropped(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """A random square crop of (B, 3, H, W), the same for all, resized to the whole."""
-        height, width = pictures.shape[-2:]
+        height, width = images.shape[-2:]
         low, high = self.crop
         part = low + (high - low) * float(torch.rand((), generator=generator))
         rows, columns = max(1, round(part * height)), max(1, round(part * width))
         top = int(torch.randint(height - rows + 1, (), generator=generator))
         left = int(torch.randint(width - columns + 1, (), generator=generator))
-        window = pictures[..., top : top + rows, left : left + columns]
+        window = images[..., top : top + rows, left : left + columns]
         return F.interpolate(window, (height, width), mode="bilinear", align_corners=False)
 
-    def scmix(self, pictures: Tensor, generator: torch.Generator) -> Tensor:
+    def scmix(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Scale mix and cross mix of (B, 3, H, W) in [0, 1]."""
         weight = float(torch.rand((), generator=generator))
-        own = weight * self.cropped(pictures, generator) + (1 - weight) * self.cropped(pictures, generator)
-        return (1 - self.mix) * own + self.mix * pictures.roll(1, 0)
+        own = weight * self.cropped(images, generator) + (1 - weight) * self.cropped(images, generator)
+        return (1 - self.mix) * own + self.mix * images.roll(1, 0)

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zepad_mm.attacks.universal.base import UNIVERSAL_ATTACKS, FeatureAttack, Surrogate
-from zepad_mm.attacks.universal.gradient_ascent import SignAscent
+from zepad_mm.attacks.universal.base import UNIVERSAL_ATTACKS, FeatureAttack, SignAscentAttack, Surrogate
 
 
 @UNIVERSAL_ATTACKS.register("feature_uap")
 @dataclass(frozen=True, kw_only=True)
-class FeatureUAP(SignAscent, FeatureAttack):
+class FeatureUAP(SignAscentAttack, FeatureAttack):
     """Universal perturbation by momentum-sign ascent on a feature loss (as X-Transfer and L4A step)."""
 
     def run(self, surrogate: Surrogate, generator: torch.Generator) -> Tensor:

@@ -7,22 +7,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zepad_mm.attacks.universal.base import UNIVERSAL_ATTACKS, Surrogate
-from zepad_mm.attacks.universal.gradient_ascent import SignAscent
-from zepad_mm.attacks.universal.layer_outputs import Activations, Layer, mean_square
+from zepad_mm.attacks.universal.activations import Activations, Layer, mean_square
+from zepad_mm.attacks.universal.base import UNIVERSAL_ATTACKS, SignAscentAttack, Surrogate
 
 
 @UNIVERSAL_ATTACKS.register("fff")
 @dataclass(frozen=True, kw_only=True)
-class FFF(SignAscent):
-    """Maximises the log of the activations of every layer (equation 4), on noise: no picture is looked at.
+class FFF(SignAscentAttack):
+    """Maximises the log of the activations of every layer (equation 4), on noise: no image is looked at.
 
     The input is Gaussian noise around grey (GD-UAP's range prior) under the perturbation; ``noise_std=0`` leaves the
     perturbation alone on grey, as FFF has it. The paper moves by Adam and halves the delta when it saturates; here
     sign steps shrink instead, which cannot saturate for good.
     """
 
-    batch_size: int = 8  # noise pictures per step
+    batch_size: int = 8  # noise images per step
     depth: float = 1.0  # layers from the first to this depth among the blocks count; 1: all
     noise_std: float = 0.05  # of the noise around 0.5, in pixels of [0, 1]
 
@@ -39,7 +38,9 @@ class FFF(SignAscent):
             def objective(delta: Tensor, batch: Tensor) -> Tensor:
                 noise = (0.5 + self.noise_std * torch.randn(shape, generator=generator)).clamp(0, 1)
                 found = taken(self.apply(noise.to(device), delta, generator))
-                return surrogate.note(torch.stack([mean_square(one).clamp_min(1e-20).log() for one in found]).mean())
+                return surrogate.record_loss(
+                    torch.stack([mean_square(one).clamp_min(1e-20).log() for one in found]).mean()
+                )
 
             return self.ascend(surrogate, generator, objective)
 

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zepad_mm.attacks.universal.base import UNIVERSAL_ATTACKS, Surrogate
-from zepad_mm.attacks.universal.gradient_ascent import SignAscent
-from zepad_mm.attacks.universal.layer_outputs import Activations, Layer, mean_square
+from zepad_mm.attacks.universal.activations import Activations, Layer, mean_square
+from zepad_mm.attacks.universal.base import UNIVERSAL_ATTACKS, SignAscentAttack, Surrogate
 
 
 @UNIVERSAL_ATTACKS.register("l4a_base")
 @dataclass(frozen=True, kw_only=True)
-class L4ABase(SignAscent):
+class L4ABase(SignAscentAttack):
     """L4A-base: makes the activations of one low layer large (equation 3), mean square in place of the sum.
 
     As published: first stage of a ResNet or first block of a transformer (``layer=0.0``), plain sign steps of 2e-4. On
@@ -27,7 +26,7 @@ class L4ABase(SignAscent):
         with Activations(surrogate.encoders, self.layers()) as taken:
 
             def objective(delta: Tensor, batch: Tensor) -> Tensor:
-                return surrogate.note(self.lift(taken, delta, surrogate.attacked(delta, batch), generator))
+                return surrogate.record_loss(self.lift(taken, delta, surrogate.perturb(delta, batch), generator))
 
             return self.ascend(surrogate, generator, objective)
 
@@ -36,7 +35,7 @@ class L4ABase(SignAscent):
         return (self.layer,)
 
     def lift(self, taken: Activations, delta: Tensor, attacked: Tensor, generator: torch.Generator) -> Tensor:
-        """What is maximised, a scalar; ``attacked`` (B, 3, H, W) are real pictures with ``delta`` on them."""
+        """What is maximised, a scalar; ``attacked`` (B, 3, H, W) are real images with ``delta`` on them."""
         return torch.stack([mean_square(activation) for activation in taken(attacked)]).mean()
 
 
@@ -59,15 +58,15 @@ class L4AFuse(L4ABase):
 @UNIVERSAL_ATTACKS.register("l4a_ugs")
 @dataclass(frozen=True, kw_only=True)
 class L4AUGS(L4ABase):
-    """L4A-ugs: base on uniform-Gaussian samples, and a little on the real pictures (equation 5).
+    """L4A-ugs: base on uniform-Gaussian samples, and a little on the real images (equation 5).
 
-    A sample is a picture of Gaussian noise; mean and deviation of each colour are drawn uniformly, anew at each step.
+    A sample is an image of Gaussian noise; mean and deviation of each colour are drawn uniformly, anew at each step.
     """
 
-    noise_size: int = 8  # Gaussian pictures per step
+    noise_size: int = 8  # Gaussian images per step
     noise_mean: tuple[float, float] = (0.4, 0.6)  # range that the mean of a colour is drawn from
     noise_std: tuple[float, float] = (0.05, 0.1)  # range that its standard deviation is drawn from
-    real_weight: float = 0.01  # lambda of the released code: weight of the real pictures
+    real_weight: float = 0.01  # lambda of the released code: weight of the real images
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,7 +83,7 @@ class L4AUGS(L4ABase):
         return on_noise + self.real_weight * super().lift(taken, delta, attacked, generator)
 
     def samples(self, size: tuple[int, int], generator: torch.Generator) -> Tensor:
-        """Gaussian pictures (noise_size, 3, H, W) in [0, 1]."""
+        """Gaussian images (noise_size, 3, H, W) in [0, 1]."""
         mean, std = (
             torch.empty(self.noise_size, 3, 1, 1).uniform_(low, high, generator=generator)
             for low, high in (self.noise_mean, self.noise_std)

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zepad_mm.attacks.universal.base import UNIVERSAL_ATTACKS, Surrogate
-from zepad_mm.attacks.universal.gradient_ascent import SignAscent
-from zepad_mm.attacks.universal.layer_outputs import Activations, Layer
+from zepad_mm.attacks.universal.activations import Activations, Layer
+from zepad_mm.attacks.universal.base import UNIVERSAL_ATTACKS, SignAscentAttack, Surrogate
 
 
 @UNIVERSAL_ATTACKS.register("ssp")
 @dataclass(frozen=True, kw_only=True)
-class SSP(SignAscent):
-    """Drives the activations of a middle layer away from those of the clean pictures.
+class SSP(SignAscentAttack):
+    """Drives the activations of a middle layer away from those of the clean images.
 
     The paper's feature distortion, the squared distance of equation 5, summed into one delta over the batches as the
     released code of L4A does. Each layer counts relative to the size of its clean activations, so that no encoder of
@@ -29,9 +28,9 @@ class SSP(SignAscent):
 
             def objective(delta: Tensor, batch: Tensor) -> Tensor:
                 with torch.no_grad():
-                    clean = taken(surrogate.pictures(batch))
-                pairs = zip(taken(surrogate.attacked(delta, batch)), clean, strict=True)
+                    clean = taken(surrogate.select(batch))
+                pairs = zip(taken(surrogate.perturb(delta, batch)), clean, strict=True)
                 distances = [(now - before).square().mean() / before.square().mean() for now, before in pairs]
-                return surrogate.note(torch.stack(distances).mean())
+                return surrogate.record_loss(torch.stack(distances).mean())
 
             return self.ascend(surrogate, generator, objective)

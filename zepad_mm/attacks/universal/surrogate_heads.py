@@ -1,4 +1,4 @@
-"""The attacker's own head: what stands in for class logits when there are only an encoder and unlabelled pictures."""
+"""The attacker's own head: what stands in for class logits when there are only an encoder and unlabelled images."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Head = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class CentreHead:
+class ClusterHead:
     """Scaled cosine to cluster centres of centred features: features (..., B, D) to logits (..., B, K).
 
     Attributes:
-        mean: (..., 1, D), taken off first: what all pictures have in common tells no clusters apart.
+        mean: (..., 1, D), taken off first: what all images have in common tells no clusters apart.
         centres: (..., K, D) of unit length.
         scale: factor on the cosines.
     """
@@ -32,13 +32,13 @@ class CentreHead:
         return self.scale * F.normalize(features - self.mean, dim=-1) @ self.centres.transpose(-1, -2)
 
 
-def cluster(features: Tensor, clusters: int, generator: torch.Generator, rounds: int = 20) -> CentreHead:
+def cluster(features: Tensor, clusters: int, generator: torch.Generator, rounds: int = 20) -> ClusterHead:
     """Spherical k-means.
 
     Args:
         features: (..., N, D); leading axes are clustered each by itself.
         clusters: K; at most N of them are made.
-        generator: CPU source of the pictures to begin with.
+        generator: CPU source of the images to begin with.
         rounds: Lloyd's iterations.
     """
     mean = features.mean(-2, keepdim=True)
@@ -49,16 +49,16 @@ def cluster(features: Tensor, clusters: int, generator: torch.Generator, rounds:
         nearest = (points @ centres.transpose(-1, -2)).argmax(-1)
         member = F.one_hot(nearest, centres.shape[-2]).to(points)
         sums = member.transpose(-1, -2) @ points
-        filled = member.sum(-2)[..., None] > 0  # a cluster that lost all its pictures stays where it was
+        filled = member.sum(-2)[..., None] > 0  # a cluster that lost all its images stays where it was
         centres = torch.where(filled, F.normalize(sums, dim=-1), centres)
-    return CentreHead(mean, centres)
+    return ClusterHead(mean, centres)
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadedAttack(UniversalAttack):
+class PseudoLabelAttack(UniversalAttack):
     """A universal attack that needs logits: by default of the attacker's own pseudo-classes.
 
-    Those are k-means clusters of the encoder's features of his pictures; no label of any task is used. A ``head`` of
+    Those are k-means clusters of the encoder's features of his images; no label of any task is used. A ``head`` of
     his own, any callable from features to logits, takes their place; for a model that gives logits already, hand in
     the model as the encoder and ``head=torch.nn.Identity()``.
     """
@@ -74,7 +74,7 @@ class HeadedAttack(UniversalAttack):
             raise ValueError(f"head: expected a callable from features to logits, got {self.head!r:.80}")
 
     @property
-    def least(self) -> int:
+    def min_images(self) -> int:
         return 1 if self.head is not None else 2
 
     def heads(self, surrogate: Surrogate, generator: torch.Generator) -> list[Head]:

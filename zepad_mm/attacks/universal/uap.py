@@ -1,4 +1,4 @@
-"""UAP (Moosavi-Dezfooli et al., CVPR 2017): DeepFool steps of single pictures, gathered in one perturbation."""
+"""UAP (Moosavi-Dezfooli et al., CVPR 2017): DeepFool steps of single images, gathered in one perturbation."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 
 from zepad_mm.attacks.base import Model, project, random_delta
 from zepad_mm.attacks.universal.base import UNIVERSAL_ATTACKS, Surrogate
-from zepad_mm.attacks.universal.surrogate_heads import Head, HeadedAttack
+from zepad_mm.attacks.universal.surrogate_heads import Head, PseudoLabelAttack
 
 
 @UNIVERSAL_ATTACKS.register("uap")
 @dataclass(frozen=True, kw_only=True)
-class UAP(HeadedAttack):
-    """For the pictures whose answer stands yet: DeepFool from where they are, and the results are added up.
+class UAP(PseudoLabelAttack):
+    """For the images whose answer stands yet: DeepFool from where they are, and the results are added up.
 
-    Algorithm 1 of the paper on batches: DeepFool (its algorithm 2, for L2) runs on all pictures of a batch side by
-    side, and the sum of what it found is added and projected, where the paper adds picture after picture. The answers
+    Algorithm 1 of the paper on batches: DeepFool (its algorithm 2, for L2) runs on all images of a batch side by
+    side, and the sum of what it found is added and projected, where the paper adds image after image. The answers
     are those of the attacker's own head.
     """
 
@@ -48,8 +48,8 @@ class UAP(HeadedAttack):
         return delta
 
     def gather(self, surrogate: Surrogate, delta: Tensor, batch: Tensor, heads: list[Head]) -> Tensor:
-        """The sum over pictures and encoders of DeepFool's ways out, as (3, image_size, image_size)."""
-        attacked = surrogate.attacked(delta, batch)
+        """The sum over images and encoders of DeepFool's ways out, as (3, image_size, image_size)."""
+        attacked = surrogate.perturb(delta, batch)
         total, fooled = torch.zeros_like(attacked[0]), []
         for which, (encoder, head) in enumerate(zip(surrogate.encoders, heads, strict=True)):
             clean = head(surrogate.clean_features(which, batch))
@@ -65,16 +65,16 @@ class UAP(HeadedAttack):
                 stands = now.reshape(-1, len(batch))[branch] == answers
                 if bool(stands.any()):
                     total += self.deepfool(logits, attacked[stands], answers[stands]).sum(0)
-        surrogate.note(torch.stack(fooled).mean())
+        surrogate.record_loss(torch.stack(fooled).mean())
         if total.shape != delta.shape:
             total = F.interpolate(total[None], delta.shape[-2:], mode="bilinear", align_corners=False)[0]
         return total
 
-    def deepfool(self, logits: Model, pictures: Tensor, answers: Tensor) -> Tensor:
+    def deepfool(self, logits: Model, images: Tensor, answers: Tensor) -> Tensor:
         """The shortest change (B, 3, H, W), to first order, after which ``logits`` no longer gives ``answers`` (B,)."""
-        change = torch.zeros_like(pictures)
+        change = torch.zeros_like(images)
         for _ in range(self.iterations):
-            pixels = (pictures + (1 + self.overshoot) * change).clamp(0, 1).requires_grad_(True)
+            pixels = (images + (1 + self.overshoot) * change).clamp(0, 1).requires_grad_(True)
             found = logits(pixels)
             stands = found.argmax(-1) == answers
             if not bool(stands.any()):

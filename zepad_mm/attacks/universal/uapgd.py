@@ -7,28 +7,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zepad_mm.attacks.universal.base import UNIVERSAL_ATTACKS, Surrogate
-from zepad_mm.attacks.universal.gradient_ascent import SignAscent
-from zepad_mm.attacks.universal.surrogate_heads import HeadedAttack
+from zepad_mm.attacks.universal.base import UNIVERSAL_ATTACKS, SignAscentAttack, Surrogate
+from zepad_mm.attacks.universal.surrogate_heads import PseudoLabelAttack
 
 
 @UNIVERSAL_ATTACKS.register("uapgd")
 @dataclass(frozen=True, kw_only=True)
-class UAPGD(SignAscent, HeadedAttack):
-    """Raises the cross-entropy to the answers on clean pictures, those of the attacker's own head.
+class UAPGD(SignAscentAttack, PseudoLabelAttack):
+    """Raises the cross-entropy to the answers on clean images, those of the attacker's own head.
 
-    The paper runs PGD picture by picture inside the loop of UAP, in place of DeepFool; here each step is of a batch.
+    The paper runs PGD image by image inside the loop of UAP, in place of DeepFool; here each step is of a batch.
     """
 
     def run(self, surrogate: Surrogate, generator: torch.Generator) -> Tensor:
         heads = self.heads(surrogate, generator)
 
         def objective(delta: Tensor, batch: Tensor) -> Tensor:
-            attacked = surrogate.attacked(delta, batch)
+            attacked = surrogate.perturb(delta, batch)
             losses = []
             for which, (encoder, head) in enumerate(zip(surrogate.encoders, heads, strict=True)):
                 answers = head(surrogate.clean_features(which, batch)).argmax(-1, keepdim=True)
                 losses.append(-head(encoder(attacked)).log_softmax(-1).gather(-1, answers).mean())
-            return surrogate.note(torch.stack(losses).mean())
+            return surrogate.record_loss(torch.stack(losses).mean())
 
         return self.ascend(surrogate, generator, objective)

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zepad_mm.attacks.universal.base import UNIVERSAL_ATTACKS, FeatureAttack, Surrogate
-from zepad_mm.attacks.universal.gradient_ascent import SignAscent
+from zepad_mm.attacks.universal.base import UNIVERSAL_ATTACKS, FeatureAttack, SignAscentAttack, Surrogate
 
 
 class UpperConfidence:
@@ -48,7 +47,7 @@ class UpperConfidence:
 
 @UNIVERSAL_ATTACKS.register("x_transfer")
 @dataclass(frozen=True, kw_only=True)
-class XTransfer(SignAscent, FeatureAttack):
+class XTransfer(SignAscentAttack, FeatureAttack):
     """Feature steps on ``k`` of the surrogates at a time, those chosen that the delta fools least so far.
 
     The reward of a surrogate is one minus its feature loss, with the cosine loss the similarity that is left: the
@@ -76,6 +75,6 @@ class XTransfer(SignAscent, FeatureAttack):
             for arm in bandit.choose(self.k):
                 losses.append(surrogate.loss(delta, batch, self.criterion, [arm]))
                 bandit.reward(arm, 1 - surrogate.last_loss)
-            return surrogate.note(torch.stack(losses).mean())
+            return surrogate.record_loss(torch.stack(losses).mean())
 
         return self.ascend(surrogate, generator, objective)

@@ -23,7 +23,7 @@ class GeneratorAttack(UniversalAttack):
     """Trains the generator; what its loss is, sub-classes say. Needs no labels."""
 
     steps: int = 60  # optimiser steps; 20 epochs as published
-    batch_size: int = 32  # pictures per step; 256 as published
+    batch_size: int = 32  # images per step; 256 as published
     maps: int = 16  # noise vectors, mixed into one map by a convolution per colour; 256 as published
     width: int = 256  # channels of the generator's first layer, halved by each further one; 1024 as published
     learning_rate: float = 3e-4  # of Adam with betas (0.5, 0.999); 2e-4 as published
