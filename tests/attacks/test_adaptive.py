@@ -138,7 +138,7 @@ def test_adaptive_attacks_bite_at_least_as_deep_as_generic_ones(batch: tuple[Ten
 
 @pytest.mark.parametrize("name", list(ATTACKS))
 @pytest.mark.parametrize("norm", list(EPSILON))
-def test_whole_levels(name: str, norm: str, batch: tuple[Tensor, Tensor]) -> None:
+def test_quantize_gives_8_bit_images(name: str, norm: str, batch: tuple[Tensor, Tensor]) -> None:
     if norm not in ATTACKS.get(name).norms:
         pytest.skip(f"{name} knows no {norm}")
     images, labels = batch
@@ -166,7 +166,7 @@ def test_saved_pictures_score_the_same(tmp_path: Any, batch: tuple[Tensor, Tenso
     assert loaded.about == {"attack": "pgd"}
     with pytest.raises(FileExistsError, match="another folder"):
         save_adversarial(tmp_path / "pgd", attacked)
-    with pytest.raises(ValueError, match="whole levels"):
+    with pytest.raises(ValueError, match="multiples of 1 / 255"):
         save_adversarial(tmp_path / "other", PGD()(undefended, images, labels))
     (tmp_path / "pgd" / "000001.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"000001\.png"):

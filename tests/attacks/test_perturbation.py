@@ -59,7 +59,7 @@ def test_truncated_file(tmp_path, part):
 
 def test_foreign_file(tmp_path):
     save_file({"weight": torch.zeros(3)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"no perturbation of zepad-mm.*weight"):
+    with pytest.raises(ValueError, match=r"not a perturbation of zepad-mm.*weight"):
         Perturbation.load(tmp_path / "model.safetensors")
 
 

@@ -1,4 +1,4 @@
-"""Attacks: per-sample ones on any callable, universal ones on encoders. They never import models."""
+"""Per-sample attacks on any callable from images to outputs, and universal attacks on encoders."""
 
 from zepad_mm.attacks.adaptive import ADAPTIVE_ATTACKS, FUSED_LOSSES, FusedAttack
 from zepad_mm.attacks.apgd import APGD

@@ -1,4 +1,4 @@
-"""Attacks on a fused model that use what it is made of. They see two callables: the branches, and what fuses them."""
+"""White-box attacks on a fused model, given as two callables: the branch logits and the fusion rule."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from zepad_mm.utils.validation import check_labels
 
 
 class Fused(Protocol):
-    """What a fusion gives: ``zepad_mm.models.fusion.Decision`` is one."""
+    """The output of a fusion rule, e.g. ``zepad_mm.models.fusion.Decision``."""
 
     @property
     def logits(self) -> Tensor:
@@ -29,30 +29,30 @@ class Fused(Protocol):
 
     @property
     def weights(self) -> Tensor:
-        """(N, B), of each branch for each image."""
+        """(N, B) weights of the branches for each image."""
 
 
-Fuse = Callable[[Tensor], Fused]  # branch logits (N, B, C) to one answer
-Loss = Callable[[Tensor, Tensor], Tensor]  # branch logits (N, B, C) and labels (B,) to what is driven up (B,)
+Fuse = Callable[[Tensor], Fused]  # branch logits (N, B, C) to the fused output
+Loss = Callable[[Tensor, Tensor], Tensor]  # branch logits (N, B, C) and labels (B,) to losses (B,)
 
-# name -> attack class; a call takes the branches, (B, 3, H, W) to (N, B, C), where other attacks take a model
+# name -> attack class; it is called with the branches, (B, 3, H, W) to (N, B, C), in place of a model
 ADAPTIVE_ATTACKS: Registry[type[BranchedAttack]] = Registry("adaptive attack")
 
-# name -> losses(fuse, number of branches): each one is a run of its own
+# name -> losses(fuse, number of branches); each loss is maximised in a run of its own
 FUSED_LOSSES: Registry[Callable[[Fuse, int], list[Loss]]] = Registry("loss on a fused model")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BranchedAttack(Attack):
-    """Any surrogate losses on the branches; kept and counted is what the fused answer makes of it.
+    """An attack with losses on the branch logits, whose success is judged on the fused output.
 
-    Raises ValueError, when called, for a model that does not give (N, B, C).
+    Raises ValueError, when called, for a model whose outputs are not (N, B, C).
     """
 
     fuse: Fuse = field(repr=False)  # (N, B, C) to something with logits (B, C) and weights (N, B)
     steps: int = 50  # gradient steps per run
     restarts: int = 1  # the worst over all of them counts
-    driver: str = "apgd"  # "apgd" or "pgd": what chooses the steps
+    driver: str = "apgd"  # "apgd" or "pgd": the optimiser of the losses
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,7 +63,7 @@ class BranchedAttack(Attack):
         self.make_driver()  # checks the steps
 
     def make_driver(self) -> APGD | PGD:
-        """The steps, whatever they climb."""
+        """The gradient attack that maximises the losses."""
         kind: type[APGD] | type[PGD] = APGD if self.driver == "apgd" else PGD
         return kind(epsilon=self.epsilon, norm=self.norm, steps=self.steps, restarts=self.restarts)
 
@@ -87,28 +87,28 @@ class BranchedAttack(Attack):
 
     @abstractmethod
     def objectives(self, labels: Tensor, branches: int) -> list[Objective]:
-        """One for each run."""
+        """One objective for each run."""
 
     def judge(self, branch_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """What images are compared by (b,), and for which the defence still stands (b,)."""
+        """The value that images are compared by (b,), and whether each is still correct (b,)."""
         logits = self.fuse(branch_logits).logits
         return margin(logits, labels), not_clearly_wrong(logits, labels)
 
 
 def check_branches(outputs: Tensor, samples: int) -> None:
-    """Raises ValueError for outputs that are not (N, B, C)."""
+    """Raise ValueError for outputs that are not (N, B, C)."""
     if not isinstance(outputs, Tensor) or outputs.ndim != 3 or outputs.shape[1] != samples:
         got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(
             f"model: expected the logits of every branch, (N, {samples}, C), got {got}; "
-            "hand in model.branch_logits, not the fused model"
+            "pass model.branch_logits, not the fused model"
         )
 
 
 @ADAPTIVE_ATTACKS.register("fused")
 @dataclass(frozen=True, kw_only=True)
 class FusedAttack(BranchedAttack):
-    """White-box attack on a fused model by one of :data:`FUSED_LOSSES`; success is a wrong fused answer."""
+    """White-box attack on a fused model by one of :data:`FUSED_LOSSES`; success is a wrong fused prediction."""
 
     loss: str = "fused_margin"  # of FUSED_LOSSES
 
@@ -121,12 +121,12 @@ class FusedAttack(BranchedAttack):
         return [Objective(loss, labels, False, judge=self.judge) for loss in losses]
 
 
-# ---- through the fusion ------------------------------------------------------------------------------------------
+# ---- losses through the fusion ---------------------------------------------------------------------------------------
 
 
 @FUSED_LOSSES.register("fused_margin")
 def fused_margin(fuse: Fuse, branches: int) -> list[Loss]:
-    """Best wrong fused logit less the true one."""
+    """Margin of the fused logits."""
     return [lambda logits, labels: margin(fuse(logits).logits, labels)]
 
 
@@ -138,7 +138,7 @@ def fused_ce(fuse: Fuse, branches: int) -> list[Loss]:
 
 @FUSED_LOSSES.register("fused_dlr")
 def fused_dlr(fuse: Fuse, branches: int) -> list[Loss]:
-    """Logit ratio of the fused logits; the plain margin below 3 classes, where there is none."""
+    """DLR loss of the fused logits; below 3 classes, where it is undefined, the margin."""
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         ratio = difference_of_logits_ratio if logits.shape[-1] >= 3 else margin
@@ -149,40 +149,40 @@ def fused_dlr(fuse: Fuse, branches: int) -> list[Loss]:
 
 @FUSED_LOSSES.register("weight_hijack")
 def weight_hijack(fuse: Fuse, branches: int) -> list[Loss]:
-    """Weighted sum of the branches' margins: grows by making a wrong branch more wrong, and by making it weigh more."""
+    """Weighted sum of branch margins: grows with the margin of a wrong branch and with its weight."""
     return [lambda logits, labels: (fuse(logits).weights * margin_per_branch(logits, labels)).sum(0)]
 
 
 @FUSED_LOSSES.register("weight_hijack_frozen")
 def weight_hijack_frozen(fuse: Fuse, branches: int) -> list[Loss]:
-    """The same with weights that count as constants in each step: for rules whose weights hide the gradient."""
+    """The same with detached weights: for fusion rules whose weights mask the gradient."""
     return [lambda logits, labels: (fuse(logits).weights.detach() * margin_per_branch(logits, labels)).sum(0)]
 
 
-# ---- past the fusion ---------------------------------------------------------------------------------------------
+# ---- losses on the branches alone ------------------------------------------------------------------------------------
 
 
 @FUSED_LOSSES.register("branch")
 def branch(fuse: Fuse, branches: int) -> list[Loss]:
-    """Each branch alone, in runs of their own."""
-    return [_of_some((index,)) for index in range(branches)]
+    """Each branch alone, one run each."""
+    return [_margin_of((index,)) for index in range(branches)]
 
 
 @FUSED_LOSSES.register("pair")
 def pair(fuse: Fuse, branches: int) -> list[Loss]:
-    """Each pair of branches; a single branch where there is no pair."""
-    return [_of_some(two) for two in combinations(range(branches), 2)] or [_of_some((0,))]
+    """Each pair of branches, one run each; the single branch where there is no pair."""
+    return [_margin_of(pair) for pair in combinations(range(branches), 2)] or [_margin_of((0,))]
 
 
 @FUSED_LOSSES.register("sum_margin")
 def sum_margin(fuse: Fuse, branches: int) -> list[Loss]:
-    """The sum of all margins."""
-    return [_of_some(range(branches))]
+    """Sum of all branch margins."""
+    return [_margin_of(range(branches))]
 
 
 @FUSED_LOSSES.register("min_margin")
 def min_margin(fuse: Fuse, branches: int) -> list[Loss]:
-    """The smallest margin: raises the branch that holds out longest, until all are wrong."""
+    """Smallest branch margin: attacks the most robust branch until all are wrong."""
     return [lambda logits, labels: margin_per_branch(logits, labels).amin(0)]
 
 
@@ -200,11 +200,11 @@ def average_probability(fuse: Fuse, branches: int) -> list[Loss]:
 
 @FUSED_LOSSES.register("mora")
 def mora(fuse: Fuse, branches: int) -> list[Loss]:
-    """Margins re-weighted at each step towards the branches near their border, after MORA's idea (Yu et al. 2022).
+    """Branch margins re-weighted at each step towards branches near their decision boundary (MORA, Yu et al. 2022).
 
-    A branch that is wrong for good, or out of reach, takes no part, so that its gradient does not cancel the others'.
-    The weight is the slope of a sigmoid at the branch's margin, in units of the spread of its logits; a constant to
-    the gradient.
+    A branch far on either side of the boundary gets little weight, so that its gradient does not cancel the others'.
+    The weight is the slope of a sigmoid at the branch's margin, in units of the standard deviation of its logits; it is
+    detached.
     """
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -216,5 +216,5 @@ def mora(fuse: Fuse, branches: int) -> list[Loss]:
     return [loss]
 
 
-def _of_some(members: Sequence[int]) -> Loss:
+def _margin_of(members: Sequence[int]) -> Loss:
     return lambda logits, labels: margin(logits[list(members)], labels)

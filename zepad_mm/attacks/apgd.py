@@ -1,4 +1,4 @@
-"""Auto-PGD (Croce and Hein 2020): momentum, and a step size that halves where the ascent stalls."""
+"""Auto-PGD (Croce and Hein 2020): PGD with momentum and a step size that halves when progress stalls."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class APGD(Attack):
     steps: int = 50  # gradient steps per restart and target
     restarts: int = 1  # the worst over all of them counts
     targets: int = 9  # wrong classes tried by "targeted", at most the number of classes less one
-    stop_when_wrong: bool = True  # False spends all steps on every sample
+    stop_when_wrong: bool = True  # False: every sample runs all steps
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,7 +54,7 @@ class APGD(Attack):
             if self.loss == TARGETED:
                 if outputs.shape[-1] < 4:
                     log.info(
-                        "APGD-T: %d classes; the ratio needs 4 and is dropped, differences remain", outputs.shape[-1]
+                        "APGD-T: %d classes; the ratio needs 4, the difference of logits is used", outputs.shape[-1]
                     )
                 rivals = strongest_rivals(outputs, objective.target, self.targets)
                 objectives = [replace(objective, rivals=column) for column in rivals.unbind(-1)]
@@ -70,7 +70,7 @@ class APGD(Attack):
         generator: torch.Generator,
         start: Tensor | None = None,
     ) -> None:
-        """Every restart of every objective over the samples alive, noted in ``worst``."""
+        """Run every restart of every objective on the active samples of ``best``, which is updated."""
         for restart in range(self.restarts):
             for objective in objectives:
                 if len(best.active):
@@ -84,28 +84,28 @@ class APGD(Attack):
     def _run_restart(
         self, model: Model, clean: Tensor, start: Tensor, objective: Objective, best: BestAdversarial
     ) -> None:
-        """One run over the samples alive, noted in ``worst``; algorithm 1 of the paper, with a step size per sample."""
+        """Run one restart on the active samples: algorithm 1 of the paper, with a step size per sample."""
         loss, gradient, keep = self._forward_backward(model, start, objective, best)
-        walk = APGDState.begin(clean, start, loss, gradient, 2 * self.epsilon).only(keep)
+        state = APGDState.initial(clean, start, loss, gradient, 2 * self.epsilon).select(keep)
         checks = checkpoints(self.steps)
         since = 0
         for step in range(1, self.steps + 1):
             if len(best.active) == 0:
                 return
-            moved = self.clip_to_budget(walk.clean, walk.current + walk.step * steepest(walk.gradient, self.norm))
+            moved = self.clip_to_budget(state.clean, state.current + state.step * steepest(state.gradient, self.norm))
             if step > 1:
-                moved = walk.current + 0.75 * (moved - walk.current) + 0.25 * (walk.current - walk.previous)
-                moved = self.clip_to_budget(walk.clean, moved)
+                moved = state.current + 0.75 * (moved - state.current) + 0.25 * (state.current - state.previous)
+                moved = self.clip_to_budget(state.clean, moved)
             loss, gradient, keep = self._forward_backward(model, moved, objective, best)
-            walk = walk.moved(moved, loss, gradient).only(keep)
+            state = state.after_step(moved, loss, gradient).select(keep)
             if step in checks:
-                walk = walk.checked(step - since)
+                state = state.after_checkpoint(step - since)
                 since = step
 
     def _forward_backward(
         self, model: Model, current: Tensor, objective: Objective, best: BestAdversarial
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses (b,), gradients and who stays alive, at iterates of the samples alive."""
+        """Losses (b,), gradients and the mask of samples that stay active, at iterates of the active samples."""
         current = current.detach().requires_grad_(True)
         outputs = model(current)
         objective.check(outputs, len(current), classes=False)
@@ -115,23 +115,23 @@ class APGD(Attack):
 
 
 def checkpoints(steps: int) -> set[int]:
-    """The steps at which progress is judged, as in the released code.
+    """The steps at which progress is checked, as in the released code.
 
-    After 22 % of them, then after 3 % fewer each time and at least 6 %, each rounded down to whole steps. With 100
-    steps these are the paper's; with few, rounding makes them come sooner, and the attack stronger.
+    The first after 22 % of the steps, each further interval 3 % of the steps shorter, at least 6 %, all rounded down.
+    With 100 steps these are the paper's; with few steps, rounding makes checks more frequent and the attack stronger.
     """
     wait, least, fewer = (max(int(share * steps + 1e-9), 1) for share in (0.22, 0.06, 0.03))
-    at, found = wait, set()
+    at, steps_to_check = wait, set()
     while at <= steps:
-        found.add(at)
+        steps_to_check.add(at)
         wait = max(wait - fewer, least)
         at += wait
-    return found
+    return steps_to_check
 
 
 @dataclass(frozen=True)
 class APGDState:
-    """The state of one run, first axis: sample."""
+    """The state of one restart; the first axis of every tensor is the sample."""
 
     clean: Tensor
     current: Tensor
@@ -143,46 +143,46 @@ class APGDState:
     best_loss: Tensor
     best_gradient: Tensor
     checked_loss: Tensor  # best loss at the last checkpoint
-    rises: Tensor  # steps since then that raised the loss
-    halved: Tensor  # was the step halved at the last checkpoint?
+    increases: Tensor  # steps since then that increased the loss
+    halved: Tensor  # whether the step was halved at the last checkpoint
 
     @classmethod
-    def begin(cls, clean: Tensor, start: Tensor, loss: Tensor, gradient: Tensor, step: float) -> APGDState:
+    def initial(cls, clean: Tensor, start: Tensor, loss: Tensor, gradient: Tensor, step: float) -> APGDState:
         steps = torch.full((len(clean), 1, 1, 1), step, dtype=clean.dtype, device=clean.device)
-        rises = torch.zeros(len(clean), dtype=torch.long, device=clean.device)
-        return cls(clean, start, start, loss, gradient, steps, start, loss, gradient, loss, rises, rises == 0)
+        increases = torch.zeros(len(clean), dtype=torch.long, device=clean.device)
+        return cls(clean, start, start, loss, gradient, steps, start, loss, gradient, loss, increases, increases == 0)
 
-    def only(self, keep: Tensor) -> APGDState:
-        """The samples that stay alive."""
+    def select(self, keep: Tensor) -> APGDState:
+        """The state of the samples in the mask ``keep``."""
         return self if bool(keep.all()) else APGDState(*(getattr(self, field.name)[keep] for field in fields(self)))
 
-    def moved(self, current: Tensor, loss: Tensor, gradient: Tensor) -> APGDState:
-        """After one step."""
+    def after_step(self, current: Tensor, loss: Tensor, gradient: Tensor) -> APGDState:
+        """The state after one step."""
         better = loss > self.best_loss
-        wide = better[:, None, None, None]
+        per_pixel = better[:, None, None, None]
         return replace(
             self,
             previous=self.current,
             current=current,
             loss=loss,
             gradient=gradient,
-            best=torch.where(wide, current, self.best),
-            best_gradient=torch.where(wide, gradient, self.best_gradient),
+            best=torch.where(per_pixel, current, self.best),
+            best_gradient=torch.where(per_pixel, gradient, self.best_gradient),
             best_loss=torch.where(better, loss, self.best_loss),
-            rises=self.rises + (loss > self.loss),
+            increases=self.increases + (loss > self.loss),
         )
 
-    def checked(self, steps: int) -> APGDState:
-        """After a checkpoint: stalled samples halve their step and go on from their best image."""
-        stalled = (self.rises <= 0.75 * steps) | (~self.halved & (self.checked_loss >= self.best_loss))
-        wide = stalled[:, None, None, None]
+    def after_checkpoint(self, steps: int) -> APGDState:
+        """The state after a checkpoint: stalled samples halve their step and continue from their best image."""
+        stalled = (self.increases <= 0.75 * steps) | (~self.halved & (self.checked_loss >= self.best_loss))
+        per_pixel = stalled[:, None, None, None]
         return replace(
             self,
-            step=torch.where(wide, self.step / 2, self.step),
-            current=torch.where(wide, self.best, self.current),
-            gradient=torch.where(wide, self.best_gradient, self.gradient),
+            step=torch.where(per_pixel, self.step / 2, self.step),
+            current=torch.where(per_pixel, self.best, self.current),
+            gradient=torch.where(per_pixel, self.best_gradient, self.gradient),
             loss=torch.where(stalled, self.best_loss, self.loss),
             checked_loss=self.best_loss,
-            rises=torch.zeros_like(self.rises),
+            increases=torch.zeros_like(self.increases),
             halved=stalled,
         )

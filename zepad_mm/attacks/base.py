@@ -1,4 +1,14 @@
-"""The contract of every per-sample attack, and the two norms."""
+"""The contract of per-sample attacks, and the geometry of the L-inf and L2 budgets.
+
+To add an attack, write one file with a frozen dataclass that is registered and implements ``run``, and import it in
+``attacks/__init__.py``; the parametrised tests of ``tests/attacks/test_attacks.py`` then cover it::
+
+    @ATTACKS.register("my_attack")
+    @dataclass(frozen=True, kw_only=True)
+    class MyAttack(Attack):
+        def run(self, model, images, labels, generator, start):
+            return images  # __call__ projects what is returned into the budget
+"""
 
 from __future__ import annotations
 
@@ -28,10 +38,10 @@ ATTACKS: Registry[type[Attack]] = Registry("attack")
 
 @contextmanager
 def frozen(model: Model) -> Iterator[None]:
-    """Eval mode and no parameter gradients while an attack looks at a model; everything is put back afterwards.
+    """Context in which a model is in eval mode without parameter gradients; both are restored afterwards.
 
     Works on modules, on bound methods of modules, and on functions and partials that refer to modules by name. Modules
-    hidden deeper (in lists, in attributes of other objects) are left as they are.
+    hidden deeper (in lists, in attributes of other objects) are not found and stay unchanged.
     """
     roots = modules_of(model)
     modes = [(child, child.training) for root in roots for child in root.modules()]
@@ -50,10 +60,10 @@ def frozen(model: Model) -> Iterator[None]:
 
 
 def modules_of(model: object, seen: set[int] | None = None) -> list[nn.Module]:
-    """The modules that a callable runs, as far as it shows them; wrappers around callables are looked into.
+    """The modules that a callable refers to; methods, partials and closures are searched.
 
     Args:
-        seen: ids of what was looked into already, since functions may refer to themselves and to each other.
+        seen: ids of objects already searched, since functions may refer to themselves and to each other.
     """
     seen = set() if seen is None else seen
     if isinstance(model, nn.Module):
@@ -78,7 +88,7 @@ def modules_of(model: object, seen: set[int] | None = None) -> list[nn.Module]:
 def project(delta: Tensor, epsilon: float, norm: str) -> Tensor:
     """The nearest perturbation inside the budget; ``delta`` (..., 3, H, W), L2 over the last three axes.
 
-    A patch holds pixels, so that its pixels are brought to [0, 1]; its area is kept where it is pasted.
+    The pixels of a patch are clamped to [0, 1]; its area is enforced when it is pasted.
     """
     if norm == "patch":
         return delta.clamp(0, 1)
@@ -92,13 +102,13 @@ def steepest(gradient: Tensor, norm: str) -> Tensor:
     """The direction of steepest ascent with unit length in ``norm``."""
     if norm == "linf":
         return gradient.sign()
-    # scaled by its largest entry first: the squares of a saturated model's gradient underflow
+    # divided by its largest entry first: the squares of a saturated model's tiny gradient would underflow
     gradient = gradient / gradient.flatten(1).abs().amax(1)[:, None, None, None].clamp_min(1e-37)
     return gradient / gradient.flatten(1).norm(dim=1)[:, None, None, None].clamp_min(1e-12)
 
 
 def resize_delta(delta: Tensor, size: tuple[int, int], epsilon: float, norm: str) -> Tensor:
-    """A universal (3, h, w) resized to images of ``size`` (H, W), inside the budget again."""
+    """A universal delta (3, h, w) resized to images of ``size`` (H, W) and projected into the budget again."""
     if (delta.shape[-2], delta.shape[-1]) == size:
         return delta
     return project(F.interpolate(delta[None], size, mode="bilinear", align_corners=False)[0], epsilon, norm)
@@ -109,19 +119,19 @@ def _round_to_levels(images: Tensor) -> Tensor:
 
 
 def check_levels(images: Tensor) -> None:
-    """Raises ValueError for images that are not of whole levels k / 255."""
+    """Raise ValueError unless every pixel is a multiple of 1 / 255."""
     off = float((images * 255 - (images * 255).round()).abs().max()) if images.numel() else 0.0
     if off > 1e-3:
         raise ValueError(
-            f"images: expected whole levels k / 255, as 8-bit images have, got values {off:.2g} levels beside; "
+            f"images: expected multiples of 1 / 255, as in 8-bit images, got values {off:.2g} levels away from one; "
             "write (images * 255).round() / 255 first"
         )
 
 
 def round_within_budget(images: Tensor, moved: Tensor, epsilon: float, norm: str) -> Tensor:
-    """``moved`` on whole levels k / 255 and inside the budget around ``images``, which are of whole levels.
+    """``moved`` rounded to multiples of 1 / 255 within the budget around ``images``, which are 8-bit images.
 
-    L2 perturbations that rounding carried outside are shrunk, by bisection, until what is rounded fits.
+    An L2 perturbation that leaves the budget when rounded is shrunk, by bisection, until its rounded form fits.
     """
     clean = (images * 255).round()
     delta = project(moved - images, epsilon, norm) * 255
@@ -139,7 +149,7 @@ def round_within_budget(images: Tensor, moved: Tensor, epsilon: float, norm: str
 
 
 def check_budget(epsilon: float, norm: str) -> None:
-    """Raises ValueError for an unknown norm, or an epsilon outside [0, 1] (L-inf, patch) or below 0 (L2)."""
+    """Raise ValueError for an unknown norm, or an epsilon outside [0, 1] (L-inf, patch) or below 0 (L2)."""
     if norm not in (*NORMS, "patch"):
         raise ValueError(f"norm: expected one of {NORMS}, or 'patch' for universal attacks, got {norm!r}")
     if norm == "patch":
@@ -152,7 +162,7 @@ def check_budget(epsilon: float, norm: str) -> None:
 
 
 def check_generator(generator: torch.Generator | None, seed: int = 0) -> torch.Generator:
-    """The generator, or a CPU one seeded with ``seed``. Raises ValueError for a generator on another device."""
+    """The given generator, or a CPU one seeded with ``seed``. Raises ValueError for a generator on another device."""
     if generator is None:
         return seeded_generator(seed)
     if generator.device.type != "cpu":
@@ -164,7 +174,7 @@ def check_generator(generator: torch.Generator | None, seed: int = 0) -> torch.G
 
 
 def check_attackable(images: Tensor) -> Tensor:
-    """The images without their history, if they are float32 or float64 pixels in [0, 1]."""
+    """The images, detached. Raises ValueError unless they are float32 or float64 in [0, 1]."""
     images = check_images(images.detach() if isinstance(images, Tensor) else images)
     if images.dtype in (torch.float16, torch.bfloat16):
         raise ValueError(
@@ -175,7 +185,7 @@ def check_attackable(images: Tensor) -> Tensor:
 
 
 def random_delta(like: Tensor, epsilon: float, norm: str, generator: torch.Generator | None) -> Tensor:
-    """Uniform in the L-inf box; for L2 uniform direction and uniform radius. Drawn on the CPU: same on any device."""
+    """A random delta: uniform in the L-inf box; for L2 of uniform direction and radius. Drawn on the CPU."""
     noise = torch.empty(like.shape, dtype=like.dtype)
     if norm == "linf":
         return noise.uniform_(-epsilon, epsilon, generator=generator).to(like.device)
@@ -186,13 +196,13 @@ def random_delta(like: Tensor, epsilon: float, norm: str, generator: torch.Gener
 
 @dataclass(frozen=True, kw_only=True)
 class Attack(ABC):
-    """A per-sample attack inside a budget. Immutable; its repr names it in tests and records."""
+    """A per-sample attack inside a budget. Immutable; its repr identifies it in tests and records."""
 
-    norms: ClassVar[tuple[str, ...]] = NORMS  # the norms it knows
+    norms: ClassVar[tuple[str, ...]] = NORMS  # supported norms
 
     epsilon: float = 4 / 255  # budget in pixels of [0, 1]
     norm: str = "linf"  # "linf" or "l2"
-    quantize: bool = False  # True: images of whole levels k / 255 only, as a file of 8 bits holds them
+    quantize: bool = False  # True: adversarial images are multiples of 1 / 255, as in 8-bit files
 
     def __post_init__(self) -> None:
         check_budget(self.epsilon, self.norm)
@@ -208,59 +218,61 @@ class Attack(ABC):
         generator: torch.Generator | None = None,
         start: Tensor | None = None,
     ) -> Tensor:
-        """Attacked images: same shape, inside the budget and [0, 1], whatever the sub-class did.
+        """Adversarial images: same shape, inside the budget and [0, 1], whatever :meth:`run` returned.
 
         Args:
             model: maps (B, 3, H, W) in [0, 1] to logits or features.
             images: (B, 3, H, W) in [0, 1].
             labels: (B,) true classes, for losses on logits.
             generator: source of all randomness; a fixed seed 0 when None. The global RNG is never touched.
-            start: (B, 3, H, W) images to set out from, e.g. transferred ones; brought into the budget first. Further
-                restarts begin at random.
+            start: (B, 3, H, W) images to start from, e.g. transferred ones; clipped to the budget first. Further
+                restarts start at random.
 
         Raises:
-            ValueError: images, labels or outputs of the wrong shape or range; with ``quantize``, images of more
-                than 8 bits.
+            ValueError: images, labels or outputs of the wrong shape or range; with ``quantize``, images that are not
+                multiples of 1 / 255.
         """
-        with torch.inference_mode(False), torch.enable_grad():  # a caller's no_grad must not turn an attack off
+        with torch.inference_mode(False), torch.enable_grad():  # a caller's no_grad must not disable the attack
             images = check_attackable(images)
             if self.quantize:
                 check_levels(images)
             if self.epsilon == 0 or len(images) == 0:
                 return images.clone()
             generator = check_generator(generator)
-            inner, seen = self, model
+            inner, target = self, model
             if self.quantize:
-                inner, seen = self._quantized(model)
+                inner, target = self._quantized(model)
                 if inner.epsilon == 0:
                     return images.clone()
             if start is not None:
                 start = inner.clip_to_budget(images, _check_start(start, images))
             with frozen(model):
-                attacked = inner.run(seen, images.clone(), labels, generator, start).detach()
-            if attacked.shape != images.shape:
-                raise ValueError(f"{type(self).__name__}.run gave {tuple(attacked.shape)} for {tuple(images.shape)}")
-            attacked = images + (attacked - images).nan_to_num(0.0)
+                adversarial = inner.run(target, images.clone(), labels, generator, start).detach()
+            if adversarial.shape != images.shape:
+                raise ValueError(
+                    f"{type(self).__name__}.run returned {tuple(adversarial.shape)} for {tuple(images.shape)}"
+                )
+            adversarial = images + (adversarial - images).nan_to_num(0.0)
             return (
-                round_within_budget(images, attacked, self.epsilon, self.norm)
+                round_within_budget(images, adversarial, self.epsilon, self.norm)
                 if self.quantize
-                else self.clip_to_budget(images, attacked)
+                else self.clip_to_budget(images, adversarial)
             )
 
     def clip_to_budget(self, images: Tensor, moved: Tensor) -> Tensor:
-        """``moved`` brought back into the budget around ``images`` and into [0, 1]."""
+        """``moved`` projected into the budget around ``images`` and clamped to [0, 1]."""
         return (images + project(moved - images, self.epsilon, self.norm)).clamp(0, 1)
 
     def still_correct(self, model: Model, images: Tensor, labels: Tensor) -> Tensor:
-        """(B,) bool: does the defence still stand on these images, as this attack counts success?"""
+        """(B,) bool: whether the attack has failed on each image, by its own criterion of success."""
         with torch.no_grad(), frozen(model):
             right = model(images).argmax(-1) == labels
         return right if right.ndim == 1 else right.flatten(0, -2).any(0)
 
     def _quantized(self, model: Model) -> tuple[Self, Model]:
-        """The same attack on a model that sees rounded images, so that success is judged on what will be stored.
+        """The same attack on a model that sees rounded images, so that success is judged on what is stored.
 
-        With an L-inf budget of whole levels, rounding never leaves the budget.
+        The L-inf budget is rounded down to a multiple of 1 / 255, so that rounding never leaves it.
         """
         whole = math.floor(self.epsilon * 255 + 1e-4) / 255 if self.norm == "linf" else self.epsilon
         return replace(self, epsilon=whole, quantize=False), lambda images: model(bpda(_round_to_levels)(images))
@@ -269,7 +281,7 @@ class Attack(ABC):
     def run(
         self, model: Model, images: Tensor, labels: Tensor | None, generator: torch.Generator, start: Tensor | None
     ) -> Tensor:
-        """The attack itself; what it returns is projected again, so a sloppy one cannot cheat."""
+        """Adversarial images (B, 3, H, W); :meth:`__call__` projects them into the budget again."""
 
 
 def _check_start(start: Tensor, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The same attack at growing budgets."""
+"""Robust accuracy as a function of the budget."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from zepad_mm.utils.validation import check_labels
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """What holds at each budget.
+    """Which images are still correct at each budget.
 
     Attributes:
-        epsilons: in growing order.
-        holds: (E, B) bool, never true again where it was false at a smaller budget.
+        epsilons: in ascending order.
+        still_correct: (E, B) bool; once false, it stays false at every larger budget.
     """
 
     epsilons: tuple[float, ...]
@@ -26,7 +26,7 @@ class Curve:
 
     @property
     def accuracy(self) -> tuple[float, ...]:
-        """In [0, 1], one for each budget."""
+        """Robust accuracy in [0, 1] at each budget."""
         return tuple(float(share) for share in self.still_correct.double().mean(1))
 
 
@@ -39,31 +39,31 @@ def curve(
     *,
     generator: torch.Generator | None = None,
 ) -> Curve:
-    """Attack at each budget what held at all smaller ones; what a smaller budget breaks, a larger one breaks.
+    """Attack at growing budgets; each budget attacks only the images that are still correct at all smaller ones.
 
     Args:
-        attack: its own epsilon is left aside.
+        attack: its own epsilon is ignored.
         model, images, labels, generator: as the attack takes them.
         epsilons: budgets in the attack's norm, in any order; 0 is the clean accuracy.
 
     Raises:
-        ValueError: no images, no budgets, or one that the norm does not know.
+        ValueError: no images, no budgets, or a budget out of the norm's range.
     """
     labels = check_labels(labels, images)
     if not len(images) or not len(epsilons):
         raise ValueError(f"curve: expected images and budgets, got {len(images)} and {len(epsilons)}; e.g. [0, 4/255]")
     ordered = tuple(sorted(set(epsilons)))
-    held = torch.ones(len(images), dtype=torch.bool, device=images.device)
+    correct = torch.ones(len(images), dtype=torch.bool, device=images.device)
     rows: list[Tensor] = []
     start = images
     for epsilon in ordered:
-        at = replace(attack, epsilon=epsilon)
-        index = held.nonzero()[:, 0]
+        scaled = replace(attack, epsilon=epsilon)
+        index = correct.nonzero()[:, 0]
         if len(index):
-            # the images of the budget before are inside this one: a better place to set out from than at random
+            # adversarial images of the previous budget are inside this one: a better start than a random one
             first = start[index] if rows else None
-            struck = at(model, images[index], labels[index], generator=generator, start=first)
-            start = start.index_copy(0, index, struck)
-            held = held.index_copy(0, index, at.still_correct(model, struck, labels[index]))
-        rows.append(held)
+            adversarial = scaled(model, images[index], labels[index], generator=generator, start=first)
+            start = start.index_copy(0, index, adversarial)
+            correct = correct.index_copy(0, index, scaled.still_correct(model, adversarial, labels[index]))
+        rows.append(correct)
     return Curve(ordered, torch.stack(rows))

@@ -1,4 +1,4 @@
-"""Attacks on a defence that flags inputs: success is a wrong answer that is not flagged."""
+"""Attacks on a model with a detector: success is a wrong prediction that is not flagged."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from zepad_mm.attacks.losses import margin
 from zepad_mm.attacks.objective import CLEARLY_WRONG, Objective
 from zepad_mm.utils.registry import Registry
 
-# name -> what one run of it climbs
-MODES: Registry[Callable[[DetectorAware, Tensor], list[Objective]]] = Registry("way around a detector")
+# name -> objectives(attack, labels), one run each
+MODES: Registry[Callable[[DetectorAware, Tensor], list[Objective]]] = Registry("detector-aware mode")
 
 
 @ADAPTIVE_ATTACKS.register("detector_aware")
 @dataclass(frozen=True, kw_only=True)
 class DetectorAware(BranchedAttack):
-    """Drives the fused answer wrong and the detector's score below its threshold.
+    """Makes the fused prediction wrong and keeps the detector's score below its threshold.
 
-    The image kept is the one with the largest of the smaller of two gains: the margin of the fused answer and the
-    distance below the threshold, the latter in units of ``spread``.
+    Images are compared by the smaller of two values: the margin of the fused logits, and the distance of the score
+    below the threshold in units of ``spread``.
     """
 
-    score: Callable[[Tensor], Tensor] = field(repr=False)  # (N, B, C) to suspicion (B,), higher is flagged
-    threshold: float  # what exceeds it is flagged
-    driver: str = "pgd"  # Auto-PGD judges its step by a loss, and these switch between two
+    score: Callable[[Tensor], Tensor] = field(repr=False)  # branch logits (N, B, C) to suspicion scores (B,)
+    threshold: float  # inputs with a higher score are flagged
+    driver: str = "pgd"  # Auto-PGD adapts its step to one loss, and some modes switch between two
     mode: str = "selective"  # of MODES
-    spread: float = 1.0  # unit of the score: its standard deviation on clean images
-    multipliers: tuple[float, ...] = (0.3, 3.0)  # of the score in the joint loss: a run for each
+    spread: float = 1.0  # standard deviation of the score on clean images
+    multipliers: tuple[float, ...] = (0.3, 3.0)  # weights of the score in the joint loss, one run each
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,14 +53,14 @@ class DetectorAware(BranchedAttack):
         return torch.minimum(wrong, below), right | ~(below > CLEARLY_WRONG)
 
     def gains(self, branch_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Margin of the fused answer, and distance below the threshold in spreads: (b,) each, positive when won."""
+        """Margin of the fused logits, and distance below the threshold in spreads: (b,) each, positive on success."""
         below = (self.threshold - self.score(branch_logits)) / self.spread
         return margin(self.fuse(branch_logits).logits, labels), below
 
 
 @MODES.register("lagrangian")
 def lagrangian(attack: DetectorAware, labels: Tensor) -> list[Objective]:
-    """Margin less a multiple of what the score exceeds the threshold by (Carlini and Wagner 2017)."""
+    """Margin minus a multiple of the score's excess over the threshold (Carlini and Wagner 2017)."""
 
     def joint(multiplier: float) -> Objective:
         def loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def lagrangian(attack: DetectorAware, labels: Tensor) -> list[Objective]:
 
 @MODES.register("selective")
 def selective(attack: DetectorAware, labels: Tensor) -> list[Objective]:
-    """One loss at a time: the answer until it is wrong, then the score (Bryniarski et al. 2021, section 4.1)."""
+    """The margin until the prediction is wrong, then the score (Bryniarski et al. 2021, section 4.1)."""
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         wrong, below = attack.gains(logits, labels)
@@ -85,13 +85,13 @@ def selective(attack: DetectorAware, labels: Tensor) -> list[Objective]:
 
 @MODES.register("weakest")
 def weakest(attack: DetectorAware, labels: Tensor) -> list[Objective]:
-    """The smaller of the two gains: climbs whichever lags behind."""
+    """The smaller of the two gains."""
     return [Objective(lambda logits, y: attack.judge(logits, y)[0], labels, False, judge=attack.judge)]
 
 
 @MODES.register("orthogonal")
 def orthogonal(attack: DetectorAware, labels: Tensor) -> list[Objective]:
-    """As selective, each gradient less its part along the other one (Bryniarski et al. 2021, section 4.2)."""
+    """As selective, with each gradient orthogonal to the other (Bryniarski et al. 2021, section 4.2)."""
     return [
         Objective(
             lambda logits, y: attack.gains(logits, y)[0],
@@ -105,5 +105,5 @@ def orthogonal(attack: DetectorAware, labels: Tensor) -> list[Objective]:
 
 @MODES.register("suppress")
 def suppress(attack: DetectorAware, labels: Tensor) -> list[Objective]:
-    """The score alone, downwards; for images handed in as ``start`` that are wrong already and flagged."""
+    """The score alone; for ``start`` images that are already misclassified but flagged."""
     return [Objective(lambda logits, y: attack.gains(logits, y)[1], labels, False, judge=attack.judge)]

@@ -24,12 +24,12 @@ TORCH_FILES = (".pt", ".pth", ".bin", ".ckpt")
 
 @dataclass(frozen=True, eq=False)
 class AdversarialImages:
-    """What :func:`load_adversarial` reads.
+    """Adversarial images read by :func:`load_adversarial`.
 
     Attributes:
-        images: (B, 3, H, W) float32, whole levels k / 255: bit for bit what was saved.
+        images: (B, 3, H, W) float32, multiples of 1 / 255, exactly as saved.
         labels: (B,) true classes, or None.
-        about: what was noted with them.
+        about: metadata saved with them.
     """
 
     images: Tensor
@@ -40,16 +40,16 @@ class AdversarialImages:
 def save_adversarial(
     folder: str | Path, images: Tensor, labels: Tensor | None = None, about: Mapping[str, Any] | None = None
 ) -> None:
-    """Write ``000000.png`` and so on, and last ``adversarial.json``, without which the folder counts as unfinished.
+    """Write ``000000.png`` and so on, and last ``adversarial.json``, without which the folder is incomplete.
 
     Args:
-        folder: made if missing; must hold no other images.
-        images: (B, 3, H, W) in [0, 1], of whole levels: made with ``quantize=True``.
+        folder: created if missing; must hold no other adversarial images.
+        images: (B, 3, H, W) in [0, 1], multiples of 1 / 255: made with ``quantize=True``.
         labels: (B,) true classes.
         about: attack, budget, model; JSON-able.
 
     Raises:
-        ValueError: images that PNG would change; FileExistsError: the folder holds attacked images already.
+        ValueError: images that an 8-bit PNG would change. FileExistsError: the folder holds adversarial images already.
     """
     from PIL import Image
 
@@ -57,7 +57,7 @@ def save_adversarial(
     labels = None if labels is None else check_labels(labels, images)
     folder = Path(folder)
     if (folder / ADVERSARIAL_FILE).exists():
-        raise FileExistsError(f"{folder} holds attacked images already; give another folder, or delete it")
+        raise FileExistsError(f"{folder} holds adversarial images already; give another folder, or delete it")
     for index, levels in enumerate((images.detach() * 255).round().byte().cpu()):
         with replacing(folder / _image_name(index)) as temporary:
             Image.fromarray(levels.permute(1, 2, 0).numpy()).save(temporary, format="PNG")
@@ -74,24 +74,26 @@ def load_adversarial(folder: str | Path) -> AdversarialImages:
     """Read what :func:`save_adversarial` wrote.
 
     Raises:
-        FileNotFoundError: not a finished folder, or an image is missing; ValueError: a foreign note or image.
+        FileNotFoundError: the folder is incomplete, or an image is missing. ValueError: an unknown format or a damaged
+            image.
     """
     from PIL import Image, UnidentifiedImageError
     from torchvision.transforms.functional import pil_to_tensor
 
     folder = Path(folder)
-    if not (folder / ADVERSARIAL_FILE).is_file():
-        raise FileNotFoundError(f"{folder / 'attacked.json'} does not exist; expected a folder by save_adversarial")
-    note = read_json(folder / ADVERSARIAL_FILE)
+    note_path = folder / ADVERSARIAL_FILE
+    if not note_path.is_file():
+        raise FileNotFoundError(f"{note_path} does not exist; expected a folder by save_adversarial")
+    note = read_json(note_path)
     if not isinstance(note, dict) or note.get("format") != ADVERSARIAL_FORMAT:
-        raise ValueError(f"{folder / 'attacked.json'} is no note of zepad-mm on attacked images: {str(note)[:200]}")
+        raise ValueError(f"{note_path} does not describe adversarial images of zepad-mm: {str(note)[:200]}")
     images = []
     for index in range(note["n"]):
         try:
             with Image.open(folder / _image_name(index)) as image:
                 images.append(pil_to_tensor(image.convert("RGB")).float() / 255)
         except (UnidentifiedImageError, SyntaxError) as error:
-            raise ValueError(f"{folder / _image_name(index)} is no complete PNG; save the images again") from error
+            raise ValueError(f"{folder / _image_name(index)} is not a complete PNG; save the images again") from error
     labels = None if note["labels"] is None else torch.tensor(note["labels"], dtype=torch.long)
     return AdversarialImages(torch.stack(images) if images else torch.empty(0, 3, 1, 1), labels, note["about"])
 
@@ -109,25 +111,25 @@ def load_published(
     image_size: int | None = None,
     key: str | None = None,
 ) -> Perturbation:
-    """A perturbation file that nobody here wrote: ``.pt``, ``.pth``, ``.npy``, ``.npz`` or ``.safetensors``.
+    """A perturbation from a file of another project: ``.pt``, ``.pth``, ``.npy``, ``.npz`` or ``.safetensors``.
 
-    Nothing in it is executed: torch files are read with ``weights_only=True``, numpy's without pickles.
+    No code in the file is run: torch files are read with ``weights_only=True``, numpy files without pickles.
 
     Args:
         path: holds (3, H, W), (1, 3, H, W), (H, W, 3) or (1, H, W, 3), alone or in a dictionary.
-        epsilon: the budget to bring it into, by projection: what is beyond is cut, what is below stays as it is (for
-            another pattern size use :meth:`Perturbation.rescaled`). None: the file's own length in ``norm`` is the
-            budget. A patch needs it: its share of the area.
+        epsilon: budget that the perturbation is projected into; it is never scaled up (see
+            :meth:`Perturbation.rescaled`). None: the budget is the file's own length in ``norm``. Required for a patch:
+            its share of the area.
         norm: "linf", "l2" or "patch".
-        scale: the value that one full pixel has in the file, 1 or 255. None: 255 where a value lies beyond 1 (for
-            additive ones: no perturbation of pixels in [0, 1] does), 1 otherwise. State it for files in bytes so faint
-            that no value exceeds 1.
-        image_size: side that it is resized to now; None leaves it, and it is resized to the images it meets.
-        key: which entry, where the file holds several.
+        scale: value of a full pixel in the file, 1 or 255. None: 255 if any value exceeds 1, otherwise 1. Set it for
+            files in bytes whose values are all at most 1.
+        image_size: side that it is resized to now; None: it is resized to the images when applied.
+        key: name of the tensor, where the file holds several.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: another kind of file, a shape that is no image, NaN, several
-        entries and no key, a patch without a budget.
+        FileNotFoundError: no such file.
+        ValueError: an unknown kind of file, a shape that is not an image's, NaN, several tensors and no key, or a patch
+            without a budget.
     """
     path = Path(path)
     if not path.is_file():
@@ -154,7 +156,7 @@ def load_published(
 
 
 def _read_tensors(path: Path) -> Any:
-    """What the file holds: a tensor, or a mapping of them."""
+    """The content of the file: a tensor, or a mapping of tensors."""
     kind = path.suffix.lower()
     try:
         if kind in TORCH_FILES:
@@ -162,12 +164,12 @@ def _read_tensors(path: Path) -> Any:
         if kind in (".npy", ".npz"):
             import numpy as np
 
-            found = np.load(path, allow_pickle=False)
+            content = np.load(path, allow_pickle=False)
             if kind == ".npy":
-                return torch.from_numpy(found)
-            with found:
-                return {name: torch.from_numpy(found[name]) for name in found.files}
-    except Exception as error:  # readers raise whatever the damage makes of their parsers, UnpicklingError among it
+                return torch.from_numpy(content)
+            with content:
+                return {name: torch.from_numpy(content[name]) for name in content.files}
+    except Exception as error:  # damaged files raise many kinds of errors, UnpicklingError among them
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{path} could not be read as plain tensors: {reason[:200]}; it is damaged or holds pickled objects, "
@@ -181,24 +183,26 @@ def _read_tensors(path: Path) -> Any:
     raise ValueError(f"{path}: expected a file that ends in .npy, .npz, .safetensors or one of {TORCH_FILES}")
 
 
-def _select_tensor(found: Any, key: str | None, path: Path) -> Tensor:
-    """The one tensor that is meant."""
-    if isinstance(found, Tensor) and key is None:
-        return found
+def _select_tensor(content: Any, key: str | None, path: Path) -> Tensor:
+    """The only tensor, or the one named ``key``."""
+    if isinstance(content, Tensor) and key is None:
+        return content
     names = (
-        [str(name) for name, value in found.items() if isinstance(value, Tensor)] if isinstance(found, Mapping) else []
+        [str(name) for name, value in content.items() if isinstance(value, Tensor)]
+        if isinstance(content, Mapping)
+        else []
     )
     if key is None and len(names) == 1:
         key = names[0]
     if key not in names:
         wanted = "" if key is None else f" but no {key!r}"
-        raise ValueError(f"{path} holds {names or type(found).__name__}{wanted}; name a tensor with key=")
-    chosen: Tensor = found[key]
+        raise ValueError(f"{path} holds {names or type(content).__name__}{wanted}; name a tensor with key=")
+    chosen: Tensor = content[key]
     return chosen
 
 
 def _channels_first(raw: Tensor, path: Path) -> Tensor:
-    """(3, H, W), wherever the colours were."""
+    """The tensor as (3, H, W)."""
     raw = raw.detach()
     image = raw[0] if raw.ndim == 4 and len(raw) == 1 else raw
     if image.ndim == 3 and image.numel():

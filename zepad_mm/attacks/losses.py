@@ -1,8 +1,8 @@
-"""What an attacker maximises, per sample. One table serves every gradient attack.
+"""Losses per sample that attacks maximise; one registry serves every gradient attack.
 
 Losses on logits take ``(..., B, C)``: leading axes are branches, whose losses are summed, so that the same attack
-strikes one branch, a pair, or all of them. Losses on features ``(..., B, D)`` compare with the clean features; what
-they give keeps its leading axes.
+targets one branch, a pair or all of them. Losses on features ``(..., B, D)`` compare with the clean features and keep
+their leading axes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FEATURE_LOSSES: Registry[Callable[[Tensor, Tensor], Tensor]] = Registry("loss on
 
 @LOGIT_LOSSES.register("ce")
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy; saturates where the model is sure, as CLIP at its logit scale is."""
+    """Cross-entropy; saturates where the model is confident, as CLIP is at its logit scale."""
     return _sum_branches(-logits.log_softmax(-1).gather(-1, _index(logits, labels)).squeeze(-1))
 
 
@@ -53,7 +53,7 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
 
 @LOGIT_LOSSES.register("dlr")
 def difference_of_logits_ratio(logits: Tensor, labels: Tensor) -> Tensor:
-    """Margin over the gap of first to third logit (Croce and Hein 2020): blind to the scale. Needs 3 classes."""
+    """Margin divided by the gap of first to third logit (Croce and Hein 2020): scale-invariant. Needs 3 classes."""
     if logits.shape[-1] < 3:
         raise ValueError(f"the dlr loss needs at least 3 classes, got {logits.shape[-1]}; use loss='margin'")
     ordered = logits.sort(-1).values
@@ -62,7 +62,7 @@ def difference_of_logits_ratio(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def targeted(logits: Tensor, labels: Tensor, rivals: Tensor) -> Tensor:
-    """Targeted logit ratio (Croce and Hein 2020), higher where ``rivals`` (B,) wins; below 4 classes not divided."""
+    """Targeted DLR loss (Croce and Hein 2020) towards the classes ``rivals`` (B,); undivided below 4 classes."""
     gain = (logits.gather(-1, _index(logits, rivals)) - logits.gather(-1, _index(logits, labels))).squeeze(-1)
     if logits.shape[-1] >= 4:
         ordered = logits.sort(-1).values
@@ -92,9 +92,9 @@ def feature_kl(features: Tensor, clean: Tensor, temperature: float = 0.1) -> Ten
 
 @FEATURE_LOSSES.register("info_nce")
 def info_nce(features: Tensor, clean: Tensor, temperature: float = 0.1) -> Tensor:
-    """AdvEncoder's contrastive loss: the clean image shall look like anybody's attacked image but its own.
+    """AdvEncoder's contrastive loss: moves each clean image's features away from its own adversarial ones.
 
-    Cosine logits; positive: own attacked feature; negatives: the other attacked features of the batch.
+    Cosine logits; positive: the image's own adversarial features; negatives: those of the rest of the batch.
     """
     if features.shape[-2] < 2:
         raise ValueError("info_nce contrasts the images of a batch: expected at least 2, got 1; use 'feature_cosine'")

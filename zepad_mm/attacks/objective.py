@@ -1,4 +1,4 @@
-"""What a per-sample attack drives up, and the record of the worst image found for each sample."""
+"""The objective of a per-sample attack, and the best adversarial image found for each sample."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from zepad_mm.attacks.base import Model
 from zepad_mm.attacks.losses import FEATURE_LOSSES, LOGIT_LOSSES, margin_per_branch, targeted
 from zepad_mm.utils.validation import check_labels
 
-# An answer counts as wrong once the margin is this part of the largest logit: thinner ones flip back when the image
-# is scored again in another batch, where sums are taken in another order.
+# A prediction counts as wrong once its margin is this share of the largest logit: smaller margins may flip back when
+# the image is scored again in another batch, whose sums are taken in another order.
 CLEARLY_WRONG = 1e-5
 
-# (outputs, labels (b,)) -> what iterates are compared by (b,), and for which samples the defence still stands (b,)
+# (outputs, labels (b,)) -> the value that iterates are compared by (b,), and whether each sample is still correct (b,)
 Judge = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss and what it compares with.
+    """A loss and its targets.
 
     Attributes:
         loss: (outputs, target) -> (B,), higher is worse for the defender.
         target: true classes (B,), or clean features (..., B, D).
-        on_features: which of the two.
-        rivals: (B,) wrong classes to drive towards; then the targeted loss takes the place of ``loss``.
-        judge: what counts as success where that is not a wrong answer of the outputs themselves.
-        second: another loss whose gradient the steps must not disturb, and which they climb once the first is positive
+        on_features: whether the target is features.
+        rivals: (B,) target classes; if given, the targeted loss replaces ``loss``.
+        judge: criterion of success where it is not a wrong prediction of the outputs themselves.
+        second: another loss, maximised once the first is positive; each loss steps orthogonally to the other's gradient
             (orthogonal projected gradient descent, Bryniarski et al. 2021).
     """
 
@@ -50,19 +50,19 @@ class Objective:
             return cls(FEATURE_LOSSES.get(name), model(images), True)
 
     def __call__(self, outputs: Tensor, index: Tensor) -> Tensor:
-        """Losses of the samples at ``index``, whose outputs are given: (b,), summed over branches."""
+        """Losses (b,) of the samples at ``index`` with these ``outputs``, summed over branches."""
         target = self._target(index)
         losses = self.loss(outputs, target) if self.rivals is None else targeted(outputs, target, self.rivals[index])
         return losses.flatten(0, -2).sum(0) if losses.ndim > 1 else losses
 
     def untargeted(self, outputs: Tensor, index: Tensor) -> Tensor:
-        """What iterates are compared by, (b,): the judge's value, or the loss without the rivals."""
+        """The value that iterates are compared by, (b,): the judge's, or the untargeted loss."""
         if self.judge is not None:
             return self.judge(outputs, self._target(index))[0]
         return replace(self, rivals=None)(outputs, index)
 
     def still_correct(self, outputs: Tensor, index: Tensor) -> Tensor | None:
-        """(b,): does any branch still answer right? None for losses on features, which do not know."""
+        """(b,) bool: whether any branch still predicts the label; None for losses on features."""
         if self.on_features:
             return None
         if self.judge is not None:
@@ -71,16 +71,16 @@ class Objective:
         return right if right.ndim == 1 else right.flatten(0, -2).any(0)
 
     def gradient(self, losses: Tensor, outputs: Tensor, index: Tensor, current: Tensor) -> Tensor:
-        """The direction to step in, like ``current``; ``losses`` are of these ``outputs``."""
+        """The step direction, shaped like ``current``; ``losses`` are those of ``outputs``."""
         if self.second is None:
             return input_gradient(losses, current)
         first = input_gradient(losses, current, keep_graph=True)
         other = input_gradient(self.second(outputs, self._target(index)), current)
         gained = (losses > 0)[:, None, None, None]
-        return torch.where(gained, _without(other, first), _without(first, other))
+        return torch.where(gained, _orthogonal_part(other, first), _orthogonal_part(first, other))
 
     def check(self, outputs: Tensor, samples: int, classes: bool = True) -> None:
-        """Raises ValueError when the model's outputs do not fit the samples or, with ``classes``, their labels."""
+        """Raise ValueError when the model's outputs do not fit the samples or, with ``classes``, their labels."""
         if not isinstance(outputs, Tensor) or outputs.ndim < 2 or outputs.shape[-2] != samples:
             got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
             raise ValueError(f"model: expected outputs of shape ({samples}, C) for {samples} images, got {got}")
@@ -90,24 +90,24 @@ class Objective:
         if width < 2:
             raise ValueError(f"model: expected logits of at least 2 classes, got {width}")
         if largest >= width:
-            raise ValueError(f"labels: expected classes below {width}, as the model puts out, got {largest}")
+            raise ValueError(f"labels: expected classes below {width}, the number of logits, got {largest}")
 
     def _target(self, index: Tensor) -> Tensor:
         return self.target.index_select(-2, index) if self.on_features else self.target[index]
 
 
 def not_clearly_wrong(logits: Tensor, labels: Tensor) -> Tensor:
-    """(..., B): is the answer right, or wrong by so little that it may flip back? NaN is no success."""
+    """(..., B) bool: whether the prediction is right, or wrong by so little that it may flip back; true for NaN."""
     return ~(margin_per_branch(logits, labels) > CLEARLY_WRONG * logits.abs().amax(-1))
 
 
 class BestAdversarial:
-    """The worst image of each sample so far, and the samples still worth attacking.
+    """The best adversarial image of each sample so far, and the samples still under attack.
 
     Attributes:
         images: (B, 3, H, W).
         losses: (B,), of those images.
-        alive: (b,) indices of the samples not yet beaten.
+        active: (b,) indices of the samples that are still correct.
     """
 
     def __init__(self, images: Tensor) -> None:
@@ -116,7 +116,7 @@ class BestAdversarial:
         self.active = torch.arange(len(images), device=images.device)
 
     def update_from_clean(self, model: Model, objective: Objective, stop_when_wrong: bool = True) -> Tensor:
-        """Outputs at the images as they are; samples that are wrong without an attack leave at once."""
+        """Outputs on the clean images; samples that are wrong without an attack become inactive at once."""
         with torch.no_grad():
             outputs = model(self.images)
         objective.check(outputs, len(self.images))
@@ -124,18 +124,19 @@ class BestAdversarial:
         return outputs
 
     def update(self, current: Tensor, outputs: Tensor, objective: Objective, stop_when_wrong: bool = True) -> Tensor:
-        """Take note of iterates whose outputs are given; returns the mask (b,) of those that stay alive."""
+        """Update from iterates of the active samples and their outputs; returns the mask (b,) that stays active."""
         outputs = outputs.detach()
         right = objective.still_correct(outputs, self.active) if stop_when_wrong else None
         return self.record(current, objective.untargeted(outputs, self.active), right)
 
     def record(self, current: Tensor, losses: Tensor, right: Tensor | None) -> Tensor:
-        """Take note of iterates of the samples alive; returns the mask (b,) of those that stay alive.
+        """Update from iterates of the active samples; returns the mask (b,) of those that stay active.
 
         Args:
             current: (b, 3, H, W).
-            losses: (b,); the higher one is kept.
-            right: (b,) still answered right; the others leave with this image, whatever their loss. None: all stay.
+            losses: (b,); the image with the higher loss is kept.
+            right: (b,) whether still correct; the others keep this image, whatever its loss, and become inactive.
+                None: all stay active.
         """
         losses = losses.detach().to(self.losses.dtype)
         keep = torch.ones_like(self.active, dtype=torch.bool) if right is None else right
@@ -149,8 +150,8 @@ class BestAdversarial:
 def input_gradient(losses: Tensor, current: Tensor, keep_graph: bool = False) -> Tensor:
     """Gradient of each sample's loss with respect to its image, without touching ``.grad``.
 
-    Zero where it is NaN, and where the model cuts it off: such a model is for attacks without gradients, and for the
-    evaluation's doubts, not a reason to stop.
+    Zero where it is NaN, and where the model blocks it: gradient masking is for gradient-free attacks and for the
+    diagnostics of the evaluation to find, not a reason to fail.
     """
     if not losses.requires_grad:
         return torch.zeros_like(current)
@@ -158,14 +159,14 @@ def input_gradient(losses: Tensor, current: Tensor, keep_graph: bool = False) ->
     return torch.zeros_like(current) if gradient is None else gradient.nan_to_num(0.0)
 
 
-def _without(gradient: Tensor, other: Tensor) -> Tensor:
-    """``gradient`` less its part along ``other``, per sample; both (b, 3, H, W)."""
+def _orthogonal_part(gradient: Tensor, other: Tensor) -> Tensor:
+    """The part of ``gradient`` orthogonal to ``other``, per sample; both (b, 3, H, W)."""
     along = other / other.flatten(1).norm(dim=1).clamp_min(1e-30)[:, None, None, None]
     return gradient - (gradient * along).flatten(1).sum(1)[:, None, None, None] * along
 
 
 def strongest_rivals(outputs: Tensor, labels: Tensor, count: int) -> Tensor:
-    """(B, min(count, C - 1)): the likeliest wrong classes of each sample, by mean log-probability over branches."""
+    """(B, min(count, C - 1)): the most probable wrong classes of each sample, by mean log-probability over branches."""
     scores = outputs.log_softmax(-1)
     scores = scores.flatten(0, -3).mean(0) if scores.ndim > 2 else scores
     scores = scores.scatter(-1, labels[:, None], -torch.inf)

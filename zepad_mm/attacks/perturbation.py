@@ -1,4 +1,4 @@
-"""A universal perturbation as an object: what it is, its budget, where it came from; applied to images of any size."""
+"""A universal perturbation with its budget and provenance; applies to images of any size."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from zepad_mm.utils.io import read_tensors, write_tensors, write_text
 from zepad_mm.utils.validation import budget_text, check_images
 
 FORMAT = "zepad-mm perturbation 1"
-FILE = "perturbation.safetensors"  # its name in a repository
+FILE = "perturbation.safetensors"  # file name in a Hub repository
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -27,11 +27,11 @@ class Perturbation:
     """One perturbation for every image.
 
     Attributes:
-        delta: (3, H, W) float32 on the CPU, inside the budget: what is added, or the pixels of a patch in [0, 1].
-        epsilon: the budget in pixels of [0, 1]; of a patch the share of the area that it may cover.
+        delta: (3, H, W) float32 on the CPU, inside the budget: added to images, or the pixels of a patch in [0, 1].
+        epsilon: budget in pixels of [0, 1]; for a patch the share of the area that it may cover.
         norm: "linf", "l2" or "patch".
-        provenance: how it was made: attack, encoder, data, seed, steps. JSON-able.
-        place: where a patch goes, "center", "lower_right" or "random" (per image); additive ones leave it as it is.
+        provenance: how it was crafted: attack, encoders, data, seed, steps. JSON-able.
+        place: position of a patch: "center", "lower_right" or "random" (per image); unused by additive ones.
     """
 
     delta: Tensor
@@ -61,31 +61,31 @@ class Perturbation:
         if length > self.epsilon + 1e-6 * max(1.0, self.epsilon):
             raise ValueError(
                 f"perturbation: delta has {self.norm} length {length:.4g}, beyond its budget of {self.epsilon:.4g}; "
-                "was it made for another budget? Use Perturbation.fit_budget(delta, epsilon)"
+                "use Perturbation.fit_budget(delta, epsilon) to project it"
             )
 
     @classmethod
     def fit_budget(
         cls, delta: Tensor, epsilon: float, norm: str = "linf", provenance: Mapping[str, Any] | None = None
     ) -> Perturbation:
-        """From a raw delta of any budget, projected (never scaled up) into ``epsilon``."""
+        """A perturbation from a delta of any length, projected (never scaled up) into ``epsilon``."""
         check_budget(epsilon, norm)
         return cls(project(delta.detach().float().cpu(), epsilon, norm), epsilon, norm, provenance or {})
 
     def rescaled(self, epsilon: float) -> Perturbation:
         """The same pattern at another budget: delta * epsilon / own epsilon; a patch keeps its pixels."""
         if self.epsilon == 0:
-            raise ValueError("perturbation: one of budget 0 has no pattern to rescale")
+            raise ValueError("perturbation: a budget of 0 has no pattern to rescale")
         note = {**self.provenance, "rescaled_from": self.epsilon}
         if self.norm == "patch":
             return Perturbation(self.delta, epsilon, self.norm, note, self.place)
         return Perturbation.fit_budget(self.delta * (epsilon / self.epsilon), epsilon, self.norm, note)
 
     def __call__(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Attacked images, clamped to [0, 1]; the delta is resized to them and projected into its budget again.
+        """Adversarial images in [0, 1]; the delta is resized to the images and projected into its budget again.
 
         Args:
-            generator: draws the places of a patch with place "random"; seed 0 when None. Otherwise nothing is drawn.
+            generator: draws the positions of a patch with place "random"; seed 0 when None. Otherwise unused.
         """
         images = check_images(images)
         if self.norm == "patch":
@@ -110,35 +110,37 @@ class Perturbation:
 
     @classmethod
     def load(cls, path: str | Path, epsilon: float | None = None) -> Perturbation:
-        """Read what :meth:`save` wrote.
+        """A perturbation saved by :meth:`save`.
 
         Args:
-            epsilon: the budget that is expected; a file of another one is an error, since results would be mixed.
+            epsilon: expected budget; a file with another budget is an error, since results would not be comparable.
 
         Raises:
-            ValueError: damaged or foreign file, or another budget.
+            ValueError: a damaged file, an unknown format, or another budget.
         """
         tensors, metadata = read_tensors(path)
         if metadata.get("format") != FORMAT or "delta" not in tensors:
-            raise ValueError(f"{path} is no perturbation of zepad-mm: it holds {sorted(tensors)} and {metadata}"[:300])
+            raise ValueError(
+                f"{path} is not a perturbation of zepad-mm: it holds {sorted(tensors)} and {metadata}"[:300]
+            )
         try:
             about = json.loads(metadata["perturbation"])
             place = {"place": about["place"]} if "place" in about else {}
             loaded = cls(tensors["delta"], about["epsilon"], about["norm"], about["provenance"], **place)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is a damaged perturbation file: {error!r}; fetch or craft it again") from error
+            raise ValueError(f"{path} is a damaged perturbation file: {error!r}; download or craft it again") from error
         if epsilon is not None and abs(loaded.epsilon - epsilon) > 1e-9:
             given, expected = (budget_text(value, loaded.norm) for value in (loaded.epsilon, epsilon))
             raise ValueError(
                 f"{path} was made for epsilon {given}, expected {expected}; "
-                "use Perturbation.load(path).rescaled(epsilon) if that is meant"
+                "use Perturbation.load(path).rescaled(epsilon) to rescale it"
             )
         return loaded
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | None = None, branch: str | None = None
     ) -> str:
-        """Publish it with a card; see :func:`zepad_mm.utils.hub.push_folder`. Returns the address of the commit."""
+        """Publish it with a card, see :func:`zepad_mm.utils.hub.push_folder`; returns the URL of the commit."""
         with TemporaryDirectory() as folder:
             self.save(Path(folder) / FILE)
             write_text(Path(folder) / "README.md", self._card(repo_id))
@@ -158,7 +160,7 @@ class Perturbation:
         local_files_only: bool = False,
         force_download: bool = False,
     ) -> Perturbation:
-        """Fetch what :meth:`push_to_hub` published; ``epsilon`` as for :meth:`load`, the rest as ``hub.fetch``."""
+        """A perturbation from the Hub; ``epsilon`` as for :meth:`load`, the rest as for ``hub.fetch``."""
         access = Access(
             token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download
         )
@@ -172,7 +174,7 @@ class Perturbation:
 # A universal adversarial perturbation
 
 One perturbation of {self.delta.shape[-2]} x {self.delta.shape[-1]} pixels for every image: {self.norm}, budget
-{budget}. It is for testing defences; it was made as follows.
+{budget}. It is for testing defences. Provenance:
 
 | | |
 |---|---|
@@ -181,7 +183,7 @@ One perturbation of {self.delta.shape[-2]} x {self.delta.shape[-1]} pixels for e
 ```python
 from zepad_mm.attacks import Perturbation
 
-attacked = Perturbation.from_hub("{repo_id}")(images)  # images (B, 3, H, W) in [0, 1]
+adversarial = Perturbation.from_hub("{repo_id}")(images)  # images (B, 3, H, W) in [0, 1]
 ```
 """
         return card_text(body, tags=["adversarial-perturbation", "adversarial-robustness", "zepad"])

@@ -1,4 +1,4 @@
-"""Projected gradient descent: one loop for every norm and every loss."""
+"""Projected gradient descent (PGD) for every norm and loss."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from zepad_mm.attacks.objective import BestAdversarial, Objective
 class PGD(Attack):
     """PGD (Madry et al. 2018) with random start and restarts; keeps each sample's worst iterate.
 
-    With a loss on logits a sample leaves the batch as soon as the model it is shown to is wrong about it, which is
-    what makes attacking a weak model cheap; a sample that is wrong without any attack is handed back as it came. With
-    a loss on features (no labels needed) every sample runs to the end.
+    With a loss on logits a sample leaves the batch as soon as the model is wrong about it, which makes attacking a
+    weak model cheap; a sample that is wrong without an attack is returned unchanged. With a loss on features (no labels
+    needed) every sample runs all steps.
     """
 
     loss: str = "margin"  # of LOGIT_LOSSES or FEATURE_LOSSES
     steps: int = 20  # gradient steps per restart
     step_size: float | None = None  # in pixels; None: 2.5 * epsilon / steps, as Madry et al.
     restarts: int = 1  # the worst over all of them counts
-    random_start: bool = True  # False starts the first run at the image itself
-    stop_when_wrong: bool = True  # False spends all steps on every sample, for losses that go on past the border
+    random_start: bool = True  # False: the first restart starts at the image itself
+    stop_when_wrong: bool = True  # False: every sample runs all steps, for losses that go on beyond it
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,7 +60,7 @@ class PGD(Attack):
         generator: torch.Generator,
         start: Tensor | None = None,
     ) -> None:
-        """Every restart of every objective over the samples alive, noted in ``worst``."""
+        """Run every restart of every objective on the active samples of ``best``, which is updated."""
         for restart in range(self.restarts):
             for number, objective in enumerate(objectives):
                 if len(best.active):
@@ -76,18 +76,18 @@ class PGD(Attack):
     def _run_restart(
         self, model: Model, clean: Tensor, current: Tensor, objective: Objective, best: BestAdversarial, first: bool
     ) -> None:
-        """One run from ``current`` over the samples alive, noted in ``worst``."""
+        """Run one restart from ``current`` on the active samples of ``best``, which is updated."""
         for step in range(self.steps + 1):
-            looking = step == self.steps  # the last round only looks at the last iterate
-            with torch.set_grad_enabled(not looking):
-                outputs = model(current.requires_grad_(not looking))
+            last = step == self.steps  # the last iterate is scored without another step
+            with torch.set_grad_enabled(not last):
+                outputs = model(current.requires_grad_(not last))
                 if step == 0 and first:
                     objective.check(outputs, len(current))
                 losses = objective(outputs, best.active)
-            gradient = current if looking else objective.gradient(losses, outputs, best.active, current)
+            gradient = current if last else objective.gradient(losses, outputs, best.active, current)
             current = current.detach()
             keep = best.update(current, outputs, objective, self.stop_when_wrong)
-            if looking or len(best.active) == 0:
+            if last or len(best.active) == 0:
                 return
             if not bool(keep.all()):
                 clean, current, gradient = clean[keep], current[keep], gradient[keep]

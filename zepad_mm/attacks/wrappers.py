@@ -1,4 +1,4 @@
-"""Around a model: what an attacker does about randomness (EOT) and about steps without a gradient (BPDA)."""
+"""Wrappers for models that are random (EOT) or have steps without a gradient (BPDA)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ Model = Callable[[Tensor], Tensor]
 def eot(model: Model, passes: int = 20, seed: int = 0) -> Model:
     """Expectation over transformation (Athalye et al. 2018): outputs, and so gradients, averaged over forward passes.
 
-    Every image batch gets draws of its own, made from ``seed`` and the pixels: two looks at the same batch agree, two
-    iterates of an attack do not share their luck. The global random state is left as it was. A model that draws from a
-    generator of its own decides for itself.
+    The global random state is seeded from ``seed`` and the pixels, and restored afterwards: a repeated batch gets the
+    same draws, each iterate of an attack gets new ones. A model that draws from its own generator is not affected.
 
     Args:
-        model: (B, 3, H, W) to outputs, drawing anew at each call.
-        passes: forward passes per look.
-        seed: source of the draws.
+        model: (B, 3, H, W) to outputs, random at each call.
+        passes: forward passes to average.
+        seed: seed of the draws.
 
     Raises:
         ValueError: fewer than one pass.
@@ -40,12 +39,12 @@ def eot(model: Model, passes: int = 20, seed: int = 0) -> Model:
 
 
 def _bits(images: Tensor) -> int:
-    """A number that any change of a pixel changes."""
+    """The bits of the sum of all pixels, as an integer that changes with any pixel."""
     return int(struct.unpack("<q", struct.pack("<d", float(images.detach().double().sum())))[0]) >> 1
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Goes on with one tensor and sends the gradient to another of the same shape."""
+    """Returns one tensor and passes the gradient to another of the same shape."""
 
     @staticmethod
     def forward(ctx: Any, smooth: Tensor, exact: Tensor) -> Tensor:
@@ -59,15 +58,15 @@ class _StraightThrough(torch.autograd.Function):
 def bpda(function: Model, surrogate: Model | None = None) -> Model:
     """Backward pass differentiable approximation (Athalye et al. 2018).
 
-    Forward it is ``function`` to the last bit, backward it is ``surrogate``. Wrap the step that has no gradient
-    (rounding, JPEG, a hard gate), or a whole model where a smooth one stands in for it.
+    The forward pass is ``function``, bit for bit; the backward pass is that of ``surrogate``. Wrap the step that has no
+    gradient (rounding, JPEG, a hard gate), or a whole model with a smooth substitute.
 
     Args:
-        function: the step as it is; need not be differentiable.
-        surrogate: a smooth stand-in with the same output shape; None: the identity.
+        function: the exact step; need not be differentiable.
+        surrogate: a differentiable substitute with the same output shape; None: the identity.
 
     Raises:
-        ValueError: when called, if the two disagree in shape.
+        ValueError: when called, if the two outputs differ in shape.
     """
 
     def approximated(inputs: Tensor) -> Tensor:
@@ -77,7 +76,7 @@ def bpda(function: Model, surrogate: Model | None = None) -> Model:
         if smooth.shape != exact.shape:
             raise ValueError(
                 f"bpda: the function gives {tuple(exact.shape)} and its surrogate {tuple(smooth.shape)}; "
-                "hand in one of the same output shape: bpda(function, surrogate=...)"
+                "pass one with the same output shape: bpda(function, surrogate=...)"
             )
         return _StraightThrough.apply(smooth, exact)  # type: ignore[no-any-return, no-untyped-call]
 

@@ -1,4 +1,4 @@
-"""Downstream-agnostic attacks: one perturbation for every image, made from an encoder and unlabelled images."""
+"""Universal (downstream-agnostic) attacks: one perturbation for all images, crafted without labels."""
 
 from zepad_mm.attacks.universal.adv_clip import AdvCLIP
 from zepad_mm.attacks.universal.adv_encoder import AdvEncoder, AdvEncoderPatch

@@ -1,4 +1,4 @@
-"""Activations inside an encoder, by forward hooks: for attacks that strike layers rather than the output."""
+"""Activations of an encoder's layers by forward hooks, for attacks on layers rather than on the output."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ Layer = str | float
 
 
 class Activations:
-    """Outputs of chosen layers of one or several encoders. A context manager: the hooks go when the block ends.
+    """Outputs of selected layers of one or several encoders; a context manager that removes its hooks on exit.
 
     Args:
         encoders: modules, or functions and partials that refer to modules by name.
-        layers: for each what is wanted: the dotted name of a module, e.g. "backbone.trunk.layer1"; or a depth from 0
-            (first) to 1 (last) among the encoder's blocks, whatever they are called (see :func:`blocks_of`).
+        layers: dotted names of modules, e.g. "backbone.trunk.layer1", or depths from 0 (first) to 1 (last) among the
+            encoder's blocks (see :func:`blocks_of`).
 
     Raises:
-        ValueError: a bare function, an unknown name, a depth outside [0, 1].
+        ValueError: a function without a module, an unknown name, or a depth outside [0, 1].
     """
 
     def __init__(self, encoders: Sequence[Model], layers: Sequence[Layer]) -> None:
         self._encoders = encoders
-        self._taken: dict[int, list[Tensor]] = {}
+        self._outputs: dict[int, list[Tensor]] = {}
         self._targets = []
         for which, encoder in enumerate(encoders):
             roots = modules_of(encoder)
             if not roots:
                 raise ValueError(
-                    f"encoder: this attack strikes layers and needs a torch.nn.Module to hook, got {encoder!r:.80}; "
-                    "hand in the module itself, or a function that calls one"
+                    f"encoder: this attack targets layers and needs a torch.nn.Module to hook, got {encoder!r:.80}; "
+                    "pass the module itself, or a function that calls one"
                 )
             self._targets += [(which, find_layer(root, layer)) for root in roots for layer in layers]
         self._handles: list[Any] = []
 
     def __enter__(self) -> Self:
         for place, (_, module) in enumerate(self._targets):
-            self._handles.append(module.register_forward_hook(self._keep(place)))
+            self._handles.append(module.register_forward_hook(self._record(place)))
         return self
 
     def __exit__(
@@ -50,33 +50,33 @@ class Activations:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._taken.clear()
+        self._outputs.clear()
 
     def __call__(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) in [0, 1] to activations, one tensor per encoder (or module in it) and layer, in that order."""
-        self._taken.clear()
+        """Activations of images (B, 3, H, W) in [0, 1], one tensor per encoder (or module in it) and layer."""
+        self._outputs.clear()
         for encoder in self._encoders:
             encoder(images)
-        missing = [place for place in range(len(self._targets)) if place not in self._taken]
+        missing = [place for place in range(len(self._targets)) if place not in self._outputs]
         if missing:
             raise ValueError(
-                f"layers: {type(self._targets[missing[0]][1]).__name__} is not run by its encoder, or gives no tensor; "
-                "name another module of encoder.named_modules()"
+                f"layers: {type(self._targets[missing[0]][1]).__name__} is not run by its encoder, or its output is "
+                "no tensor; name another module of encoder.named_modules()"
             )
-        return [self._taken[place][-1] for place in range(len(self._targets))]
+        return [self._outputs[place][-1] for place in range(len(self._targets))]
 
-    def _keep(self, place: int) -> Any:
+    def _record(self, place: int) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             output = output[0] if isinstance(output, tuple) else output
             if isinstance(output, Tensor):
-                # a copy: what follows may work in place, as ReLU(inplace=True) after a convolution does
-                self._taken.setdefault(place, []).append(output * 1)
+                # a copy: the next layer may work in place, e.g. ReLU(inplace=True)
+                self._outputs.setdefault(place, []).append(output * 1)
 
         return hook
 
 
 def find_layer(root: nn.Module, layer: Layer) -> nn.Module:
-    """A module by its dotted name, or by its depth in [0, 1] among the blocks. Raises ValueError for neither."""
+    """The module of a dotted name, or of a depth in [0, 1] among the blocks. Raises ValueError for neither."""
     if isinstance(layer, str):
         names = dict(root.named_modules())
         if layer not in names:
@@ -93,12 +93,12 @@ def find_layer(root: nn.Module, layer: Layer) -> nn.Module:
 
 
 def blocks_of(root: nn.Module) -> list[nn.Module]:
-    """The blocks of an encoder in their order: residual blocks, transformer blocks or single layers.
+    """The blocks of an encoder in order: residual blocks, transformer blocks or single layers.
 
-    They are the members of its ``nn.Sequential`` and ``nn.ModuleList`` containers that hold parameters; a member that
-    is such a container itself is opened, any other is one block. Where there is no container: all layers with weights.
+    Blocks are the members with parameters of its ``nn.Sequential`` and ``nn.ModuleList`` containers; nested containers
+    are expanded. Without any container: all layers with parameters.
     """
-    found: list[nn.Module] = []
+    blocks: list[nn.Module] = []
 
     def walk(module: nn.Module) -> None:
         inside = isinstance(module, nn.Sequential | nn.ModuleList)
@@ -106,16 +106,16 @@ def blocks_of(root: nn.Module) -> list[nn.Module]:
             if isinstance(child, nn.Sequential | nn.ModuleList) or not inside:
                 walk(child)
             elif next(child.parameters(), None) is not None:
-                found.append(child)
+                blocks.append(child)
 
     walk(root)
-    if found:
-        return found
+    if blocks:
+        return blocks
     leaves = [
         m for m in root.modules() if not any(True for _ in m.children()) and next(m.parameters(), None) is not None
     ]
     if not leaves:
-        raise ValueError(f"layers: {type(root).__name__} has no layer with weights to strike")
+        raise ValueError(f"layers: {type(root).__name__} has no layer with weights to attack")
     return leaves
 
 

@@ -1,4 +1,4 @@
-"""AdvCLIP (Zhou et al., ACM MM 2023): a universal patch that tears images from their texts."""
+"""AdvCLIP (Zhou et al., ACM MM 2023): a universal patch against image-text matching."""
 
 from __future__ import annotations
 
@@ -20,22 +20,24 @@ from zepad_mm.attacks.universal.surrogate_heads import cluster
 @UNIVERSAL_ATTACKS.register("adv_clip")
 @dataclass(frozen=True, kw_only=True)
 class AdvCLIP(PatchAttack, GeneratorAttack):
-    """AdvCLIP's patch of 3 % of the area: contrastive and topology losses to the clean images and to their texts.
+    """AdvCLIP: a patch of 3 % of the area by contrastive and topology losses to clean images and texts.
 
-    Maximises ``info_nce(clean, attacked) + text_weight * info_nce(text, attacked)`` and, by ``topology_weight``, the
-    same two of :func:`topology`. An image's text is the nearest of ``text_features``; without those, pseudo texts
-    stand in: the centres of k-means clusters of the clean features. The paper's discriminator, which makes the patch
-    look natural and no stronger, and the squared error on the image are left out.
+    Maximises ``info_nce(clean, adversarial) + text_weight * info_nce(text, adversarial)`` and, by ``topology_weight``,
+    the same two terms of :func:`topology`. The text of an image is the nearest of ``text_features``; without those, the
+    centres of k-means clusters of the clean features serve as pseudo texts. The paper's discriminator, which makes the
+    patch look natural but not stronger, and its squared error on the image are omitted.
     """
 
     epsilon: float = 0.03  # share of the area
     norm: str = "patch"
-    place: str = "center"  # "lower_right" as published, or "random": a place of its own for each image
+    place: str = "center"  # "lower_right" as published, or "random", drawn for each image
     learning_rate: float = 2e-3  # as for AdvEncoder's patch; 2e-4 as published
-    text_weight: float = 1.0  # of texts against images; 5 with pseudo texts is weaker on the embedded CLIP
-    topology_weight: float = 0.1  # of the topology losses; the released code weighs contrast 10 to 1
-    clusters: int = 10  # pseudo texts, where no texts are given
-    text_features: Tensor | None = field(default=None, repr=False, compare=False)  # (T, D), any length; no pairs needed
+    text_weight: float = 1.0  # weight of the texts; 5 with pseudo texts is weaker on the embedded CLIP
+    topology_weight: float = 0.1  # weight of the topology losses, as in the released code
+    clusters: int = 10  # number of pseudo texts, if no texts are given
+    text_features: Tensor | None = field(
+        default=None, repr=False, compare=False
+    )  # (T, D), need not be paired with the images
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,20 +56,20 @@ class AdvCLIP(PatchAttack, GeneratorAttack):
         texts = self.texts(surrogate, generator)
 
         def total_loss(delta: Tensor, batch: Tensor) -> Tensor:
-            attacked, losses = surrogate.perturb(delta, batch), []
+            adversarial, losses = surrogate.perturb(delta, batch), []
             for which, encoder in enumerate(surrogate.encoders):
-                now, clean = encoder(attacked), surrogate.clean_features(which, batch)
-                text = texts[which][..., batch.to(now.device), :]
-                contrast = info_nce(now, clean).mean() + self.text_weight * info_nce(now, text).mean()
-                shape = topology(now, clean).mean() + self.text_weight * topology(now, text).mean()
+                features, clean = encoder(adversarial), surrogate.clean_features(which, batch)
+                text = texts[which][..., batch.to(features.device), :]
+                contrast = info_nce(features, clean).mean() + self.text_weight * info_nce(features, text).mean()
+                shape = topology(features, clean).mean() + self.text_weight * topology(features, text).mean()
                 losses.append(contrast + self.topology_weight * shape)
             return -surrogate.record_loss(torch.stack(losses).mean())
 
         return self.train(surrogate, generator, total_loss)
 
     def texts(self, surrogate: Surrogate, generator: torch.Generator) -> list[Tensor]:
-        """For each encoder the text of each image, (..., N, D)."""
-        found = []
+        """The text features of each image for each encoder, (..., N, D)."""
+        texts = []
         for which in range(len(surrogate.encoders)):
             features = surrogate.all_features(which)
             if self.text_features is None:
@@ -76,13 +78,13 @@ class AdvCLIP(PatchAttack, GeneratorAttack):
             elif self.text_features.shape[-1] != features.shape[-1]:
                 raise ValueError(
                     f"text_features: expected width {features.shape[-1]}, that of the encoder's features, "
-                    f"got {self.text_features.shape[-1]}; embed the texts by the same CLIP"
+                    f"got {self.text_features.shape[-1]}; embed the texts with the same CLIP"
                 )
             else:
                 choices = self.text_features.detach().to(features).expand(*features.shape[:-2], -1, -1)
             nearest = (F.normalize(features, dim=-1) @ F.normalize(choices, dim=-1).transpose(-1, -2)).argmax(-1)
-            found.append(choices.gather(-2, nearest[..., None].expand(features.shape)))
-        return found
+            texts.append(choices.gather(-2, nearest[..., None].expand(features.shape)))
+        return texts
 
     def to_perturbation(self, delta: Tensor, provenance: Mapping[str, Any]) -> Perturbation:
         texts = "cluster centres" if self.text_features is None else f"{len(self.text_features)} given"
@@ -90,25 +92,25 @@ class AdvCLIP(PatchAttack, GeneratorAttack):
 
 
 def neighbours(features: Tensor, others: Tensor) -> Tensor:
-    """How surely each of ``others`` (..., B, D) is near each of ``features`` (..., B, D): (..., B, B) in (0, 1).
+    """The fuzzy membership of ``others`` (..., B, D) in the neighbourhood of ``features``: (..., B, B) in (0, 1).
 
-    UMAP's fuzzy neighbourhood of cosine distances: 1 at the nearest, falling off with the mean distance beyond it
-    (UMAP searches the width by bisection).
+    As in UMAP, on cosine distances: 1 at the nearest, decaying with the distance beyond it in units of its mean (UMAP
+    finds the width by bisection).
     """
     distance = 1 - F.normalize(features, dim=-1) @ F.normalize(others, dim=-1).transpose(-1, -2)
     beyond = distance - distance.amin(-1, keepdim=True)
     return (-beyond / beyond.mean(-1, keepdim=True).clamp_min(1e-6)).exp()
 
 
-def topology(attacked: Tensor, reference: Tensor) -> Tensor:
-    """Cross-entropy of two neighbourhoods: of the references among themselves, and of the attacked among them.
+def topology(adversarial: Tensor, reference: Tensor) -> Tensor:
+    """Divergence of the adversarial features' neighbourhoods among the references from the references' own.
 
     Args:
-        attacked, reference: features (..., B, D).
+        adversarial, reference: features (..., B, D).
 
     Returns:
-        (..., B) losses; higher where an image's attacked neighbours are not its clean ones.
+        (..., B) losses; higher where the neighbours differ.
     """
     truth = neighbours(reference, reference).clamp(1e-4, 1 - 1e-4)
-    now = neighbours(attacked, reference).clamp(1e-4, 1 - 1e-4)
-    return (truth * (truth / now).log() + (1 - truth) * ((1 - truth) / (1 - now)).log()).sum(-1)
+    estimate = neighbours(adversarial, reference).clamp(1e-4, 1 - 1e-4)
+    return (truth * (truth / estimate).log() + (1 - truth) * ((1 - truth) / (1 - estimate)).log()).sum(-1)

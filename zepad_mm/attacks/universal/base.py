@@ -1,4 +1,14 @@
-"""The contract of every universal attack, and what the attacker owns: encoders and unlabelled images."""
+"""The contract of universal attacks, and the optimisation steps that several of them share.
+
+To add an attack, write one file with a frozen dataclass that is registered and implements ``run``, and import it in
+``attacks/universal/__init__.py``; the parametrised tests of ``tests/attacks/test_universal.py`` then cover it::
+
+    @UNIVERSAL_ATTACKS.register("my_attack")
+    @dataclass(frozen=True, kw_only=True)
+    class MyAttack(SignAscentAttack, FeatureAttack):
+        def run(self, surrogate, generator):
+            return self.ascend(surrogate, generator, lambda delta, batch: surrogate.loss(delta, batch, self.criterion))
+"""
 
 from __future__ import annotations
 
@@ -42,15 +52,15 @@ UNIVERSAL_ATTACKS: Registry[type[UniversalAttack]] = Registry("universal attack"
 
 
 class Surrogate:
-    """What a universal attack is crafted on, and how long: iterate to get batches, ask ``loss`` how bad a delta is.
+    """The encoders, images and step budget of one crafting run: iterate for batches, call ``loss`` for the objective.
 
     Args:
         encoders: callables from images to features (..., B, D).
         images: (N, 3, H, W) in [0, 1].
-        attack: its budget, batch size and number of steps are used.
-        seconds: wall-clock budget in place of the number of steps.
+        attack: defines the budget, the batch size and the number of steps.
+        seconds: wall-clock limit that replaces the number of steps.
         progress: show a progress bar.
-        generator: draws the order of the images, and places of patches.
+        generator: draws the order of the images and the positions of patches.
     """
 
     def __init__(
@@ -72,8 +82,8 @@ class Surrogate:
         self._progress = progress
         self._generator = generator
         self._started = time.perf_counter()
-        self._clean: dict[int, Tensor] = {}  # encoder -> (..., N, D), filled as images come up
-        self._known = torch.zeros(len(encoders), len(images), dtype=torch.bool)
+        self._clean: dict[int, Tensor] = {}  # encoder -> features (..., N, D), filled on first use
+        self._encoded = torch.zeros(len(encoders), len(images), dtype=torch.bool)
 
     @property
     def seconds_spent(self) -> float:
@@ -82,18 +92,18 @@ class Surrogate:
 
     @property
     def fraction_done(self) -> float:
-        """The part of the budget already spent, in [0, 1], for schedules."""
+        """The share of the steps or seconds already spent, in [0, 1], for schedules."""
         spent = self.steps_done / self._attack.steps if self._seconds is None else self.seconds_spent / self._seconds
         return min(1.0, spent)
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Index batches over shuffled images until the budget is spent; at least one."""
+        """Yield batches of shuffled indices until the steps or seconds are spent; at least one batch."""
         size = min(self._attack.batch_size, len(self.images))
         total = self._attack.steps if self._seconds is None else None
         order = torch.empty(0, dtype=torch.long)
         with tqdm(total=total, disable=not self._progress, desc=type(self._attack).__name__) as bar:
             while self.steps_done == 0 or self.fraction_done < 1:
-                if len(order) < size:  # a short rest is dropped: contrastive losses want full batches
+                if len(order) < size:  # an incomplete last batch is dropped: contrastive losses need full batches
                     order = torch.randperm(len(self.images), generator=self._generator)
                 yield order[:size]
                 order = order[size:]
@@ -105,35 +115,35 @@ class Surrogate:
         return self.images[batch.to(self.images.device)]
 
     def perturb(self, delta: Tensor, batch: Tensor) -> Tensor:
-        """The images at ``batch`` (B,) with ``delta`` (3, h, w) on them, in the budget and in [0, 1]."""
+        """Adversarial images (B, 3, H, W): the images at ``batch`` (B,) with ``delta`` (3, h, w) applied."""
         return self._attack.apply(self.select(batch), delta, self._generator)
 
     def loss(self, delta: Tensor, batch: Tensor, criterion: FeatureLoss, which: Sequence[int] | None = None) -> Tensor:
-        """How far ``delta`` (3, h, w) drives the features of a batch away; a scalar.
+        """The mean loss of ``delta`` (3, h, w) on a batch over the encoders; a scalar.
 
         Args:
-            criterion: (attacked features (..., B, D), clean ones) to losses; higher is worse for the defender.
-            which: indices of the encoders to average over; None: all.
+            criterion: (adversarial features (..., B, D), clean features) to losses; the attacker maximises them.
+            which: indices of the encoders; None: all.
         """
-        attacked = self.perturb(delta, batch)
+        adversarial = self.perturb(delta, batch)
         chosen = range(len(self.encoders)) if which is None else which
-        losses = [criterion(self.encoders[i](attacked), self.clean_features(i, batch)).mean() for i in chosen]
+        losses = [criterion(self.encoders[i](adversarial), self.clean_features(i, batch)).mean() for i in chosen]
         return self.record_loss(torch.stack(losses).mean())
 
     def record_loss(self, loss: Tensor) -> Tensor:
-        """The loss, kept as the last one for the provenance."""
+        """Record the loss for the provenance and return it."""
         self.last_loss = float(loss.detach())
         return loss
 
     def all_features(self, which: int) -> Tensor:
-        """Features of all images as they are, (..., N, D)."""
+        """Clean features of all images, (..., N, D)."""
         for batch in torch.arange(len(self.images)).split(self._attack.batch_size):
             self.clean_features(which, batch)
         return self._clean[which]
 
     def clean_features(self, which: int, batch: Tensor) -> Tensor:
-        """Features of the images as they are, (..., B, D); each is encoded once in the whole run."""
-        new = batch[~self._known[which, batch]]
+        """Clean features of a batch, (..., B, D); each image is encoded once per run."""
+        new = batch[~self._encoded[which, batch]]
         if len(new):
             with torch.no_grad():
                 features = self.encoders[which](self.select(new))
@@ -146,22 +156,22 @@ class Surrogate:
                 shape = (*features.shape[:-2], len(self.images), features.shape[-1])
                 self._clean[which] = features.new_zeros(shape)
             self._clean[which][..., new.to(features.device), :] = features
-            self._known[which, new] = True
+            self._encoded[which, new] = True
         return self._clean[which][..., batch.to(self._clean[which].device), :]
 
 
 @dataclass(frozen=True, kw_only=True)
 class UniversalAttack(ABC):
-    """One perturbation for all images, without a label. Immutable; its repr goes into the provenance."""
+    """An attack that crafts one perturbation for all images, without labels. Immutable; its repr is its provenance."""
 
-    norms: ClassVar[tuple[str, ...]] = NORMS  # the norms it knows
+    norms: ClassVar[tuple[str, ...]] = NORMS  # supported norms
 
     epsilon: float = 10 / 255  # budget in pixels of [0, 1]
     norm: str = "linf"  # "linf" or "l2"
-    image_size: int = 64  # side of the perturbation; it is resized to images of another size
+    image_size: int = 64  # side of the perturbation in pixels; it is resized to images of another size
     steps: int = 150  # optimiser steps
-    batch_size: int = 16  # images per step; more and smaller steps beat fewer and larger ones
-    seed: int = 0  # of everything random, when no generator is handed in
+    batch_size: int = 16  # images per step; many small batches are stronger than few large ones
+    seed: int = 0  # of all randomness, unless a generator is passed
 
     def __post_init__(self) -> None:
         check_budget(self.epsilon, self.norm)
@@ -172,13 +182,13 @@ class UniversalAttack(ABC):
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.min_images > self.batch_size:
             raise ValueError(
-                f"batch_size: {type(self).__name__} contrasts images with each other (as info_nce does) and needs at "
+                f"batch_size: {type(self).__name__} compares the images of a batch (as info_nce does) and needs at "
                 f"least {self.min_images}, got {self.batch_size}"
             )
 
     @property
     def min_images(self) -> int:
-        """The fewest images of a batch."""
+        """The smallest batch that the attack works on."""
         return 1
 
     def fit(
@@ -193,15 +203,15 @@ class UniversalAttack(ABC):
         """Craft the perturbation.
 
         Args:
-            encoder: maps (B, 3, H, W) in [0, 1] to features (..., B, D). A list or dictionary of several crafts on
-                all at once: their losses are averaged.
+            encoder: maps (B, 3, H, W) in [0, 1] to features (..., B, D). With a list or dictionary of several, their
+                losses are averaged.
             images: (N, 3, H, W) in [0, 1], the attacker's own unlabelled images.
-            seconds: wall-clock budget in place of ``steps``; what comes out then depends on the machine.
+            seconds: wall-clock limit that replaces ``steps``; the result then depends on the machine.
             progress: show a progress bar.
-            generator: CPU source of all randomness; seeded with ``seed`` when None. The global RNG is never touched.
+            generator: CPU generator of all randomness; seeded with ``seed`` when None. The global RNG is not used.
 
         Raises:
-            ValueError: no images, no encoder, images out of range, features of a wrong shape.
+            ValueError: no images, no encoder, images out of range, or features of the wrong shape.
         """
         models = _models(encoder)
         with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
@@ -222,15 +232,15 @@ class UniversalAttack(ABC):
 
     @abstractmethod
     def run(self, surrogate: Surrogate, generator: torch.Generator) -> Tensor:
-        """The attack itself: (3, image_size, image_size); what it returns is projected again."""
+        """The crafted delta (3, image_size, image_size); :meth:`fit` projects it into the budget again."""
 
     def apply(self, images: Tensor, delta: Tensor, generator: torch.Generator) -> Tensor:
-        """Images (B, 3, H, W) with ``delta`` (3, h, w) on them, as the perturbation will later be applied."""
+        """Images (B, 3, H, W) with ``delta`` (3, h, w) applied as the finished perturbation will be."""
         size = (images.shape[-2], images.shape[-1])
         return (images + resize_delta(delta, size, self.epsilon, self.norm)).clamp(0, 1)
 
     def to_perturbation(self, delta: Tensor, provenance: Mapping[str, Any]) -> Perturbation:
-        """The finished perturbation from a delta inside the budget."""
+        """The perturbation object of a delta inside the budget."""
         return Perturbation(delta, self.epsilon, self.norm, provenance)
 
     def _provenance(self, surrogate: Surrogate, encoder: Encoders, seconds: float | None) -> dict[str, object]:
@@ -249,7 +259,7 @@ class UniversalAttack(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureAttack(UniversalAttack):
-    """A universal attack that maximises one of ``FEATURE_LOSSES`` between clean and attacked features."""
+    """A universal attack that maximises one of ``FEATURE_LOSSES`` between clean and adversarial features."""
 
     loss: str = "feature_cosine"  # of FEATURE_LOSSES
 
@@ -269,12 +279,12 @@ class FeatureAttack(UniversalAttack):
 
 @dataclass(frozen=True, kw_only=True)
 class SignAscentAttack(UniversalAttack):
-    """Momentum-sign ascent. The step shrinks along a cosine to a tenth.
+    """Gradient ascent with momentum and sign steps on one delta; a cosine schedule reduces the step to a tenth.
 
-    The start is random: at the clean features every feature loss is flat.
+    The start is random, because every feature loss has zero gradient at the clean features.
     """
 
-    step_size: float = 0.1  # first step as a part of epsilon
+    step_size: float = 0.1  # first step as a share of epsilon
     momentum: float = 0.9  # of gradients scaled to mean magnitude 1; 0 is plain sign ascent
 
     def __post_init__(self) -> None:
@@ -285,7 +295,7 @@ class SignAscentAttack(UniversalAttack):
     def ascend(
         self, surrogate: Surrogate, generator: torch.Generator, objective: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
-        """The delta (3, image_size, image_size) that makes ``objective(delta, batch)``, a scalar, large."""
+        """The delta (3, image_size, image_size) that maximises ``objective(delta, batch)``, a scalar."""
         like = surrogate.images.new_empty(1, 3, self.image_size, self.image_size)
         delta = random_delta(like, self.epsilon, self.norm, generator)[0]
         velocity = torch.zeros_like(delta)
@@ -301,9 +311,9 @@ class SignAscentAttack(UniversalAttack):
 
 
 class PatchAttack(UniversalAttack):
-    """Mix-in, named before the attack: pixels are replaced, not added to; ``epsilon`` is a share of the area.
+    """Mix-in for attacks that paste a patch; ``epsilon`` is its share of the area.
 
-    Adds no fields of its own, so that it changes no default of the attack; that declares ``place``.
+    List it before the attack among the base classes; the attack declares the field ``place``.
     """
 
     norms: ClassVar[tuple[str, ...]] = ("patch",)
@@ -321,7 +331,7 @@ class PatchAttack(UniversalAttack):
 
 
 def _models(encoder: Encoders) -> list[Model]:
-    """One or several callables as a list."""
+    """The encoders as a list."""
     models: list[Any]
     if isinstance(encoder, Mapping | nn.ModuleDict):
         models = list(encoder.values())
@@ -337,7 +347,7 @@ def _models(encoder: Encoders) -> list[Model]:
 
 
 def _names(encoder: Encoders) -> list[str]:
-    """How the encoders are called in the provenance: their key, their ``source``, or their type."""
+    """The names of the encoders in the provenance: their key, ``source`` or type."""
     if isinstance(encoder, Mapping | nn.ModuleDict):
         return [str(key) for key in encoder]
     return [

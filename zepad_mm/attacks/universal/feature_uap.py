@@ -1,4 +1,4 @@
-"""The plainest universal attack: signed gradient steps on one delta, away from the clean features."""
+"""The basic universal attack: sign-gradient ascent on the distance to the clean features."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from zepad_mm.attacks.universal.base import UNIVERSAL_ATTACKS, FeatureAttack, Si
 @UNIVERSAL_ATTACKS.register("feature_uap")
 @dataclass(frozen=True, kw_only=True)
 class FeatureUAP(SignAscentAttack, FeatureAttack):
-    """Universal perturbation by momentum-sign ascent on a feature loss (as X-Transfer and L4A step)."""
+    """Universal perturbation by sign-gradient ascent with momentum on a feature loss."""
 
     def run(self, surrogate: Surrogate, generator: torch.Generator) -> Tensor:
         return self.ascend(surrogate, generator, lambda delta, batch: surrogate.loss(delta, batch, self.criterion))

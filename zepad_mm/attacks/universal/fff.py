@@ -14,15 +14,15 @@ from zepad_mm.attacks.universal.base import UNIVERSAL_ATTACKS, SignAscentAttack,
 @UNIVERSAL_ATTACKS.register("fff")
 @dataclass(frozen=True, kw_only=True)
 class FFF(SignAscentAttack):
-    """Maximises the log of the activations of every layer (equation 4), on noise: no image is looked at.
+    """Maximises the log of the activations of every layer (equation 4) on noise; the images are not used.
 
-    The input is Gaussian noise around grey (GD-UAP's range prior) under the perturbation; ``noise_std=0`` leaves the
-    perturbation alone on grey, as FFF has it. The paper moves by Adam and halves the delta when it saturates; here
-    sign steps shrink instead, which cannot saturate for good.
+    The input is the perturbation on Gaussian noise around grey (GD-UAP's range prior); ``noise_std=0`` is the
+    perturbation on plain grey, as in FFF. The paper uses Adam and halves the delta when it saturates; here shrinking
+    sign steps avoid saturation.
     """
 
     batch_size: int = 8  # noise images per step
-    depth: float = 1.0  # layers from the first to this depth among the blocks count; 1: all
+    depth: float = 1.0  # share of the blocks, from the first, that count
     noise_std: float = 0.05  # of the noise around 0.5, in pixels of [0, 1]
 
     def __post_init__(self) -> None:
@@ -33,17 +33,17 @@ class FFF(SignAscentAttack):
     def run(self, surrogate: Surrogate, generator: torch.Generator) -> Tensor:
         device = surrogate.images.device
         shape = (self.batch_size, 3, self.image_size, self.image_size)
-        with Activations(surrogate.encoders, self.layers()) as taken:
+        with Activations(surrogate.encoders, self.layers()) as activations:
 
             def objective(delta: Tensor, batch: Tensor) -> Tensor:
                 noise = (0.5 + self.noise_std * torch.randn(shape, generator=generator)).clamp(0, 1)
-                found = taken(self.apply(noise.to(device), delta, generator))
+                layers = activations(self.apply(noise.to(device), delta, generator))
                 return surrogate.record_loss(
-                    torch.stack([mean_square(one).clamp_min(1e-20).log() for one in found]).mean()
+                    torch.stack([mean_square(layer).clamp_min(1e-20).log() for layer in layers]).mean()
                 )
 
             return self.ascend(surrogate, generator, objective)
 
     def layers(self) -> tuple[Layer, ...]:
-        """Depths that name every block up to ``depth``; more of them than an encoder has blocks name some twice."""
+        """16 depths up to ``depth``; blocks of encoders with fewer blocks count more than once."""
         return tuple(self.depth * step / 15 for step in range(16))

@@ -14,23 +14,24 @@ from zepad_mm.attacks.universal.base import UNIVERSAL_ATTACKS, SignAscentAttack,
 @UNIVERSAL_ATTACKS.register("ssp")
 @dataclass(frozen=True, kw_only=True)
 class SSP(SignAscentAttack):
-    """Drives the activations of a middle layer away from those of the clean images.
+    """Maximises the distance of a middle layer's activations from the clean ones.
 
-    The paper's feature distortion, the squared distance of equation 5, summed into one delta over the batches as the
-    released code of L4A does. Each layer counts relative to the size of its clean activations, so that no encoder of
-    several outweighs the others.
+    The paper's feature distortion, the squared distance of equation 5, with one delta for all batches as in the
+    released code of L4A. Distances are relative to the clean activations, so that several encoders weigh the same.
     """
 
     layer: Layer = 0.5  # depth from 0 to 1 among the blocks, or the dotted name of a module
 
     def run(self, surrogate: Surrogate, generator: torch.Generator) -> Tensor:
-        with Activations(surrogate.encoders, (self.layer,)) as taken:
+        with Activations(surrogate.encoders, (self.layer,)) as activations:
 
             def objective(delta: Tensor, batch: Tensor) -> Tensor:
                 with torch.no_grad():
-                    clean = taken(surrogate.select(batch))
-                pairs = zip(taken(surrogate.perturb(delta, batch)), clean, strict=True)
-                distances = [(now - before).square().mean() / before.square().mean() for now, before in pairs]
+                    clean = activations(surrogate.select(batch))
+                pairs = zip(activations(surrogate.perturb(delta, batch)), clean, strict=True)
+                distances = [
+                    (adversarial - clean).square().mean() / clean.square().mean() for adversarial, clean in pairs
+                ]
                 return surrogate.record_loss(torch.stack(distances).mean())
 
             return self.ascend(surrogate, generator, objective)

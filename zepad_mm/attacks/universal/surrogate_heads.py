@@ -1,4 +1,4 @@
-"""The attacker's own head: what stands in for class logits when there are only an encoder and unlabelled images."""
+"""Surrogate heads: class logits for attackers who have an encoder and unlabelled images only."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Head = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ClusterHead:
-    """Scaled cosine to cluster centres of centred features: features (..., B, D) to logits (..., B, K).
+    """Scaled cosines of centred features to cluster centres: features (..., B, D) to logits (..., B, K).
 
     Attributes:
-        mean: (..., 1, D), taken off first: what all images have in common tells no clusters apart.
+        mean: (..., 1, D), subtracted from the features.
         centres: (..., K, D) of unit length.
         scale: factor on the cosines.
     """
@@ -33,12 +33,12 @@ class ClusterHead:
 
 
 def cluster(features: Tensor, clusters: int, generator: torch.Generator, rounds: int = 20) -> ClusterHead:
-    """Spherical k-means.
+    """A cluster head by spherical k-means.
 
     Args:
-        features: (..., N, D); leading axes are clustered each by itself.
-        clusters: K; at most N of them are made.
-        generator: CPU source of the images to begin with.
+        features: (..., N, D); each leading axis is clustered separately.
+        clusters: K; at most N.
+        generator: CPU generator that draws the initial centres.
         rounds: Lloyd's iterations.
     """
     mean = features.mean(-2, keepdim=True)
@@ -49,21 +49,21 @@ def cluster(features: Tensor, clusters: int, generator: torch.Generator, rounds:
         nearest = (points @ centres.transpose(-1, -2)).argmax(-1)
         member = F.one_hot(nearest, centres.shape[-2]).to(points)
         sums = member.transpose(-1, -2) @ points
-        filled = member.sum(-2)[..., None] > 0  # a cluster that lost all its images stays where it was
+        filled = member.sum(-2)[..., None] > 0  # an empty cluster keeps its centre
         centres = torch.where(filled, F.normalize(sums, dim=-1), centres)
     return ClusterHead(mean, centres)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PseudoLabelAttack(UniversalAttack):
-    """A universal attack that needs logits: by default of the attacker's own pseudo-classes.
+    """A universal attack on logits, by default on those of pseudo-classes.
 
-    Those are k-means clusters of the encoder's features of his images; no label of any task is used. A ``head`` of
-    his own, any callable from features to logits, takes their place; for a model that gives logits already, hand in
-    the model as the encoder and ``head=torch.nn.Identity()``.
+    Pseudo-classes are k-means clusters of the encoder's features; no labels are used. A ``head``, any callable from
+    features to logits, replaces them; to attack a model that returns logits, pass it as the encoder with
+    ``head=torch.nn.Identity()``.
     """
 
-    clusters: int = 10  # pseudo-classes, where no head is given
+    clusters: int = 10  # number of pseudo-classes, if no head is given
     head: Head | None = None  # features (..., B, D) to logits (..., B, K)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""X-Transfer (Huang et al., ICML 2025): one delta for a whole pool of surrogate encoders, a few of them per step."""
+"""X-Transfer (Huang et al., ICML 2025): one delta for a pool of surrogate encoders, a few of them per step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from zepad_mm.attacks.universal.base import UNIVERSAL_ATTACKS, FeatureAttack, Si
 
 
 class UpperConfidence:
-    """The bandit that chooses surrogates: mean reward plus an allowance for those seldom tried (UCB1).
+    """UCB1 bandit over surrogates: mean reward plus a bonus for those seldom chosen.
 
     Args:
         arms: number of surrogates.
@@ -30,7 +30,7 @@ class UpperConfidence:
         self._smoothing = smoothing
 
     def choose(self, k: int) -> list[int]:
-        """The ``k`` best arms, untried ones first, in their order."""
+        """The ``k`` best arms, untried ones first, in ascending order."""
         tried = max(1, sum(self.visits))
         scores = [
             reward + math.sqrt(self._exploration * math.log(tried) / visits) if visits else math.inf
@@ -39,20 +39,19 @@ class UpperConfidence:
         return sorted(sorted(range(len(scores)), key=lambda arm: -scores[arm])[:k])
 
     def reward(self, arm: int, value: float) -> None:
-        """What an arm gave this time."""
-        part = self._smoothing if self.visits[arm] else 1.0
-        self._reward[arm] += part * (value - self._reward[arm])
+        """Record the reward ``value`` of an arm."""
+        weight = self._smoothing if self.visits[arm] else 1.0
+        self._reward[arm] += weight * (value - self._reward[arm])
         self.visits[arm] += 1
 
 
 @UNIVERSAL_ATTACKS.register("x_transfer")
 @dataclass(frozen=True, kw_only=True)
 class XTransfer(SignAscentAttack, FeatureAttack):
-    """Feature steps on ``k`` of the surrogates at a time, those chosen that the delta fools least so far.
+    """Feature attack on ``k`` surrogates per step, preferring those that the delta fools least so far.
 
-    The reward of a surrogate is one minus its feature loss, with the cosine loss the similarity that is left: the
-    bandit looks after encoders that still hold. ``encoder`` of :meth:`fit` is the pool; with a single encoder this is
-    the paper's one-surrogate baseline.
+    The reward of a surrogate is one minus its feature loss, which for the cosine loss is the remaining similarity.
+    ``encoder`` of :meth:`fit` is the pool; with a single encoder this is the paper's one-surrogate baseline.
     """
 
     k: int = 1  # surrogates per step
