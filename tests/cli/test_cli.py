@@ -71,6 +71,7 @@ def test_budgets_that_cannot_be_meant(text: str) -> None:
         (["evaluate", "./nowhere"], "nowhere"),
         (["classify", "embedded", "no.png", "--labels", "a,b"], "no.png does not exist"),
         (["classify", "embedded", __file__, "--labels", ","], "--labels: expected names"),
+        (["attack"], "encoders: expected at least one source"),
         (["attack", "open_clap:embedded"], "did you mean 'open_clip'"),
         (["attack", "open_clip:embedded", "--attack", "uapp"], "unknown universal attack"),
         (["classify", "embedded", __file__, "--labels", "a,b"], "could not be read as a picture"),
@@ -152,6 +153,24 @@ def test_attack_writes_a_perturbation(
     about = json.loads(capsys.readouterr().out)
     assert about["epsilon"] == pytest.approx(6 / 255)
     assert Perturbation.load(out, 6 / 255).delta.shape == (3, 32, 32)
+    assert out.with_suffix(".png").is_file()
+
+
+def test_attack_reads_a_config_file_and_several_encoders(
+    clip_source: str, pictures: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "attack.yaml"
+    config.write_text(f"encoders: [{clip_source!r}]\nattack: uapgd\ndata: {pictures}\nsteps: 2\nimage_size: 32\nn: 8\n")
+    words = ["attack", "--config", str(config), "--out", str(tmp_path / "out"), "--json", "--quiet"]
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["encoders"] == [clip_source]
+    assert (tmp_path / "out" / "uapgd.safetensors").is_file()
+    assert main([*words, "--encoders", json.dumps([clip_source, "open_clip:embedded"]), "--steps", "1"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert (about["encoders"], about["steps"]) == ([clip_source, "open_clip:embedded"], 1)
+    config.write_text("epsilom: 0.1\n")
+    assert main(words) == 2
+    assert "epsilom" in capsys.readouterr().err
 
 
 def test_abstaining(saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -134,7 +134,7 @@ def test_an_unknown_key_is_named(tmp_path: Path) -> None:
     config = tmp_path / "wrong.yaml"
     config.write_text("out: somewhere\nepsilom: 0.1\n")
     done = subprocess.run(
-        [sys.executable, "recipes/craft_dae.py", "--config", str(config)],
+        [sys.executable, "recipes/attack.py", "--config", str(config)],
         check=False,
         cwd=ROOT,
         capture_output=True,

@@ -1,47 +1,97 @@
-"""``zepad attack``."""
+"""``zepad attack``: craft a universal perturbation on one or several encoders."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from zepad_mm.cli.common import DATA, SOURCE, Command, budget, print_result
+from zepad_mm.utils.config import Config
+
+if TYPE_CHECKING:
+    from zepad_mm.attacks import Perturbation
 
 
-def _declare(parser: Any) -> None:
-    parser.add_argument("encoder", type=str, help=SOURCE)
-    parser.add_argument("--attack", type=str, default="feature_uap", help="its name; an unknown one lists all")
-    parser.add_argument("--data", type=str, default="embedded", help=DATA)
-    parser.add_argument("--split", type=str, default=None, help='default "surrogate" for embedded, else "train"')
-    parser.add_argument("--eps", type=str, default=None, help="budget; of a patch the area (default: the attack's)")
-    parser.add_argument("--n", type=int, default=1000, help="pictures to make it on")
-    parser.add_argument("--steps", type=int, default=None, help="optimiser steps (default: the attack's)")
-    parser.add_argument("--image-size", type=int, default=64, help="side of the perturbation in pixels")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
-    parser.add_argument("--out", type=str, default="outputs/perturbation.safetensors", help="file to write")
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
 
 
-def _run(options: Any) -> int:
-    from dataclasses import replace
+@dataclass(frozen=True, kw_only=True)
+class AttackSettings(Config):
+    """Settings of ``zepad attack``; each field is an option."""
+
+    encoders: tuple[str, ...] = _option((), f"{SOURCE}; with several, their losses are averaged")
+    attack: str = _option("feature_uap", "name of a universal attack; an unknown name lists all")
+    data: str = _option("embedded", f"the attacker's unlabelled images: {DATA}")
+    split: str | None = _option(None, 'split of the data (default: "surrogate" for embedded, else "train")')
+    eps: str | float | None = _option(
+        None, "budget, e.g. 10/255; of a patch its share of the area (default: the attack's)"
+    )
+    n: int | None = _option(1000, "number of images; null in a config file: all")
+    steps: int | None = _option(None, "optimiser steps (default: the attack's)")
+    image_size: int = _option(64, "side of the perturbation in pixels; it is resized to images of another size")
+    seed: int = _option(0, "seed of all randomness")
+    out: str = _option("outputs/perturbation.safetensors", "file to write, or a folder for ATTACK.safetensors")
+
+    def __post_init__(self) -> None:
+        if not self.encoders:
+            raise ValueError("encoders: expected at least one source, e.g. zepad attack open_clip:embedded")
+
+    @property
+    def path(self) -> Path:
+        """The file of the perturbation; its image goes beside it."""
+        out = Path(self.out)
+        return out if out.suffix == ".safetensors" else out / f"{self.attack}.safetensors"
+
+
+def craft(settings: AttackSettings, progress: bool = True) -> Perturbation:
+    """Craft a perturbation and save it with its provenance, and as a PNG magnified to the full range."""
+    import torch
+    from torchvision.utils import save_image
 
     from zepad_mm.attacks import UNIVERSAL_ATTACKS
     from zepad_mm.data import load_data
     from zepad_mm.encoders import load_encoder
 
-    made = UNIVERSAL_ATTACKS.get(options.attack)(image_size=options.image_size, seed=options.seed)
-    made = made if options.eps is None else replace(made, epsilon=budget(options.eps))
-    made = made if options.steps is None else replace(made, steps=options.steps)
-    encoder = load_encoder(options.encoder)
-    split = options.split or ("surrogate" if options.data == "embedded" else "train")
-    pictures = load_data(options.data, split, options.image_size, options.n, options.seed)
-    perturbation = made.fit(encoder, pictures.images, progress=not options.quiet)
-    perturbation.save(options.out)
-    about = {"out": options.out, "epsilon": perturbation.epsilon, **perturbation.provenance}
-    print_result(options, about, f"Written: {options.out} ({perturbation!r})")
+    attack = UNIVERSAL_ATTACKS.get(settings.attack)(image_size=settings.image_size, seed=settings.seed)
+    if settings.eps is not None:
+        attack = replace(attack, epsilon=budget(str(settings.eps)))
+    if settings.steps is not None:
+        attack = replace(attack, steps=settings.steps)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    encoders = {source: load_encoder(source).to(device) for source in settings.encoders}
+    split = settings.split or ("surrogate" if settings.data == "embedded" else "train")
+    data = load_data(settings.data, split, settings.image_size, settings.n, settings.seed)
+    perturbation = attack.fit(encoders, data.images.to(device), progress=progress)
+    settings.path.parent.mkdir(parents=True, exist_ok=True)
+    perturbation.save(settings.path)
+    delta = perturbation.delta
+    magnified = delta if attack.norm == "patch" else 0.5 + delta / (2 * attack.epsilon)
+    save_image(magnified, settings.path.with_suffix(".png"))
+    return perturbation
+
+
+def _declare(parser: Any) -> None:
+    parser.add_argument("--config", action="config", help="YAML file with the settings; options after it override it")
+    hints = get_type_hints(AttackSettings)
+    parser.add_argument("encoder", nargs="*", type=str, help="the same as --encoders, e.g. open_clip:embedded")
+    for setting in fields(AttackSettings):
+        name, text = "--" + setting.name.replace("_", "-"), setting.metadata["help"]
+        parser.add_argument(name, type=hints[setting.name], default=setting.default, help=text)
+
+
+def _run(options: Any) -> int:
+    values = {setting.name: getattr(options, setting.name) for setting in fields(AttackSettings)}
+    settings = AttackSettings.from_dict(values | ({"encoders": options.encoder} if options.encoder else {}))
+    perturbation = craft(settings, progress=not options.quiet)
+    about = {"out": str(settings.path), "epsilon": perturbation.epsilon, **perturbation.provenance}
+    print_result(options, about, f"Written: {settings.path} ({perturbation!r})")
     return 0
 
 
 ATTACK = Command(
-    about="Make a universal perturbation on an encoder, for tests of your own.",
+    about="Craft a universal perturbation on one or several encoders.",
     example="zepad attack open_clip:embedded --attack feature_uap --eps 10/255 --out perturbation.safetensors",
     declare=_declare,
     run=_run,
