@@ -8,7 +8,7 @@ The same attacks, images and steps on the embedded encoder, twice:
 
 - straightforward: the encoder as it is loaded, its parameters asking for gradients that nobody wants, the features of
   the clean images computed anew at every step;
-- ours: ``optimize_for_inference(encoder)``, parameters frozen while crafting, each clean image encoded once in the whole run.
+- ours: ``optimize_for_inference(encoder)``, parameters frozen while crafting, each clean image encoded once per run.
 
 Both take turns, round after round in one process; ratios are medians over the rounds. That both find perturbations of
 the same strength is checked: the loss that each reports at its end is in the record.

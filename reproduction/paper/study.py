@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 from reproduction import ssl_study as ssl_story  # noqa: E402
 from zepad_mm.attacks import PGD, UNIVERSAL_ATTACKS, Perturbation  # noqa: E402
 from zepad_mm.data import LabelledImages  # noqa: E402
-from zepad_mm.defences import Student, make_defence, robustness_contributions, thaw_redundant  # noqa: E402
+from zepad_mm.defences import Student, make_defence, robustness_contributions, unfreeze_redundant  # noqa: E402
 from zepad_mm.encoders import Encoder, load_encoder, optimize_for_inference  # noqa: E402
 from zepad_mm.models.branch import Branch, BranchConfig  # noqa: E402
 from zepad_mm.training import (  # noqa: E402
@@ -168,7 +168,7 @@ class Study:
         pgd, parts = PGD(epsilon=8 / 255, steps=10, step_size=2 / 255), pictures.batches(batch_size)
         attacked = torch.cat([pgd(student.logits, images.to(self.device), labels) for images, labels in parts])
         labels = pictures.labels.to(self.device)
-        thawed = thaw_redundant(student, robustness_contributions(student, attacked, labels, batch_size=batch_size))
+        thawed = unfreeze_redundant(student, robustness_contributions(student, attacked, labels, batch_size=batch_size))
         return student, thawed
 
     def tuning_record(self, name: str) -> dict[str, Any]:

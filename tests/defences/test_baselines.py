@@ -17,7 +17,7 @@ LABELS = np.arange(8) % 4
 
 
 class Table(nn.Module):
-    """Logits that can be asked for their gradient: the attacked rows, then the clean ones. Its head is the identity."""
+    """A student whose logits are parameters: the adversarial rows, then the clean ones; its head is the identity."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,18 +40,18 @@ def ce(p: np.ndarray) -> float:
     return float(-np.log(p[np.arange(8), LABELS]).mean())
 
 
-def trades(attacked: np.ndarray, clean: np.ndarray, original: np.ndarray) -> float:
-    return ce(clean) + 6 * kl(clean, attacked).mean()
+def trades(adversarial: np.ndarray, clean: np.ndarray, original: np.ndarray) -> float:
+    return ce(clean) + 6 * kl(clean, adversarial).mean()
 
 
-def mart(attacked: np.ndarray, clean: np.ndarray, original: np.ndarray) -> float:
-    wrong = [max(p for k, p in enumerate(row) if k != y) for row, y in zip(attacked, LABELS, strict=True)]
-    boosted = ce(attacked) - np.log(1 - np.array(wrong)).mean()
-    return boosted + 5 * (kl(clean, attacked) * (1 - clean[np.arange(8), LABELS])).mean()
+def mart(adversarial: np.ndarray, clean: np.ndarray, original: np.ndarray) -> float:
+    wrong = [max(p for k, p in enumerate(row) if k != y) for row, y in zip(adversarial, LABELS, strict=True)]
+    boosted = ce(adversarial) - np.log(1 - np.array(wrong)).mean()
+    return boosted + 5 * (kl(clean, adversarial) * (1 - clean[np.arange(8), LABELS])).mean()
 
 
-def pmg_aft(attacked: np.ndarray, clean: np.ndarray, original: np.ndarray) -> float:
-    return ce(attacked) + 0.5 * kl(original, attacked).mean() + 2 * kl(clean, attacked).mean()
+def pmg_aft(adversarial: np.ndarray, clean: np.ndarray, original: np.ndarray) -> float:
+    return ce(adversarial) + 0.5 * kl(original, adversarial).mean() + 2 * kl(clean, adversarial).mean()
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def pmg_aft(attacked: np.ndarray, clean: np.ndarray, original: np.ndarray) -> fl
     [(TRADES(), trades, True), (MART(), mart, True), (PMGAFT(general_weight=0.5, clean_weight=2.0), pmg_aft, False)],
     ids=lambda value: getattr(value, "name", None),
 )
-def test_loss_is_the_formula_and_gradients_reach_the_right_sides(
+def test_baseline_losses_equal_their_formulas(
     defence: Defence, formula: Formula, moves_clean: bool
 ) -> None:
     student = Table()
@@ -75,7 +75,7 @@ def test_loss_is_the_formula_and_gradients_reach_the_right_sides(
     assert original.grad is None
 
 
-def test_bad_values_name_the_field() -> None:
+def test_bad_values_raise_errors_that_name_the_field() -> None:
     with pytest.raises(ValueError, match="no slope"):
         TRADES(random_start=False)
     with pytest.raises(ValueError, match="beta"):

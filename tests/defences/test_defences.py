@@ -19,8 +19,8 @@ from zepad_mm.defences import (
     TeCoA,
     make_defence,
     robustness_contributions,
-    thaw_redundant,
     topology_loss,
+    unfreeze_redundant,
 )
 from zepad_mm.encoders import Encoder, Preprocess
 
@@ -51,7 +51,7 @@ def generator() -> torch.Generator:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_loss_is_a_finite_scalar_that_moves_the_encoder_and_config_survives_json(name: str) -> None:
+def test_loss_is_finite_and_differentiable_and_the_config_round_trips(name: str) -> None:
     defence, student = make_defence(name), tiny_student()
     batch = tiny_batch(student)
     loss = defence.loss(student, batch, defence.craft(student, batch, defence.epsilon, generator()))
@@ -67,20 +67,20 @@ def test_loss_is_a_finite_scalar_that_moves_the_encoder_and_config_survives_json
 
 
 @pytest.mark.parametrize("name", ADVERSARIAL)
-def test_crafting_stays_in_budget_raises_the_attack_loss_and_touches_nothing(name: str) -> None:
+def test_craft_stays_in_budget_raises_the_attack_loss_and_restores_the_student(name: str) -> None:
     defence, student = make_defence(name, {"clean_fraction": 0.25}), tiny_student()
     batch = tiny_batch(student)
     student.train()
     student.head.weight.requires_grad_(False)
     before = {key: value.clone() for key, value in student.state_dict().items()}
     rng = torch.get_rng_state()
-    attacked = defence.craft(student, batch, defence.epsilon, generator())
-    assert attacked.shape == batch.images.shape
-    assert not attacked.requires_grad
-    assert torch.equal(attacked[:2], batch.images[:2])
-    assert float((attacked - batch.images).abs().max()) <= defence.epsilon + 1e-6
-    assert float(attacked.min()) >= 0
-    assert float(attacked.max()) <= 1
+    adversarial = defence.craft(student, batch, defence.epsilon, generator())
+    assert adversarial.shape == batch.images.shape
+    assert not adversarial.requires_grad
+    assert torch.equal(adversarial[:2], batch.images[:2])
+    assert float((adversarial - batch.images).abs().max()) <= defence.epsilon + 1e-6
+    assert float(adversarial.min()) >= 0
+    assert float(adversarial.max()) <= 1
     assert torch.equal(rng, torch.get_rng_state())
     assert all(torch.equal(before[key], value) for key, value in student.state_dict().items())
     assert all(module.training for module in student.modules())
@@ -90,11 +90,11 @@ def test_crafting_stays_in_budget_raises_the_attack_loss_and_touches_nothing(nam
     student.eval()
     with torch.no_grad():
         objective = defence.attack_loss(student, batch)
-        assert objective(attacked)[2:].sum() > objective(batch.images)[2:].sum()
+        assert objective(adversarial)[2:].sum() > objective(batch.images)[2:].sum()
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_zero_epsilon_leaves_the_images(name: str) -> None:
+def test_craft_returns_the_images_at_zero_epsilon(name: str) -> None:
     student = tiny_student()
     batch = tiny_batch(student)
     assert torch.equal(make_defence(name).craft(student, batch, 0.0, generator()), batch.images)
@@ -105,11 +105,11 @@ def test_warm_up_scales_budget_and_step_alike() -> None:
     assert defence.step_size(0.01) == pytest.approx(0.0075)
     student = tiny_student()
     batch = tiny_batch(student)
-    attacked = defence.craft(student, batch, 0.01, generator())
-    assert float((attacked - batch.images).abs().max()) <= 0.01 + 1e-6
+    adversarial = defence.craft(student, batch, 0.01, generator())
+    assert float((adversarial - batch.images).abs().max()) <= 0.01 + 1e-6
 
 
-def test_bad_values_name_the_field_and_the_fix() -> None:
+def test_bad_values_raise_errors_that_name_the_field() -> None:
     with pytest.raises(ValueError, match="8/255, not 8"):
         TeCoA(epsilon=8)
     with pytest.raises(ValueError, match="clean_fraction"):
@@ -162,7 +162,7 @@ def naive_topology(model: Tensor, target: Tensor, labels: Tensor, hardness: Tens
 
 @pytest.mark.parametrize("aware", [True, False])
 @pytest.mark.parametrize("n", [2, 7, 16])
-def test_topology_loss_is_the_double_loop_of_the_method(n: int, aware: bool) -> None:
+def test_topology_loss_equals_the_double_loop_of_the_method(n: int, aware: bool) -> None:
     draw = torch.Generator().manual_seed(n)
     model = torch.randn(n, 5, generator=draw, dtype=torch.float64) * 3
     target = torch.randn(n, 5, generator=draw, dtype=torch.float64)
@@ -182,7 +182,7 @@ def test_topology_loss_is_zero_for_equal_sides_and_for_one_image_and_grows_with_
     assert 3 < float(ratio) < 5.5  # linear: 4
 
 
-def test_detached_target_gets_no_gradient_and_the_released_one_does() -> None:
+def test_gen_af_target_gets_a_gradient_only_in_the_release() -> None:
     """With an equal CE the two configurations differ in which logits the topology term reaches."""
 
     class Table(nn.Module):
@@ -212,21 +212,21 @@ def test_detached_target_gets_no_gradient_and_the_released_one_does() -> None:
     assert float(released.attacked.grad.abs().sum()) > 0  # type: ignore[union-attr]
 
 
-def test_gen_af_is_ce_plus_weighted_topology_of_the_right_sides() -> None:
+def test_gen_af_loss_is_ce_plus_weighted_topology() -> None:
     student = tiny_student()
     batch = tiny_batch(student)
-    attacked = (batch.images + 0.05).clamp(0, 1)
+    adversarial = (batch.images + 0.05).clamp(0, 1)
     with torch.no_grad():
-        a, c = student.logits(attacked), student.logits(batch.images)
+        a, c = student.logits(adversarial), student.logits(batch.images)
         hardness = F.cross_entropy(c, batch.labels, reduction="none")
         ce = F.cross_entropy(a, batch.labels)
         corrected = ce + 20 * 256 / 8 * topology_loss(a, c, batch.labels, hardness)
         released = ce + 20 * topology_loss(c, a, batch.labels, hardness)
-    assert float(GenAF().loss(student, batch, attacked).total) == pytest.approx(float(corrected), rel=1e-4)
-    assert float(GenAFReleased().loss(student, batch, attacked).total) == pytest.approx(float(released), rel=1e-4)
+    assert float(GenAF().loss(student, batch, adversarial).total) == pytest.approx(float(corrected), rel=1e-4)
+    assert float(GenAFReleased().loss(student, batch, adversarial).total) == pytest.approx(float(released), rel=1e-4)
 
 
-def test_released_attack_leaks_the_sum_of_its_parameter_gradients() -> None:
+def test_gen_af_released_attack_leaks_its_parameter_gradients() -> None:
     """One step without mean and std: what is left in .grad is the gradient of CE at the clean pixels."""
     student = tiny_student()
     batch = tiny_batch(student)
@@ -239,7 +239,7 @@ def test_released_attack_leaks_the_sum_of_its_parameter_gradients() -> None:
         torch.testing.assert_close(got, wanted)
 
 
-def test_fare_measures_from_the_original_features() -> None:
+def test_fare_measures_the_distance_to_the_original_features() -> None:
     student = tiny_student()
     batch = tiny_batch(student)  # original = features + 0.01
     defence = FARE(clean_weight=0.5)
@@ -249,20 +249,20 @@ def test_fare_measures_from_the_original_features() -> None:
         FARE().loss(student, Batch(batch.images, batch.labels, batch.indices), batch.images)
 
 
-def test_fare_with_labels_adds_cross_entropy_to_the_loss_and_to_what_the_attack_maximises() -> None:
+def test_fare_with_labels_adds_cross_entropy_to_loss_and_attack() -> None:
     student = tiny_student()
     batch = tiny_batch(student)
     plain, labelled = FARE(), FARE(label_weight=3.0)
     ce = F.cross_entropy(student.logits(batch.images), batch.labels, reduction="none")
     expected = plain.loss(student, batch, batch.images).total + 3 * ce.mean()
     torch.testing.assert_close(labelled.loss(student, batch, batch.images).total, expected)
-    attacked = [defence.attack_loss(student, batch)(batch.images) for defence in (plain, labelled)]
-    torch.testing.assert_close(attacked[1], attacked[0] + 3 * ce)
+    adversarial = [defence.attack_loss(student, batch)(batch.images) for defence in (plain, labelled)]
+    torch.testing.assert_close(adversarial[1], adversarial[0] + 3 * ce)
     with pytest.raises(ValueError, match="label_weight"):
         FARE(label_weight=-1.0)
 
 
-def test_the_second_stage_of_gen_af_thaws_the_layers_that_robustness_needs_least() -> None:
+def test_unfreeze_redundant_selects_the_least_contributing_layers() -> None:
     student, batch = tiny_student(), tiny_batch(tiny_student())
     student.encoder.backbone.append(nn.Linear(32, 32))
     student.encoder.backbone.append(nn.Linear(32, 32))
@@ -278,11 +278,11 @@ def test_the_second_stage_of_gen_af_thaws_the_layers_that_robustness_needs_least
     for name, value in student.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
     assert all(parameter.requires_grad for parameter in student.parameters())
-    assert thaw_redundant(student, found, 0.34) == ["backbone.0"]
+    assert unfreeze_redundant(student, found, 0.34) == ["backbone.0"]
     thawed = {name for name, parameter in student.encoder.named_parameters() if parameter.requires_grad}
     assert thawed == {"backbone.0.weight", "backbone.0.bias"}
     assert all(parameter.requires_grad for parameter in student.head.parameters())
     with pytest.raises(ValueError, match="share"):
-        thaw_redundant(student, found, 0.0)
+        unfreeze_redundant(student, found, 0.0)
     with pytest.raises(ValueError, match="at least one image"):
         robustness_contributions(student, batch.images[:0], batch.labels[:0])

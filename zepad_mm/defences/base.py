@@ -1,4 +1,15 @@
-"""The contract of every tuning objective: make the attacked batch, then score it. Loops live in ``training``."""
+"""The contract of tuning objectives: craft the adversarial batch, then score it; ``training.fit`` owns the loop.
+
+To add an objective, write one file with a frozen dataclass that is registered and implements ``attack_loss`` and
+``loss``, and import it in ``defences/__init__.py``; ``tests/defences/test_defences.py`` then covers it::
+
+    @DEFENCES.register("my_defence")
+    @dataclass(frozen=True, kw_only=True)
+    class MyDefence(Defence):
+        name: ClassVar[str] = "my_defence"
+        def attack_loss(self, student, batch): ...  # adversarial images to losses (B,) that the attack maximises
+        def loss(self, student, batch, adversarial): ...  # LossParts, whose total is minimised
+"""
 
 from __future__ import annotations
 
@@ -19,16 +30,16 @@ from zepad_mm.utils.validation import check_epsilon
 # name -> configuration class
 DEFENCES: Registry[type[Defence]] = Registry("defence")
 
-# attacked images (B, 3, H, W) to a loss per sample (B,) that the attacker maximises
+# images (B, 3, H, W) to losses (B,) that the training attack maximises
 AttackLoss = Callable[[Tensor], Tensor]
 
 
 class Student(nn.Module):
-    """An encoder and the head it is tuned under.
+    """An encoder and the head that it is tuned with.
 
     Args:
-        encoder: what is tuned.
-        head: features (B, D) to logits (B, C); a zero-shot head has nothing to train, any other trains along.
+        encoder: the encoder to tune.
+        head: features (B, D) to logits (B, C); a zero-shot head has no parameters, any other is trained too.
     """
 
     def __init__(self, encoder: Encoder, head: nn.Module) -> None:
@@ -48,13 +59,13 @@ class Student(nn.Module):
 
 @dataclass(frozen=True)
 class Batch:
-    """What a defence is given.
+    """One training batch.
 
     Attributes:
         images: (B, 3, H, W) in [0, 1], already augmented.
         labels: (B,) class indices.
         indices: (B,) rows of the training set, for error messages and caches.
-        original: (B, D) features of ``images`` under the encoder as it was before tuning, where a defence asks for it.
+        original: (B, D) features of ``images`` under the encoder before tuning, if the defence needs them.
     """
 
     images: Tensor
@@ -63,8 +74,8 @@ class Batch:
     original: Tensor | None = None
 
 
-def parts_of(batch: Batch, count: int) -> list[Batch]:
-    """The batch in ``count`` parts of equal size; itself for one."""
+def split_batch(batch: Batch, count: int) -> list[Batch]:
+    """The batch in ``count`` parts of equal size."""
     if count == 1:
         return [batch]
     rows = torch.arange(len(batch.labels)).chunk(count)
@@ -79,7 +90,7 @@ def parts_of(batch: Batch, count: int) -> list[Batch]:
 
 @dataclass(frozen=True)
 class LossParts:
-    """What is minimised, and its detached summands by name, for the log."""
+    """The loss to minimise, and its detached terms by name, for the log."""
 
     total: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
@@ -87,19 +98,19 @@ class LossParts:
 
 @dataclass(frozen=True, kw_only=True)
 class Defence(Config, ABC):
-    """A tuning objective: immutable, JSON-able, without state."""
+    """A tuning objective: an immutable, stateless, JSON-able configuration."""
 
     epsilon: float = 4 / 255  # L-inf budget of the training attack, in pixels of [0, 1]
     attack_steps: int = 3  # gradient steps per batch
     attack_step_size: float | None = None  # in pixels at full epsilon; None: 2.5 * epsilon / steps
-    random_start: bool = True  # False starts the attack at the image itself
-    clean_fraction: float = 0.0  # share of each batch that is left as it is, in [0, 1)
+    random_start: bool = True  # False: the attack starts at the image itself
+    clean_fraction: float = 0.0  # share of each batch that stays clean, in [0, 1)
 
     name: ClassVar[str] = ""
-    needs_original: ClassVar[bool] = False  # whether Batch.original has to be filled
-    per_sample: ClassVar[bool] = True  # whether the loss is a mean over samples that know nothing of each other
+    needs_original: ClassVar[bool] = False  # whether Batch.original is required
+    per_sample: ClassVar[bool] = True  # whether the loss is a mean over independent samples
     trains_head: ClassVar[bool] = True  # whether the objective gives the head a gradient
-    keeps_features: ClassVar[bool] = False  # whether it holds features where they were, so that other names survive
+    keeps_features: ClassVar[bool] = False  # whether it preserves features, and so zero-shot accuracy on other classes
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,13 +123,13 @@ class Defence(Config, ABC):
             )
 
     def craft(self, student: Student, batch: Batch, epsilon: float, generator: torch.Generator) -> Tensor:
-        """Attacked images (B, 3, H, W), detached; the first ``clean_fraction`` of the rows stay as they are.
+        """Adversarial images (B, 3, H, W), detached; the first ``clean_fraction`` of the rows stay clean.
 
-        Runs on the unwrapped student in eval mode with parameter gradients off, and leaves it as it was.
+        Runs on the unwrapped student in eval mode without parameter gradients, and restores both.
 
         Args:
-            epsilon: budget of this step, at most ``self.epsilon``: a warm-up scales it and the step size alike.
-            generator: source of the random start.
+            epsilon: budget of this step, at most ``self.epsilon``; a warm-up scales the step size with it.
+            generator: draws the random start.
         """
         count = self.clean_count(len(batch.images))
         if epsilon == 0 or count == len(batch.images):
@@ -132,17 +143,17 @@ class Defence(Config, ABC):
         return torch.cat([batch.images[:count], self.attack(student, part, epsilon, generator)])
 
     def clean_count(self, size: int) -> int:
-        """How many of ``size`` rows stay clean."""
+        """The number of clean rows in a batch of ``size``."""
         return int(self.clean_fraction * size)
 
     def step_size(self, epsilon: float) -> float:
-        """Step at a budget of ``epsilon``: scaled with it during the warm-up."""
+        """The step size at a budget of ``epsilon``, proportional to it during the warm-up."""
         if self.attack_step_size is None:
             return min(epsilon, 2.5 * epsilon / self.attack_steps)
         return self.attack_step_size * (epsilon / self.epsilon)
 
     def attack(self, student: Student, batch: Batch, epsilon: float, generator: torch.Generator) -> Tensor:
-        """PGD on :meth:`attack_loss`: a fixed number of steps, the last iterate, as in Madry et al. 2018."""
+        """The last iterate of PGD on :meth:`attack_loss` with a fixed number of steps (Madry et al. 2018)."""
         current = batch.images
         if self.random_start:
             current = (current + random_delta(current, epsilon, "linf", generator)).clamp(0, 1)
@@ -156,19 +167,19 @@ class Defence(Config, ABC):
 
     @abstractmethod
     def attack_loss(self, student: Student, batch: Batch) -> AttackLoss:
-        """What the training attack maximises."""
+        """The loss that the training attack maximises."""
 
     @abstractmethod
-    def loss(self, student: Student, batch: Batch, attacked: Tensor) -> LossParts:
-        """What one optimiser step minimises, a mean over the batch. ``attacked`` is what :meth:`craft` gave."""
+    def loss(self, student: Student, batch: Batch, adversarial: Tensor) -> LossParts:
+        """The loss of one optimiser step, a mean over the batch; ``adversarial`` is the output of :meth:`craft`."""
 
     def selection_view(self, student: Student) -> Callable[[Tensor], Tensor]:
-        """The callable that the validation attack is shown; the true network but in one released quirk."""
+        """The callable that the validation attack targets: the true network, except in ``gen_af_released``."""
         return student.logits
 
 
 def sign_step(current: Tensor, gradient: Tensor, images: Tensor, step_size: float, epsilon: float) -> Tensor:
-    """One ascent step, back into the L-inf ball around ``images`` and into [0, 1]."""
+    """One sign-gradient step, projected into the L-inf ball around ``images`` and into [0, 1]."""
     return (images + project(current + step_size * gradient.sign() - images, epsilon, "linf")).clamp(0, 1)
 
 

@@ -1,4 +1,4 @@
-"""Benign tuning: cross-entropy on clean images, for the branch that never sees an attack (the paper's BMP)."""
+"""Clean tuning, for the benign branch: cross-entropy on clean images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from zepad_mm.defences.base import DEFENCES, AttackLoss, Batch, Defence, LossPar
 @DEFENCES.register("clean")
 @dataclass(frozen=True, kw_only=True)
 class Clean(Defence):
-    """Cross-entropy on the batch as it is. ``epsilon`` is used by the validation attack alone."""
+    """L = CE(x). ``epsilon`` is used by the validation attack only."""
 
     name: ClassVar[str] = "clean"
 
@@ -25,6 +25,6 @@ class Clean(Defence):
     def attack_loss(self, student: Student, batch: Batch) -> AttackLoss:
         raise ValueError("the defence 'clean' trains without an attack")
 
-    def loss(self, student: Student, batch: Batch, attacked: Tensor) -> LossParts:
+    def loss(self, student: Student, batch: Batch, adversarial: Tensor) -> LossParts:
         loss = F.cross_entropy(student(batch.images)[1], batch.labels)
         return LossParts(loss, {"ce": loss.detach()})

@@ -15,16 +15,16 @@ from zepad_mm.defences.base import DEFENCES, AttackLoss, Batch, Defence, LossPar
 @DEFENCES.register("fare")
 @dataclass(frozen=True, kw_only=True)
 class FARE(Defence):
-    """Attacked images shall have the features that the original encoder gave their clean selves. No labels needed.
+    """Matches the features of adversarial images to the frozen encoder's clean features; needs no labels.
 
-    L = mean_i |f(x_i') - f0(x_i)|^2 + clean_weight * mean_i |f(x_i) - f0(x_i)|^2, the attack maximising the first
-    term. The features are not normalised, as in the paper, so the loss has their scale. Ours: ``label_weight``
-    adds CE(x_i') to the loss and to what the attack maximises, so that the known names hold better while the distance
-    keeps the rest where it was; the head gets no gradient.
+    L = mean_i |f(x_i') - f0(x_i)|^2 + clean_weight * mean_i |f(x_i) - f0(x_i)|^2, with features (B, D); the attack
+    maximises the first term. As in the paper, features are not normalised, so the loss has their scale. Not in the
+    paper: ``label_weight`` adds CE(x_i') to the loss and to the attack, which is more robust on the training classes
+    while the distance preserves the features; the head gets no gradient.
     """
 
-    clean_weight: float = 0.0  # on the same distance of clean images; needs a second forward, joined to the first
-    label_weight: float = 0.0  # on the cross-entropy of attacked images; needs labels, and weighs against squared units
+    clean_weight: float = 0.0  # weight of the distance of clean images; joins their forward pass to the adversarial one
+    label_weight: float = 0.0  # weight of cross-entropy against squared distances; needs labels
 
     name: ClassVar[str] = "fare"
     needs_original: ClassVar[bool] = True
@@ -50,11 +50,11 @@ class FARE(Defence):
 
         return loss
 
-    def loss(self, student: Student, batch: Batch, attacked: Tensor) -> LossParts:
-        original, size = _original(batch), len(attacked)
-        images, targets = attacked, original
+    def loss(self, student: Student, batch: Batch, adversarial: Tensor) -> LossParts:
+        original, size = _original(batch), len(adversarial)
+        images, targets = adversarial, original
         if self.clean_weight > 0:
-            images, targets = torch.cat([attacked, batch.images]), torch.cat([original, original])
+            images, targets = torch.cat([adversarial, batch.images]), torch.cat([original, original])
         features = student.encoder(images)
         distances = (features - targets).square().sum(-1)
         total = distances[:size].mean()

@@ -1,8 +1,8 @@
-"""ZePAD's tuning objective, which is stage 1 of Gen-AF (Zhou et al., IEEE S&P 2024): cross-entropy + topology.
+"""Gen-AF stage 1 (Zhou et al., IEEE S&P 2024), ZePAD's tuning objective: cross-entropy and topology alignment.
 
-Two named configurations: ``gen_af`` attacks the true network and aligns the attacked batch with the clean one;
-``gen_af_released`` does what the authors' released code does, so that the difference can be measured. Every
-difference between them is a field, and can be switched on its own.
+Two configurations: ``gen_af`` attacks the true network and aligns the adversarial batch with the clean one;
+``gen_af_released`` reproduces the released code, so that the difference can be measured. Every difference between
+them is a field of its own.
 """
 
 from __future__ import annotations
@@ -18,31 +18,30 @@ from torch import Tensor
 from zepad_mm.attacks.base import random_delta
 from zepad_mm.defences.base import DEFENCES, AttackLoss, Batch, Defence, LossParts, Student, sign_step
 
-REFERENCE_BATCH = 256  # the batch that the released weight of 20 was chosen for
+REFERENCE_BATCH = 256  # batch size of the released weight of 20
 
 
 @DEFENCES.register("gen_af")
 @dataclass(frozen=True, kw_only=True)
 class GenAF(Defence):
-    """L = CE(attacked) + lambda * L_f, with L_f as in :func:`topology_loss` on the logits.
+    """L = CE(x') + lambda * L_f(x', x), with L_f as in :func:`topology_loss` on the logits.
 
-    L_f sums over all pairs of the batch, per entry it falls as 1/n, so the sum grows with n: with
-    ``scale_weight_by_batch`` lambda is ``topology_weight * 256 / n``. With several processes the pairs are those
-    of each process's share of the batch, and n is its size.
+    L_f sums over all n^2 pairs of the batch, each of order 1/n, so that it grows with n; with ``scale_weight_by_batch``
+    lambda is ``topology_weight * 256 / n``. With several processes n is the size of each process's share of the batch.
     """
 
     epsilon: float = 0.03  # as released: about 7.65/255
     attack_steps: int = 10
     attack_step_size: float | None = 0.007
     topology_weight: float = 20.0  # lambda at a batch of 256
-    scale_weight_by_batch: bool = True  # False: lambda fixed at whatever batch
-    topology_target: Literal["clean", "attacked"] = "clean"  # whose topology is the target; released: attacked
-    detach_target: bool = True  # False: gradients flow through both sides
+    scale_weight_by_batch: bool = True  # False: lambda does not depend on the batch size
+    topology_target: Literal["clean", "attacked"] = "clean"  # the target topology; released: attacked
+    detach_target: bool = True  # False: gradients flow through both topologies
     label_aware: bool = True  # hard pairs of the target are pushed to 0 (same class) or 2 (different)
-    normalised_attack: bool = True  # False: the attack feeds pixels to the backbone without mean and std
+    normalised_attack: bool = True  # False: the attack skips the normalisation by mean and std
     parameter_gradient_leak: bool = False  # True: each attack step adds its CE gradient to the optimiser step
-    separate_forwards: bool = False  # True: attacked, then clean, so that BN in train mode sees two batches
-    unnormalised_selection: bool = False  # True: the validation attack, too, is made without mean and std
+    separate_forwards: bool = False  # True: two forward passes, so that BN in train mode sees two batches
+    unnormalised_selection: bool = False  # True: the validation attack skips the normalisation too
 
     name: ClassVar[str] = "gen_af"
     per_sample: ClassVar[bool] = False
@@ -61,17 +60,17 @@ class GenAF(Defence):
         view = student.logits if self.normalised_attack else _unnormalised(student)
         return lambda images: F.cross_entropy(view(images), batch.labels, reduction="none")
 
-    def loss(self, student: Student, batch: Batch, attacked: Tensor) -> LossParts:
-        size = len(attacked)
+    def loss(self, student: Student, batch: Batch, adversarial: Tensor) -> LossParts:
+        size = len(adversarial)
         if self.separate_forwards:
-            attacked_logits, clean_logits = student(attacked)[1], student(batch.images)[1]
+            adversarial_logits, clean_logits = student(adversarial)[1], student(batch.images)[1]
         else:
-            attacked_logits, clean_logits = student(torch.cat([attacked, batch.images]))[1].split(size)
-        ce = F.cross_entropy(attacked_logits, batch.labels)
+            adversarial_logits, clean_logits = student(torch.cat([adversarial, batch.images]))[1].split(size)
+        ce = F.cross_entropy(adversarial_logits, batch.labels)
         clean_losses = F.cross_entropy(clean_logits, batch.labels, reduction="none")
-        model, target = attacked_logits, clean_logits
+        model, target = adversarial_logits, clean_logits
         if self.topology_target == "attacked":
-            model, target = clean_logits, attacked_logits
+            model, target = clean_logits, adversarial_logits
         hardness = clean_losses
         if self.detach_target:
             target, hardness = target.detach(), hardness.detach()
@@ -91,7 +90,7 @@ class GenAF(Defence):
     def _leaking_attack(self, student: Student, batch: Batch, epsilon: float, generator: torch.Generator) -> Tensor:
         """The released attack: ``backward`` on the mean loss at each step, which also fills the parameters' ``.grad``.
 
-        The loop clears gradients before the attack and not after it, so these stay in the optimiser step.
+        The loop clears gradients before the attack only, so these enter the optimiser step.
         """
         modes = [(module, module.training) for module in student.modules()]
         current = batch.images
@@ -104,7 +103,7 @@ class GenAF(Defence):
                 current = current.detach().requires_grad_(True)
                 loss(current).mean().backward()
                 if current.grad is None:
-                    raise ValueError("the attack found no gradient with respect to the images")
+                    raise ValueError("the attack got no gradient with respect to the images")
                 gradient = current.grad
                 current = sign_step(current.detach(), gradient, batch.images, self.step_size(epsilon), epsilon)
         finally:
@@ -116,12 +115,12 @@ class GenAF(Defence):
 @DEFENCES.register("gen_af_released")
 @dataclass(frozen=True, kw_only=True)
 class GenAFReleased(GenAF):
-    """As in the released code, with everything in it that looks like an accident.
+    """Gen-AF as in the released code, including what looks unintended.
 
-    To be complete, train with ``TrainSettings(bn_mode="train", optimizer="adam", lr_encoder=1e-4, lr_head=5e-3,
+    To reproduce it, train with ``TrainSettings(bn_mode="train", optimizer="adam", lr_encoder=1e-4, lr_head=5e-3,
     weight_decay=8e-4, schedule="exponential", epochs=20, batch_size=256, grad_clip=None, selection="robust",
-    validation_attack_steps=1, validation_epsilon=8/255)``. The release selects on the **test** split: which split is
-    handed to ``fit`` as ``validation`` is up to the caller, and one that hands in the test split has to say so.
+    validation_attack_steps=1, validation_epsilon=8/255)``. The release selects on the **test** split; a caller who
+    passes the test split to ``fit`` as ``validation`` must report it.
     """
 
     random_start: bool = False
@@ -137,20 +136,20 @@ class GenAFReleased(GenAF):
 
 
 def topology_loss(model: Tensor, target: Tensor, labels: Tensor, hardness: Tensor | None = None) -> Tensor:
-    """How far the neighbourhoods of one batch are from those of another: L_f of method section 3.2, a sum over n^2.
+    """L_f of method section 3.2: the divergence between the neighbourhoods of two batches, summed over n^2 pairs.
 
     Cosine distances less each row's distance to its nearest neighbour become row-normalised similarities Q (model)
-    and P (target), which a binary Kullback-Leibler divergence compares.
+    and P (target): L_f = sum_ij P log(P / Q) + (1 - P) log((1 - P) / (1 - Q)).
 
     Args:
-        model: (n, K) logits on the side that is to be moved.
-        target: (n, K) logits on the other side, detached by the caller if it shall stay.
+        model: (n, K) logits that are aligned with the target.
+        target: (n, K) logits of the target; the caller detaches them if they get no gradient.
         labels: (n,) classes.
         hardness: (n,) clean cross-entropies; pairs of hard samples are pushed to distance 0 in the target if they
-            share a class and to 2 if not. None leaves the target as it is.
+            share a class and to 2 if not. None: the target is used as it is.
 
     Returns:
-        A scalar. 0 for a single image, which has no neighbours.
+        A scalar; 0 for a single image.
     """
     if len(model) < 2:
         return model.sum() * 0
@@ -168,7 +167,7 @@ def topology_loss(model: Tensor, target: Tensor, labels: Tensor, hardness: Tenso
 
 
 def _local_distances(logits: Tensor) -> Tensor:
-    """(n, n) cosine distances less each row's smallest off the diagonal; the diagonal is 0."""
+    """(n, n) cosine distances minus each row's smallest off the diagonal; the diagonal is 0."""
     unit = F.normalize(logits, dim=-1)
     distance = 1 - unit @ unit.T
     itself = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
@@ -182,6 +181,6 @@ def _row_similarities(distance: Tensor) -> Tensor:
 
 
 def _unnormalised(student: Student) -> Callable[[Tensor], Tensor]:
-    """The student fed with pixels in [0, 1] where it expects normalised ones: the release's attack saw this."""
+    """The student without normalisation of its input, as in the attack of the release."""
     encoder = student.encoder
     return lambda images: student.head(encoder.backbone(encoder.preprocess.resize(images)))

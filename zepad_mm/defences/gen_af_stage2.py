@@ -1,7 +1,7 @@
-"""Which layers robustness hangs on: the second stage of Gen-AF (Zhou et al., S&P 2024, "evolutionary adaptability").
+"""Gen-AF stage 2 (Zhou et al., S&P 2024, "evolutionary adaptability"): tune the layers that matter least to robustness.
 
-Stage two tunes the layers that matter least to robustness on clean pictures, so that clean accuracy comes back and
-robustness stays: :func:`thaw_redundant`, then ``training.fit`` with the defence ``clean``.
+Clean tuning of these layers recovers clean accuracy and keeps robustness: call :func:`unfreeze_redundant`, then
+``training.fit`` with the defence ``clean``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LAYERS = (nn.Conv2d, nn.Linear)
 
 def robustness_contributions(
     student: Student,
-    attacked: Tensor,
+    adversarial: Tensor,
     labels: Tensor,
     *,
     epochs: int = 10,
@@ -26,30 +26,30 @@ def robustness_contributions(
     radius: float = 0.1,
     batch_size: int = 128,
 ) -> dict[str, float]:
-    """How far the loss on attacked images rises when one layer's weights are moved for the worst.
+    """The increase of the loss on adversarial images when the weights of one layer are perturbed adversarially.
 
     For each convolution and linear layer of the encoder, SGD ascends the mean cross-entropy over that weight alone,
-    projected into the ball |w - w0| <= ``radius`` * |w0|; its contribution is the highest mean loss of an epoch less
-    the loss at w0. Weights are put back.
+    projected into the ball |w - w0| <= ``radius`` * |w0|; its contribution is the highest mean loss of an epoch minus
+    the loss at w0. Weights are restored.
 
     Args:
         student: encoder and head after stage one.
-        attacked: (N, 3, H, W) in [0, 1], made once on this student. labels: (N,).
+        adversarial: (N, 3, H, W) in [0, 1], crafted on this student. labels: (N,).
         epochs, rate, radius: of the ascent; the defaults are Gen-AF's.
 
     Raises:
         ValueError: no images, or an encoder without such layers.
     """
-    if len(attacked) == 0:
+    if len(adversarial) == 0:
         raise ValueError("attacked: expected at least one image, got none")
-    found = {name: layer for name, layer in student.encoder.named_modules() if isinstance(layer, LAYERS)}
-    if not found:
-        raise ValueError("the encoder has no convolution and no linear layer whose contribution could be measured")
-    batches = list(zip(attacked.split(batch_size), labels.split(batch_size), strict=True))
+    layers = {name: layer for name, layer in student.encoder.named_modules() if isinstance(layer, LAYERS)}
+    if not layers:
+        raise ValueError("the encoder has no convolution and no linear layer to measure")
+    batches = list(zip(adversarial.split(batch_size), labels.split(batch_size), strict=True))
     contributions = {}
     with frozen(student):
         start = _mean_loss(student, batches)
-        for name, layer in found.items():
+        for name, layer in layers.items():
             kept, losses = layer.weight.detach().clone(), []
             layer.weight.requires_grad_(True)
             for _ in range(epochs):
@@ -82,10 +82,10 @@ def _ascend(
             weight.copy_(kept + moved * min(1.0, limit / max(float(moved.norm()), 1e-12)))
 
 
-def thaw_redundant(student: Student, contributions: dict[str, float], share: float = 0.2) -> list[str]:
-    """Leave only the encoder's least contributing layers, ``share`` of them and at least one, and the head to train.
+def unfreeze_redundant(student: Student, contributions: dict[str, float], share: float = 0.2) -> list[str]:
+    """Freeze the encoder but for its least contributing layers, a ``share`` of them and at least one.
 
-    Returns their names. Raises ValueError for a share that is not in (0, 1].
+    Returns the names of these layers. Raises ValueError for a share that is not in (0, 1].
     """
     if not 0 < share <= 1:
         raise ValueError(f"share: expected a share of the layers in (0, 1], got {share}")

@@ -16,20 +16,19 @@ from zepad_mm.defences.trades import divergence
 @DEFENCES.register("pmg_aft")
 @dataclass(frozen=True, kw_only=True)
 class PMGAFT(Defence):
-    """L = CE(attacked) + general_weight * KL(original || attacked) + clean_weight * KL(clean || attacked).
+    """L = CE(x') + general_weight * KL(p0(x) || p(x')) + clean_weight * KL(p(x) || p(x')).
 
-    The attack maximises CE. Made for a CLIP under its zero-shot head; any other head works.
+    The attack maximises CE. Designed for a CLIP with its zero-shot head; any other head works.
 
-    Two things differ from the paper or may: its "original" is the frozen model's output on the *attacked* image, ours
-    is that on the *clean* image, which is what ``Batch.original`` holds (the student's head makes logits of it); and
-    both targets are detached here, so that the clean output is not drawn towards the attacked one.
+    Differs from the paper in p0, here the frozen model's output on the *clean* image (the student's head on
+    ``Batch.original``), there on the *adversarial* one; and, perhaps, in that both targets are detached here.
     """
 
-    epsilon: float = 0.03  # of ZePAD's tuning, so that baselines get the same budget
+    epsilon: float = 0.03  # budget, steps and step size of the baselines in the ZePAD paper
     attack_steps: int = 10
     attack_step_size: float | None = 0.007
-    general_weight: float = 1.0  # of the KL to the original model; our choice
-    clean_weight: float = 1.0  # of the KL to the tuned model's clean output; our choice
+    general_weight: float = 1.0  # weight of the KL to the original model; not from the paper
+    clean_weight: float = 1.0  # weight of the KL to the clean output; not from the paper
 
     name: ClassVar[str] = "pmg_aft"
     needs_original: ClassVar[bool] = True
@@ -43,10 +42,10 @@ class PMGAFT(Defence):
     def attack_loss(self, student: Student, batch: Batch) -> AttackLoss:
         return lambda images: F.cross_entropy(student.logits(images), batch.labels, reduction="none")
 
-    def loss(self, student: Student, batch: Batch, attacked: Tensor) -> LossParts:
+    def loss(self, student: Student, batch: Batch, adversarial: Tensor) -> LossParts:
         if batch.original is None:
             raise ValueError("PMG-AFT needs the original encoder's features: fill Batch.original, as training.fit does")
-        logits, clean = student(torch.cat([attacked, batch.images]))[1].split(len(attacked))
+        logits, clean = student(torch.cat([adversarial, batch.images]))[1].split(len(adversarial))
         original = student.head(batch.original).detach()
         ce = F.cross_entropy(logits, batch.labels)
         general = divergence(original, logits).mean()

@@ -14,9 +14,9 @@ from zepad_mm.defences.base import DEFENCES, AttackLoss, Batch, Defence, LossPar
 @DEFENCES.register("tecoa")
 @dataclass(frozen=True, kw_only=True)
 class TeCoA(Defence):
-    """Cross-entropy on attacked images through the head: with a zero-shot head, text-guided contrastive tuning.
+    """L = CE(x'): with a zero-shot head, text-guided contrastive adversarial tuning.
 
-    With any other head it is plain PGD adversarial training (Madry et al. 2018).
+    With any other head it is PGD adversarial training (Madry et al. 2018).
     """
 
     name: ClassVar[str] = "tecoa"
@@ -24,9 +24,9 @@ class TeCoA(Defence):
     def attack_loss(self, student: Student, batch: Batch) -> AttackLoss:
         return lambda images: F.cross_entropy(student.logits(images), batch.labels, reduction="none")
 
-    def loss(self, student: Student, batch: Batch, attacked: Tensor) -> LossParts:
-        losses = F.cross_entropy(student(attacked)[1], batch.labels, reduction="none")
-        count = self.clean_count(len(attacked))
+    def loss(self, student: Student, batch: Batch, adversarial: Tensor) -> LossParts:
+        losses = F.cross_entropy(student(adversarial)[1], batch.labels, reduction="none")
+        count = self.clean_count(len(adversarial))
         parts = {"ce_attacked": losses[count:].detach().mean()}
         if count:
             parts["ce_clean"] = losses[:count].detach().mean()

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from zepad_mm.data import LabelledImages
-from zepad_mm.defences.base import Batch, Defence, Student, parts_of
+from zepad_mm.defences.base import Batch, Defence, Student, split_batch
 from zepad_mm.training.checkpoint import (
     CHECKPOINT,
     Position,
@@ -225,7 +225,7 @@ class _Run:
         optimizer.zero_grad()
         figures: dict[str, Tensor] = {}
         generator = derived_generator(settings.seed, "attack", step, self.rank)
-        for part, few in enumerate(parts_of(batch, settings.accumulation)):
+        for part, few in enumerate(split_batch(batch, settings.accumulation)):
             last = part == settings.accumulation - 1
             # gradients of all parts travel between processes once, with the last
             with nullcontext() if last else self.accelerator.no_sync(self.objective):
