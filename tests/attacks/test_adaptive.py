@@ -1,4 +1,4 @@
-"""Attacks on fused models and detectors, and what surrounds an attack: starts, levels, curves, files, EOT, BPDA."""
+"""Attacks on fused models and detectors; starts, 8-bit images, curves, files, EOT and BPDA of all attacks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MIX = torch.eye(768) + 0.02 * torch.randn(3, 768, 768, generator=torch.Generator
 
 
 def branches(images: Tensor) -> Tensor:
-    """Three linear branches that look at the image differently: (3, B, 4)."""
+    """Three different linear branches: (3, B, 4)."""
     turned = [((images.flatten(1) - 0.5) @ mix + 0.5).view_as(images) for mix in MIX]
     return torch.stack([undefended(one) for one in turned])
 
@@ -61,14 +61,16 @@ def batch() -> tuple[Tensor, Tensor]:
     return make_images(12)
 
 
-def inside(attacked: Tensor, images: Tensor, attack: Attack) -> bool:
-    delta = (attacked - images).flatten(1)
+def inside(adversarial: Tensor, images: Tensor, attack: Attack) -> bool:
+    delta = (adversarial - images).flatten(1)
     length = delta.abs().amax(1) if attack.norm == "linf" else delta.norm(dim=1)
-    return bool(((length <= attack.epsilon + 1e-6) & (attacked.flatten(1).amin(1) >= 0)).all() and attacked.max() <= 1)
+    return bool(
+        ((length <= attack.epsilon + 1e-6) & (adversarial.flatten(1).amin(1) >= 0)).all() and adversarial.max() <= 1
+    )
 
 
 @every
-def test_rules_that_every_adaptive_attack_keeps(attack: Attack, batch: tuple[Tensor, Tensor]) -> None:
+def test_adaptive_attacks_honour_the_attack_contract(attack: Attack, batch: tuple[Tensor, Tensor]) -> None:
     images, labels = batch
     state = torch.get_rng_state()
     first, again = (attack(branches, images, labels, generator=torch.Generator().manual_seed(3)) for _ in range(2))
@@ -86,19 +88,19 @@ def test_rules_that_every_adaptive_attack_keeps(attack: Attack, batch: tuple[Ten
 
 @pytest.mark.parametrize("norm", list(EPSILON))
 @pytest.mark.parametrize("loss", list(FUSED_LOSSES))
-def test_fused_losses_break_the_fused_answer(loss: str, norm: str, batch: tuple[Tensor, Tensor]) -> None:
+def test_fused_losses_change_the_fused_prediction(loss: str, norm: str, batch: tuple[Tensor, Tensor]) -> None:
     images, labels = batch
     assert (FUSION(branches(images)).logits.argmax(-1) == labels).all()
     big = 0.2 if norm == "linf" else 6.0
     attack = FusedAttack(fuse=FUSION, loss=loss, epsilon=big, norm=norm, steps=20)
-    attacked = attack(branches, images, labels)
-    wrong = FUSION(branches(attacked)).logits.argmax(-1) != labels
-    assert torch.equal(~attack.still_correct(branches, attacked, labels), wrong)
+    adversarial = attack(branches, images, labels)
+    wrong = FUSION(branches(adversarial)).logits.argmax(-1) != labels
+    assert torch.equal(~attack.still_correct(branches, adversarial, labels), wrong)
     assert wrong.float().mean() >= 0.9
 
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "suppress"])
-def test_detectors_are_evaded(mode: str, batch: tuple[Tensor, Tensor]) -> None:
+def test_detector_aware_evades_the_detector(mode: str, batch: tuple[Tensor, Tensor]) -> None:
     images, labels = batch
     attack = DetectorAware(mode=mode, fuse=FUSION, score=score, threshold=THRESHOLD, spread=0.01, epsilon=0.2, steps=60)
     decision = FUSION(branches(attack(branches, images, labels)))
@@ -106,7 +108,7 @@ def test_detectors_are_evaded(mode: str, batch: tuple[Tensor, Tensor]) -> None:
     assert won.float().mean() >= 0.8
 
 
-def test_suppression_sets_out_from_flagged_wrong_pictures(batch: tuple[Tensor, Tensor]) -> None:
+def test_suppress_lowers_the_score_of_misclassified_images(batch: tuple[Tensor, Tensor]) -> None:
     images, labels = batch
     wrong = FusedAttack(fuse=FUSION, loss="branch", epsilon=0.2, steps=10)(branches, images, labels)
     before = score(branches(wrong))
@@ -119,7 +121,7 @@ def test_suppression_sets_out_from_flagged_wrong_pictures(batch: tuple[Tensor, T
     assert attack.still_correct(branches, after, labels).sum() <= held.sum()
 
 
-def test_adaptive_attacks_bite_at_least_as_deep_as_generic_ones(batch: tuple[Tensor, Tensor]) -> None:
+def test_adaptive_attacks_are_at_least_as_strong_as_generic_ones(batch: tuple[Tensor, Tensor]) -> None:
     images, labels = make_images(48, seed=5)
     budget = 3 / 255
 
@@ -132,7 +134,7 @@ def test_adaptive_attacks_bite_at_least_as_deep_as_generic_ones(batch: tuple[Ten
     for loss in FUSED_LOSSES:
         attack = FusedAttack(fuse=FUSION, loss=loss, epsilon=budget, steps=20)
         stands &= attack.still_correct(branches, attack(branches, images, labels), labels)
-    assert 0 < left.sum() < len(labels)  # the comparison means something
+    assert 0 < left.sum() < len(labels)  # neither attack is trivial
     assert stands.sum() <= left.sum()
 
 
@@ -144,28 +146,28 @@ def test_quantize_gives_8_bit_images(name: str, norm: str, batch: tuple[Tensor, 
     images, labels = batch
     images = (images * 255).round() / 255
     attack = ATTACKS.get(name)(epsilon=4 * EPSILON[norm], norm=norm, quantize=True)
-    attacked = attack(undefended, images, labels)
-    assert torch.equal((attacked * 255).round() / 255, attacked)
-    assert inside(attacked, images, attack)
-    assert (undefended(attacked).argmax(-1) != labels).float().mean() > 0.5
+    adversarial = attack(undefended, images, labels)
+    assert torch.equal((adversarial * 255).round() / 255, adversarial)
+    assert inside(adversarial, images, attack)
+    assert (undefended(adversarial).argmax(-1) != labels).float().mean() > 0.5
     if norm == "linf":
         assert torch.equal(replace(attack, epsilon=0.5 * LEVEL)(undefended, images, labels), images)
     with pytest.raises(ValueError, match=r"\(images \* 255\).round\(\) / 255"):
         attack(undefended, images + 0.3 * LEVEL, labels)
 
 
-def test_saved_pictures_score_the_same(tmp_path: Any, batch: tuple[Tensor, Tensor]) -> None:
+def test_saved_images_are_predicted_the_same(tmp_path: Any, batch: tuple[Tensor, Tensor]) -> None:
     images, labels = (batch[0] * 255).round() / 255, batch[1]
-    attacked = PGD(quantize=True)(undefended, images, labels)
-    save_adversarial(tmp_path / "pgd", attacked, labels, {"attack": "pgd"})
+    adversarial = PGD(quantize=True)(undefended, images, labels)
+    save_adversarial(tmp_path / "pgd", adversarial, labels, {"attack": "pgd"})
     loaded = load_adversarial(tmp_path / "pgd")
-    assert torch.equal(loaded.images, attacked)
-    assert torch.equal(undefended(loaded.images), undefended(attacked))
+    assert torch.equal(loaded.images, adversarial)
+    assert torch.equal(undefended(loaded.images), undefended(adversarial))
     assert loaded.labels is not None
     assert torch.equal(loaded.labels, labels)
     assert loaded.about == {"attack": "pgd"}
     with pytest.raises(FileExistsError, match="another folder"):
-        save_adversarial(tmp_path / "pgd", attacked)
+        save_adversarial(tmp_path / "pgd", adversarial)
     with pytest.raises(ValueError, match="multiples of 1 / 255"):
         save_adversarial(tmp_path / "other", PGD()(undefended, images, labels))
     (tmp_path / "pgd" / "000001.png").write_bytes(b"no image")
@@ -176,7 +178,7 @@ def test_saved_pictures_score_the_same(tmp_path: Any, batch: tuple[Tensor, Tenso
 
 
 @pytest.mark.parametrize("name", list(ATTACKS))
-def test_starts_are_used_and_brought_into_the_budget(name: str, batch: tuple[Tensor, Tensor]) -> None:
+def test_start_is_used_and_clipped_to_the_budget(name: str, batch: tuple[Tensor, Tensor]) -> None:
     images, labels = batch
     seen: list[Tensor] = []
 
@@ -185,15 +187,15 @@ def test_starts_are_used_and_brought_into_the_budget(name: str, batch: tuple[Ten
         return undefended(pixels)
 
     attack = ATTACKS.get(name)(epsilon=1 / 255)
-    attacked = attack(model, images, labels, start=torch.ones_like(images))
-    torch.testing.assert_close(seen[1], (images + 1 / 255).clamp(0, 1))  # after a look at the clean images
-    assert inside(attacked, images, attack)
+    adversarial = attack(model, images, labels, start=torch.ones_like(images))
+    torch.testing.assert_close(seen[1], (images + 1 / 255).clamp(0, 1))  # after the clean images
+    assert inside(adversarial, images, attack)
     with pytest.raises(ValueError, match="start: expected one image for each image"):
         attack(undefended, images, labels, start=images[:3])
 
 
 @pytest.mark.parametrize("attack", [PGD(steps=5), APGD(steps=5)], ids=repr)
-def test_curves_never_rise(attack: Attack, batch: tuple[Tensor, Tensor]) -> None:
+def test_curve_never_increases(attack: Attack, batch: tuple[Tensor, Tensor]) -> None:
     images, labels = batch
     found = curve(attack, undefended, images, labels, [8 * LEVEL, 0.0, 2 * LEVEL, 4 * LEVEL])
     assert found.epsilons == (0.0, 2 * LEVEL, 4 * LEVEL, 8 * LEVEL)
@@ -206,7 +208,7 @@ def test_curves_never_rise(attack: Attack, batch: tuple[Tensor, Tensor]) -> None
     assert fused.accuracy == (1.0, 0.0)
 
 
-def test_eot_averages_and_leaves_the_global_state_alone(batch: tuple[Tensor, Tensor]) -> None:
+def test_eot_averages_and_restores_the_global_state(batch: tuple[Tensor, Tensor]) -> None:
     images, _ = batch
 
     def noisy(pixels: Tensor) -> Tensor:
@@ -241,18 +243,18 @@ def test_bpda_is_exact_forward_and_smooth_backward() -> None:
         (lambda: FusedAttack(fuse=3), "model.fuse"),  # type: ignore[arg-type]
         (lambda: FusedAttack(fuse=FUSION, driver="sgd"), "'apgd' or 'pgd'"),
         (lambda: FusedAttack(fuse=FUSION, steps=0), "steps"),
-        (lambda: DetectorAware(fuse=FUSION, score=score, threshold=0.1, mode="sly"), "way around"),
+        (lambda: DetectorAware(fuse=FUSION, score=score, threshold=0.1, mode="sly"), "unknown detector-aware mode"),
         (lambda: DetectorAware(fuse=FUSION, score=score, threshold=0.1, spread=0.0), "positive spread"),
         (lambda: DetectorAware(fuse=FUSION, score=None, threshold=0.1), "score"),  # type: ignore[arg-type]
         (lambda: ADAPTIVE_ATTACKS.get("fusd"), "did you mean 'fused'"),
     ],
 )
-def test_bad_settings(build_it: Any, says: str) -> None:
+def test_bad_settings_raise(build_it: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         build_it()
 
 
-def test_bad_calls(batch: tuple[Tensor, Tensor]) -> None:
+def test_bad_calls_raise(batch: tuple[Tensor, Tensor]) -> None:
     attack = FusedAttack(fuse=lambda logits: Answer(*vars(mean_of(logits)).values()))
     with pytest.raises(ValueError, match=r"model\.branch_logits, not the fused model"):
         attack(undefended, *batch)

@@ -1,4 +1,4 @@
-"""Every registered attack, in every norm it knows: inside the budget, leaving the model as it was, and biting."""
+"""Every registered attack, in every norm it supports: in budget, without side effects, and effective."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from zepad_mm.attacks.base import project, random_delta, steepest
 from zepad_mm.attacks.losses import margin, targeted
 
 EPSILON = {"linf": 8 / 255, "l2": 0.5}
-EVERYTHING = {"linf": 1.0, "l2": 60.0}  # the whole cube of pixels
+EVERYTHING = {"linf": 1.0, "l2": 60.0}  # every image is inside the budget
 QUICK: dict[str, dict[str, Any]] = {"pgd": {"steps": 8}, "apgd": {"steps": 12}, "square": {"queries": 60}}
 CASES = [
     ATTACKS.get(name)(epsilon=EPSILON[norm], norm=norm, **QUICK.get(name, {}))
@@ -30,7 +30,7 @@ CLASSES = 4
 
 
 class TinyNet(nn.Module):
-    """Convolutions with batch statistics and a linear head; remembers nothing."""
+    """A convolutional network with batch norm and a linear head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ def length(delta: Tensor, norm: str) -> float:
     return float((flat.abs().amax(1) if norm == "linf" else flat.norm(dim=1)).max())
 
 
-def test_the_net_has_learnt(trained, batch):
+def test_trained_net_is_accurate(trained, batch):
     assert accuracy(trained, *batch) > 0.95
 
 
@@ -104,22 +104,22 @@ def test_the_net_has_learnt(trained, batch):
 @pytest.mark.parametrize("white", [False, True], ids=["photos", "black-and-white"])
 def test_inside_the_budget_and_the_range(attack, white, trained, batch):
     images, labels = batch
-    images = images.round() if white else images  # at the border of the cube, clamping after projecting matters
-    attacked = attack(trained, images, labels)
-    assert attacked.shape == images.shape
-    assert attacked.dtype == images.dtype
-    assert not attacked.requires_grad
-    assert attacked.min() >= 0
-    assert attacked.max() <= 1
-    assert length(attacked - images, attack.norm) <= attack.epsilon + 1e-6
-    assert not torch.equal(attacked, images)
+    images = images.round() if white else images  # at the limits of [0, 1], clamping after projecting matters
+    adversarial = attack(trained, images, labels)
+    assert adversarial.shape == images.shape
+    assert adversarial.dtype == images.dtype
+    assert not adversarial.requires_grad
+    assert adversarial.min() >= 0
+    assert adversarial.max() <= 1
+    assert length(adversarial - images, attack.norm) <= attack.epsilon + 1e-6
+    assert not torch.equal(adversarial, images)
 
 
 @every_attack
-def test_no_budget_no_change(attack, trained, batch):
-    attacked = replace(attack, epsilon=0.0)(trained, *batch)
-    assert torch.equal(attacked, batch[0])
-    assert attacked is not batch[0]
+def test_zero_budget_changes_nothing(attack, trained, batch):
+    adversarial = replace(attack, epsilon=0.0)(trained, *batch)
+    assert torch.equal(adversarial, batch[0])
+    assert adversarial is not batch[0]
 
 
 @every_attack
@@ -129,9 +129,9 @@ def test_an_empty_batch_stays_empty(attack, trained, batch):
 
 @every_attack
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_the_model_is_left_as_it_was(attack, training, clean_net, batch):
+def test_model_is_restored(attack, training, clean_net, batch):
     clean_net.train(training)
-    clean_net.body[1].eval()  # a mixture of modes must come back as a mixture
+    clean_net.body[1].eval()  # mixed modes must be restored too
     clean_net.head.bias.requires_grad_(False)
     modes = [module.training for module in clean_net.modules()]
     asks = {name: parameter.requires_grad for name, parameter in clean_net.named_parameters()}
@@ -150,7 +150,7 @@ def test_the_model_is_left_as_it_was(attack, training, clean_net, batch):
 
 
 @every_attack
-def test_put_back_even_after_an_error(attack, clean_net, batch):
+def test_model_is_restored_after_an_error(attack, clean_net, batch):
     clean_net.train()
     with pytest.raises(ValueError, match="labels"):
         attack(clean_net, batch[0], None)
@@ -159,7 +159,7 @@ def test_put_back_even_after_an_error(attack, clean_net, batch):
 
 
 @pytest.mark.parametrize("wrap", ["method", "partial", "closure", "partial of an argument"])
-def test_modules_behind_functions_are_frozen_too(wrap, clean_net):
+def test_frozen_finds_modules_behind_functions(wrap, clean_net):
     clean_net.train()
     models = {
         "method": clean_net.features,
@@ -175,16 +175,16 @@ def test_modules_behind_functions_are_frozen_too(wrap, clean_net):
 
 
 @every_attack
-def test_the_seed_decides(attack, trained, batch):
-    attack = replace(attack, loss="feature_l2")  # runs to the end for every sample
+def test_seed_determines_the_result(attack, trained, batch):
+    attack = replace(attack, loss="feature_l2")  # runs all steps on every sample
     first, again, other = (attack(trained, *batch, generator=torch.Generator().manual_seed(seed)) for seed in (5, 5, 6))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    assert torch.equal(attack(trained, *batch), attack(trained, *batch))  # without a generator: seed 0
+    assert torch.equal(attack(trained, *batch), attack(trained, *batch))  # default: seed 0
 
 
 @every_attack
-def test_stronger_with_a_bigger_budget_and_unbeaten_without_one(attack, trained, batch):
+def test_larger_budget_is_stronger(attack, trained, batch):
     clean = accuracy(trained, *batch)
     scale = EVERYTHING[attack.norm]
     budgets = [0.0, attack.epsilon / 2, 2 * attack.epsilon, scale]
@@ -195,7 +195,7 @@ def test_stronger_with_a_bigger_budget_and_unbeaten_without_one(attack, trained,
 
 
 @every_attack
-def test_a_callers_no_grad_or_inference_mode_does_not_disarm_it(attack, trained, batch):
+def test_no_grad_and_inference_mode_of_the_caller_have_no_effect(attack, trained, batch):
     plain = attack(trained, *batch)
     with torch.no_grad():
         assert torch.equal(attack(trained, *batch), plain)
@@ -205,7 +205,7 @@ def test_a_callers_no_grad_or_inference_mode_does_not_disarm_it(attack, trained,
 
 
 @every_attack
-def test_wrong_stays_wrong_when_scored_again(attack, trained, batch):
+def test_misclassified_images_stay_misclassified_when_scored_again(attack, trained, batch):
     images, labels = batch
     seen: list[Tensor] = []
 
@@ -214,20 +214,20 @@ def test_wrong_stays_wrong_when_scored_again(attack, trained, batch):
         return trained(pixels)
 
     attack = replace(attack, epsilon=6 * attack.epsilon)
-    attacked = attack(model, images, labels)
-    looked_at = sum(map(len, seen))
+    adversarial = attack(model, images, labels)
+    scored = sum(map(len, seen))
     with torch.no_grad():
-        singly = torch.cat([trained(one[None]) for one in attacked])
-        together = trained(attacked)
+        singly = torch.cat([trained(one[None]) for one in adversarial])
+        together = trained(adversarial)
     assert ((singly.argmax(-1) == labels) == (together.argmax(-1) == labels)).all()
     assert (together.argmax(-1) != labels).any()
     seen.clear()
-    replace(attack, loss="feature_l2")(model, images)  # knows no right or wrong
-    assert looked_at < sum(map(len, seen))  # the batch shrinks as samples fall
+    replace(attack, loss="feature_l2")(model, images)  # has no labels
+    assert scored < sum(map(len, seen))  # misclassified samples leave the batch
 
 
 @every_attack
-def test_samples_wrong_from_the_start_come_back_untouched(attack, trained, batch):
+def test_samples_wrong_from_the_start_are_unchanged(attack, trained, batch):
     images, labels = batch
     labels = (labels + 1) % CLASSES
     assert accuracy(trained, images, labels) == 0
@@ -236,34 +236,34 @@ def test_samples_wrong_from_the_start_come_back_untouched(attack, trained, batch
 
 @every_attack
 @every_loss
-def test_every_loss_moves_every_picture(attack, loss, trained, batch):
+def test_every_loss_changes_every_image(attack, loss, trained, batch):
     images, labels = batch
     model = trained if loss in LOGIT_LOSSES else trained.features
     attack = replace(attack, loss=loss)
-    attacked = attack(model, images, labels if loss in LOGIT_LOSSES else None)
-    assert length(attacked - images, attack.norm) <= attack.epsilon + 1e-6
-    assert (attacked != images).flatten(1).any(1).all()  # feature losses do not start where they are flat
+    adversarial = attack(model, images, labels if loss in LOGIT_LOSSES else None)
+    assert length(adversarial - images, attack.norm) <= attack.epsilon + 1e-6
+    assert (adversarial != images).flatten(1).any(1).all()  # the start is random, where feature losses have a gradient
     score = (LOGIT_LOSSES if loss in LOGIT_LOSSES else FEATURE_LOSSES).get(loss)
     with torch.no_grad():
         target = labels if loss in LOGIT_LOSSES else model(images)
-        rise = score(model(attacked), target) - score(model(images), target)
+        rise = score(model(adversarial), target) - score(model(images), target)
     assert rise.mean() > 0
 
 
 @every_attack
 @every_loss
-def test_several_branches_at_once(attack, loss, trained, clean_net, batch):
+def test_losses_accept_several_branches(attack, loss, trained, clean_net, batch):
     clean_net.head.weight.data *= 0.7
     parts = [trained, clean_net] if loss in LOGIT_LOSSES else [trained.features, clean_net.features]
 
     def branches(images: Tensor) -> Tensor:
         return torch.stack([part(images) for part in parts])  # (N, B, C)
 
-    attacked = replace(attack, loss=loss, epsilon=EVERYTHING[attack.norm])(branches, *batch)
-    assert attacked.shape == batch[0].shape
+    adversarial = replace(attack, loss=loss, epsilon=EVERYTHING[attack.norm])(branches, *batch)
+    assert adversarial.shape == batch[0].shape
     if loss == "margin":
         with torch.no_grad():
-            assert (branches(attacked).argmax(-1) != batch[1]).all()
+            assert (branches(adversarial).argmax(-1) != batch[1]).all()
 
 
 @every_attack
@@ -277,7 +277,7 @@ def test_several_branches_at_once(attack, loss, trained, clean_net, batch):
         (torch.full((24,), -1), "at least 0"),
     ],
 )
-def test_bad_labels(attack, labels, says, trained, batch):
+def test_bad_labels_raise(attack, labels, says, trained, batch):
     with pytest.raises(ValueError, match=says):
         attack(trained, batch[0], labels)
 
@@ -292,10 +292,10 @@ def test_bad_labels(attack, labels, says, trained, batch):
         (lambda images: (images * 255).byte(), r"images.float\(\) / 255"),
         (lambda images: images / 0 - images / 0, "NaN"),
         (lambda images: images.bfloat16(), "autocast"),
-        (lambda images: (images * 255).requires_grad_(True), "images / 255"),  # not looked at again inside loops
+        (lambda images: (images * 255).requires_grad_(True), "images / 255"),  # checked before the loop
     ],
 )
-def test_bad_images(attack, spoil, says, trained, batch):
+def test_bad_images_raise(attack, spoil, says, trained, batch):
     with pytest.raises(ValueError, match=says):
         attack(trained, spoil(batch[0]), batch[1])
 
@@ -306,19 +306,19 @@ def test_bad_images(attack, spoil, says, trained, batch):
     [lambda images: images.mean((1, 2, 3)), lambda images: images.flatten(1)[:1], lambda images: {"logits": images}],
     ids=["no class axis", "one row", "dictionary"],
 )
-def test_bad_models(attack, model, batch):
+def test_bad_models_raise(attack, model, batch):
     with pytest.raises(ValueError, match=r"model: expected outputs of shape \(24, C\)"):
         attack(model, *batch)
 
 
 @every_attack
-def test_a_model_of_nan_is_no_success(attack, trained, batch):
+def test_nan_outputs_are_no_success(attack, trained, batch):
     def broken(images: Tensor) -> Tensor:
         return trained(images) * torch.where(images.mean((1, 2, 3)) > 0.5, torch.nan, 1.0)[:, None]
 
-    attacked = attack(broken, *batch)
-    assert torch.isfinite(attacked).all()
-    assert length(attacked - batch[0], attack.norm) <= attack.epsilon + 1e-6
+    adversarial = attack(broken, *batch)
+    assert torch.isfinite(adversarial).all()
+    assert length(adversarial - batch[0], attack.norm) <= attack.epsilon + 1e-6
 
 
 @pytest.mark.parametrize(
@@ -341,14 +341,14 @@ def test_a_model_of_nan_is_no_success(attack, trained, batch):
         (lambda: ATTACKS.get("pdg"), "did you mean 'pgd'"),
     ],
 )
-def test_bad_settings(build, says):
+def test_bad_settings_raise(build, says):
     with pytest.raises(ValueError, match=says):
         build()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cheat(Attack):
-    """Leaves the budget and the range, and sprinkles NaN."""
+    """An attack whose run leaves the budget and the range, and returns NaN."""
 
     shift: float = 5.0
 
@@ -369,13 +369,13 @@ class WrongShape(Attack):
 
 
 @pytest.mark.parametrize("norm", list(EPSILON))
-def test_a_sloppy_attack_cannot_cheat(norm, trained, batch):
+def test_call_projects_the_output_of_run(norm, trained, batch):
     before = batch[0].clone()
-    attacked = Cheat(epsilon=EPSILON[norm], norm=norm)(trained, *batch)
+    adversarial = Cheat(epsilon=EPSILON[norm], norm=norm)(trained, *batch)
     assert torch.equal(batch[0], before)
-    assert length(attacked - before, norm) <= EPSILON[norm] + 1e-6
-    assert attacked.min() >= 0
-    assert attacked.max() <= 1
+    assert length(adversarial - before, norm) <= EPSILON[norm] + 1e-6
+    assert adversarial.min() >= 0
+    assert adversarial.max() <= 1
     with pytest.raises(ValueError, match="WrongShape"):
         WrongShape(epsilon=EPSILON[norm], norm=norm)(trained, *batch)
 
@@ -386,12 +386,12 @@ def test_few_classes(loss, classes, trained, batch):
     images, labels = batch
     keep = labels < classes
     attack = APGD(loss=loss, epsilon=0.2, steps=10)
-    attacked = attack(lambda pixels: trained(pixels)[:, :classes], images[keep], labels[keep])
+    adversarial = attack(lambda pixels: trained(pixels)[:, :classes], images[keep], labels[keep])
     with torch.no_grad():
-        assert (trained(attacked)[:, :classes].argmax(-1) != labels[keep]).all()
+        assert (trained(adversarial)[:, :classes].argmax(-1) != labels[keep]).all()
 
 
-def test_dlr_wants_three_classes_and_every_logit_loss_two(trained, batch):
+def test_dlr_needs_three_classes_and_other_logit_losses_two(trained, batch):
     images, labels = batch[0], batch[1] % 2
     with pytest.raises(ValueError, match=r"at least 3 classes.*margin"):
         PGD(loss="dlr")(lambda pixels: trained(pixels)[:, :2], images, labels)
@@ -399,12 +399,12 @@ def test_dlr_wants_three_classes_and_every_logit_loss_two(trained, batch):
         PGD()(lambda pixels: trained(pixels)[:, :1], images, labels * 0)
 
 
-def test_info_nce_wants_company(trained, batch):
+def test_info_nce_needs_two_images(trained, batch):
     with pytest.raises(ValueError, match="feature_cosine"):
         PGD(loss="info_nce")(trained, batch[0][:1])
 
 
-def test_a_generator_of_another_device_is_refused(trained, batch):
+def test_generator_of_another_device_raises(trained, batch):
     class Elsewhere:
         device = torch.device("cuda")
 
@@ -427,7 +427,7 @@ def test_branches_are_summed(loss):
 
 
 @pytest.mark.parametrize("loss", list(FEATURE_LOSSES))
-def test_feature_losses_keep_branches_apart(loss):
+def test_feature_losses_keep_the_branch_axis(loss):
     generator = torch.Generator().manual_seed(0)
     features, clean = torch.randn(2, 3, 6, 5, generator=generator)
     score = FEATURE_LOSSES.get(loss)
@@ -437,7 +437,7 @@ def test_feature_losses_keep_branches_apart(loss):
 
 
 @pytest.mark.parametrize("classes", [3, 6])
-def test_the_targeted_loss_is_blind_to_scale_from_four_classes_on(classes):
+def test_targeted_loss_is_scale_invariant_from_four_classes(classes):
     logits = torch.randn(8, classes, generator=torch.Generator().manual_seed(0))
     labels, rivals = torch.zeros(8, dtype=torch.long), torch.ones(8, dtype=torch.long)
     same = torch.allclose(targeted(logits, labels, rivals), targeted(100 * logits, labels, rivals), atol=1e-5)
@@ -445,7 +445,7 @@ def test_the_targeted_loss_is_blind_to_scale_from_four_classes_on(classes):
 
 
 def test_cross_entropy_saturates_where_margin_does_not(trained, batch):
-    """CLIP at its logit scale: the reason why margin is the default."""
+    """At CLIP's logit scale; the reason why margin is the default."""
 
     def sure(images: Tensor) -> Tensor:
         return 1000 * trained(images)
@@ -454,13 +454,13 @@ def test_cross_entropy_saturates_where_margin_does_not(trained, batch):
     assert left["margin"] <= left["ce"]
 
 
-def test_restarts_only_help(trained, batch):
+def test_restarts_never_weaken_the_attack(trained, batch):
     weak = PGD(epsilon=5 / 255, steps=1)
     once, often = (accuracy(trained, replace(weak, restarts=n)(trained, *batch), batch[1]) for n in (1, 10))
     assert often <= once
 
 
-def test_all_steps_are_spent_when_told_to(trained, batch):
+def test_stop_when_wrong_false_runs_all_steps(trained, batch):
     calls: list[int] = []
 
     def counted(images: Tensor) -> Tensor:
@@ -481,13 +481,13 @@ def test_random_starts_fill_the_budget_without_leaving_it(norm):
     assert (delta != 0).flatten(1).any(1).all()
 
 
-def test_the_l2_direction_survives_tiny_gradients():
+def test_l2_direction_of_tiny_gradients_is_finite():
     gradient = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 1e-30
     torch.testing.assert_close(steepest(gradient, "l2").flatten(1).norm(dim=1), torch.ones(2))
     assert torch.equal(steepest(torch.zeros(1, 3, 2, 2), "l2"), torch.zeros(1, 3, 2, 2))
 
 
-def test_a_function_that_refers_to_itself_is_looked_into_once() -> None:
+def test_modules_of_terminates_on_recursive_functions() -> None:
     network = torch.nn.Linear(2, 2)
 
     def chain():

@@ -1,4 +1,4 @@
-"""What each downstream-agnostic attack has of its own: patches, layers, heads, bandits, texts; published files."""
+"""Specifics of single universal attacks: patches, layers, heads, bandits, texts; published perturbation files."""
 
 from __future__ import annotations
 
@@ -54,23 +54,23 @@ def surrogate() -> Tensor:
 
 @pytest.mark.parametrize("place", ["center", "lower_right", "random"])
 @pytest.mark.parametrize("size", [(64, 64), (40, 100), (7, 5), (3, 3)])
-def test_a_patch_keeps_its_area(place, size):
+def test_patch_keeps_its_area(place, size):
     images = torch.zeros(6, 3, *size)
     patch = Perturbation(torch.ones(3, 11, 11), 0.03, "patch", place=place)
-    attacked = patch(images)
-    covered = (attacked != images).any(1)
+    adversarial = patch(images)
+    covered = (adversarial != images).any(1)
     assert covered.float().mean(dim=(1, 2)).max() <= 0.03
-    assert attacked.min() >= 0
-    assert attacked.max() <= 1
+    assert adversarial.min() >= 0
+    assert adversarial.max() <= 1
     if size == (64, 64):
         assert covered.sum(dim=(1, 2)).eq(121).all()
         assert covered.flatten(1).unique(dim=0).shape[0] == (6 if place == "random" else 1)
-        assert torch.equal(attacked, patch(images))
+        assert torch.equal(adversarial, patch(images))
         elsewhere = patch(images, generator=torch.Generator().manual_seed(5))
-        assert torch.equal(elsewhere, attacked) == (place != "random")
+        assert torch.equal(elsewhere, adversarial) == (place != "random")
 
 
-def test_a_patch_survives_the_disk_and_refuses_nonsense(tmp_path):
+def test_patch_round_trips_and_bad_patches_raise(tmp_path):
     patch = Perturbation(torch.rand(3, 4, 4), 0.05, "patch", {"a": 1}, "random")
     patch.save(tmp_path / "p.safetensors")
     again = Perturbation.load(tmp_path / "p.safetensors", 0.05)
@@ -116,13 +116,13 @@ def test_layers_by_depth_and_by_name(clip_source):
         Activations([torch.flatten], [0.0])
 
 
-def test_an_activation_is_kept_before_what_works_in_place(surrogate):
+def test_activations_are_copied_before_in_place_layers(surrogate):
     encoder = make_encoder()
     with Activations([encoder], ["0"]) as taken:
         assert taken(surrogate)[0].min() < 0
 
 
-def test_ugs_draws_gaussian_pictures_anew():
+def test_ugs_draws_new_noise_images():
     attack = L4AUGS(noise_size=64)
     generator = torch.Generator().manual_seed(0)
     first, second = (attack.samples((32, 32), generator) for _ in range(2))
@@ -133,19 +133,19 @@ def test_ugs_draws_gaussian_pictures_anew():
     assert 0.045 < deviations.min() < deviations.max() < 0.11
 
 
-def test_lifting_makes_the_layer_larger(surrogate):
+def test_l4a_increases_the_activations(surrogate):
     encoder = make_encoder()
     made = L4ABase(image_size=SIDE, steps=20, layer="0").fit(encoder, surrogate)
     assert encoder[0](made(surrogate)).square().mean() > encoder[0](surrogate).square().mean()
 
 
-def test_fff_looks_at_no_picture(surrogate):
+def test_fff_ignores_the_images(surrogate):
     attack = FFF(image_size=SIDE, steps=5)
     first, second = (attack.fit(make_encoder(), images).delta for images in (surrogate, 1 - surrogate))
     assert torch.equal(first, second)
 
 
-def test_clusters_find_what_is_there():
+def test_cluster_finds_separated_clusters():
     corners = torch.eye(4, 9)[torch.arange(40) % 4] + 0.01 * torch.rand(40, 9)
     head = cluster(torch.stack([corners, corners.flip(0)]), 4, torch.Generator().manual_seed(3))
     answers = head(torch.stack([corners, corners.flip(0)])).argmax(-1)
@@ -153,7 +153,7 @@ def test_clusters_find_what_is_there():
     assert all((answers[0, kind::4] == answers[0, kind]).all() for kind in range(4))
 
 
-def test_a_head_of_ones_own(surrogate):
+def test_custom_head_replaces_pseudo_classes(surrogate):
     encoder = make_encoder()
     probe = nn.Linear(150, 5)
     for attack in (UAP(head=probe, steps=3, image_size=SIDE), UAPGD(head=probe, steps=10, image_size=SIDE)):
@@ -162,7 +162,7 @@ def test_a_head_of_ones_own(surrogate):
         torch.testing.assert_close(made.delta, whole.delta)
 
 
-def test_deepfool_crosses_the_border(surrogate):
+def test_deepfool_changes_the_prediction(surrogate):
     encoder = make_encoder()
     images = surrogate * 0.5 + 0.25
     logits = nn.Sequential(encoder, nn.Linear(150, 5))
@@ -172,7 +172,7 @@ def test_deepfool_crosses_the_border(surrogate):
     assert away.flatten(1).norm(dim=1).mean() < 5
 
 
-def test_the_bandit_visits_everyone_and_prefers_who_holds():
+def test_bandit_explores_all_arms_and_prefers_high_rewards():
     bandit = UpperConfidence(5, 0.05, 0.5)
     for _ in range(60):
         for arm in bandit.choose(2):
@@ -182,7 +182,7 @@ def test_the_bandit_visits_everyone_and_prefers_who_holds():
     assert UpperConfidence(2, 2.0, 0.1).choose(5) == [0, 1]
 
 
-def test_x_transfer_takes_k_of_the_pool(surrogate):
+def test_x_transfer_uses_k_encoders_per_step(surrogate):
     pool = {str(seed): make_encoder(seed) for seed in range(4)}
     calls: list[str] = []
     for name, encoder in pool.items():
@@ -194,7 +194,7 @@ def test_x_transfer_takes_k_of_the_pool(surrogate):
     assert set(calls) == set(pool)
 
 
-def test_etu_mixes_inside_the_range(surrogate):
+def test_etu_mixes_stay_in_range(surrogate):
     generator = torch.Generator().manual_seed(0)
     mixed = ETU().scmix(surrogate, generator)
     assert mixed.shape == surrogate.shape
@@ -203,7 +203,7 @@ def test_etu_mixes_inside_the_range(surrogate):
     assert ETU().cropped(surrogate[:1], generator).shape == surrogate[:1].shape
 
 
-def test_adv_clip_takes_texts(surrogate):
+def test_adv_clip_accepts_text_features(surrogate):
     encoder = make_encoder()
     attack = AdvCLIP(image_size=SIDE, steps=3, maps=2, width=8, clusters=3)
     without = attack.fit(encoder, surrogate)
@@ -215,7 +215,7 @@ def test_adv_clip_takes_texts(surrogate):
         replace(attack, text_features=torch.randn(7, 20)).fit(encoder, surrogate)
 
 
-def test_on_the_whole_defence(zepad, images):
+def test_universal_attack_on_a_zepad_model(zepad, images):
     encoders = {name: branch.encoder for name, branch in zepad.branches.items()}
     for attack in (SSP(image_size=32, steps=2), XTransfer(image_size=32, steps=3), UAPGD(image_size=32, steps=2)):
         assert attack.fit(encoders, images).provenance["encoders"] == ["full", "lora", "benign"]
@@ -234,7 +234,7 @@ def test_on_the_whole_defence(zepad, images):
         (lambda: AdvCLIP(text_features=torch.zeros(3)), r"\(T, D\)"),
     ],
 )
-def test_bad_settings(build, says):
+def test_bad_settings_raise(build, says):
     with pytest.raises(ValueError, match=says):
         build()
 
@@ -247,7 +247,7 @@ RAW = (torch.rand(3, 6, 8, generator=torch.Generator().manual_seed(0)) - 0.5) / 
     "laid", [RAW, RAW[None], RAW.permute(1, 2, 0), RAW.permute(1, 2, 0)[None]], ids=["chw", "1chw", "hwc", "1hwc"]
 )
 @pytest.mark.parametrize("kind", [".pt", ".npy", ".npz", ".safetensors"])
-def test_published_files(kind, laid, scale, tmp_path):
+def test_load_published(kind, laid, scale, tmp_path):
     path, laid = tmp_path / f"delta{kind}", (laid * scale).contiguous()
     if kind == ".pt":
         torch.save({"delta": nn.Parameter(laid)}, path)
@@ -266,7 +266,7 @@ def test_published_files(kind, laid, scale, tmp_path):
     assert load_published(path, norm="l2", epsilon=0.1).delta.norm() <= 0.1 + 1e-6
 
 
-def test_published_files_that_are_wrong(tmp_path):
+def test_load_published_bad_files_raise(tmp_path):
     path = tmp_path / "delta.pt"
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_published(path)
@@ -300,11 +300,11 @@ def test_published_files_that_are_wrong(tmp_path):
         load_published(tmp_path / "own.safetensors")
 
 
-def test_the_table_in_smoke_form(tmp_path):
+def test_universal_attacks_table_smoke(tmp_path):
     script = Path(__file__).parents[2] / "reproduction" / "universal_attacks_table.py"
     words = ["--attacks", "feature_uap,adv_clip", "--steps", "1", "--n", "8", "--n-surrogate", "32"]
     words += ["--out", str(tmp_path), "--work", str(tmp_path / "work")]
-    for _ in range(2):  # the second start finds the perturbations
+    for _ in range(2):  # the second run reuses the perturbations
         subprocess.run([sys.executable, str(script), *words], check=True, timeout=120, capture_output=True)
     table = (tmp_path / "dae_attacks.md").read_text()
     assert "| adv_clip | 3 % of the area |" in table

@@ -1,4 +1,4 @@
-"""A universal perturbation survives the disk bit for bit, and never leaves its budget."""
+"""Perturbation: exact round trips through files, and never out of budget."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def length(delta: torch.Tensor, norm: str) -> float:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_saved_and_loaded_bit_for_bit(norm, tmp_path):
+def test_save_and_load_are_exact(norm, tmp_path):
     before = made(norm)
     before.save(tmp_path / "delta.safetensors")
     after = Perturbation.load(tmp_path / "delta.safetensors", epsilon=EPSILON[norm])
@@ -35,20 +35,20 @@ def test_saved_and_loaded_bit_for_bit(norm, tmp_path):
     assert (after.epsilon, after.norm, after.provenance) == (before.epsilon, before.norm, PROVENANCE)
 
 
-def test_saving_again_replaces_the_file_and_leaves_nothing_else(tmp_path):
+def test_save_replaces_the_file(tmp_path):
     for seed in (0, 1):
         made(seed=seed).save(tmp_path / "delta.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["delta.safetensors"]
     assert torch.equal(Perturbation.load(tmp_path / "delta.safetensors").delta, made(seed=1).delta)
 
 
-def test_missing_file(tmp_path):
+def test_load_missing_file_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         Perturbation.load(tmp_path / "nowhere.safetensors")
 
 
 @pytest.mark.parametrize("part", [0, 5, 100, 0.5, -1])
-def test_truncated_file(tmp_path, part):
+def test_load_truncated_file_raises(tmp_path, part):
     path = tmp_path / "delta.safetensors"
     made().save(path)
     content = path.read_bytes()
@@ -57,7 +57,7 @@ def test_truncated_file(tmp_path, part):
         Perturbation.load(path)
 
 
-def test_foreign_file(tmp_path):
+def test_load_unknown_format_raises(tmp_path):
     save_file({"weight": torch.zeros(3)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"not a perturbation of zepad-mm.*weight"):
         Perturbation.load(tmp_path / "model.safetensors")
@@ -74,7 +74,7 @@ def test_damaged_metadata_names_the_file(tmp_path, text):
         Perturbation.load(path)
 
 
-def test_another_budget_is_refused_unless_rescaled(tmp_path):
+def test_load_with_another_budget_raises_unless_rescaled(tmp_path):
     made().save(tmp_path / "delta.safetensors")
     with pytest.raises(ValueError, match=r"10/255, expected 8/255.*rescaled"):
         Perturbation.load(tmp_path / "delta.safetensors", epsilon=8 / 255)
@@ -97,7 +97,7 @@ def test_another_budget_is_refused_unless_rescaled(tmp_path):
         (torch.zeros(3, 4, 4), 0.1, "l7", "l7"),
     ],
 )
-def test_nonsense_is_refused(delta, epsilon, norm, says):
+def test_invalid_perturbations_raise(delta, epsilon, norm, says):
     with pytest.raises(ValueError, match=says):
         Perturbation(delta, epsilon, norm)
 
@@ -109,7 +109,7 @@ def test_provenance_must_be_json(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_callers_tensor_is_copied_and_cut_from_its_graph():
+def test_delta_is_copied_and_detached():
     raw = torch.zeros(3, 4, 4, dtype=torch.float64, requires_grad=True)
     made_of = Perturbation(raw * 1, 0.1)
     assert made_of.delta.dtype == torch.float32
@@ -124,13 +124,13 @@ def test_the_callers_tensor_is_copied_and_cut_from_its_graph():
     width=st.integers(1, 70),
     seed=st.integers(0, 2**31),
 )
-def test_applied_at_any_size_it_stays_in_budget_and_in_range(norm, size, height, width, seed):
+def test_call_stays_in_budget_and_range_at_any_size(norm, size, height, width, seed):
     images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(seed))
-    attacked = made(norm, size, seed)(images)
-    assert attacked.shape == images.shape
-    assert attacked.min() >= 0
-    assert attacked.max() <= 1
-    assert length(attacked - images, norm) <= EPSILON[norm] + 1e-6
+    adversarial = made(norm, size, seed)(images)
+    assert adversarial.shape == images.shape
+    assert adversarial.min() >= 0
+    assert adversarial.max() <= 1
+    assert length(adversarial - images, norm) <= EPSILON[norm] + 1e-6
 
 
 def test_clamped_at_black_and_white():

@@ -37,7 +37,7 @@ CASES = [
 ]
 every_attack = pytest.mark.parametrize("attack", CASES, ids=repr)
 of_features = pytest.mark.parametrize("attack", [case for case in CASES if isinstance(case, FeatureAttack)], ids=repr)
-# one look at each image per step, by the output alone: what each of these does can be counted from outside
+# attacks that call the encoder once per step and use its output alone, so that the calls can be counted
 plain = pytest.mark.parametrize(
     "attack",
     [case for case in CASES if isinstance(case, FeatureAttack | PseudoLabelAttack) and case.steps == 24],
@@ -66,7 +66,7 @@ def encoder() -> nn.Sequential:
 
 @pytest.fixture
 def surrogate() -> Tensor:
-    """Smooth random images: 40, so that batches of 16 leave a rest."""
+    """40 smooth random images; batches of 16 leave an incomplete one."""
     coarse = torch.rand(40, 3, 4, 4, generator=torch.Generator().manual_seed(1))
     return F.interpolate(coarse, (SIDE, SIDE), mode="bilinear", align_corners=False)
 
@@ -78,13 +78,13 @@ def length(delta: Tensor, norm: str) -> float:
 
 
 def distance(encoder: nn.Module, perturbation: Perturbation, images: Tensor) -> float:
-    """Mean cosine distance between clean and attacked features."""
+    """Mean cosine distance between clean and adversarial features."""
     with torch.no_grad():
         return float((1 - F.cosine_similarity(encoder(images), encoder(perturbation(images)))).mean())
 
 
 def check_strength(attack: UniversalAttack, encoder: nn.Module, surrogate: Tensor) -> None:
-    """Inside the budget, and further from the clean features than random noise of the same budget."""
+    """Check the budget, and that features move further than under random noise of the same budget."""
     made = attack.fit(encoder, surrogate)
     assert made.delta.shape == ((3, 5, 5) if attack.norm == "patch" else (3, SIDE, SIDE))
     assert (made.epsilon, made.norm) == (attack.epsilon, attack.norm)
@@ -100,18 +100,18 @@ def check_strength(attack: UniversalAttack, encoder: nn.Module, surrogate: Tenso
 
 
 @every_attack
-def test_inside_the_budget_and_worse_than_noise(attack, encoder, surrogate):
+def test_fit_stays_in_budget_and_beats_noise(attack, encoder, surrogate):
     check_strength(attack, encoder, surrogate)
 
 
 @of_features
 @pytest.mark.parametrize("loss", list(FEATURE_LOSSES))
-def test_every_loss_is_worse_than_noise(attack, loss, encoder, surrogate):
+def test_every_loss_beats_noise(attack, loss, encoder, surrogate):
     check_strength(replace(attack, loss=loss), encoder, surrogate)
 
 
 @every_attack
-def test_a_bigger_budget_is_stronger_and_none_is_none(attack, encoder, surrogate):
+def test_larger_budget_is_stronger(attack, encoder, surrogate):
     reach = [
         distance(encoder, replace(attack, epsilon=part * attack.epsilon).fit(encoder, surrogate), surrogate)
         for part in (0.0, 0.25, 1.0)
@@ -121,7 +121,7 @@ def test_a_bigger_budget_is_stronger_and_none_is_none(attack, encoder, surrogate
 
 
 @every_attack
-def test_the_seed_decides_and_the_global_generator_is_left_alone(attack, encoder, surrogate):
+def test_seed_determines_the_result_and_the_global_rng_is_unused(attack, encoder, surrogate):
     rng = torch.get_rng_state()
     first, again = (attack.fit(encoder, surrogate).delta for _ in range(2))
     assert torch.equal(torch.get_rng_state(), rng)
@@ -135,7 +135,7 @@ def test_the_seed_decides_and_the_global_generator_is_left_alone(attack, encoder
 
 @every_attack
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_the_encoder_is_left_as_it_was(attack, training, encoder, surrogate):
+def test_encoder_is_restored(attack, training, encoder, surrogate):
     encoder.train(training)
     encoder[0].weight.requires_grad_(False)
     modes = [module.training for module in encoder.modules()]
@@ -152,7 +152,7 @@ def test_the_encoder_is_left_as_it_was(attack, training, encoder, surrogate):
 
 
 @plain
-def test_every_picture_is_encoded_clean_once(attack, encoder, surrogate):
+def test_each_clean_image_is_encoded_once(attack, encoder, surrogate):
     clean: list[Tensor] = []
     batches: list[int] = []
 
@@ -168,7 +168,7 @@ def test_every_picture_is_encoded_clean_once(attack, encoder, surrogate):
 
 
 @every_attack
-def test_several_encoders_at_once(attack, encoder, surrogate):
+def test_several_encoders(attack, encoder, surrogate):
     other = make_encoder(5)
     alone = attack.fit(encoder, surrogate)
     both = attack.fit([encoder, other], surrogate)
@@ -178,14 +178,14 @@ def test_several_encoders_at_once(attack, encoder, surrogate):
         assert torch.equal(attack.fit(several, surrogate).delta, both.delta)
     assert attack.fit({"a": encoder, "b": other}, surrogate).provenance["encoders"] == ["a", "b"]
     if not isinstance(attack, FeatureUAP | AdvEncoder):
-        return  # hooks see the two encoders as they are; heads and bandits draw for one stack, not for two encoders
-    # a callable that gives branches stacked, (N, B, D), is as good
+        return  # attacks with hooks, heads or bandits treat a stack as one encoder
+    # a callable with stacked outputs (N, B, D) is equivalent
     stacked = attack.fit(lambda images: torch.stack([encoder(images), other(images)]), surrogate)
     torch.testing.assert_close(stacked.delta, both.delta, atol=attack.epsilon / 5, rtol=0)
 
 
 @every_attack
-def test_provenance_tells_how_it_was_made(attack, encoder, surrogate, tmp_path):
+def test_provenance_describes_the_run(attack, encoder, surrogate, tmp_path):
     made = attack.fit(encoder, surrogate)
     about = made.provenance
     assert about["attack"] == repr(attack)
@@ -198,7 +198,7 @@ def test_provenance_tells_how_it_was_made(attack, encoder, surrogate, tmp_path):
 
 
 @every_attack
-def test_a_clock_in_place_of_steps(attack, encoder, surrogate):
+def test_seconds_replace_steps(attack, encoder, surrogate):
     endless = replace(attack, steps=10**9)
     assert endless.fit(encoder, surrogate, seconds=0.2).provenance["steps"] >= 1
     assert endless.fit(encoder, surrogate, seconds=1e-9).provenance["steps"] == 1
@@ -208,16 +208,16 @@ def test_a_clock_in_place_of_steps(attack, encoder, surrogate):
 
 
 @every_attack
-def test_pictures_of_another_size(attack, encoder, surrogate):
+def test_images_of_another_size(attack, encoder, surrogate):
     bigger = F.interpolate(surrogate, (24, 20), mode="bilinear")
     made = attack.fit(encoder, bigger)
-    attacked = made(bigger)
-    assert length((attacked - bigger)[0], attack.norm) <= attack.epsilon + 1e-6
+    adversarial = made(bigger)
+    assert length((adversarial - bigger)[0], attack.norm) <= attack.epsilon + 1e-6
     assert distance(encoder, made, bigger) > 0
 
 
 @every_attack
-def test_a_callers_no_grad_does_not_disarm_it(attack, encoder, surrogate):
+def test_no_grad_of_the_caller_has_no_effect(attack, encoder, surrogate):
     plain = attack.fit(encoder, surrogate).delta
     with torch.no_grad():
         assert torch.equal(attack.fit(encoder, surrogate).delta, plain)
@@ -237,7 +237,7 @@ def test_a_callers_no_grad_does_not_disarm_it(attack, encoder, surrogate):
         (lambda images: images * float("nan"), "NaN"),
     ],
 )
-def test_bad_pictures(attack, spoil, says, encoder, surrogate):
+def test_bad_images_raise(attack, spoil, says, encoder, surrogate):
     with pytest.raises(ValueError, match=says):
         attack.fit(encoder, spoil(surrogate))
 
@@ -255,7 +255,7 @@ def test_bad_pictures(attack, spoil, says, encoder, surrogate):
         (lambda images: {"features": images}, "got dict"),
     ],
 )
-def test_bad_encoders(attack, encoder, says, surrogate):
+def test_bad_encoders_raise(attack, encoder, says, surrogate):
     with pytest.raises(ValueError, match=f"{says}|torch.nn.Module to hook"):
         attack.fit(encoder, surrogate)
 
@@ -276,20 +276,20 @@ def test_bad_encoders(attack, encoder, says, surrogate):
         (lambda: UNIVERSAL_ATTACKS.get("advencoder"), "did you mean 'adv_encoder'"),
     ],
 )
-def test_bad_settings(build, says):
+def test_bad_settings_raise(build, says):
     with pytest.raises(ValueError, match=says):
         build()
 
 
-def test_one_picture_is_enough_without_contrast(encoder, surrogate):
+def test_one_image_suffices_for_non_contrastive_losses(encoder, surrogate):
     assert FeatureUAP(image_size=SIDE, steps=2).fit(encoder, surrogate[:1]).provenance["images"] == 1
     with pytest.raises(ValueError, match="at least 2"):
         AdvEncoder(image_size=SIDE, steps=2).fit(encoder, surrogate[:1])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cheat(UniversalAttack):
-    """Hands back ten times the budget, and NaN."""
+class OverBudget(UniversalAttack):
+    """An attack whose run returns ten times the budget, and NaN."""
 
     def run(self, surrogate: Any, generator: torch.Generator) -> Tensor:
         delta = torch.full((3, SIDE, SIDE), 10 * self.epsilon)
@@ -298,32 +298,32 @@ class Cheat(UniversalAttack):
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_a_sloppy_attack_cannot_cheat(norm, encoder, surrogate):
-    made = Cheat(epsilon=EPSILON[norm], norm=norm).fit(encoder, surrogate)
+def test_fit_projects_the_output_of_run(norm, encoder, surrogate):
+    made = OverBudget(epsilon=EPSILON[norm], norm=norm).fit(encoder, surrogate)
     assert length(made.delta, norm) <= EPSILON[norm] + 1e-6
     assert made.provenance["final_loss"] is None
 
 
 @pytest.mark.parametrize("loss", list(FEATURE_LOSSES))
-def test_the_first_gradient_is_not_flat(loss, encoder, surrogate):
-    """At the clean features every feature loss but InfoNCE has no slope; the random start is off that point."""
+def test_first_gradient_is_not_zero(loss, encoder, surrogate):
+    """At the clean features every loss but InfoNCE has zero gradient; the random start avoids that point."""
     one_step = FeatureUAP(image_size=SIDE, steps=1, loss=loss, epsilon=0.1)
     start = FeatureUAP(image_size=SIDE, steps=1, loss=loss, epsilon=0.1, step_size=1e-9).fit(encoder, surrogate)
     moved = (one_step.fit(encoder, surrogate).delta - start.delta).abs() > 1e-4
     assert moved.float().mean() > 0.8
 
 
-def test_high_pass_removes_the_slow_and_keeps_the_fast():
+def test_high_pass_removes_low_frequencies():
     flat = torch.ones(3, 64, 64)
     rows = torch.arange(64.0)
     fast = torch.cos(2 * torch.pi * rows * 20 / 64).expand(3, 64, 64)
     slow = torch.cos(2 * torch.pi * rows * 3 / 64).expand(3, 64, 64)
     torch.testing.assert_close(high_pass(flat + slow + fast, 8), fast, atol=1e-5, rtol=0)
     passed = high_pass(torch.rand(3, 64, 64), 8)
-    torch.testing.assert_close(high_pass(passed, 8), passed, atol=1e-5, rtol=0)  # a projection
+    torch.testing.assert_close(high_pass(passed, 8), passed, atol=1e-5, rtol=0)  # idempotent
 
 
-def test_the_generator_is_the_published_one():
+def test_generator_matches_the_published_one():
     network = PerturbationGenerator(4, 1024, torch.Generator().manual_seed(0))
     shapes = [tuple(layer.weight.shape) for layer in network.draw if isinstance(layer, nn.ConvTranspose2d)]
     assert shapes == [(100, 1024, 4, 4), (1024, 512, 4, 4), (512, 256, 4, 4), (256, 128, 4, 4), (128, 3, 4, 4)]

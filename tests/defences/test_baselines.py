@@ -59,9 +59,7 @@ def pmg_aft(adversarial: np.ndarray, clean: np.ndarray, original: np.ndarray) ->
     [(TRADES(), trades, True), (MART(), mart, True), (PMGAFT(general_weight=0.5, clean_weight=2.0), pmg_aft, False)],
     ids=lambda value: getattr(value, "name", None),
 )
-def test_baseline_losses_equal_their_formulas(
-    defence: Defence, formula: Formula, moves_clean: bool
-) -> None:
+def test_baseline_losses_equal_their_formulas(defence: Defence, formula: Formula, moves_clean: bool) -> None:
     student = Table()
     original = torch.randn(8, 4, generator=torch.Generator().manual_seed(7)).requires_grad_(True)
     images = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(1))
@@ -76,7 +74,7 @@ def test_baseline_losses_equal_their_formulas(
 
 
 def test_bad_values_raise_errors_that_name_the_field() -> None:
-    with pytest.raises(ValueError, match="no slope"):
+    with pytest.raises(ValueError, match="no gradient at"):
         TRADES(random_start=False)
     with pytest.raises(ValueError, match="beta"):
         TRADES(beta=-1.0)
