@@ -1,4 +1,4 @@
-"""The catalogue of data sets: opened from sets of the Hub's form, compared, and parted by fixed indices."""
+"""The dataset catalogue: entries are opened, checked and split by fixed row indices."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
-from PIL import Image as Picture
+from PIL import Image as PILImage
 
-from zepad_mm.data import CATALOGUE, DataSet, load_data, stream_images
-from zepad_mm.data.catalogue import digest, find, fixed_rows
+from zepad_mm.data import CATALOGUE, CatalogueEntry, load_data, stream_images
+from zepad_mm.data.catalogue import find_entry, rows_digest, split_rows
 
 NAMES = ("cat", "dog")
-Stored = Callable[..., DataSet]
+Stored = Callable[..., CatalogueEntry]
 
 
 def write(folder: Path, split: str, names: Sequence[str], rows: int, column: str) -> None:
-    """``rows`` pictures, the first one darkest, as ``datasets`` writes a Hub repository."""
+    """Write ``rows`` images of increasing brightness in the format of a Hub repository."""
     features = Features({column: Image(), "domain": Value("string"), "label": ClassLabel(names=list(names))})
     rows_of = {
-        column: [Picture.new("RGB", (8, 8), (row, row, row)) for row in range(rows)],
+        column: [PILImage.new("RGB", (8, 8), (row, row, row)) for row in range(rows)],
         "domain": ["photo" if row % 2 else "sketch" for row in range(rows)],
         "label": [row % 2 for row in range(rows)],
     }
@@ -32,16 +32,16 @@ def write(folder: Path, split: str, names: Sequence[str], rows: int, column: str
 
 @pytest.fixture
 def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stored:
-    """A set of 20 training pictures on disk, and an entry of the catalogue for it, named ``toy``."""
+    """A dataset of 20 training images on disk with a catalogue entry named ``toy``."""
 
-    def make(names: Sequence[str] = ("Cat", "Dog"), column: str = "image", **changes: object) -> DataSet:
+    def make(names: Sequence[str] = ("Cat", "Dog"), column: str = "image", **changes: object) -> CatalogueEntry:
         write(tmp_path / "repository", "train", names, 20, column)
-        entry = DataSet(
+        entry = CatalogueEntry(
             name="toy",
             hub=str(tmp_path / "repository"),
             sizes={"train": 20},
             class_names=NAMES,
-            known_from="a test",
+            evidence="a test",
         )
         entry = replace(entry, **changes)  # type: ignore[arg-type]
         monkeypatch.setitem(CATALOGUE._entries, "toy", entry)
@@ -51,19 +51,19 @@ def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stored:
     return make
 
 
-def shared_out(shares: dict[str, float]) -> dict[str, object]:
-    digests = {split: digest(rows) for split, rows in fixed_rows("toy", 20, shares).items()}
+def with_shares(shares: dict[str, float]) -> dict[str, object]:
+    digests = {split: rows_digest(rows) for split, rows in split_rows("toy", 20, shares).items()}
     return {"shares": shares, "digests": digests}
 
 
-def test_a_short_name_opens_the_set_with_the_names_written_down(stored: Stored) -> None:
+def test_load_data_short_name_uses_the_entry_class_names(stored: Stored) -> None:
     stored(column="img", image_column="img")
     data = load_data("toy", "train", 8)
     assert (len(data), data.class_names, data.name) == (20, NAMES, "toy")
 
 
-def test_parts_of_one_split_are_fixed_and_disjoint(stored: Stored) -> None:
-    stored(**shared_out({"test": 0.2, "validation": 0.1, "train": 0.7}))
+def test_own_splits_are_fixed_and_disjoint(stored: Stored) -> None:
+    stored(**with_shares({"test": 0.2, "validation": 0.1, "train": 0.7}))
     torch.manual_seed(1)
     parts = {split: load_data("toy", split, 8) for split in ("train", "validation", "test")}
     torch.manual_seed(2)
@@ -74,48 +74,48 @@ def test_parts_of_one_split_are_fixed_and_disjoint(stored: Stored) -> None:
     assert len(shades.unique()) == 20
 
 
-def test_an_index_that_is_not_the_committed_one_is_refused(stored: Stored) -> None:
+def test_own_split_with_another_digest_raises(stored: Stored) -> None:
     stored(shares={"test": 0.5, "train": 0.5}, digests={"test": "0", "train": "0"})
     with pytest.raises(ValueError, match=r"split 'test' of toy.*committed is 0"):
         load_data("toy", "test", 8)
 
 
-def test_an_index_into_a_set_of_another_size_is_refused(stored: Stored) -> None:
-    stored(sizes={"train": 30}, **shared_out({"test": 0.5, "train": 0.5}))
-    with pytest.raises(ValueError, match=r"20 rows; the catalogue \(a test\) has 30.*fixed index"):
+def test_own_split_of_a_dataset_of_another_size_raises(stored: Stored) -> None:
+    stored(sizes={"train": 30}, **with_shares({"test": 0.5, "train": 0.5}))
+    with pytest.raises(ValueError, match=r"20 rows; the catalogue \(a test\) has 30.*fixed splits"):
         load_data("toy", "test", 8)
 
 
-def test_an_index_cannot_be_streamed(stored: Stored) -> None:
-    stored(**shared_out({"held_out": 0.1, "tune": 0.9}))
+def test_own_split_cannot_be_streamed(stored: Stored) -> None:
+    stored(**with_shares({"held_out": 0.1, "tune": 0.9}))
     with pytest.raises(ValueError, match=r"'tune' of toy.*storage='memory'"):
         stream_images("toy", "tune", 8)
 
 
-def test_other_sizes_and_names_are_warned_of(stored: Stored, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_sizes_and_class_names_are_logged(stored: Stored, caplog: pytest.LogCaptureFixture) -> None:
     stored(names=("kitten", "dog"), sizes={"train": 30})
     assert load_data("toy", "train", 8).class_names == ("kitten", "dog")
     assert "20 rows; the catalogue (a test) has 30" in caplog.text
     assert "names its classes kitten, dog; the catalogue has cat, dog" in caplog.text
 
 
-def test_other_classes_and_columns_are_errors(stored: Stored) -> None:
+def test_other_classes_and_columns_raise(stored: Stored) -> None:
     stored(class_names=("cat", "dog", "horse"))
     with pytest.raises(ValueError, match=r"Cat.*expects 3 classes: cat, dog, horse"):
         load_data("toy", "train", 8)
-    stored(image_column="picture")
-    with pytest.raises(ValueError, match=r"columns image, domain, label.*expects picture"):
+    stored(image_column="image")
+    with pytest.raises(ValueError, match=r"columns image, domain, label.*expects image"):
         load_data("toy", "train", 8)
 
 
-def test_domains_are_splits(stored: Stored) -> None:
-    stored(by_column="domain", sizes={"photo": 10, "sketch": 10})
+def test_split_column_values_are_splits(stored: Stored) -> None:
+    stored(split_column="domain", sizes={"photo": 10, "sketch": 10})
     assert load_data("toy", "photo", 8).labels.unique().tolist() == [1]
     with pytest.raises(FileNotFoundError, match="no split 'train'; it has photo, sketch"):
         load_data("toy", "train", 8)
 
 
-def test_a_set_that_is_not_at_hand_says_what_to_do(stored: Stored, tmp_path: Path) -> None:
+def test_unavailable_dataset_error_says_what_to_do(stored: Stored, tmp_path: Path) -> None:
     stored(hub=str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match=r"'toy' is neither.*nowhere.*give the path of a folder.*svhn"):
         load_data("toy", "train", 8)
@@ -124,10 +124,10 @@ def test_a_set_that_is_not_at_hand_says_what_to_do(stored: Stored, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", list(CATALOGUE))
-def test_what_is_written_down_holds_together(name: str) -> None:
+def test_catalogue_entries_are_consistent(name: str) -> None:
     entry = CATALOGUE.get(name)
     assert entry.name == name
-    assert find(entry.hub or name) is entry
+    assert find_entry(entry.hub or name) is entry
     assert len(set(entry.class_names)) == len(entry.class_names) > 1
     rows = [entry.rows(split) for split in entry.shares]
     if rows:

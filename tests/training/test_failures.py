@@ -183,7 +183,7 @@ def test_a_vanished_picture_is_named_and_the_last_checkpoint_intact(tmp_path: Pa
             return super().fetch(indices)
 
     lost = Vanishing(**vars(stored))
-    with pytest.raises(ValueError, match=r"row \d+: no picture can be read from it \(FileNotFoundError"):
+    with pytest.raises(ValueError, match=r"row \d+: the image cannot be read \(FileNotFoundError"):
         fit(tiny_student(), lost, None, QUICK, settings, out=out)
     hidden.rename(vanishing)
     resumed, whole = tiny_student(), tiny_student()

@@ -126,7 +126,7 @@ def test_data_from_class_folders_and_parquet(tmp_path: Path) -> None:
     torch.testing.assert_close(data.images[data.labels == 1].mean((0, 2, 3)), torch.tensor([1.0, 0.0, 0.0]))
     with pytest.raises(FileNotFoundError, match="neither a folder here nor reachable"):
         load_data("no-such-owner/no-such-set", "train")
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
         load_data(str(tmp_path / "nowhere"), "train")
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "train-0.parquet").write_bytes(b"PAR1 and nothing more")

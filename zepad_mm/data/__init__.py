@@ -1,19 +1,19 @@
-"""Data in: ``datasets`` parquet, folders of pictures, the Hub or the embedded set; images in [0, 1] out."""
+"""Labelled images in [0, 1] from parquet files, image folders, the Hub or the embedded set."""
 
-from zepad_mm.data.catalogue import CATALOGUE, DataSet
+from zepad_mm.data.catalogue import CATALOGUE, CatalogueEntry
 from zepad_mm.data.in_memory import LabelledImages, load_data, load_embedded
-from zepad_mm.data.loading import EMBEDDED_DATA, EMBEDDED_SPLITS, columns_of, open_table, to_tensor
+from zepad_mm.data.loading import EMBEDDED_DATA, EMBEDDED_SPLITS, find_columns, open_table, to_tensor
 from zepad_mm.data.on_disk import StoredImages, StreamedImages, open_images, stream_images
 
 __all__ = [
     "CATALOGUE",
     "EMBEDDED_DATA",
     "EMBEDDED_SPLITS",
-    "DataSet",
+    "CatalogueEntry",
     "LabelledImages",
     "StoredImages",
     "StreamedImages",
-    "columns_of",
+    "find_columns",
     "load_data",
     "load_embedded",
     "open_images",

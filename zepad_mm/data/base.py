@@ -1,4 +1,4 @@
-"""What every data set with numbered rows can do."""
+"""Sampling and splitting of datasets with indexed rows."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from zepad_mm.utils.seeding import seeded_generator
 
 
-class Rows:
-    """A data set of N rows; ``subset`` is all that it has to bring along, beside its ``labels`` (N,)."""
+class IndexedDataset:
+    """A dataset of N rows with ``labels`` (N,); sub-classes implement ``subset``."""
 
     labels: Tensor
 
@@ -24,7 +24,7 @@ class Rows:
         raise NotImplementedError
 
     def sample(self, n: int | None, seed: int = 0) -> Self:
-        """``n`` rows drawn without replacement by ``seed``, in a fixed order; all of them for None or n >= N."""
+        """``n`` rows drawn without replacement by ``seed``, in their order; all rows for None or n >= N."""
         if n is None or n >= len(self):
             return self
         if n < 1:
@@ -33,9 +33,9 @@ class Rows:
         return self.subset(order[:n].sort().values)
 
     def split(self, share: float, seed: int = 0) -> tuple[Self, Self]:
-        """(the rest, ``share`` of the rows but at least one), drawn by ``seed``, each in a fixed order."""
+        """The rest, and a ``share`` of at least one row drawn by ``seed``, each in their order."""
         if not 0 < share < 1 or len(self) < 2:
             raise ValueError(f"split: expected a share in (0, 1) of at least 2 images, got {share} of {len(self)}")
         order = torch.randperm(len(self), generator=seeded_generator(seed))
-        held = max(1, int(share * len(self)))
-        return self.subset(order[held:].sort().values), self.subset(order[:held].sort().values)
+        held_out = max(1, int(share * len(self)))
+        return self.subset(order[held_out:].sort().values), self.subset(order[:held_out].sort().values)

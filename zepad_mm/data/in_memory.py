@@ -1,4 +1,4 @@
-"""Data sets in memory: images in [0, 1] and their labels."""
+"""Datasets in memory: images in [0, 1] and their labels."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zepad_mm.data.base import Rows
-from zepad_mm.data.loading import class_names_of, columns_of, name_of, open_table, to_tensor
+from zepad_mm.data.base import IndexedDataset
+from zepad_mm.data.loading import dataset_name, find_columns, open_table, read_class_names, to_tensor
 from zepad_mm.utils.seeding import seeded_generator
 
 
 @dataclass(frozen=True)
-class LabelledImages(Rows):
-    """A data set in memory: ``images`` (N, 3, S, S) in [0, 1] float32, ``labels`` (N,), the names of the classes."""
+class LabelledImages(IndexedDataset):
+    """A dataset in memory: ``images`` (N, 3, S, S) float32 in [0, 1], ``labels`` (N,) and class names."""
 
     images: Tensor
     labels: Tensor
@@ -32,7 +32,7 @@ class LabelledImages(Rows):
         return self.images[indices]
 
     def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images, labels) in batches of ``size``, shuffled when a generator is given."""
+        """Yield (images, labels) in batches of ``size``, shuffled if a generator is given."""
         order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
         for start in range(0, len(self), size):
             index = order[start : start + size]
@@ -40,39 +40,39 @@ class LabelledImages(Rows):
 
 
 def load_data(source: str, split: str, image_size: int = 64, n: int | None = None, seed: int = 0) -> LabelledImages:
-    """Any labelled image set, in memory.
+    """A labelled image dataset in memory.
 
     Args:
         source: ``"embedded"``; a folder with parquet files named ``SPLIT-*.parquet`` or with class folders
-            (``imagefolder``); the name of a set on the Hub, e.g. ``"uoft-cs/cifar10"``; or a short name of the
+            (``imagefolder``); the name of a dataset on the Hub, e.g. ``"uoft-cs/cifar10"``; or a short name of the
             ``CATALOGUE``, e.g. ``"svhn"``.
-        split: ``train``, ``test``, ..., or several as ``train+surrogate``; the embedded set has ``surrogate``,
+        split: ``train``, ``test``, ..., or several as ``train+surrogate``; the embedded dataset has ``surrogate``,
             ``train``, ``validation``, ``test``.
-        image_size: side in pixels that every picture is brought to.
-        n: keep that many pictures, drawn by ``seed``; None keeps all.
+        image_size: side in pixels that every image is resized to.
+        n: number of images, drawn by ``seed``; None: all.
 
     Raises:
-        FileNotFoundError: no such folder or split; ValueError: no image or label column, or a set that is
-            not what the catalogue says.
+        FileNotFoundError: no such folder or split.
+        ValueError: no image or label column, or a dataset that does not match its catalogue entry.
     """
     table = open_table(source, split)
-    image_column, label_column = columns_of(table, source)
+    image_column, label_column = find_columns(table, source)
     if n is not None and n < len(table):
         if n < 1:
             raise ValueError(f"n: expected a positive number of images, got {n}")
         order = torch.randperm(len(table), generator=seeded_generator(seed))
         table = table.select(sorted(order[:n].tolist()))
-    names = class_names_of(table, label_column)
+    names = read_class_names(table, label_column)
     images = torch.stack([to_tensor(row[image_column], image_size) for row in table])
     labels = torch.tensor(table[label_column], dtype=torch.long)
-    return LabelledImages(images, labels, names, name_of(source))
+    return LabelledImages(images, labels, names, dataset_name(source))
 
 
 def load_embedded(split: str, n: int | None = None) -> tuple[Tensor, Tensor]:
-    """The pictures that ship with the package: ``(images (N, 3, 64, 64) in [0, 1], labels (N,))``.
+    """The embedded images: ``(images (N, 3, 64, 64) in [0, 1], labels (N,))``.
 
-    ``test`` was used in no training and no selection; ``surrogate`` is what the public CLIP saw and attackers use;
-    ``train`` is the defender's own; thresholds and fusion constants come from ``validation``.
+    ``test`` is used in no training or selection; ``surrogate`` is the training data of the embedded CLIP and of
+    attackers; ``train`` is the defender's own; ``validation`` selects thresholds and fusion constants.
     """
     data = load_data("embedded", split, n=n)
     return data.images, data.labels

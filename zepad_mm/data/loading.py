@@ -1,4 +1,4 @@
-"""Where pictures come from: parquet files, class folders, the Hub, the embedded set; and how one becomes a tensor."""
+"""Tables of images from parquet files, class folders, the Hub or the embedded set; conversion of one to a tensor."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-import zepad_mm.data.catalogue_entries  # noqa: F401  fills the catalogue
-from zepad_mm.data.catalogue import CATALOGUE, find, part_of
+import zepad_mm.data.catalogue_entries  # noqa: F401  registers the entries
+from zepad_mm.data.catalogue import CATALOGUE, find_entry, select_split
 from zepad_mm.encoders.prompts import clean_name
 from zepad_mm.utils.io import ASSETS
 
@@ -17,11 +17,11 @@ EMBEDDED_DATA = ASSETS / "clothing"
 EMBEDDED_SPLITS = ("surrogate", "train", "validation", "test")
 
 
-def to_tensor(picture: Any, image_size: int | None = None) -> Tensor:
-    """A PIL picture as (3, H, W) float32 in [0, 1]; squashed to a square of ``image_size`` where one is given."""
+def to_tensor(image: Any, image_size: int | None = None) -> Tensor:
+    """A PIL image as (3, H, W) float32 in [0, 1]; resized to a square of ``image_size`` if given."""
     from torchvision.transforms.functional import pil_to_tensor
 
-    pixels = pil_to_tensor(picture.convert("RGB")).float() / 255
+    pixels = pil_to_tensor(image.convert("RGB")).float() / 255
     if image_size is None or pixels.shape[-2:] == (image_size, image_size):
         return pixels
     resized = F.interpolate(pixels[None], (image_size, image_size), mode="bicubic", antialias=True)[0]
@@ -29,10 +29,11 @@ def to_tensor(picture: Any, image_size: int | None = None) -> Tensor:
 
 
 def open_table(source: str, split: str, streaming: bool = False) -> Any:
-    """A split, or several as ``train+test``: a memory-mapped ``datasets.Dataset``, or a stream; nothing is decoded.
+    """A split, or several as ``train+test``, as a memory-mapped ``datasets.Dataset`` or a stream, not decoded.
 
     Raises:
-        FileNotFoundError: no such folder or split; ValueError: a file that is cut off.
+        FileNotFoundError: no such folder or split.
+        ValueError: a truncated file.
     """
     from datasets import concatenate_datasets
 
@@ -52,24 +53,26 @@ def _open(source: str, split: str, streaming: bool) -> Any:
         if files:
             return _read_parquet(files, streaming)
         if any(folder.glob("*.parquet")):
-            have = sorted({path.name.split("-")[0].removesuffix(".parquet") for path in folder.glob("*.parquet")})
-            raise FileNotFoundError(f"data set {source!r} has no split {split!r}; it has {', '.join(have)}")
+            available = sorted({path.name.split("-")[0].removesuffix(".parquet") for path in folder.glob("*.parquet")})
+            raise FileNotFoundError(f"dataset {source!r} has no split {split!r}; it has {', '.join(available)}")
         return load_dataset("imagefolder", data_dir=str(folder), split=split, streaming=streaming)
     if source == "embedded" or source.startswith((".", "/")):
-        raise FileNotFoundError(f"{folder} is no folder; expected parquet files or class folders of pictures there")
-    entry = find(source)
-    hub, config, theirs = (source, None, split) if entry is None else (entry.hub, entry.config, entry.hub_split(split))
+        raise FileNotFoundError(f"{folder} is not a folder; expected parquet files or class folders of images there")
+    entry = find_entry(source)
+    hub, config, hub_split = (
+        (source, None, split) if entry is None else (entry.hub, entry.config, entry.hub_split(split))
+    )
     try:
-        table = load_dataset(hub, config, split=theirs, streaming=streaming)
+        table = load_dataset(hub, config, split=hub_split, streaming=streaming)
     except Exception as error:
         raise FileNotFoundError(
-            f"data set {source!r} is neither a folder here nor reachable on the Hub"
+            f"dataset {source!r} is neither a folder here nor reachable on the Hub"
             f"{f' as {hub}' if hub != source else ''} ({type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else ''})"
-            f"{'; HF_HUB_OFFLINE is set, so only what was downloaded before is found' if HF_HUB_OFFLINE else ''}; give "
+            f"{'; HF_HUB_OFFLINE is set, so only downloaded datasets are found' if HF_HUB_OFFLINE else ''}; give "
             f"the path of a folder, a Hub name, 'embedded', or one of {', '.join(CATALOGUE)}"
         ) from error
-    return table if entry is None else part_of(entry, table, split)
+    return table if entry is None else select_split(entry, table, split)
 
 
 def _read_parquet(files: list[str], streaming: bool) -> Any:
@@ -77,28 +80,28 @@ def _read_parquet(files: list[str], streaming: bool) -> Any:
 
     try:
         return (IterableDataset if streaming else Dataset).from_parquet(files)
-    except Exception as error:  # pyarrow, datasets and fsspec each have their own
+    except Exception as error:  # pyarrow, datasets and fsspec raise errors of their own
         raise ValueError(f"{', '.join(files)} is not a complete parquet file ({error})") from error
 
 
-def columns_of(table: Any, source: str) -> tuple[str, str]:
-    """The names of the image and of the label column. Raises ValueError when there is none."""
+def find_columns(table: Any, source: str) -> tuple[str, str]:
+    """The names of the image column and the label column. Raises ValueError if one is missing."""
     from datasets import ClassLabel, Image
 
     images = [name for name, feature in table.features.items() if isinstance(feature, Image)]
     labels = [name for name, feature in table.features.items() if isinstance(feature, ClassLabel)]
     if not images or not labels:
         raise ValueError(
-            f"data set {source!r} has the columns {dict(table.features)}; expected one of type Image and one ClassLabel"
+            f"dataset {source!r} has the columns {dict(table.features)}; expected one of type Image and one ClassLabel"
         )
     return images[0], "label" if "label" in labels else labels[0]
 
 
-def class_names_of(table: Any, label_column: str) -> tuple[str, ...]:
-    """The classes' names as prompts want them."""
+def read_class_names(table: Any, label_column: str) -> tuple[str, ...]:
+    """The class names, cleaned for prompts."""
     return tuple(clean_name(name) for name in table.features[label_column].names)
 
 
-def name_of(source: str) -> str:
-    """What reports call a data set: no folder of anybody's machine."""
+def dataset_name(source: str) -> str:
+    """The name of a dataset in reports, without local folders."""
     return "clothing" if source == "embedded" else Path(source).name

@@ -1,4 +1,4 @@
-"""Data sets that memory does not hold: read from disk row by row, or streamed; decoded where they are asked for."""
+"""Datasets larger than memory: memory-mapped or streamed, decoded on access."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zepad_mm.data.base import Rows
-from zepad_mm.data.loading import class_names_of, columns_of, name_of, open_table, to_tensor
+from zepad_mm.data.base import IndexedDataset
+from zepad_mm.data.loading import dataset_name, find_columns, open_table, read_class_names, to_tensor
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class StoredImages(Rows):
-    """A data set on disk: labels (N,) in memory, pictures decoded when they are fetched, in any order.
+class StoredImages(IndexedDataset):
+    """A dataset on disk with random access: labels (N,) in memory, images decoded when fetched.
 
     Attributes:
-        table: memory-mapped by ``datasets``; one copy for all processes of a machine.
-        image_size: side that every picture is brought to.
+        table: memory-mapped by ``datasets``, shared by all processes of a machine.
+        image_size: side in pixels that every image is resized to.
     """
 
     table: Any
@@ -39,26 +39,24 @@ class StoredImages(Rows):
         return StoredImages(chosen, self.image_column, self.image_size, labels, self.class_names, self.name)
 
     def fetch(self, indices: Tensor) -> Tensor:
-        """The images (B, 3, S, S) in [0, 1] at ``indices`` (B,). Raises ValueError that names a damaged one's row."""
+        """The images (B, 3, S, S) in [0, 1] at ``indices`` (B,). Raises ValueError with the row of a damaged image."""
         rows = self.table.select_columns([self.image_column])[indices.tolist()][self.image_column]
-        decoded = (
-            _decoded(row, self.image_size, f"{self.name}, row {i}") for row, i in zip(rows, indices, strict=True)
-        )
+        decoded = (_decode(row, self.image_size, f"{self.name}, row {i}") for row, i in zip(rows, indices, strict=True))
         return torch.stack(list(decoded))
 
 
 @dataclass(frozen=True)
 class StreamedImages:
-    """A data set that is read from its beginning to its end, again and again, and never held.
+    """A dataset that is streamed repeatedly from beginning to end.
 
-    Each process has a share of its own: whole files where their number is a multiple of that of the processes, else
-    every so-many-th row. Of its files each worker of a process has its own, so there must be as many as workers. Rows
-    come in the order of a shuffle buffer, the same for the same seed and numbers of processes and workers.
+    Each process reads its own share: whole files if their number is a multiple of the number of processes, otherwise
+    every k-th row. The workers of a process split its files, so there must be at least as many files as workers. Rows
+    come from a shuffle buffer, in the same order for the same seed and numbers of processes and workers.
 
     Attributes:
         stream: an ``IterableDataset`` whose image column is not decoded.
-        shuffle_buffer: rows that the next one is drawn from; larger is more random and takes more memory (bytes of
-            files, not pixels).
+        shuffle_buffer: number of rows that the next one is drawn from; more rows take more memory (encoded files, not
+            pixels).
     """
 
     stream: Any
@@ -70,10 +68,10 @@ class StreamedImages:
     shuffle_buffer: int = 1000
 
     def rows(self, rank: int, world: int, seed: int, skip: int = 0) -> Iterator[tuple[Tensor, int]]:
-        """(image (3, S, S), label) without an end, from the share of process ``rank`` of ``world``.
+        """Yield (image (3, S, S), label) endlessly from the share of process ``rank`` of ``world``.
 
-        In a worker of torch's DataLoader: from that worker's part of it. Begins behind ``skip`` rows, which are read
-        but not decoded. Raises ValueError where there is no row to give, and for a damaged picture.
+        In a worker of a DataLoader, from that worker's part of the share. Starts after ``skip`` rows, which are read
+        but not decoded. Raises ValueError if the share has no rows, and for a damaged image.
         """
         from datasets.distributed import split_dataset_by_node
 
@@ -87,43 +85,43 @@ class StreamedImages:
                 number += 1
                 if number > skip:
                     where = f"{self.name}, row {number} of process {rank}"
-                    yield _decoded(row[self.image_column], self.image_size, where), int(row[self.label_column])
+                    yield _decode(row[self.image_column], self.image_size, where), int(row[self.label_column])
             epoch += 1
         raise ValueError(
-            f"{self.name}: there is no row left for a worker of process {rank} of {world}; use fewer workers (at most "
-            "as many as the set has files for each process) or fewer processes"
+            f"{self.name}: no rows for a worker of process {rank} of {world}; use fewer workers (at most "
+            "as many as the dataset has files per process) or fewer processes"
         )
 
 
 def open_images(source: str, split: str, image_size: int = 64) -> StoredImages:
-    """A set that stays on disk (a Hub set in the cache of ``datasets``). Arguments and errors as for ``load_data``."""
+    """A dataset that stays on disk (a Hub dataset in the ``datasets`` cache); arguments and errors as ``load_data``."""
     from datasets import Image
 
     table = open_table(source, split)
-    image_column, label_column = columns_of(table, source)
-    names = class_names_of(table, label_column)
+    image_column, label_column = find_columns(table, source)
+    names = read_class_names(table, label_column)
     labels = torch.tensor(table[label_column][:], dtype=torch.long)
     table = table.cast_column(image_column, Image(decode=False))
-    return StoredImages(table, image_column, image_size, labels, names, name_of(source))
+    return StoredImages(table, image_column, image_size, labels, names, dataset_name(source))
 
 
 def stream_images(source: str, split: str, image_size: int = 64, shuffle_buffer: int = 1000) -> StreamedImages:
-    """A set that is streamed, from the Hub or from local files. Arguments and errors as for ``load_data``."""
+    """A dataset streamed from the Hub or local files; arguments and errors as ``load_data``."""
     from datasets import Image
 
     if shuffle_buffer < 1:
         raise ValueError(f"shuffle_buffer: expected at least 1 row, got {shuffle_buffer}")
     stream = open_table(source, split, streaming=True)
-    image_column, label_column = columns_of(stream, source)
-    names = class_names_of(stream, label_column)
+    image_column, label_column = find_columns(stream, source)
+    names = read_class_names(stream, label_column)
     stream = stream.cast_column(image_column, Image(decode=False))
-    return StreamedImages(stream, image_column, label_column, image_size, names, name_of(source), shuffle_buffer)
+    return StreamedImages(stream, image_column, label_column, image_size, names, dataset_name(source), shuffle_buffer)
 
 
-def _decoded(row: dict[str, Any], image_size: int, where: str) -> Tensor:
+def _decode(row: dict[str, Any], image_size: int, where: str) -> Tensor:
     from datasets import Image
 
     try:
         return to_tensor(Image().decode_example(row), image_size)
-    except Exception as error:  # PIL has a dozen kinds
-        raise ValueError(f"{where}: no picture can be read from it ({type(error).__name__}: {error})") from error
+    except Exception as error:  # PIL raises many kinds of errors
+        raise ValueError(f"{where}: the image cannot be read ({type(error).__name__}: {error})") from error
