@@ -1,118 +1,100 @@
 #!/usr/bin/env python
-"""Attacks that know the fusion beside generic APGD-T on its output, on the paper's own rule (logit RFDM, k = 3).
+"""Fusion-aware attacks next to generic APGD-T, on the shipped branches under the paper's rule (logit RFDM, k = 3).
 
-    python -m reproduction.adaptive_table --out results
+    python -m reproduction.adaptive_table --config reproduction/configs/adaptive.yaml
 
-Every attack starts from all pictures that are answered right, at the same budget and steps per run; runs per attack
-differ and are listed, since they are compute. Writes adaptive_on_rfdm.json and .md; resumes attack by attack.
+Each attack is an evaluation of its own, so that it starts from all images that are answered correctly. Writes
+adaptive_on_rfdm.json and .md into --result; predictions per image stay in --out. A second start resumes.
 """
 
 from __future__ import annotations
 
-import argparse
-import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
-from zepad_mm import ZePAD
-from zepad_mm.attacks import APGD, FUSED_LOSSES, Attack, FusedAttack
-from zepad_mm.data import load_embedded
-from zepad_mm.encoders import optimize_for_inference
+from reproduction.command_line import parse
+from zepad_mm import ZePAD, evaluate
+from zepad_mm.attacks import FUSED_LOSSES
+from zepad_mm.evaluation import EvalSettings, Records, subject_of
 from zepad_mm.evaluation.metrics import share
-from zepad_mm.utils.io import read_json, write_json, write_text
+from zepad_mm.utils.config import Config
+from zepad_mm.utils.io import write_json, write_text
+from zepad_mm.utils.markdown import interval_text, markdown_table
 from zepad_mm.utils.provenance import provenance
 
 NAME = "adaptive_on_rfdm"
 GENERIC = "apgd_targeted"
 
 
-def runs(model: ZePAD, epsilon: float, steps: int) -> dict[str, tuple[Attack, Any, int]]:
-    """name -> attack, what it looks at, and how many runs from a start it makes."""
-    classes, branches = len(model.class_names), len(model.branches)
-    found: dict[str, tuple[Attack, Any, int]] = {
-        GENERIC: (APGD(epsilon=epsilon, steps=steps, loss="targeted"), model, min(9, classes - 1))
-    }
-    for loss in FUSED_LOSSES:
-        attack = FusedAttack(fuse=model.fuse, loss=loss, epsilon=epsilon, steps=steps)
-        found[loss] = (attack, model.branch_logits, len(FUSED_LOSSES.get(loss)(model.fuse, branches)))
-    return found
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveTable(Config):
+    """Settings of the table."""
+
+    evaluation: EvalSettings = field(default_factory=EvalSettings)  # budget, steps and images
+    out: str = "outputs/adaptive"  # folder of the evaluations
+    result: str = "results"  # folder of the two result files
 
 
-@torch.no_grad()
-def right(model: ZePAD, images: Tensor, labels: Tensor) -> Tensor:
-    return torch.cat([model(part).argmax(-1) for part in images.split(100)]) == labels
-
-
-def figures(mask: Tensor) -> dict[str, float]:
-    held = share(mask)
-    return {"accuracy": held.value, "ci_low": held.interval[0], "ci_high": held.interval[1]}
+def main(config: AdaptiveTable) -> dict[str, Any]:
+    """Run every attack and write both files; returns the record."""
+    model = ZePAD.from_pretrained("embedded").set_fusion("rfdm")
+    subject = subject_of(model, rules=("rfdm",))
+    subject = replace(subject, rows=subject.rows[:1])
+    settings = replace(config.evaluation, threats=("T2",), pools=(), restarts=1, diagnostics_n=0)
+    record: dict[str, Any] = {"meta": provenance(seed=settings.seed, config=settings.to_dict()), "attacks": {}}
+    survived = []
+    for name in (GENERIC, *FUSED_LOSSES):
+        if name == GENERIC:
+            attack: dict[str, Any] = {"own_attacks": (GENERIC,), "adaptive": ()}
+            runs = min(settings.targets, len(model.class_names) - 1)
+        else:
+            attack = {"own_attacks": (), "adaptive": (name,)}
+            runs = len(FUSED_LOSSES.get(name)(model.fuse, len(model.branches)))
+        out = Path(config.out) / name
+        report = evaluate(subject, settings=replace(settings, **attack), out=out, resume=True)
+        row = report.row(report.default, "T2")
+        record["clean"] = _interval(report.row(report.default))
+        record["attacks"][name] = {**_interval(row), "runs": runs, "seconds": round(row["seconds"], 1)}
+        if name != GENERIC:
+            survived.append(Records.load(out).worst(report.default, "T2"))
+    worst = share(torch.stack(survived).all(0))
+    record["adaptive"] = {"accuracy": worst.value, "ci_low": worst.interval[0], "ci_high": worst.interval[1]}
+    record["strongest"] = min(record["attacks"], key=lambda name: record["attacks"][name]["accuracy"])
+    path = Path(config.result) / f"{NAME}.json"
+    write_json(path, record)
+    write_text(path.with_suffix(".md"), markdown(record))
+    return record
 
 
 def markdown(record: dict[str, Any]) -> str:
     """The table, strongest attack first."""
-    settings = record["meta"]["config"]
-    lines = [
-        "# Adaptive attacks on the paper's rule",
-        "",
-        f"Shipped branches under logit RFDM, {settings['n']} test pictures, L-inf {settings['epsilon'] * 255:.3g}/255, "
-        f"{settings['steps']} steps per run. Made by `python scripts/{NAME}.py`, commit {record['meta']['commit']}.",
-        "",
-        "| attack | runs | accuracy left in % | seconds |",
-        "|---|---|---|---|",
-        f"| none | | {_cell(record['clean'])} | |",
-    ]
+    meta, settings = record["meta"], record["meta"]["config"]
+    lines = [["none", "", _cell(record["clean"]), ""]]
     for name, row in sorted(record["attacks"].items(), key=lambda item: item[1]["accuracy"]):
         title = f"{name} (generic)" if name == GENERIC else name
-        lines.append(f"| {title} | {row['runs']} | {_cell(row)} | {row['seconds']} |")
-    lines += [f"| all of FUSED_LOSSES, worst per picture | | {_cell(record['adaptive'])} | |"]
-    bites = record["bites"]
-    lines += ["", f"The attack that bites: `{bites}`, {100 * record['attacks'][bites]['accuracy']:.1f} % left."]
-    return "\n".join(lines) + "\n"
+        lines.append([title, f"{row['runs']}", _cell(row), f"{row['seconds']}"])
+    lines.append(["all of FUSED_LOSSES, worst per image", "", _cell(record["adaptive"]), ""])
+    strongest = record["strongest"]
+    return (
+        "# Adaptive attacks on the paper's rule\n\n"
+        f"Shipped branches under logit RFDM, {settings['n']} test images, L-inf {255 * settings['epsilon']:.3g}/255, "
+        f"{settings['steps']} steps per run. Written by "
+        f"`reproduction/adaptive_table.py`, commit {meta['commit']}.\n\n"
+        f"{markdown_table(['attack', 'runs', 'robust accuracy in %', 'seconds'], lines)}\n\n"
+        f"Strongest attack: `{strongest}`, {100 * record['attacks'][strongest]['accuracy']:.1f} %.\n"
+    )
+
+
+def _interval(row: dict[str, Any]) -> dict[str, float]:
+    return {key: row[key] for key in ("accuracy", "ci_low", "ci_high")}
 
 
 def _cell(row: dict[str, float]) -> str:
-    return f"{100 * row['accuracy']:.1f} ({100 * row['ci_low']:.1f}-{100 * row['ci_high']:.1f})"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the two result files")
-    parser.add_argument("--n", type=int, default=200, help="test pictures")
-    parser.add_argument("--steps", type=int, default=20, help="of every run")
-    parser.add_argument("--epsilon", type=float, default=4 / 255, help="L-inf budget in pixels of [0, 1]")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    model = optimize_for_inference(ZePAD.from_pretrained("embedded").set_fusion("rfdm"))
-    images, labels = load_embedded("test", n=options.n)
-    config = {key: value for key, value in vars(options).items() if key != "out"}
-    path = options.out / f"{NAME}.json"
-    record: dict[str, Any] = {"attacks": {}}
-    if path.is_file() and read_json(path)["meta"]["config"] == config:
-        record = read_json(path)
-    record["meta"] = provenance(seed=options.seed, config=config)
-    clean = right(model, images, labels)
-    record["clean"] = figures(clean)
-    for name, (attack, target, count) in (bar := tqdm(runs(model, options.epsilon, options.steps).items())):
-        bar.set_postfix_str(name)
-        if name in record["attacks"]:
-            continue
-        began, generator = time.perf_counter(), torch.Generator().manual_seed(options.seed)
-        parts = zip(images.split(64), labels.split(64), strict=True)
-        held = clean & torch.cat([right(model, attack(target, x, y, generator=generator), y) for x, y in parts])
-        seconds = round(time.perf_counter() - began, 1)
-        record["attacks"][name] = {**figures(held), "runs": count, "seconds": seconds, "right": held.int().tolist()}
-        write_json(path, record)
-    masks = [torch.tensor(row["right"]).bool() for name, row in record["attacks"].items() if name != GENERIC]
-    record["adaptive"] = figures(torch.stack(masks).all(0))
-    record["bites"] = min(record["attacks"], key=lambda name: record["attacks"][name]["accuracy"])
-    write_json(path, record)
-    write_text(options.out / f"{NAME}.md", markdown(record))
-    print(markdown(record))
+    return interval_text(row["accuracy"], row["ci_low"], row["ci_high"])
 
 
 if __name__ == "__main__":
-    main()
+    print(markdown(main(parse(AdaptiveTable, __doc__))))

@@ -65,21 +65,6 @@ def test_the_parity_script_in_small(tmp_path: Path) -> None:
     assert "whole defence" in (tmp_path / "parity.md").read_text()
 
 
-@pytest.mark.slow
-def test_the_adaptive_script_in_small(tmp_path: Path) -> None:
-    small = ["--n", "4", "--steps", "1", "--out", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, "reproduction/adaptive_table.py", *small], cwd=ROOT, env=environment, check=True, timeout=200
-    )
-    record = json.loads((tmp_path / "adaptive_on_rfdm.json").read_text())
-    assert record["bites"] in record["attacks"]
-    assert record["adaptive"]["accuracy"] <= min(
-        row["accuracy"] for name, row in record["attacks"].items() if name != "apgd_targeted"
-    )
-    assert "The attack that bites" in (tmp_path / "adaptive_on_rfdm.md").read_text()
-
-
 COUNTING = """
 import sys, time
 from pathlib import Path

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -298,14 +295,3 @@ def test_load_published_bad_files_raise(tmp_path):
     Perturbation(RAW, 0.1).save(tmp_path / "own.safetensors")
     with pytest.raises(ValueError, match=r"Perturbation\.load"):
         load_published(tmp_path / "own.safetensors")
-
-
-def test_universal_attacks_table_smoke(tmp_path):
-    script = Path(__file__).parents[2] / "reproduction" / "universal_attacks_table.py"
-    words = ["--attacks", "feature_uap,adv_clip", "--steps", "1", "--n", "8", "--n-surrogate", "32"]
-    words += ["--out", str(tmp_path), "--work", str(tmp_path / "work")]
-    for _ in range(2):  # the second run reuses the perturbations
-        subprocess.run([sys.executable, str(script), *words], check=True, timeout=120, capture_output=True)
-    table = (tmp_path / "dae_attacks.md").read_text()
-    assert "| adv_clip | 3 % of the area |" in table
-    assert "| feature_uap | 10/255 |" in table
