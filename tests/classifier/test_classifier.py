@@ -98,7 +98,7 @@ def test_errors(classifier: RobustZeroShotClassifier, images: torch.Tensor, tmp_
     Image.new("RGB", (64, 64), "red").save(broken, "PNG")
     (tmp_path / "cut.png").write_bytes(broken.getvalue()[:40])
     for bad in (tmp_path / "cut.png", b"no picture", "/nowhere/at/all.png"):
-        with pytest.raises(ValueError, match="could not be read as a picture"):
+        with pytest.raises(ValueError, match="could not be read as an image"):
             classifier(bad, LABELS)
     with pytest.raises(ValueError, match="got dict"):
         classifier([{}], LABELS)
@@ -183,7 +183,7 @@ def test_urls(classifier: RobustZeroShotClassifier, images: torch.Tensor, monkey
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         assert classifier(f"{url}/picture.png", LABELS) == classifier(file.getvalue(), LABELS)
-        for path, message in (("/missing.png", "404"), ("/page.html", "could not be read as a picture")):
+        for path, message in (("/missing.png", "404"), ("/page.html", "could not be read as an image")):
             with pytest.raises(ValueError, match=message):
                 classifier(url + path, LABELS)
         monkeypatch.setattr("zepad_mm.classifier.images.MAX_BYTES", 100)
@@ -313,12 +313,12 @@ def test_pictures_that_are_not_taken(
     (tmp_path / "cut.jpg").write_bytes(jpeg.getvalue()[:800])
     late = Image.open(io.BytesIO(png.getvalue()[:-9000]))  # opened, and broken where it has not been read yet
     for bad, message in (
-        (png.getvalue()[:-9000], "could not be read as a picture"),
-        (jpeg.getvalue()[:800], "could not be read as a picture"),
-        (str(tmp_path / "cut.jpg"), r"cut.jpg' could not be read as a picture"),
-        (late, "could not be read as a picture"),
-        (b"", "0 bytes could not be read as a picture"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "could not be read as a picture"),
+        (png.getvalue()[:-9000], "could not be read as an image"),
+        (jpeg.getvalue()[:800], "could not be read as an image"),
+        (str(tmp_path / "cut.jpg"), r"cut.jpg' could not be read as an image"),
+        (late, "could not be read as an image"),
+        (b"", "0 bytes could not be read as an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "could not be read as an image"),
         (_bomb(30000), "decompression bomb|30000 x 30000 pixels"),
         (Image.new("I;16", (9, 9)), "more than 8 bits per channel"),
         (np.zeros((9, 9, 4), np.uint8), r"drop alpha with array\[..., :3\]"),
@@ -338,10 +338,10 @@ def test_pictures_that_are_not_taken(
     ):
         with pytest.raises(ValueError, match=message):
             classifier(bad, LABELS)
-    with pytest.raises(ValueError, match=r"picture 1: .*could not be read"):
+    with pytest.raises(ValueError, match=r"image 1: .*could not be read"):
         classifier([images[0], b"no picture"], LABELS)
     small = RobustZeroShotClassifier(classifier.model, max_pixels=100)
-    with pytest.raises(ValueError, match="has 300 x 300 pixels, more than the 100 that are taken"):
+    with pytest.raises(ValueError, match="has 300 x 300 pixels, more than the limit of 100"):
         small(png.getvalue(), LABELS)
     for template in ("a {x} {}", "{", "{} {:>99999999}", "{}}", "{!r}", "{0}"):
         with pytest.raises(ValueError, match=r"exactly one|unknown prompt set"):

@@ -74,7 +74,7 @@ def test_budgets_that_cannot_be_meant(text: str) -> None:
         (["attack"], "encoders: expected at least one source"),
         (["attack", "open_clap:embedded"], "did you mean 'open_clip'"),
         (["attack", "open_clip:embedded", "--attack", "uapp"], "unknown universal attack"),
-        (["classify", "embedded", __file__, "--labels", "a,b"], "could not be read as a picture"),
+        (["classify", "embedded", __file__, "--labels", "a,b"], "could not be read as an image"),
         (["classify", "embedded", __file__, "--labels", "a,b", "--on-adversarial", "warn"], "expected one of ignore"),
         (["classify", "embedded", __file__, "--labels", "a,b", "--template", "fotos"], "did you mean 'photo'"),
         (["defend", "open_clip:embedded"], "out"),

@@ -76,7 +76,7 @@ def test_attack(client: TestClient, service: Service, attack: str) -> None:
     """What comes back is the attacked picture itself: inside the budget, and whoever classifies it sees the answer."""
     answer = post(client, "/v1/attack", attack=attack, epsilon="6").json()
     assert answer["label"] in LABELS
-    pixels = pixels_of(base64.b64decode(answer["picture"]))
+    pixels = pixels_of(base64.b64decode(answer["image"]))
     clean = service.classifier.model.undefended.encoder.preprocess.resize(pixels_of(picture())[None])[0]
     assert float((pixels - (clean * 255).round() / 255).abs().max()) <= 6 / 255 + 1e-6
     assert float((pixels - clean).abs().max()) > 2 / 255
@@ -99,10 +99,10 @@ def test_what_is_served(client: TestClient, service: Service) -> None:
 @pytest.mark.parametrize(
     ("image", "form", "status", "reason"),
     [
-        (b"no picture", {}, 400, "could not be read as a picture"),
+        (b"no picture", {}, 400, "could not be read as an image"),
         (b"", {}, 400, "0 bytes could not be read"),
-        (picture()[:500], {}, 400, "could not be read as a picture"),
-        (picture((300, 300), "JPEG"), {}, 400, "300 x 300 pixels, more than the 40,000 that are taken"),
+        (picture()[:500], {}, 400, "could not be read as an image"),
+        (picture((300, 300), "JPEG"), {}, 400, "300 x 300 pixels, more than the limit of 40,000"),
         (None, {"labels": []}, 422, "labels"),
         (None, {"labels": [""]}, 422, "at least 1 character"),
         (None, {"labels": [" "]}, 400, "non-empty strings"),
@@ -268,7 +268,7 @@ def test_the_page_in_a_browser(address: str, size: tuple[int, int], tmp_path: Pa
         page.goto(address)
         button = page.locator("#run")
         button.click(timeout=60_000)
-        expect(page.get_by_text("Choose or upload a picture first.")).to_be_visible(timeout=30_000)
+        expect(page.get_by_text("Choose or upload an image first.")).to_be_visible(timeout=30_000)
 
         page.locator(".gallery-item").first.click()
         labels = page.get_by_label("Labels, separated by commas")

@@ -1,4 +1,4 @@
-"""Zero-shot classification that stands up to downstream-agnostic perturbations, shaped like transformers' pipeline."""
+"""Robust zero-shot classification with the interface of transformers' pipeline."""
 
 from zepad_mm.classifier.classifier import ON_ADVERSARIAL, RobustZeroShotClassifier
 from zepad_mm.classifier.images import MAX_PIXELS, pixels_of

@@ -1,4 +1,4 @@
-"""The classifier: images and candidate labels in, scores out."""
+"""Zero-shot classifier around a defended CLIP."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zepad_mm.classifier.images import MAX_PIXELS, as_many, pixels_of
-from zepad_mm.classifier.task import Task, encoded
+from zepad_mm.classifier.images import MAX_PIXELS, as_iterable, pixels_of
+from zepad_mm.classifier.task import Task, encode
 from zepad_mm.defend import DefendSettings, defend
 from zepad_mm.encoders import Preprocess
 from zepad_mm.encoders.prompts import templates_of
@@ -27,15 +27,15 @@ ON_ADVERSARIAL = ("ignore", "flag", "abstain")
 
 
 class RobustZeroShotClassifier:
-    """Images and candidate labels in, scores out. May be called from several threads at once.
+    """Scores for images and candidate labels. Thread-safe.
 
     Args:
-        model: a defended CLIP, all of whose heads are zero-shot. Its heads and classes are left as they are.
+        model: a defended CLIP whose heads are all zero-shot. Its heads and classes are not changed.
         batch_size: images per forward pass.
         max_pixels: width times height beyond which a file is refused before it is decoded.
 
     Raises:
-        ValueError: a branch with a trained head, which cannot answer for other labels.
+        ValueError: a branch has a trained head, which is tied to its labels.
     """
 
     def __init__(self, model: ZePAD, batch_size: int = 32, max_pixels: int = MAX_PIXELS) -> None:
@@ -47,7 +47,7 @@ class RobustZeroShotClassifier:
         self.model = model.eval()
         self.batch_size = batch_size
         self.max_pixels = max_pixels
-        self._one_at_a_time = threading.Lock()  # tokenizers, the cache of embeddings and lazy loading are not safe
+        self._text_lock = threading.Lock()  # tokenizers, embedding cache and lazy loading are not thread-safe
 
     @classmethod
     def from_pretrained(
@@ -59,10 +59,10 @@ class RobustZeroShotClassifier:
         dtype: torch.dtype | None = None,
         **hub: Any,
     ) -> RobustZeroShotClassifier:
-        """From ``"embedded"``, a folder or the Hub.
+        """Load from ``"embedded"``, a folder or the Hub.
 
         Args:
-            name: see above.
+            name: ``"embedded"``, a folder, or a name on the Hub.
             batch_size: images per forward pass.
             device, dtype: as for :meth:`to`.
             hub: as for :meth:`ZePAD.from_pretrained`.
@@ -80,7 +80,7 @@ class RobustZeroShotClassifier:
         settings: DefendSettings | None = None,
         batch_size: int = 32,
     ) -> RobustZeroShotClassifier:
-        """From a public CLIP to a defended classifier: around ready robust weights, or around freshly tuned ones.
+        """Build a defended classifier from a public CLIP, with ready robust weights or by tuning.
 
         Args:
             source, robust, data, out, settings: as for :func:`zepad_mm.defend.defend`.
@@ -94,12 +94,12 @@ class RobustZeroShotClassifier:
         """Move the model, in place.
 
         Args:
-            device: None leaves it where it is.
-            dtype: precision of the branches' encoders: torch.float32, float16 or bfloat16. Pictures are resized, texts
-                encoded, and heads and fusion computed in float32 whatever it is. None leaves it.
+            device: None leaves the device.
+            dtype: precision of the branches' encoders: torch.float32, float16 or bfloat16. Images are
+                always resized, texts encoded, and heads and fusion computed in float32. None leaves the precision.
 
         Raises:
-            ValueError: a dtype that is no floating point.
+            ValueError: the dtype is not floating point.
         """
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype: expected torch.float32, torch.float16 or torch.bfloat16, got {dtype}")
@@ -109,20 +109,20 @@ class RobustZeroShotClassifier:
         return self
 
     def task(self, candidate_labels: Sequence[str], hypothesis_template: str | Sequence[str] = "photo") -> Task:
-        """The model pointed at labels: logits of the defended and of the undefended model, for attacks of your own.
+        """Logits of the defended and the undefended model for a set of labels, e.g. for custom attacks.
 
-        The embeddings of a label set are computed once and kept, the last 64 sets of them.
+        Text embeddings are cached for the last 64 label sets.
 
         Raises:
-            ValueError: no labels, empty or double ones, or a template without ``{}``.
+            ValueError: no labels, empty or duplicate ones, or a template without ``{}``.
         """
         names = check_names(candidate_labels, "candidate_labels")
         self.model.config.warn_of_strangers(names)
         templates = templates_of(hypothesis_template)
-        with self._one_at_a_time:
+        with self._text_lock:
             text, device = self.model.text, self.model.device
             embeddings = text.to(device).class_embeddings(names, templates).to(device)
-            self.model.undefended.encoder.to(device)  # it was loaded on demand, perhaps before the model was moved
+            self.model.undefended.encoder.to(device)  # loaded lazily, perhaps before the model was moved
         scales = {name: self.model.branch(name).head.logit_scale for name in self.model.branches}
         heads = {name: ZeroShotHead.from_embeddings(embeddings, float(scale)) for name, scale in scales.items()}  # type: ignore[arg-type]
         return Task(self.model, tuple(names), heads, ZeroShotHead.from_embeddings(embeddings, text.logit_scale))
@@ -140,28 +140,28 @@ class RobustZeroShotClassifier:
         """Classify one image, many, or a stream of them.
 
         Args:
-            images: a PIL picture, path, URL, the bytes of a file, an open file, a uint8 or [0, 1] array or tensor; or
+            images: a PIL image, path, URL, the bytes of a file, an open file, a uint8 or [0, 1] array or tensor; or
                 many: a list or tuple of these, a (B, 3, H, W) tensor, a (B, H, W, 3) array; or a stream: any other
                 iterable, such as a generator or a column of ``datasets``.
-            candidate_labels: what it may be; at least one.
+            candidate_labels: at least one.
             hypothesis_template: a template with one ``{}``, several, or a named prompt set.
-            top_k: keep that many best labels.
-            return_evidence: give ``{"labels", "evidence"}`` for each image, with the branch confidences, the fusion
-                weights, the suspicion score, whether it is flagged (None: the model has no threshold), and what the
-                undefended encoder says.
-            on_adversarial: what is done with images whose suspicion exceeds the model's threshold. "ignore": nothing;
-                "flag": every label gets a third key, "flagged"; "abstain": they get no labels, ``[]``.
+            top_k: number of best labels to return; None: all.
+            return_evidence: return ``{"labels", "evidence"}`` for each image, with the branch confidences, the fusion
+                weights, the suspicion score, whether it is flagged (None: the model has no threshold), and the
+                labels of the undefended encoder.
+            on_adversarial: treatment of images whose suspicion score exceeds the model's threshold. "ignore": nothing;
+                "flag": every label gets a third key, "flagged"; "abstain": no labels, ``[]``.
 
         Returns:
             ``[{"score", "label"}, ...]``, best first, for one image, as transformers'
             zero-shot-image-classification pipeline; a list of those for many; an iterator over those for a stream,
-            which is read a batch at a time, as results are asked for. Scores sum to 1, of a SigLIP too: the fusion
-            weighs labels against each other, where the pipeline gives a SigLIP's labels a sigmoid each. An answer
-            depends on the neighbours in its batch by float rounding only.
+            which is read one batch at a time. Scores sum to 1, for SigLIP too: the fusion compares labels with each
+            other, where the pipeline applies a sigmoid to each label of a SigLIP. The other images of a batch
+            change a result by float rounding only.
 
         Raises:
-            ValueError: no labels, a template without ``{}``, what cannot be read as a picture, pixels out of range, or
-                a model without a threshold where ``on_adversarial`` needs one.
+            ValueError: no labels, a template without ``{}``, an unreadable image, pixels out of range, or a model
+                without the threshold that ``on_adversarial`` needs.
         """
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k: expected a positive number, got {top_k}")
@@ -169,30 +169,30 @@ class RobustZeroShotClassifier:
             raise ValueError(f"on_adversarial: expected one of {', '.join(ON_ADVERSARIAL)}, got {on_adversarial!r}")
         if on_adversarial != "ignore" and self.model.config.detector.threshold is None:
             raise ValueError(
-                f"on_adversarial={on_adversarial!r} needs a threshold, and this model has none; choose one on clean "
-                "pictures of yours: zepad_mm.selection.select_detector"
+                f"on_adversarial={on_adversarial!r} needs a threshold, and this model has none; choose one on "
+                "clean images: zepad_mm.selection.select_detector"
             )
         task = self.task(candidate_labels, hypothesis_template)
-        single, pictures = as_many(images)
-        answers = self._answers(task, pictures, single, top_k, return_evidence, on_adversarial)
+        single, stream = as_iterable(images)
+        answers = self._answers(task, stream, single, top_k, return_evidence, on_adversarial)
         if single:
             return next(answers)
         return list(answers) if isinstance(images, list | tuple | Tensor) or hasattr(images, "dtype") else answers
 
     def _answers(
-        self, task: Task, pictures: Iterable[Any], single: bool, top_k: int | None, evidence: bool, on_adversarial: str
+        self, task: Task, stream: Iterable[Any], single: bool, top_k: int | None, evidence: bool, on_adversarial: str
     ) -> Iterator[Any]:
         encoders = {name: self.model.branch(name).encoder for name in self.model.branches}
         if evidence:
-            encoders[""] = self.model.undefended.encoder  # the empty name is no branch's
+            encoders[""] = self.model.undefended.encoder  # no branch has an empty name
         geometries = {name: _geometry(encoder.preprocess) for name, encoder in encoders.items()}
-        for batch in self._batches(pictures, set(geometries.values()), single):
+        for batch in self._batches(stream, set(geometries.values()), single):
             with torch.no_grad(), self.model.shared_blocks_run_once():
                 logits, features = {}, {}
                 for name, encoder in encoders.items():
-                    if encoder not in features:  # a benign branch that nobody changed is the undefended encoder too
-                        features[encoder] = encoded(encoder, batch[geometries[name]])
-                    logits[name] = (task.heads[name] if name else task.plain)(features[encoder])
+                    if encoder not in features:  # an untuned benign branch is the undefended encoder
+                        features[encoder] = encode(encoder, batch[geometries[name]])
+                    logits[name] = (task.heads[name] if name else task.undefended_head)(features[encoder])
                 plain = logits.pop("").softmax(-1).cpu() if evidence else None
                 decision = _on_cpu(self.model.fuse(torch.stack(list(logits.values()))))
                 scores, flags = decision.logits.softmax(-1), self.model.is_adversarial(decision)
@@ -221,27 +221,27 @@ class RobustZeroShotClassifier:
         }
 
     def _batches(
-        self, pictures: Iterable[Any], geometries: set[Preprocess], single: bool
+        self, stream: Iterable[Any], geometries: set[Preprocess], single: bool
     ) -> Iterator[dict[Preprocess, Tensor]]:
-        """Stacks of pictures, each cut to size by itself, so that pictures of all sizes share a batch."""
-        numbered = enumerate(pictures)
+        """Batches by geometry; each image is resized by itself, so that images of all sizes share a batch."""
+        numbered = enumerate(stream)
         while chunk := list(islice(numbered, self.batch_size)):
             rows: dict[Preprocess, list[Tensor]] = {geometry: [] for geometry in geometries}
-            for number, picture in chunk:
+            for number, image in chunk:
                 try:
-                    pixels = pixels_of(picture, self.max_pixels)
+                    pixels = pixels_of(image, self.max_pixels)
                     for geometry in geometries:
                         rows[geometry].append(geometry.resize(pixels[None])[0])
                 except ValueError as error:
-                    raise error if single else ValueError(f"picture {number}: {error}") from error
+                    raise error if single else ValueError(f"image {number}: {error}") from error
             yield {
-                geometry: torch.stack([row.to(cut[0].device) for row in cut]).to(self.model.device)
-                for geometry, cut in rows.items()
+                geometry: torch.stack([row.to(resized[0].device) for row in resized]).to(self.model.device)
+                for geometry, resized in rows.items()
             }
 
 
 def _geometry(preprocess: Preprocess) -> Preprocess:
-    """What decides the size and the crop alone: encoders that differ in mean and std share the resized picture."""
+    """The resize and crop of a preprocess: encoders that differ only in mean and std share the resized image."""
     return replace(preprocess, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 

@@ -1,4 +1,4 @@
-"""Anything that is a picture to pixels in [0, 1], and nothing that is none."""
+"""Convert supported image inputs to float tensors in [0, 1]."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch import Tensor
 from zepad_mm.data import to_tensor
 from zepad_mm.utils.validation import check_images
 
-MAX_PIXELS = 89_478_485  # where Pillow, too, begins to warn of decompression bombs
-MAX_BYTES = 64 * 2**20  # of a picture behind a URL
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no format that starts another program
-KNOWN = "a PIL picture, path, URL, bytes, open file, array or tensor"
+MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs
+MAX_BYTES = 64 * 2**20  # of an image behind a URL
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no format for which Pillow starts another program
+SUPPORTED = "a PIL image, path, URL, bytes, open file, array or tensor"
 
 
-def as_many(images: Any) -> tuple[bool, Iterable[Any]]:
+def as_iterable(images: Any) -> tuple[bool, Iterable[Any]]:
     """(whether it was a single image, an iterable of images). Raises ValueError for what is neither."""
     if isinstance(images, Tensor):
         single = images.ndim == 3
@@ -29,58 +29,58 @@ def as_many(images: Any) -> tuple[bool, Iterable[Any]]:
         return single, list(check_images(pixels))
     if isinstance(images, np.ndarray):
         return images.ndim < 4, [images] if images.ndim < 4 else list(images)
-    if isinstance(images, str | bytes | bytearray | os.PathLike) or hasattr(images, "convert") or _is_file(images):
+    if isinstance(images, str | bytes | bytearray | os.PathLike) or hasattr(images, "convert") or _is_open_file(images):
         return True, [images]
     if isinstance(images, dict) or not isinstance(images, Iterable):
-        raise ValueError(f"images: expected {KNOWN}, or several of them, got {type(images).__name__}")
+        raise ValueError(f"images: expected {SUPPORTED}, or several of them, got {type(images).__name__}")
     return False, images
 
 
 def pixels_of(image: Any, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """One picture as (3, H, W) float32 in [0, 1].
+    """One image as (3, H, W) float32 in [0, 1].
 
     Args:
-        image: a PIL picture, path, URL, the bytes of a file, an open binary file, a uint8 or [0, 1] array of shape
+        image: a PIL image, path, URL, the bytes of a file, an open binary file, a uint8 or [0, 1] array of shape
             (H, W, 3), (3, H, W) or (H, W), or a (3, H, W) tensor.
         max_pixels: width times height beyond which a file is not decoded.
 
     Raises:
-        ValueError: no picture, a truncated one, too many pixels, NaN, or other channels than grey, RGB, palette or
+        ValueError: not an image, a truncated one, too many pixels, NaN, or other channels than grey, RGB, palette or
             RGB with alpha (which is dropped).
     """
     if isinstance(image, np.ndarray):
-        image = _from_array(image)
+        image = _array_to_tensor(image)
     if isinstance(image, Tensor):
         pixels = check_images(_as_float(image)[None])[0]
         if pixels.numel() == 0:
             raise ValueError(f"images: {tuple(pixels.shape)} has no pixels")
         return pixels
     if hasattr(image, "convert"):
-        return _decoded(image, "the picture", max_pixels)
+        return _decode_named(image, "the image", max_pixels)
     if isinstance(image, bytes | bytearray):
         return _read(io.BytesIO(image), f"{len(image)} bytes", max_pixels)
-    if _is_file(image):
-        return _read(image, repr(getattr(image, "name", "the file")), max_pixels)
+    if _is_open_file(image):
+        return _read(image, _file_name(image), max_pixels)
     if isinstance(image, str) and image.startswith(("http://", "https://")):
-        return _read(io.BytesIO(_fetched(image)), repr(image), max_pixels)
+        return _read(io.BytesIO(_fetch(image)), repr(image), max_pixels)
     if isinstance(image, str | os.PathLike):
         return _read(Path(image), repr(str(image)), max_pixels)
-    raise ValueError(f"expected {KNOWN}, got {type(image).__name__}")
+    raise ValueError(f"expected {SUPPORTED}, got {type(image).__name__}")
 
 
-def _is_file(image: Any) -> bool:
+def _is_open_file(image: Any) -> bool:
     return callable(getattr(image, "read", None))
 
 
 def _as_float(pixels: Tensor) -> Tensor:
-    """Bytes to [0, 1]; other integers are left to the check that refuses them."""
+    """uint8 scaled to [0, 1]; other integer types are left as they are, for ``check_images`` to refuse."""
     if pixels.dtype == torch.uint8:
         return pixels.float() / 255
     return pixels.float() if pixels.is_floating_point() else pixels
 
 
-def _from_array(array: np.ndarray) -> Tensor:
-    """Colour last, as Pillow and OpenCV have it, or first; grey without a colour axis."""
+def _array_to_tensor(array: np.ndarray) -> Tensor:
+    """An array with the channels last, as in Pillow and OpenCV, or first, or without (grey) as a (3, H, W) tensor."""
     if array.dtype.kind not in "fu":
         raise ValueError(f"images: expected an array of uint8 or of floats in [0, 1], got {array.dtype}")
     if array.ndim == 2:
@@ -97,54 +97,66 @@ def _from_array(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(array, order="C"))
 
 
-def _read(file: Any, what: str, max_pixels: int) -> Tensor:
-    from PIL import Image
-
-    try:
-        with Image.open(file, formats=FORMATS) as picture:
-            return _decoded(picture, what, max_pixels)
-    except _RefusedError:
-        raise
-    except Exception as error:  # every plugin of Pillow has its own for damaged files
-        raise ValueError(f"{what} could not be read as a picture: {error}") from error
+def _file_name(file: Any) -> str:
+    name = getattr(file, "name", None)
+    return repr(name) if isinstance(name, str) else "the file"
 
 
 class _RefusedError(ValueError):
-    """A picture that could be read, and is not taken."""
+    """An image that can be read and is not accepted."""
 
 
-def _decoded(picture: Any, what: str, max_pixels: int) -> Tensor:
+def _read(file: Any, what: str, max_pixels: int) -> Tensor:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            return _decode(image, what, max_pixels)
+    except _RefusedError:
+        raise
+    except UnidentifiedImageError as error:  # its message shows the memory address of the file object
+        formats = ", ".join(FORMATS)
+        raise ValueError(f"{what} could not be read as an image: expected one of the formats {formats}") from error
+    except Exception as error:  # every plugin of Pillow has its own exceptions for damaged files
+        raise ValueError(f"{what} could not be read as an image: {error}") from error
+
+
+def _decode_named(image: Any, what: str, max_pixels: int) -> Tensor:
+    try:
+        return _decode(image, what, max_pixels)
+    except (OSError, SyntaxError) as error:  # Pillow decodes late: a truncated file fails here
+        raise ValueError(f"{what} could not be read as an image: {error}") from error
+
+
+def _decode(image: Any, what: str, max_pixels: int) -> Tensor:
     from PIL import ImageOps
 
-    width, height = picture.size
+    width, height = image.size
     if width * height > max_pixels:
         raise _RefusedError(
-            f"{what} has {width} x {height} pixels, more than the {max_pixels:,} that are taken; shrink it, or raise "
-            "max_pixels if you trust where it comes from"
+            f"{what} has {width} x {height} pixels, more than the limit of {max_pixels:,}; shrink it, or raise "
+            "max_pixels if you trust its source"
         )
     if width * height == 0:
         raise _RefusedError(f"{what} has no pixels")
-    if picture.mode.startswith(("I", "F")):  # Pillow would clip them to white
+    if image.mode.startswith(("I", "F")):  # Pillow would clip them to white
         raise _RefusedError(
-            f"{what} has more than 8 bits per channel (mode {picture.mode!r}); bring it to 8 first, or hand in an "
-            "array of floats in [0, 1]"
+            f"{what} has more than 8 bits per channel (mode {image.mode!r}); convert it to 8 bits, or pass an array "
+            "of floats in [0, 1]"
         )
-    try:
-        return to_tensor(ImageOps.exif_transpose(picture))
-    except (OSError, SyntaxError) as error:  # Pillow decodes late: here a truncated file shows
-        raise ValueError(f"{what} could not be read as a picture: {error}") from error
+    return to_tensor(ImageOps.exif_transpose(image))
 
 
-def _fetched(url: str) -> bytes:
-    """What is behind a URL, up to a limit."""
+def _fetch(url: str) -> bytes:
+    """The content of a URL, up to ``MAX_BYTES``."""
     from http.client import HTTPException
     from urllib.request import urlopen
 
     try:
         with urlopen(url, timeout=30) as response:
-            found: bytes = response.read(MAX_BYTES + 1)
+            content: bytes = response.read(MAX_BYTES + 1)
     except (OSError, HTTPException, ValueError) as error:
-        raise ValueError(f"{url!r} could not be read as a picture: {error or type(error).__name__}") from error
-    if len(found) > MAX_BYTES:
-        raise ValueError(f"{url!r} is larger than {MAX_BYTES // 2**20} MB; fetch it and hand in the file")
-    return found
+        raise ValueError(f"{url!r} could not be read as an image: {error or type(error).__name__}") from error
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"{url!r} is larger than {MAX_BYTES // 2**20} MB; download it and pass the file")
+    return content

@@ -1,4 +1,4 @@
-"""A defended model pointed at labels: what the classifier answers by, and what an attacker would attack."""
+"""A defended model with zero-shot heads for one set of labels."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from zepad_mm.models.zepad import ZePAD
 
 @dataclass(frozen=True)
 class Task:
-    """Labels for a model, without changing the model: many tasks may use one at the same time.
+    """Zero-shot heads for one set of labels. The model is not changed: many tasks may share it at the same time.
 
     Attributes:
         model: the defended model.
-        names: the labels, in the order of the logits.
-        heads: for each branch the zero-shot head of these labels.
-        plain: the head of the undefended encoder.
+        names: the labels in the order of the logits.
+        heads: branch name to its zero-shot head for these labels.
+        undefended_head: the zero-shot head of the undefended encoder.
     """
 
     model: ZePAD
     names: tuple[str, ...]
     heads: Mapping[str, ZeroShotHead]
-    plain: ZeroShotHead
+    undefended_head: ZeroShotHead
 
     def branch_logits(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to the logits of each branch (N, B, C)."""
-        return torch.stack([self.heads[name](encoded(self.model.branch(name).encoder, images)) for name in self.heads])
+        return torch.stack([self.heads[name](encode(self.model.branch(name).encoder, images)) for name in self.heads])
 
     def decide(self, images: Tensor) -> Decision:
-        """(B, 3, H, W) in [0, 1] to fused logits (B, C) and the evidence, with gradients where they are asked for."""
+        """(B, 3, H, W) in [0, 1] to a Decision with fused logits (B, C); differentiable."""
         return self.model.fuse(self.branch_logits(images))
 
     def defended(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] to fused logits (B, C): what a white-box attacker attacks."""
+        """(B, 3, H, W) in [0, 1] to fused logits (B, C), the target of a white-box attack."""
         return self.decide(images).logits
 
     def undefended(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] to what the public encoder says, (B, C)."""
-        return self.plain(encoded(self.model.undefended.encoder, images))
+        """(B, 3, H, W) in [0, 1] to the logits of the undefended encoder (B, C)."""
+        return self.undefended_head(encode(self.model.undefended.encoder, images))
 
 
-def encoded(encoder: torch.nn.Module, images: Tensor) -> Tensor:
-    """Features in the encoder's own precision; heads and fusion are always computed in float32."""
+def encode(encoder: torch.nn.Module, images: Tensor) -> Tensor:
+    """Features, computed in the encoder's precision and returned in float32 for heads and fusion."""
     parameter = next(encoder.parameters())
     return encoder(images.to(parameter.device, parameter.dtype)).float()

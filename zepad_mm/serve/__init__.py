@@ -1,4 +1,4 @@
-"""A page and an HTTP endpoint around the classifier; needs the extra ``serve``."""
+"""Web page and HTTP endpoint around the classifier; needs the extra ``serve``."""
 
 from zepad_mm.serve.endpoint import create_app
 from zepad_mm.serve.limits import BusyError

@@ -1,6 +1,6 @@
-"""The HTTP endpoint: FastAPI routes over a :class:`Service`, described by OpenAPI.
+"""HTTP endpoint: FastAPI routes over a :class:`Service`.
 
-Without ``from __future__ import annotations``: FastAPI could not see limits that are local to a function.
+Without ``from __future__ import annotations``, because FastAPI cannot resolve annotations local to a function.
 """
 
 import base64
@@ -20,49 +20,49 @@ log = logging.getLogger(__name__)
 
 
 class Problem(BaseModel):
-    """Why a request was refused."""
+    """Reason for a refusal."""
 
     detail: Any
 
 
 class Score(BaseModel):
-    """One label."""
+    """Score of one label."""
 
     score: float = Field(ge=0, le=1)
     label: str
-    flagged: bool | None = Field(None, description="with on_adversarial=flag: whether the picture looks adversarial")
+    flagged: bool | None = Field(None, description="with on_adversarial=flag: whether the image looks adversarial")
 
 
 class Evidence(BaseModel):
-    """Why the answer is what it is."""
+    """Confidences, weights and suspicion score behind an answer."""
 
     confidences: dict[str, float] = Field(description="of each branch, in [0, 1]")
     weights: dict[str, float] = Field(description="of each branch in the fused answer; they sum to 1")
-    score: float = Field(description="suspicion that the picture is adversarial; higher is more")
-    flagged: bool | None = Field(description="whether it exceeds the model's threshold; null: it has none")
-    undefended: list[Score] = Field(description="what the public encoder says")
+    score: float = Field(description="suspicion score; higher means more suspicious")
+    flagged: bool | None = Field(description="whether it exceeds the threshold; null: no threshold")
+    undefended: list[Score] = Field(description="labels of the undefended public encoder")
 
 
 class Answer(BaseModel):
-    """What a picture is."""
+    """Labels of an image."""
 
-    labels: list[Score] = Field(description="best first; empty where on_adversarial=abstain refused to answer")
+    labels: list[Score] = Field(description="best first; empty when on_adversarial=abstain withholds the answer")
     evidence: Evidence | None = None
 
 
 class AttackAnswer(BaseModel):
-    """A picture before and after an attack."""
+    """An image before and after an attack."""
 
     attack: str
     epsilon: int = Field(description="L-inf budget in levels of 255")
-    label: str = Field(description="what the attack leads away from")
+    label: str = Field(description="the label that the attack moves away from")
     clean: Answer
     attacked: Answer
-    picture: str = Field(description="the attacked picture, a PNG in base64, as the public encoder sees it")
+    image: str = Field(description="the attacked image as the public encoder sees it, a PNG in base64")
 
 
 class ModelAnswer(BaseModel):
-    """What is served."""
+    """The served model."""
 
     version: str
     public_source: str
@@ -75,9 +75,9 @@ class ModelAnswer(BaseModel):
 
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
-    400: {"model": Problem, "description": "what was sent is no picture, or no form"},
+    400: {"model": Problem, "description": "not an image, or not a form"},
     413: {"model": Problem, "description": "the request is too large"},
-    422: {"model": Problem, "description": "a field is missing or beyond its limits"},
+    422: {"model": Problem, "description": "a field is missing or out of range"},
     503: {"model": Problem, "description": "all workers are busy and the queue is full; see Retry-After"},
 }
 
@@ -90,12 +90,12 @@ class _App(FastAPI):
 
 
 def create_app(service: Service) -> FastAPI:
-    """The application, with the page where the settings ask for it."""
+    """The application, with the page if the settings enable it."""
     settings = service.settings
     app: FastAPI = _App(
         title="zepad",
         version=__version__,
-        summary="Zero-shot classification that stands up to downstream-agnostic adversarial examples.",
+        summary="Zero-shot classification that is robust to downstream-agnostic adversarial examples.",
         max_body_size=settings.upload_mb * 2**20,  # applies to every route, the mounted page included
     )
 
@@ -120,18 +120,18 @@ def _add_routes(app: FastAPI, service: Service, settings: ServeSettings) -> None
     image = Annotated[bytes, File(description=f"PNG, JPEG, WebP, GIF, BMP or TIFF, at most {settings.upload_mb} MB")]
     labels = Annotated[
         list[Annotated[str, text]],
-        Form(min_length=1, max_length=settings.max_labels, description="what it may be; repeat the field for each"),
+        Form(min_length=1, max_length=settings.max_labels, description="candidate labels; repeat the field for each"),
     ]
     template = Annotated[str, text, Form(description="prompt set (photo, single, ...) or a template with one {}")]
 
     @app.get("/v1/health")
     def health() -> dict[str, str]:
-        """Whether it is up."""
+        """Health check."""
         return {"status": "ok"}
 
     @app.get("/v1/model")
     def model() -> ModelAnswer:
-        """What is served, and its limits."""
+        """The served model and its limits."""
         config = service.classifier.model.config
         limits = {name: value for name, value in settings.to_dict().items() if name != "page"}
         return ModelAnswer(
@@ -154,7 +154,7 @@ def _add_routes(app: FastAPI, service: Service, settings: ServeSettings) -> None
         evidence: Annotated[bool, Form()] = False,
         on_adversarial: Annotated[Literal["ignore", "flag", "abstain"], Form()] = "ignore",
     ) -> Answer:
-        """Classify a picture among labels."""
+        """Classify an image among labels."""
         found = service.classify(image, labels, template, top_k=top_k, evidence=evidence, on_adversarial=on_adversarial)
         return Answer.model_validate(found if evidence else {"labels": found})
 
@@ -165,9 +165,9 @@ def _add_routes(app: FastAPI, service: Service, settings: ServeSettings) -> None
         template: template = "photo",  # type: ignore[valid-type]
         attack: Annotated[Literal["universal", "public", "white_box"], Form()] = "universal",
         epsilon: Annotated[int, Form(ge=0, le=MAX_LEVELS, description="L-inf budget in levels of 255")] = 8,
-        label: Annotated[str | None, text, Form(description="what it truly is, one of the labels")] = None,
+        label: Annotated[str | None, text, Form(description="true label, one of the labels")] = None,
     ) -> AttackAnswer:
-        """Attack a picture, and classify it before and after."""
+        """Attack an image and classify it before and after."""
         found = service.attack(image, labels, template, attack=attack, levels=epsilon, label=label)
         return AttackAnswer(
             attack=attack,
@@ -175,5 +175,5 @@ def _add_routes(app: FastAPI, service: Service, settings: ServeSettings) -> None
             label=found.label,
             clean=Answer.model_validate(found.before),
             attacked=Answer.model_validate(found.after),
-            picture=base64.b64encode(png(found.attacked)).decode(),
+            image=base64.b64encode(png(found.attacked)).decode(),
         )

@@ -1,4 +1,4 @@
-"""The page: gradio Blocks over the same :class:`Service` as the endpoint, mounted on it."""
+"""Web page: gradio Blocks over the same :class:`Service` as the endpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported: nothing is sent home
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
 
 import gradio as gr
 from fastapi import FastAPI
@@ -21,10 +21,10 @@ from zepad_mm.serve.limits import BusyError
 from zepad_mm.serve.service import ATTACKS, Attacked, Service, png
 from zepad_mm.serve.settings import MAX_LEVELS
 
-KEPT_S = 3600  # uploads are deleted after an hour
-GAIN = 8  # how much the perturbation is amplified to be seen
-SHOWN = 256  # least side in pixels of the pictures that are shown
-FONTS = ("system-ui", "sans-serif")  # of the machine: the page loads nothing from elsewhere
+UPLOAD_LIFETIME_S = 3600  # uploads are deleted after an hour
+GAIN = 8  # factor by which the shown perturbation is amplified
+MIN_SIDE = 256  # least side in pixels of the shown images
+FONTS = ("system-ui", "sans-serif")  # system fonts: the page loads nothing from other hosts
 CSS = """
 .verdict {padding: .7em 1em; border-radius: 8px; font-size: 1.05em; border: 1px solid var(--border-color-primary)}
 .verdict.flagged {background: #b91c1c; border-color: #b91c1c}
@@ -59,34 +59,34 @@ def mount(app: FastAPI, service: Service) -> FastAPI:
 
 
 def build(service: Service) -> gr.Blocks:
-    """The page by itself."""
+    """The page."""
     examples, names = _examples()
 
     def run(path: str | None, labels: str, template: str, attack: str, levels: float, label: str) -> tuple[Any, ...]:
         if path is None:
-            raise gr.Error("Choose or upload a picture first.", print_exception=False)
-        wanted = [part.strip() for part in labels.split(",") if part.strip()]
+            raise gr.Error("Choose or upload an image first.", print_exception=False)
+        candidate_labels = [part.strip() for part in labels.split(",") if part.strip()]
         try:
-            found = service.attack(
-                Path(path), wanted, template, attack=attack, levels=int(levels), label=label.strip() or None
+            result = service.attack(
+                Path(path), candidate_labels, template, attack=attack, levels=int(levels), label=label.strip() or None
             )
         except (ValueError, BusyError) as error:
             raise gr.Error(str(error).replace(path, Path(path).name), print_exception=False) from error
-        return _shown(service, found)
+        return _outputs(service, result)
 
-    with gr.Blocks(title="zepad", analytics_enabled=False, delete_cache=(KEPT_S, KEPT_S)) as page:
+    with gr.Blocks(title="zepad", analytics_enabled=False, delete_cache=(UPLOAD_LIFETIME_S, UPLOAD_LIFETIME_S)) as page:
         gr.Markdown(
-            f"# zepad\n`{service.classifier.model.config.public_source}`, attacked and defended. Choose a picture, "
-            "say what it may be, and see what an attack within a budget does to the public encoder and to the defended "
-            "one. A white-box attack still often wins."
+            f"# zepad\n`{service.classifier.model.config.public_source}`, attacked and defended. Choose an image, "
+            "enter candidate labels, and see the effect of an attack within a budget on the public encoder and on the "
+            "defended one. A white-box attack still often succeeds."
         )
         with gr.Row():
             with gr.Column(min_width=300):
-                picture = gr.Image(
+                image = gr.Image(
                     type="filepath",
                     image_mode=None,
                     sources=["upload", "clipboard"],
-                    label="Picture",
+                    label="Image",
                     height=280,
                     elem_classes="pixels",
                 )
@@ -105,25 +105,25 @@ def build(service: Service) -> gr.Blocks:
                         PROMPTS.names(), value="photo", label="Prompts: a set, or a template with one {}",
                         allow_custom_value=True,
                     )  # fmt: skip
-                    label = gr.Textbox("", label="What it truly is (empty: what the attacked model says)")
+                    label = gr.Textbox("", label="True label (empty: the answer of the attacked model)")
                 button = gr.Button("Attack and classify", variant="primary", elem_id="run")
-                gr.Examples([[path] for path in examples], inputs=[picture], label="Pictures that ship")
+                gr.Examples([[path] for path in examples], inputs=[image], label="Example images")
             with gr.Column(min_width=300):
                 verdict = gr.HTML(label="Verdict")
                 with gr.Row():
-                    attacked = _picture("Attacked", ["download", "fullscreen"])
-                    added = _picture(f"Added, x{GAIN}", ["fullscreen"])
+                    attacked = _image_output("Attacked", ["download", "fullscreen"])
+                    added = _image_output(f"Added, x{GAIN}", ["fullscreen"])
                 gr.Markdown("### Undefended")
                 with gr.Row():
-                    plain_before, plain_after = _scores("Clean"), _scores("Attacked")
+                    plain_before, plain_after = _score_output("Clean"), _score_output("Attacked")
                 gr.Markdown("### Defended")
                 with gr.Row():
-                    safe_before, safe_after = _scores("Clean"), _scores("Attacked")
+                    safe_before, safe_after = _score_output("Clean"), _score_output("Attacked")
                 gr.Markdown("### Branches, clean → attacked")
                 branches = gr.HTML(label="Branches")
         button.click(
             run,
-            [picture, labels, template, attack, levels, label],
+            [image, labels, template, attack, levels, label],
             [verdict, attacked, added, plain_before, plain_after, safe_before, safe_after, branches],
             api_visibility="private",
             concurrency_limit=service.settings.workers,
@@ -133,40 +133,40 @@ def build(service: Service) -> gr.Blocks:
     return page.queue(max_size=service.settings.queue + service.settings.workers, api_open=False)
 
 
-def _picture(label: str, buttons: list[Any]) -> gr.Image:
+def _image_output(label: str, buttons: list[Any]) -> gr.Image:
     return gr.Image(
         label=label, interactive=False, format="png", height=220, min_width=140, elem_classes="pixels", buttons=buttons
     )
 
 
-def _scores(label: str) -> gr.Label:
+def _score_output(label: str) -> gr.Label:
     return gr.Label(label=label, num_top_classes=3, min_width=140)
 
 
-def _shown(service: Service, found: Attacked) -> tuple[Any, ...]:
-    difference = (0.5 + GAIN * (found.attacked - found.clean)).clamp(0, 1)
-    plain = [answer["evidence"]["undefended"] for answer in (found.before, found.after)]
-    safe = [answer["labels"] for answer in (found.before, found.after)]
+def _outputs(service: Service, result: Attacked) -> tuple[Any, ...]:
+    difference = (0.5 + GAIN * (result.attacked - result.clean)).clamp(0, 1)
+    plain = [answer["evidence"]["undefended"] for answer in (result.before, result.after)]
+    safe = [answer["labels"] for answer in (result.before, result.after)]
     return (
-        _verdict(found),
-        _large(found.attacked),
-        _large(difference),
+        _verdict(result),
+        _enlarged(result.attacked),
+        _enlarged(difference),
         *({entry["label"]: entry["score"] for entry in answer} for answer in (*plain, *safe)),
-        _branches(service, found),
+        _branches(service, result),
     )
 
 
-def _verdict(found: Attacked) -> str:
-    evidence = found.after["evidence"]
-    before, after = found.before["evidence"], found.after["evidence"]
+def _verdict(result: Attacked) -> str:
+    evidence = result.after["evidence"]
+    before, after = result.before["evidence"], result.after["evidence"]
     lines = []
-    for who, one, two in (
+    for name, clean, attacked in (
         ("The undefended encoder", before["undefended"], after["undefended"]),
-        ("The defended one", found.before["labels"], found.after["labels"]),
+        ("The defended one", result.before["labels"], result.after["labels"]),
     ):
-        first, then = (html.escape(answer[0]["label"]) for answer in (one, two))
+        first, then = (html.escape(answer[0]["label"]) for answer in (clean, attacked))
         says = f"still says <b>{then}</b>" if first == then else f"says <b>{then}</b> instead of <b>{first}</b>"
-        lines.append(f"{who} {says}.")
+        lines.append(f"{name} {says}.")
     flag = {
         None: "This model has no threshold: nothing is flagged.",
         True: "Flagged as adversarial",
@@ -177,29 +177,29 @@ def _verdict(found: Attacked) -> str:
     return f'<div class="{kind}" id="verdict">{"<br>".join(lines)}<br>{flag} ({suspicion}).</div>'
 
 
-def _branches(service: Service, found: Attacked) -> str:
+def _branches(service: Service, result: Attacked) -> str:
     rows = []
     for branch in service.classifier.model.config.branches:
-        figures = []
+        cells = []
         for kind in ("confidences", "weights"):
-            clean, attacked = (answer["evidence"][kind][branch.name] for answer in (found.before, found.after))
-            figures.append(f"<td>{clean:.2f} → {attacked:.2f}</td>")
-        rows.append(f"<tr><td>{html.escape(branch.name)} <small>{branch.role}</small></td>{''.join(figures)}</tr>")
+            clean, attacked = (answer["evidence"][kind][branch.name] for answer in (result.before, result.after))
+            cells.append(f"<td>{clean:.2f} → {attacked:.2f}</td>")
+        rows.append(f"<tr><td>{html.escape(branch.name)} <small>{branch.role}</small></td>{''.join(cells)}</tr>")
     head = "<tr><th>Branch</th><th>Confidence</th><th>Weight</th></tr>"
     return f'<table class="branches" id="branches">{head}{"".join(rows)}</table>'
 
 
-def _large(image: Any) -> Image.Image:
-    """Enlarged by whole pixels, so that what was changed can be seen."""
+def _enlarged(image: Any) -> Image.Image:
+    """The image enlarged by whole pixels, so that the perturbation is visible."""
     import io
 
     small = Image.open(io.BytesIO(png(image)))
-    factor = max(1, -(-SHOWN // small.width))
+    factor = max(1, -(-MIN_SIDE // small.width))
     return small.resize((small.width * factor, small.height * factor), Image.Resampling.NEAREST)
 
 
 def _examples() -> tuple[list[str], tuple[str, ...]]:
-    """One test picture of each class that ships, as files for as long as the process lives; and the class names."""
+    """Files with one embedded test image per class, kept while the process lives; and the class names."""
     import io
 
     data = load_data("embedded", "test")

@@ -1,4 +1,4 @@
-"""Start the server."""
+"""Run the server."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def serve(
 
     Args:
         model: as for ``RobustZeroShotClassifier.from_pretrained``.
-        host: of the interface; the default is seen by this machine alone.
+        host: address to listen on; the default is reachable from this machine only.
         port: 0 takes a free one.
         device: None is the CPU.
-        perturbation: file by ``zepad attack`` for the attack "universal".
+        perturbation: file of ``zepad attack``, for the attack "universal".
         settings: limits.
-        ready: called with the address once connections are taken.
+        ready: called with the URL once the server accepts connections.
 
     Raises:
-        ValueError: a port that is taken, or a host that is not this machine's; else as loading the model.
+        ValueError: the port is taken or the host is not an address of this machine; errors of loading the model.
     """
     settings = settings or ServeSettings()
     given = None if perturbation is None else Perturbation.load(perturbation)
-    door = _door(host, port)
-    with door:
+    listener = _listening_socket(host, port)
+    with listener:
         classifier = RobustZeroShotClassifier.from_pretrained(model, device=device)
         app = create_app(Service(classifier, settings, given))
         config = uvicorn.Config(
@@ -50,18 +50,18 @@ def serve(
         )
         if ready is not None:
             shown = "[" + host + "]" if ":" in host else host
-            ready(f"http://{shown}:{door.getsockname()[1]}")
-        uvicorn.Server(config).run(sockets=[door])
+            ready(f"http://{shown}:{listener.getsockname()[1]}")
+        uvicorn.Server(config).run(sockets=[listener])
 
 
-def _door(host: str, port: int) -> socket.socket:
-    """A socket that listens: whoever connects while the model is being loaded waits."""
+def _listening_socket(host: str, port: int) -> socket.socket:
+    """A listening socket: clients that connect while the model is loading wait."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        door = socket.socket(family, kind, protocol)
-        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        door.bind(address)
-        door.listen(128)
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(128)
     except (OSError, OverflowError) as error:
         raise ValueError(f"cannot listen on {host}:{port}: {error}; choose another with --host and --port") from error
-    return door
+    return listener

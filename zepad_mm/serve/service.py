@@ -1,4 +1,4 @@
-"""What the page and the endpoint do, without either: classify a picture, attack one and classify both."""
+"""Classification and attacks behind the page and the endpoint."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from zepad_mm.utils.io import ASSETS
 SHIPPED = ASSETS / "perturbation" / "embedded.safetensors"
 SHIPPED_FOR = "open_clip:embedded"
 ATTACKS = {
-    "universal": "one perturbation for all pictures, made on the public encoder (T1)",
-    "public": "made for this picture, on the public encoder",
-    "white_box": "made for this picture, through the whole defence (T2)",
+    "universal": "one perturbation for all images, made on the public encoder (T1)",
+    "public": "made for this image, on the public encoder",
+    "white_box": "made for this image, through the whole defence (T2)",
 }
 
 
 @dataclass(frozen=True)
 class Attacked:
-    """A picture before and after.
+    """An image before and after an attack.
 
     Attributes:
-        clean, attacked: (3, S, S) in [0, 1], whole levels k / 255, cut to the size that the public encoder sees.
-        before, after: what the classifier says to each, with the evidence.
-        label: what the attack leads away from.
+        clean, attacked: (3, S, S) in [0, 1], in whole levels k / 255, at the size that the public encoder sees.
+        before, after: answers of the classifier to each, with the evidence.
+        label: the label that the attack moves away from.
     """
 
     clean: Tensor
@@ -47,13 +47,12 @@ class Attacked:
 
 
 class Service:
-    """A classifier behind limits. Its methods may be called from any thread.
+    """A classifier behind limits. Thread-safe.
 
     Args:
-        classifier: its model is served as it is, and takes no gradients from now on.
+        classifier: its parameters no longer require gradients.
         settings: the limits.
-        perturbation: what the attack "universal" adds; None takes the shipped one, or makes one when it is first asked
-            for.
+        perturbation: of the attack "universal"; None takes the shipped one, or crafts one on first use.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class Service:
         self._perturbation = perturbation
         self._crafting = threading.Lock()
         classifier.max_pixels = self.settings.max_pixels
-        # attacks turn gradients of parameters off and on again, which two threads would do to each other
+        # attacks switch requires_grad of parameters off and on, which is not thread-safe
         classifier.model.requires_grad_(False)
         classifier.model.undefended.requires_grad_(False)
 
@@ -82,7 +81,7 @@ class Service:
         evidence: bool = False,
         on_adversarial: str = "ignore",
     ) -> Any:
-        """As the classifier. Raises ValueError for bad input, BusyError when the queue is full."""
+        """Classify an image. Raises ValueError for bad input, BusyError when the queue is full."""
         with self.limiter.slot():
             return self.classifier(
                 image,
@@ -103,7 +102,7 @@ class Service:
         levels: int = 8,
         label: str | None = None,
     ) -> Attacked:
-        """Attack a picture, and classify it before and after.
+        """Attack an image and classify it before and after.
 
         Args:
             image: as for the classifier.
@@ -111,7 +110,7 @@ class Service:
             template: prompt set or template.
             attack: a name of :data:`ATTACKS`.
             levels: L-inf budget in levels of 255, 0 to 16.
-            label: what it truly is; None takes the answer of the attacked model to the clean picture.
+            label: true label; None takes the answer of the attacked model to the clean image.
 
         Raises:
             ValueError: bad input; BusyError: the queue is full.
@@ -122,7 +121,7 @@ class Service:
             raise ValueError(f"epsilon: expected 0 to {MAX_LEVELS} levels of 255, got {levels}")
         names = self._checked(labels, template)
         if len(names) < 2:
-            raise ValueError("labels: an attack needs at least two, to lead from one to another")
+            raise ValueError("labels: an attack needs at least two labels")
         if label is not None and label not in names:
             raise ValueError(f"label: expected one of the labels, got {label!r}")
         with self.limiter.slot():
@@ -130,23 +129,23 @@ class Service:
             pixels = pixels_of(image, self.settings.max_pixels)
             clean = (self._geometry.resize(pixels[None]) * 255).round() / 255
             clean = clean.to(self.classifier.model.device)
-            view = task.defended if attack == "white_box" else task.undefended
+            target = task.defended if attack == "white_box" else task.undefended
             with torch.no_grad():
-                away = names.index(label) if label is not None else int(view(clean).argmax())
+                away = names.index(label) if label is not None else int(target(clean).argmax())
             epsilon = levels / 255
             if attack == "universal":
                 moved = self.perturbation.rescaled(epsilon)(clean)
                 attacked = round_within_budget(clean, moved, epsilon, "linf")
             else:
                 pgd = PGD(epsilon=epsilon, steps=self.settings.attack_steps, quantize=True)
-                attacked = pgd(view, clean, torch.tensor([away], device=clean.device))
+                attacked = pgd(target, clean, torch.tensor([away], device=clean.device))
             both = torch.cat([clean, attacked])
             before, after = self.classifier(both, names, hypothesis_template=template, return_evidence=True)
         return Attacked(clean[0].cpu(), attacked[0].cpu(), before, after, names[away])
 
     @property
     def perturbation(self) -> Perturbation:
-        """What the attack "universal" adds, before it is brought to the budget that is asked for."""
+        """Perturbation of the attack "universal", before it is rescaled to the requested budget."""
         with self._crafting:
             if self._perturbation is None:
                 public = self.classifier.model.config.public_source
@@ -154,9 +153,9 @@ class Service:
                     self._perturbation = Perturbation.load(SHIPPED)
                 else:
                     size = self._geometry.image_size
-                    pictures = load_data("embedded", "surrogate", size, 128)
+                    surrogate = load_data("embedded", "surrogate", size, 128)
                     craft = FeatureUAP(epsilon=10 / 255, image_size=size, steps=60, batch_size=16)
-                    self._perturbation = craft.fit(self.classifier.model.undefended.encoder, pictures.images)
+                    self._perturbation = craft.fit(self.classifier.model.undefended.encoder, surrogate.images)
             return self._perturbation
 
     @property
@@ -174,7 +173,7 @@ class Service:
 
 
 def png(image: Tensor) -> bytes:
-    """(3, H, W) in [0, 1] as the bytes of a PNG."""
+    """Encode (3, H, W) in [0, 1] as PNG bytes."""
     from torchvision.transforms.functional import to_pil_image
 
     file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""What a server takes, and how much of it."""
+"""Limits of a server."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from dataclasses import dataclass
 
 from zepad_mm.utils.config import Config
 
-MAX_LEVELS = 16  # largest budget that is offered, in levels of 255
+MAX_LEVELS = 16  # largest budget on offer, in levels of 255
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings(Config):
-    """Limits of a server; whatever is beyond them is refused with a reason."""
+    """Limits of a server; requests beyond them are refused with a reason."""
 
-    workers: int = 1  # requests that are computed at the same time; torch uses all cores for each
+    workers: int = 1  # requests computed at the same time; torch uses all cores for each
     queue: int = 16  # requests that may wait for a worker; more are answered 503
-    connections: int = 256  # open connections; more are answered 503 before they are read
+    connections: int = 256  # open connections; more are answered 503 unread
     upload_mb: int = 10  # size of a request
-    max_pixels: int = 25_000_000  # width times height of a picture
+    max_pixels: int = 25_000_000  # width times height of an image
     max_labels: int = 50  # candidate labels
     max_label_length: int = 100  # characters of a label, and of a template
     attack_steps: int = 20  # gradient steps of a per-sample attack
