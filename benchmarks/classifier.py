@@ -1,17 +1,17 @@
 #!/usr/bin/env python
-"""How fast the classifier is: against what one would write by hand, and against the pipeline of transformers.
+"""Speed of the classifier, compared with plain encoder forwards and with the pipeline of transformers.
 
     python -m benchmarks.classifier              # results/classifier_speed.json
     python -m benchmarks.classifier --small      # seconds: shows that it runs
 
 A CLIP ViT-B/32 of transformers, of random weights (no weights are needed to measure time), defended twice: by two
 branches of other weights beside itself, and by two LoRA branches over one frozen trunk, with adapters on the upper half
-or third of its blocks, so that what lies below runs once. A batch of pictures of 224 pixels, one template, asked again
+or third of its blocks, so that the blocks below run once. A batch of images of 224 pixels, one template, asked again
 and again:
 
 - three naive encoders: the three image towers one after the other on tensors that are ready, no text, no fusion;
 - the pipeline: zero-shot-image-classification on one CLIP, which encodes the labels anew for every call;
-- the classifier: from tensors and from PIL pictures, with and without evidence, with three branches and with one, with
+- the classifier: from tensors and from PIL images, with and without evidence, with three branches and with one, with
   ten labels and with a hundred.
 
 Every contestant is timed in turn, round after round in one process, so that a busy machine slows all of them alike; the
@@ -158,10 +158,10 @@ def weight_bytes(module: torch.nn.Module) -> int:
 def contestants(
     classify: RobustZeroShotClassifier, lora: dict[int, RobustZeroShotClassifier], theirs: Any, batch: int
 ) -> dict[str, Callable[[], Any]]:
-    """Name to what is timed. All answer for the same pictures and labels."""
+    """Name to the timed call; all classify the same images among the same labels."""
     model = classify.model
     pixels = torch.rand(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(model.device)
-    pictures = [to_pil_image(image.cpu()) for image in pixels]
+    pil_images = [to_pil_image(image.cpu()) for image in pixels]
     encoders = [model.branch(name).encoder for name in model.branches]
     alone = RobustZeroShotClassifier(_one_branch(model), classify.batch_size)
 
@@ -179,13 +179,13 @@ def contestants(
         "tensors_evidence": ours(classify, pixels, LABELS, return_evidence=True),
         "lora_half": ours(lora[2], pixels, LABELS),
         "lora_third": ours(lora[3], pixels, LABELS),
-        "pil": ours(classify, pictures, LABELS),
-        "lora_pil": ours(lora[3], pictures, LABELS),
-        "pil_one_branch": ours(alone, pictures, LABELS),
-        "pipeline": lambda: theirs(pictures, candidate_labels=LABELS, hypothesis_template=TEMPLATE),
-        "pil_100": ours(classify, pictures, MANY),
-        "pil_one_branch_100": ours(alone, pictures, MANY),
-        "pipeline_100": lambda: theirs(pictures, candidate_labels=MANY, hypothesis_template=TEMPLATE),
+        "pil": ours(classify, pil_images, LABELS),
+        "lora_pil": ours(lora[3], pil_images, LABELS),
+        "pil_one_branch": ours(alone, pil_images, LABELS),
+        "pipeline": lambda: theirs(pil_images, candidate_labels=LABELS, hypothesis_template=TEMPLATE),
+        "pil_100": ours(classify, pil_images, MANY),
+        "pil_one_branch_100": ours(alone, pil_images, MANY),
+        "pipeline_100": lambda: theirs(pil_images, candidate_labels=MANY, hypothesis_template=TEMPLATE),
     }
 
 

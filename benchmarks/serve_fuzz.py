@@ -4,7 +4,7 @@
     python -m benchmarks.serve_fuzz                          # 10,000 requests: results/serve_fuzz.json
     python -m benchmarks.serve_fuzz --n 200 --examples 5 --out fuzz.json
 
-Two kinds. Damaged ones of our own: flipped, cut and spliced pictures of every format, absurd fields, broken forms,
+Two kinds. Damaged ones of our own: flipped, cut and spliced images of every format, absurd fields, broken forms,
 wrong methods and paths. And what schemathesis makes of the OpenAPI description. Exits with 1 on any 5xx but 503, on a
 connection that is dropped, or when the server is dead at the end.
 """
@@ -34,10 +34,10 @@ TEXTS += ("{}", "{0}", "{} {}", "{x}", "a photo of a {}.", "photo", "../../etc/p
 NUMBERS = ("", "0", "1", "-1", "8", "16", "17", "1e3", "nan", "inf", "9" * 400, "0x10", "true", "None", "4/255")
 
 
-def damaged(draw: random.Random, pictures: list[bytes]) -> bytes:
-    """A picture that lost something on the way, or never was one."""
+def damaged(draw: random.Random, images: list[bytes]) -> bytes:
+    """A damaged image file, or random bytes."""
     kind = draw.randrange(6)
-    data = bytearray(draw.choice(pictures))
+    data = bytearray(draw.choice(images))
     if kind == 0:
         return bytes(data)
     if kind == 1:
@@ -47,7 +47,7 @@ def damaged(draw: random.Random, pictures: list[bytes]) -> bytes:
             data[draw.randrange(len(data))] = draw.randrange(256)
         return bytes(data)
     if kind == 3:
-        other = draw.choice(pictures)
+        other = draw.choice(images)
         return bytes(data[: draw.randrange(len(data))] + other[draw.randrange(len(other)) :])
     if kind == 4:  # the header, where sizes and modes stand
         for _ in range(draw.randint(1, 6)):
@@ -56,7 +56,7 @@ def damaged(draw: random.Random, pictures: list[bytes]) -> bytes:
     return draw.randbytes(draw.choice([0, 1, 7, 5000]))
 
 
-def ask(client: httpx.Client, draw: random.Random, pictures: list[bytes]) -> httpx.Response:
+def ask(client: httpx.Client, draw: random.Random, images: list[bytes]) -> httpx.Response:
     """One fuzzed request."""
     path = draw.choice(["/v1/classify", "/v1/classify", "/v1/attack", "/v1/attack", "/v1/nothing"])
     kind = draw.randrange(10)
@@ -80,8 +80,8 @@ def ask(client: httpx.Client, draw: random.Random, pictures: list[bytes]) -> htt
     ):  # fmt: skip
         if draw.random() < 0.07:
             form[name] = draw.choice(values)
-    name = draw.choice(TEXTS) or "picture"
-    return client.post(path, data=form, files={"image": (name, damaged(draw, pictures))})
+    name = draw.choice(TEXTS) or "image"
+    return client.post(path, data=form, files={"image": (name, damaged(draw, images))})
 
 
 def schemathesis(url: str, examples: int, seed: int) -> dict[str, Any]:
@@ -109,14 +109,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "serve_fuzz.json")
     args = parser.parse_args()
-    draw, pictures = random.Random(args.seed), files()
+    draw, images = random.Random(args.seed), files()
     answered: Counter[str] = Counter()
     wrong: list[str] = []
     began = time.perf_counter()
     with served("--no-page") as (url, process), httpx.Client(base_url=url, timeout=120) as client:
         for number in range(args.n):
             try:
-                response = ask(client, draw, pictures)
+                response = ask(client, draw, images)
             except httpx.TransportError as error:
                 answered[type(error).__name__] += 1
                 wrong.append(f"request {number}: {error!r}")

@@ -5,7 +5,7 @@
     python -m benchmarks.serve_load --minutes 1 --out load.json
 
 More clients than the queue has places ask for classifications and attacks without a pause: new labels every time, so
-that caches have to forget, pictures of many sizes and formats, and damaged ones. Exits with 1 when the memory of the
+that caches have to forget, images of many sizes and formats, and damaged ones. Exits with 1 when the memory of the
 last quarter is more than a twentieth above that of the second, or when anything but 200, 400 or 503 was answered.
 """
 
@@ -36,9 +36,9 @@ EVERY_S = 2.0
 class Client(threading.Thread):
     """Asks until it is told to stop."""
 
-    def __init__(self, url: str, pictures: list[bytes], seed: int, stop: threading.Event) -> None:
+    def __init__(self, url: str, images: list[bytes], seed: int, stop: threading.Event) -> None:
         super().__init__(daemon=True)
-        self.url, self.pictures, self.draw, self.stop = url, pictures, random.Random(seed), stop
+        self.url, self.images, self.draw, self.stop = url, images, random.Random(seed), stop
         self.answered: Counter[str] = Counter()
         self.seconds: dict[str, list[float]] = {"classify": [], "attack": []}
 
@@ -47,15 +47,15 @@ class Client(threading.Thread):
             while not self.stop.is_set():
                 kind = self.draw.choice(["classify", "classify", "attack"])
                 labels = [f"a {self.draw.randrange(10**9)} thing" for _ in range(self.draw.randint(2, 12))]
-                picture = self.draw.choice(self.pictures)
+                image = self.draw.choice(self.images)
                 if self.draw.random() < 0.05:
-                    picture = picture[: self.draw.randrange(len(picture))]
+                    image = image[: self.draw.randrange(len(image))]
                 form: dict[str, Any] = {"labels": labels, "template": self.draw.choice(["single", "photo"])}
                 if kind == "attack":
                     form |= {"attack": self.draw.choice(["universal", "public", "white_box"]), "epsilon": "4"}
                 began = time.perf_counter()
                 try:
-                    status = str(client.post(f"/v1/{kind}", data=form, files={"image": picture}).status_code)
+                    status = str(client.post(f"/v1/{kind}", data=form, files={"image": image}).status_code)
                 except httpx.HTTPError as error:
                     status = type(error).__name__
                 self.answered[status] += 1
@@ -74,8 +74,8 @@ def main() -> int:
     memory: list[tuple[float, float]] = []
     with served() as (url, process):
         stop = threading.Event()
-        pictures = files()
-        clients = [Client(url, pictures, seed, stop) for seed in range(args.clients)]
+        images = files()
+        clients = [Client(url, images, seed, stop) for seed in range(args.clients)]
         began = time.perf_counter()
         for client in clients:
             client.start()

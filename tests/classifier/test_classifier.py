@@ -1,4 +1,4 @@
-"""The zero-shot API mirrors transformers' pipeline and adds the evidence."""
+"""Zero-shot classifier: outputs of transformers' pipeline, plus evidence."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def classifier(zepad: ZePAD) -> RobustZeroShotClassifier:
     return RobustZeroShotClassifier(zepad, batch_size=2)
 
 
-def test_the_shape_of_the_pipeline(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:
+def test_classifier_returns_ranked_scores(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:
     one = classifier(images[0], LABELS, hypothesis_template="This is a photo of {}.")
     assert [set(answer) for answer in one] == [{"score", "label"}] * 3
     assert [answer["score"] for answer in one] == sorted((answer["score"] for answer in one), reverse=True)
@@ -48,21 +48,20 @@ def test_the_shape_of_the_pipeline(classifier: RobustZeroShotClassifier, images:
     assert classifier([], LABELS) == []
 
 
-def test_every_form_of_a_picture_gives_the_same_answer(
+def test_classifier_accepts_every_image_type(
     classifier: RobustZeroShotClassifier, images: torch.Tensor, tmp_path: Path
 ) -> None:
-    picture = to_pil_image((images[0] * 255).round().byte())
-    path = tmp_path / "picture.png"
-    picture.save(path)
-    pixels = torch.from_numpy(__import__("numpy").array(picture)).permute(2, 0, 1).float() / 255
-    forms = [picture, str(path), path, path.read_bytes(), pixels]
+    pil_image = to_pil_image((images[0] * 255).round().byte())
+    path = tmp_path / "image.png"
+    pil_image.save(path)
+    pixels = torch.from_numpy(__import__("numpy").array(pil_image)).permute(2, 0, 1).float() / 255
+    forms = [pil_image, str(path), path, path.read_bytes(), pixels]
     answers = [classifier(form, LABELS) for form in forms]
     assert all(answer == answers[0] for answer in answers)
 
 
-def test_neighbours_do_not_matter(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:
-    """Also not when a neighbour has another size. Matrix products take other paths for other batch sizes and round
-    otherwise, in the seventh digit of a logit; hence a tolerance, and not the bit."""
+def test_classifier_is_independent_of_the_batch(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:
+    """Also with images of different sizes. The tolerance allows for float rounding, which depends on the batch size."""
     large = torch.rand(3, 70, 40, generator=torch.Generator().manual_seed(0))
     mixed = classifier([images[0], large, images[1], images[2]], LABELS)
     for answer, image in zip(mixed, (images[0], large, images[1], images[2]), strict=True):
@@ -71,7 +70,7 @@ def test_neighbours_do_not_matter(classifier: RobustZeroShotClassifier, images: 
         assert alone[0]["score"] == pytest.approx(answer[0]["score"], abs=1e-5)
 
 
-def test_evidence(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:
+def test_classifier_returns_evidence(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:
     result = classifier(images[0], LABELS, return_evidence=True)
     evidence = result["evidence"]
     assert result["labels"] == classifier(images[0], LABELS)
@@ -81,7 +80,7 @@ def test_evidence(classifier: RobustZeroShotClassifier, images: torch.Tensor) ->
     assert len(evidence["undefended"]) == 3
 
 
-def test_errors(classifier: RobustZeroShotClassifier, images: torch.Tensor, tmp_path: Path) -> None:
+def test_classifier_rejects_input(classifier: RobustZeroShotClassifier, images: torch.Tensor, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="candidate_labels: the list is empty"):
         classifier(images, [])
     with pytest.raises(ValueError, match=r"write \['cat'\]"):
@@ -97,7 +96,7 @@ def test_errors(classifier: RobustZeroShotClassifier, images: torch.Tensor, tmp_
     broken = io.BytesIO()
     Image.new("RGB", (64, 64), "red").save(broken, "PNG")
     (tmp_path / "cut.png").write_bytes(broken.getvalue()[:40])
-    for bad in (tmp_path / "cut.png", b"no picture", "/nowhere/at/all.png"):
+    for bad in (tmp_path / "cut.png", b"not an image", "/nowhere/at/all.png"):
         with pytest.raises(ValueError, match="could not be read as an image"):
             classifier(bad, LABELS)
     with pytest.raises(ValueError, match="got dict"):
@@ -105,7 +104,7 @@ def test_errors(classifier: RobustZeroShotClassifier, images: torch.Tensor, tmp_
 
 
 def _hf_clip(folder: Path) -> tuple[RobustZeroShotClassifier, str]:
-    """A CLIP that transformers wrote, as it is, in the place of a defended one: same pictures, same words."""
+    """A classifier with one untuned branch around a transformers CLIP, and the folder of that CLIP."""
     source = zoo.ZOO["hf: CLIP"](folder).source
     encoder, text = load_clip(source)
     branch = BranchConfig(name="plain", role="benign", source=source)
@@ -114,27 +113,27 @@ def _hf_clip(folder: Path) -> tuple[RobustZeroShotClassifier, str]:
     return RobustZeroShotClassifier(model), source.removeprefix("hf:local-dir:")
 
 
-def test_the_answer_is_that_of_the_pipeline(tmp_path: Path) -> None:
-    """Same shape for one and for many, same keys, same types, same order; and on the same CLIP the same scores."""
+def test_classifier_matches_the_transformers_pipeline(tmp_path: Path) -> None:
+    """Same types, keys and order for one image and for several, and the same scores on the same CLIP."""
     ours, folder = _hf_clip(tmp_path)
     theirs = pipeline("zero-shot-image-classification", model=folder, device="cpu")
     generator = torch.Generator().manual_seed(0)
-    pictures = [to_pil_image(torch.rand(3, *size, generator=generator)) for size in ((40, 56), (90, 33), (64, 64))]
+    pil_images = [to_pil_image(torch.rand(3, *size, generator=generator)) for size in ((40, 56), (90, 33), (64, 64))]
     template = "{}"
-    for given in (pictures[0], pictures):
+    for given in (pil_images[0], pil_images):
         expected = theirs(given, candidate_labels=LABELS, hypothesis_template=template)
         answer = ours(given, LABELS, hypothesis_template=template)
         assert type(answer) is type(expected)
-        rows = [(answer, expected)] if given is pictures[0] else list(zip(answer, expected, strict=True))
+        rows = [(answer, expected)] if given is pil_images[0] else list(zip(answer, expected, strict=True))
         for mine, other in rows:
             assert [list(entry) for entry in mine] == [list(entry) for entry in other]
             assert [entry["label"] for entry in mine] == [entry["label"] for entry in other]
             assert {type(entry["score"]) for entry in mine} == {float}
             for one, two in zip(mine, other, strict=True):
-                assert one["score"] == pytest.approx(two["score"], abs=5e-3)  # they resize whole levels, we floats
+                assert one["score"] == pytest.approx(two["score"], abs=5e-3)  # the pipeline resizes uint8
 
 
-def test_arrays(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:
+def test_classifier_accepts_arrays(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:
     levels = (images * 255).round().byte()
     expected = classifier(levels.float() / 255, LABELS)
     colour_last = levels.permute(0, 2, 3, 1).numpy()
@@ -149,24 +148,26 @@ def test_arrays(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> N
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
-def test_formats(classifier: RobustZeroShotClassifier, kind: str) -> None:
+def test_classifier_reads_image_formats(classifier: RobustZeroShotClassifier, kind: str) -> None:
     file = io.BytesIO()
     Image.new("RGB", (40, 30), "red").save(file, kind)
     assert len(classifier(file.getvalue(), LABELS)) == 3
 
 
-def test_photos_lie_the_way_the_camera_was_held(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:
-    picture = to_pil_image(images[0])
+def test_classifier_applies_exif_orientation(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:
+    pil_image = to_pil_image(images[0])
     exif = Image.Exif()
     exif[0x0112] = 6
     file = io.BytesIO()
-    picture.save(file, "PNG", exif=exif)
-    assert classifier(file.getvalue(), LABELS) == classifier(picture.rotate(-90), LABELS)
+    pil_image.save(file, "PNG", exif=exif)
+    assert classifier(file.getvalue(), LABELS) == classifier(pil_image.rotate(-90), LABELS)
     file.seek(0)
-    assert classifier(file, LABELS) == classifier(picture.rotate(-90), LABELS)
+    assert classifier(file, LABELS) == classifier(pil_image.rotate(-90), LABELS)
 
 
-def test_urls(classifier: RobustZeroShotClassifier, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_classifier_reads_urls(
+    classifier: RobustZeroShotClassifier, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = io.BytesIO()
     to_pil_image(images[0]).save(file, "PNG")
 
@@ -174,7 +175,7 @@ def test_urls(classifier: RobustZeroShotClassifier, images: torch.Tensor, monkey
         def do_GET(self) -> None:
             self.send_response(404 if "missing" in self.path else 200)
             self.end_headers()
-            self.wfile.write(file.getvalue() if "picture" in self.path else b"<html>")
+            self.wfile.write(file.getvalue() if "image" in self.path else b"<html>")
 
         def log_message(self, *args: Any) -> None:
             pass
@@ -182,44 +183,44 @@ def test_urls(classifier: RobustZeroShotClassifier, images: torch.Tensor, monkey
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        assert classifier(f"{url}/picture.png", LABELS) == classifier(file.getvalue(), LABELS)
+        assert classifier(f"{url}/image.png", LABELS) == classifier(file.getvalue(), LABELS)
         for path, message in (("/missing.png", "404"), ("/page.html", "could not be read as an image")):
             with pytest.raises(ValueError, match=message):
                 classifier(url + path, LABELS)
         monkeypatch.setattr("zepad_mm.classifier.images.MAX_BYTES", 100)
         with pytest.raises(ValueError, match="is larger than"):
-            classifier(f"{url}/picture.png", LABELS)
+            classifier(f"{url}/image.png", LABELS)
         server.shutdown()
 
 
-def test_a_stream_is_read_a_batch_at_a_time(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:
+def test_classifier_streams_batch_by_batch(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:
     read = []
 
-    def pictures() -> Iterator[torch.Tensor]:
+    def pil_images() -> Iterator[torch.Tensor]:
         for index, image in enumerate(images):
             read.append(index)
             yield image
 
-    answers = classifier(pictures(), LABELS)
+    answers = classifier(pil_images(), LABELS)
     assert read == []
     first = next(answers)
     assert read == [0, 1]  # batches of two
     assert [first, *answers] == classifier(images, LABELS)
     with pytest.raises(ValueError, match="candidate_labels"):
-        classifier(pictures(), [])  # at once, not when the first result is asked for
+        classifier(pil_images(), [])  # at once, not when the first result is asked for
 
 
-def test_a_column_of_datasets_is_a_stream(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:
-    pictures = [to_pil_image((image * 255).round().byte()) for image in images]
-    table = datasets.Dataset.from_dict({"image": pictures}, features=datasets.Features({"image": datasets.Image()}))
-    expected = classifier(pictures, LABELS)
+def test_classifier_streams_a_datasets_column(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:
+    pil_images = [to_pil_image((image * 255).round().byte()) for image in images]
+    table = datasets.Dataset.from_dict({"image": pil_images}, features=datasets.Features({"image": datasets.Image()}))
+    expected = classifier(pil_images, LABELS)
     for column in (table["image"], table.to_iterable_dataset()["image"]):
         answers = classifier(column, LABELS)
         assert iter(answers) is answers
         assert list(answers) == expected
 
 
-def test_on_adversarial(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:
+def test_classifier_flags_or_abstains(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:
     plain = classifier(images, LABELS)
     scores = [found["evidence"]["score"] for found in classifier(images, LABELS, return_evidence=True)]
     middle = sorted(scores)[1]
@@ -238,18 +239,18 @@ def test_on_adversarial(classifier: RobustZeroShotClassifier, images: torch.Tens
         classifier(images, LABELS, on_adversarial="warn")
 
 
-def test_threads_get_their_own_answers(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:
-    """Eight threads with label sets of their own: to the bit what each gets alone, whoever loads the text tower."""
+def test_classifier_is_thread_safe(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:
+    """Eight threads with different labels get bit-identical results to a serial run, lazy text tower included."""
     tasks = [([f"{name} {index}" for name in ("cat", "dog", "car")], images[index % 4]) for index in range(40)]
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda task: classifier(task[1], task[0], return_evidence=True), tasks))
     assert together == [classifier(image, labels, return_evidence=True) for labels, image in tasks]
 
 
-def test_a_text_is_encoded_once_and_forgotten_in_time(
+def test_classifier_caches_text_embeddings_with_a_bound(
     classifier: RobustZeroShotClassifier, images: torch.Tensor
 ) -> None:
-    classifier.task(["the head of the undefended model is made once, too"])
+    classifier.task(["builds the head of the undefended model"])
     text = classifier.model.text
     seen: list[int] = []
     encode = text.tower.encode_text
@@ -264,8 +265,8 @@ def test_a_text_is_encoded_once_and_forgotten_in_time(
     assert len(text._cache) == 64
 
 
-def test_a_task_is_what_the_classifier_answers_by(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:
-    """And what can be attacked: gradients reach the pictures."""
+def test_task_is_differentiable(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:
+    """Gradients reach the images, so a task can be attacked."""
     task = classifier.task(LABELS)
     scores = task.defended(images).softmax(-1)
     answers = classifier(images, LABELS)
@@ -276,7 +277,7 @@ def test_a_task_is_what_the_classifier_answers_by(classifier: RobustZeroShotClas
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(clip_source: str, images: torch.Tensor, dtype: torch.dtype) -> None:
+def test_classifier_runs_in_half_precision(clip_source: str, images: torch.Tensor, dtype: torch.dtype) -> None:
     full = RobustZeroShotClassifier(make_zepad(clip_source))
     half = RobustZeroShotClassifier(make_zepad(clip_source)).to("cpu", dtype)
     assert next(half.model.branch("full").encoder.parameters()).dtype == dtype
@@ -287,8 +288,8 @@ def test_half_precision(clip_source: str, images: torch.Tensor, dtype: torch.dty
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_on_a_gpu(clip_source: str, images: torch.Tensor) -> None:
-    """Moved after the text tower was loaded, too."""
+def test_classifier_runs_on_a_gpu(clip_source: str, images: torch.Tensor) -> None:
+    """Also after the text tower was loaded on the CPU."""
     classifier = RobustZeroShotClassifier(make_zepad(clip_source))
     expected = classifier(images, LABELS, return_evidence=True)
     for one, two in zip(expected, classifier.to("cuda")(images.cuda(), LABELS, return_evidence=True), strict=True):
@@ -296,14 +297,14 @@ def test_on_a_gpu(clip_source: str, images: torch.Tensor) -> None:
 
 
 def _bomb(side: int) -> bytes:
-    """A small PNG that says it is huge."""
+    """A small PNG whose header claims a huge size."""
     file = io.BytesIO()
     Image.new("1", (9, 9)).save(file, "PNG")
     header = b"IHDR" + struct.pack(">II", side, side) + file.getvalue()[24:29]
     return file.getvalue()[:12] + header + struct.pack(">I", zlib.crc32(header)) + file.getvalue()[33:]
 
 
-def test_pictures_that_are_not_taken(
+def test_classifier_refuses_unusable_images(
     classifier: RobustZeroShotClassifier, images: torch.Tensor, tmp_path: Path
 ) -> None:
     png = io.BytesIO()
@@ -311,7 +312,7 @@ def test_pictures_that_are_not_taken(
     jpeg = io.BytesIO()
     to_pil_image(images[0]).resize((300, 300)).save(jpeg, "JPEG")
     (tmp_path / "cut.jpg").write_bytes(jpeg.getvalue()[:800])
-    late = Image.open(io.BytesIO(png.getvalue()[:-9000]))  # opened, and broken where it has not been read yet
+    late = Image.open(io.BytesIO(png.getvalue()[:-9000]))  # opened lazily and truncated
     for bad, message in (
         (png.getvalue()[:-9000], "could not be read as an image"),
         (jpeg.getvalue()[:800], "could not be read as an image"),
@@ -339,7 +340,7 @@ def test_pictures_that_are_not_taken(
         with pytest.raises(ValueError, match=message):
             classifier(bad, LABELS)
     with pytest.raises(ValueError, match=r"image 1: .*could not be read"):
-        classifier([images[0], b"no picture"], LABELS)
+        classifier([images[0], b"not an image"], LABELS)
     small = RobustZeroShotClassifier(classifier.model, max_pixels=100)
     with pytest.raises(ValueError, match="has 300 x 300 pixels, more than the limit of 100"):
         small(png.getvalue(), LABELS)

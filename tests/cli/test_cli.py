@@ -1,4 +1,4 @@
-"""The command line as a person meets it: help, errors in one line, JSON, and a real run on small networks."""
+"""Command line: errors, JSON output, and runs on small networks."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def saved(clip_source: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Class folders of a data set nobody has seen."""
-    folder = tmp_path_factory.mktemp("pictures")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Class folders of random images."""
+    folder = tmp_path_factory.mktemp("photos")
     generator = torch.Generator().manual_seed(0)
     for split, count in (("train", 6), ("test", 3)):
         for name in ("cat", "dog"):
@@ -47,12 +47,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize(("text", "value"), [("4/255", 4 / 255), ("0.0157", 0.0157), ("8/255", 8 / 255), ("1", 1.0)])
-def test_budgets(text: str, value: float) -> None:
+def test_budget_parses_fractions_and_decimals(text: str, value: float) -> None:
     assert budget(text) == pytest.approx(value)
 
 
 @pytest.mark.parametrize("text", ["8", "0", "-1/255", "4/0", "four", "", "nan", "4/255/2"])
-def test_budgets_that_cannot_be_meant(text: str) -> None:
+def test_budget_rejects_bad_values(text: str) -> None:
     with pytest.raises(ValueError, match="--eps: expected a budget"):
         budget(text)
 
@@ -92,7 +92,7 @@ def test_budgets_that_cannot_be_meant(text: str) -> None:
         (["serve", "./nowhere", "--port", "0"], "nowhere"),
     ],
 )
-def test_a_users_error_is_one_line(
+def test_user_error_is_one_line(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -104,7 +104,7 @@ def test_a_users_error_is_one_line(
     assert said.err.count("\n") == 1
 
 
-def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_reports_versions_and_assets(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) in (0, 1)
     found = json.loads(capsys.readouterr().out)
     assert found["versions"]["zepad-mm"] == __version__
@@ -113,12 +113,23 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert "torch" in capsys.readouterr().out
 
 
-def test_evaluate_on_pictures_of_ones_own(
-    saved: str, pictures: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The model was saved for other classes: it is pointed at those of the folders."""
+def test_evaluate_on_class_folders(saved: str, photos: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The classes of the folders replace those of the saved model."""
     out = tmp_path / "out"
-    words = ["evaluate", saved, "--data", pictures, "--threats", "T2", "--eps", "2/255", "--n", "5", "--out", str(out)]
+    words = [
+        "evaluate",
+        saved,
+        "--data",
+        photos,
+        "--threats",
+        "T2",
+        "--eps",
+        "2/255",
+        "--n",
+        "5",
+        "--out",
+        str(out),
+    ]
     words += ["--preset", "smoke"]
     assert main([*words, "--json", "--quiet"]) == 0
     printed = json.loads(capsys.readouterr().out)
@@ -132,23 +143,23 @@ def test_evaluate_on_pictures_of_ones_own(
     assert capsys.readouterr().out.startswith("# Robustness on")
 
 
-def test_classify(saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    picture = tmp_path / "red.png"
-    Image.new("RGB", (40, 30), "red").save(picture)
-    assert main(["classify", saved, str(picture), str(picture), "--labels", "cat, dog", "--json", "--evidence"]) == 0
+def test_classify_prints_labels_and_evidence(saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photo = tmp_path / "red.png"
+    Image.new("RGB", (40, 30), "red").save(photo)
+    assert main(["classify", saved, str(photo), str(photo), "--labels", "cat, dog", "--json", "--evidence"]) == 0
     answers = json.loads(capsys.readouterr().out)
-    assert [answer["image"] for answer in answers] == [str(picture)] * 2
+    assert [answer["image"] for answer in answers] == [str(photo)] * 2
     assert {one["label"] for one in answers[0]["answer"]["labels"]} == {"cat", "dog"}
     assert set(answers[0]["answer"]["evidence"]["confidences"]) == {"full", "lora", "benign"}
-    assert main(["classify", saved, str(picture), "--labels", "cat,dog", "--top", "1", "--evidence"]) == 0
+    assert main(["classify", saved, str(photo), "--labels", "cat,dog", "--top", "1", "--evidence"]) == 0
     assert "flagged" in capsys.readouterr().out
 
 
 def test_attack_writes_a_perturbation(
-    clip_source: str, pictures: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    clip_source: str, photos: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "delta.safetensors"
-    words = ["attack", clip_source, "--data", pictures, "--eps", "6/255", "--steps", "2", "--image-size", "32"]
+    words = ["attack", clip_source, "--data", photos, "--eps", "6/255", "--steps", "2", "--image-size", "32"]
     assert main([*words, "--out", str(out), "--json", "--quiet"]) == 0
     about = json.loads(capsys.readouterr().out)
     assert about["epsilon"] == pytest.approx(6 / 255)
@@ -157,10 +168,10 @@ def test_attack_writes_a_perturbation(
 
 
 def test_attack_reads_a_config_file_and_several_encoders(
-    clip_source: str, pictures: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    clip_source: str, photos: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "attack.yaml"
-    config.write_text(f"encoders: [{clip_source!r}]\nattack: uapgd\ndata: {pictures}\nsteps: 2\nimage_size: 32\nn: 8\n")
+    config.write_text(f"encoders: [{clip_source!r}]\nattack: uapgd\ndata: {photos}\nsteps: 2\nimage_size: 32\nn: 8\n")
     words = ["attack", "--config", str(config), "--out", str(tmp_path / "out"), "--json", "--quiet"]
     assert main(words) == 0
     assert json.loads(capsys.readouterr().out)["encoders"] == [clip_source]
@@ -173,20 +184,20 @@ def test_attack_reads_a_config_file_and_several_encoders(
     assert "epsilom" in capsys.readouterr().err
 
 
-def test_abstaining(saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    picture = tmp_path / "red.png"
-    Image.new("RGB", (40, 30), "red").save(picture)
+def test_classify_abstains_and_flags(saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photo = tmp_path / "red.png"
+    Image.new("RGB", (40, 30), "red").save(photo)
     model = ZePAD.from_pretrained(saved)
     model.set_detector(DetectorConfig(threshold=-1.0))
     model.save_pretrained(tmp_path / "strict")
-    words = ["classify", str(tmp_path / "strict"), str(picture), "--labels", "cat,dog", "--template", "a {}"]
+    words = ["classify", str(tmp_path / "strict"), str(photo), "--labels", "cat,dog", "--template", "a {}"]
     assert main([*words, "--on-adversarial", "abstain"]) == 0
     assert "no answer: it looks adversarial" in capsys.readouterr().out
     assert main([*words, "--on-adversarial", "flag", "--top", "1"]) == 0
     assert "(looks adversarial)" in capsys.readouterr().out
 
 
-def test_extras_that_are_missing_are_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_names_the_missing_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("zepad_mm.serve")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "fastapi", None)
@@ -194,7 +205,7 @@ def test_extras_that_are_missing_are_said(capsys: pytest.CaptureFixture[str], mo
     assert "zepad serve needs fastapi: pip install 'zepad-mm[serve]'" in capsys.readouterr().err
 
 
-# what makes the examples of --help small enough for a test; a later option overrides an earlier one
+# options that make the examples of --help fast; a later option overrides an earlier one
 SMALLER = {
     "attack": ["--steps", "2", "--n", "16"],
     "defend": ["--steps", "2", "--n", "16", "--n-validation", "8", "--batch-size", "4", "--defences", "tecoa"],
@@ -204,9 +215,9 @@ SMALLER = {
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the examples expect it."""
-    folder = tmp_path_factory.mktemp("workplace")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that the examples name."""
+    folder = tmp_path_factory.mktemp("examples")
     Image.new("RGB", (60, 80), "red").save(folder / "photo.jpg")
     ZePAD.from_pretrained("embedded").save_pretrained(folder / "defended")
     return folder
@@ -224,17 +235,21 @@ def example_of(name: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("serve", "push")])
-def test_the_example_of_its_help_runs(
-    name: str, workplace: Path, clip_source: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_example_of_the_help_runs(
+    name: str,
+    examples: Path,
+    clip_source: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In the order of the commands, in one folder: a report is there when a card is written from it."""
-    monkeypatch.chdir(workplace)
+    """Commands share one folder: report and card read the output of evaluate."""
+    monkeypatch.chdir(examples)
     if name in ("report", "card") and not Path("outputs/evaluation/report.json").is_file():
         assert main([*example_of("evaluate", capsys), *SMALLER["evaluate"], "--quiet"]) == 0
     if name == "defend":
-        shutil.rmtree(workplace / "defended")
+        shutil.rmtree(examples / "defended")
     words = [*example_of(name, capsys), *SMALLER.get(name, []), "--quiet"]
-    if name == "defend":  # seconds for the embedded CLIP's minutes
+    if name == "defend":  # a small CLIP: seconds, where the embedded one takes minutes
         words[words.index("open_clip:embedded")] = clip_source
     try:
         assert main([*words, "--json"] if COMMANDS[name].json else words) in ((0, 1) if name == "doctor" else (0,))
@@ -242,11 +257,11 @@ def test_the_example_of_its_help_runs(
         assert json.loads(said) if COMMANDS[name].json else said
     finally:
         if name == "defend":
-            ZePAD.from_pretrained("embedded").save_pretrained(workplace / "defended")
+            ZePAD.from_pretrained("embedded").save_pretrained(examples / "defended")
 
 
-def test_the_example_of_push_runs(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Against a Hub on this machine, in a process of its own: the client reads its address when it is imported."""
+def test_example_of_push_runs(examples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Against a local Hub, in a new process: the client reads the address of the Hub at import."""
     words = [word for word in example_of("push", capsys) if word not in ("--report", "outputs/evaluation")]
     with running_hub() as hub:
         hub.tokens["key"] = "owner"
@@ -258,7 +273,7 @@ def test_the_example_of_push_runs(workplace: Path, tmp_path: Path, capsys: pytes
         }
         command = [sys.executable, "-m", "zepad_mm.cli", *words, "--json", "--quiet"]
         done = subprocess.run(
-            command, env=variables, cwd=workplace, capture_output=True, text=True, timeout=120, check=False
+            command, env=variables, cwd=examples, capture_output=True, text=True, timeout=120, check=False
         )
         assert done.returncode == 0, done.stderr
         assert hub.url in json.loads(done.stdout)["url"]
@@ -266,18 +281,18 @@ def test_the_example_of_push_runs(workplace: Path, tmp_path: Path, capsys: pytes
         assert hub.repos["owner/name"].private
         variables["HF_TOKEN"] = "no-key"
         refused = subprocess.run(
-            command, env=variables, cwd=workplace, capture_output=True, text=True, timeout=120, check=False
+            command, env=variables, cwd=examples, capture_output=True, text=True, timeout=120, check=False
         )
         assert refused.returncode == 2
         assert refused.stderr.startswith("zepad: ")
         assert "no-key" not in refused.stderr + refused.stdout
 
 
-def test_the_example_of_serve_runs(capsys: pytest.CaptureFixture[str], workplace: Path) -> None:
-    """Ctrl-C ends it."""
+def test_example_of_serve_runs(capsys: pytest.CaptureFixture[str], examples: Path) -> None:
+    """The server stops on Ctrl-C."""
     words = [*example_of("serve", capsys), "--port", "0", "--json"]
     with subprocess.Popen(
-        [sys.executable, "-m", "zepad_mm.cli", *words], stdout=subprocess.PIPE, text=True, cwd=workplace
+        [sys.executable, "-m", "zepad_mm.cli", *words], stdout=subprocess.PIPE, text=True, cwd=examples
     ) as process:
         assert process.stdout is not None
         url = json.loads(process.stdout.readline())["url"]

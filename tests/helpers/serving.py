@@ -39,12 +39,12 @@ def resident_mb(process: subprocess.Popen[str]) -> float:
 
 
 def files(count: int = 24, seed: int = 0) -> list[bytes]:
-    """Pictures that ship, in many sizes and formats."""
+    """Embedded test images, in many sizes and formats."""
     draw = random.Random(seed)
-    made = []
+    encoded = []
     for image in load_data("embedded", "test", n=count, seed=seed).images:
-        picture = Image.open(io.BytesIO(png(image))).resize((draw.randint(20, 900), draw.randint(20, 900)))
+        resized = Image.open(io.BytesIO(png(image))).resize((draw.randint(20, 900), draw.randint(20, 900)))
         file = io.BytesIO()
-        picture.save(file, draw.choice(["PNG", "JPEG", "WEBP", "GIF", "BMP"]))
-        made.append(file.getvalue())
-    return made
+        resized.save(file, draw.choice(["PNG", "JPEG", "WEBP", "GIF", "BMP"]))
+        encoded.append(file.getvalue())
+    return encoded

@@ -1,4 +1,4 @@
-"""The page and the endpoint: answers, refusals with reasons, a full queue, made-up requests, a real browser."""
+"""Web page and HTTP endpoint: answers, refusals, a full queue, fuzzed requests, a browser."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def client(service: Service) -> Iterator[TestClient]:
         yield client
 
 
-def picture(size: tuple[int, int] = (40, 32), kind: str = "PNG") -> bytes:
+def image_file(size: tuple[int, int] = (40, 32), kind: str = "PNG") -> bytes:
     file = io.BytesIO()
     pixels = torch.rand(3, *size, generator=torch.Generator().manual_seed(2))
     to_pil_image(pixels).save(file, kind)
@@ -56,14 +56,14 @@ def picture(size: tuple[int, int] = (40, 32), kind: str = "PNG") -> bytes:
 
 def post(client: Any, path: str, image: bytes | None = None, **form: Any) -> Any:
     form = {"labels": LABELS, **form}
-    return client.post(path, data=form, files={"image": picture() if image is None else image})
+    return client.post(path, data=form, files={"image": image_file() if image is None else image})
 
 
-def test_classify(client: TestClient, service: Service) -> None:
+def test_classify_matches_the_classifier(client: TestClient, service: Service) -> None:
     answer = post(client, "/v1/classify")
     assert answer.status_code == 200
     assert answer.json()["evidence"] is None
-    expected = service.classifier(picture(), LABELS)
+    expected = service.classifier(image_file(), LABELS)
     assert [{key: entry[key] for key in ("score", "label")} for entry in answer.json()["labels"]] == expected
     full = post(client, "/v1/classify", evidence="true", top_k="1", template="a {}", on_adversarial="flag").json()
     assert len(full["labels"]) == 1
@@ -72,12 +72,12 @@ def test_classify(client: TestClient, service: Service) -> None:
 
 
 @pytest.mark.parametrize("attack", ["universal", "public", "white_box"])
-def test_attack(client: TestClient, service: Service, attack: str) -> None:
-    """What comes back is the attacked picture itself: inside the budget, and whoever classifies it sees the answer."""
+def test_attack_stays_within_the_budget(client: TestClient, service: Service, attack: str) -> None:
+    """The returned image is within the budget, and classifying it again gives the returned answer."""
     answer = post(client, "/v1/attack", attack=attack, epsilon="6").json()
     assert answer["label"] in LABELS
     pixels = pixels_of(base64.b64decode(answer["image"]))
-    clean = service.classifier.model.undefended.encoder.preprocess.resize(pixels_of(picture())[None])[0]
+    clean = service.classifier.model.undefended.encoder.preprocess.resize(pixels_of(image_file())[None])[0]
     assert float((pixels - (clean * 255).round() / 255).abs().max()) <= 6 / 255 + 1e-6
     assert float((pixels - clean).abs().max()) > 2 / 255
     again = service.classifier(pixels, LABELS, return_evidence=True)
@@ -88,7 +88,7 @@ def test_attack(client: TestClient, service: Service, attack: str) -> None:
     assert still["clean"]["labels"][0] == pytest.approx(still["attacked"]["labels"][0])
 
 
-def test_what_is_served(client: TestClient, service: Service) -> None:
+def test_model_route_describes_the_model(client: TestClient, service: Service) -> None:
     assert client.get("/v1/health").json() == {"status": "ok"}
     about = client.get("/v1/model").json()
     assert about["branches"] == {"full": "robust", "lora": "robust", "benign": "benign"}
@@ -99,10 +99,10 @@ def test_what_is_served(client: TestClient, service: Service) -> None:
 @pytest.mark.parametrize(
     ("image", "form", "status", "reason"),
     [
-        (b"no picture", {}, 400, "could not be read as an image"),
+        (b"not an image", {}, 400, "could not be read as an image"),
         (b"", {}, 400, "0 bytes could not be read"),
-        (picture()[:500], {}, 400, "could not be read as an image"),
-        (picture((300, 300), "JPEG"), {}, 400, "300 x 300 pixels, more than the limit of 40,000"),
+        (image_file()[:500], {}, 400, "could not be read as an image"),
+        (image_file((300, 300), "JPEG"), {}, 400, "300 x 300 pixels, more than the limit of 40,000"),
         (None, {"labels": []}, 422, "labels"),
         (None, {"labels": [""]}, 422, "at least 1 character"),
         (None, {"labels": [" "]}, 400, "non-empty strings"),
@@ -118,10 +118,10 @@ def test_what_is_served(client: TestClient, service: Service) -> None:
         (None, {"epsilon": "17"}, 422, "less than or equal to 16"),
         (None, {"epsilon": "4/255"}, 422, "valid integer"),
         (None, {"label": "bird"}, 400, "label: expected one of the labels, got 'bird'"),
-        (picture() + b"\x00" * 2**20, {}, 413, "larger than 1 MB"),
+        (image_file() + b"\x00" * 2**20, {}, 413, "larger than 1 MB"),
     ],
 )
-def test_refusals_have_a_status_and_a_reason(
+def test_refusals_have_status_and_reason(
     client: TestClient, image: bytes | None, form: dict[str, Any], status: int, reason: str
 ) -> None:
     path = "/v1/attack" if {"attack", "epsilon", "label"} & set(form) else "/v1/classify"
@@ -129,7 +129,7 @@ def test_refusals_have_a_status_and_a_reason(
     assert (answer.status_code, reason in json.dumps(answer.json(), ensure_ascii=False)) == (status, True), answer.text
 
 
-def test_an_attack_needs_two_labels_and_a_form(client: TestClient) -> None:
+def test_attack_needs_two_labels_and_a_form(client: TestClient) -> None:
     assert "needs at least two" in post(client, "/v1/attack", labels=["cat"]).json()["detail"]
     assert client.post("/v1/classify", json={"labels": LABELS}).status_code == 422
     assert client.post("/v1/classify", data={"labels": LABELS, "image": "text"}).status_code == 400
@@ -137,7 +137,7 @@ def test_an_attack_needs_two_labels_and_a_form(client: TestClient) -> None:
     assert client.get("/v1/classify").status_code == 405
 
 
-def test_a_body_of_unknown_length_is_cut_off(client: TestClient) -> None:
+def test_chunked_body_over_the_limit_is_refused(client: TestClient) -> None:
     def endless() -> Iterator[bytes]:
         yield b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
         for _ in range(40):
@@ -147,7 +147,7 @@ def test_a_body_of_unknown_length_is_cut_off(client: TestClient) -> None:
     assert (answer.status_code, "larger than 1 MB" in answer.text) == (413, True)
 
 
-def test_a_full_queue_answers_503(clip_source: str) -> None:
+def test_full_queue_answers_503(clip_source: str) -> None:
     service = Service(RobustZeroShotClassifier(make_zepad(clip_source)), ServeSettings(workers=1, queue=1, page=False))
     release, begun = threading.Event(), threading.Event()
 
@@ -161,14 +161,14 @@ def test_a_full_queue_answers_503(clip_source: str) -> None:
         assert begun.wait(60)
         second = pool.submit(post, client, "/v1/classify")
         deadline = time.monotonic() + 60
-        while not service.limiter.is_full() and time.monotonic() < deadline:  # until the second one waits
+        while not service.limiter.is_full() and time.monotonic() < deadline:  # until the second request waits
             time.sleep(0.01)
         refused = post(client, "/v1/classify")
         assert refused.status_code == 503
         assert refused.headers["retry-after"] == "2"
         assert "the queue is full" in refused.json()["detail"]
         with pytest.raises(BusyError):
-            service.classify(picture(), LABELS)
+            service.classify(image_file(), LABELS)
         assert client.get("/v1/health").status_code == 200
         release.set()
         first.result(60)
@@ -176,16 +176,16 @@ def test_a_full_queue_answers_503(clip_source: str) -> None:
         assert post(client, "/v1/classify").status_code == 200
 
 
-def test_requests_at_the_same_time_get_their_own_answers(clip_source: str) -> None:
-    """Attacks and classifications on four workers, to the bit what each gets alone."""
+def test_concurrent_requests_match_serial_requests(clip_source: str) -> None:
+    """Attacks and classifications on four workers are bit-identical to a serial run."""
     settings = ServeSettings(workers=4, queue=32, attack_steps=2, page=False)
     service = Service(RobustZeroShotClassifier(make_zepad(clip_source)), settings)
 
     def one(number: int) -> Any:
         labels = [f"{name} {number}" for name in LABELS]
         if number % 2:
-            return service.classify(picture(), labels, evidence=True)
-        found = service.attack(picture(), labels, attack="white_box" if number % 4 else "public")
+            return service.classify(image_file(), labels, evidence=True)
+        found = service.attack(image_file(), labels, attack="white_box" if number % 4 else "public")
         return found.attacked.tolist(), found.before, found.after
 
     with ThreadPoolExecutor(8) as pool:
@@ -194,7 +194,7 @@ def test_requests_at_the_same_time_get_their_own_answers(clip_source: str) -> No
     assert not any(parameter.requires_grad for parameter in service.classifier.model.parameters())
 
 
-def test_the_shipped_perturbation_and_one_that_is_made(service: Service, clip_source: str) -> None:
+def test_service_loads_or_crafts_a_perturbation(service: Service, clip_source: str) -> None:
     embedded = Service(RobustZeroShotClassifier.from_pretrained("embedded"))
     assert embedded.perturbation.provenance["encoders"] == ["open_clip:embedded"]
     assert embedded.perturbation.epsilon == pytest.approx(10 / 255)
@@ -204,13 +204,13 @@ def test_the_shipped_perturbation_and_one_that_is_made(service: Service, clip_so
 
 
 @pytest.mark.parametrize("name", ["workers", "upload_mb", "max_labels", "attack_steps"])
-def test_impossible_settings(name: str) -> None:
+def test_settings_reject_values_below_the_minimum(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
         ServeSettings(**{name: 0})
 
 
-def test_what_schemathesis_makes_up_breaks_nothing(service: Service) -> None:
-    """A small number of examples; benchmarks/serve_fuzz.py runs more."""
+def test_endpoint_withstands_schemathesis(service: Service) -> None:
+    """A few examples; benchmarks/serve_fuzz.py runs more."""
     schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(service))
     wanted = [checks.not_a_server_error, checks.status_code_conformance, checks.content_type_conformance]
     asked = []
@@ -228,20 +228,20 @@ def test_what_schemathesis_makes_up_breaks_nothing(service: Service) -> None:
 
 @pytest.fixture(scope="module")
 def address(clip_source: str) -> Iterator[str]:
-    """A real server, on a port of its own, with the page."""
+    """URL of a running server with the page."""
     service = Service(RobustZeroShotClassifier(make_zepad(clip_source)), ServeSettings(attack_steps=2))
-    with socket.socket() as door:
-        door.bind(("127.0.0.1", 0))
-        door.listen()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
         server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="warning"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [door]}, daemon=True)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
-        yield f"http://127.0.0.1:{door.getsockname()[1]}"
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         server.should_exit = True
         thread.join(60)
 
 
-def test_the_endpoint_beside_the_page(address: str) -> None:
+def test_endpoint_works_beside_the_page(address: str) -> None:
     with httpx.Client(base_url=address, timeout=60) as client:
         assert post(client, "/v1/classify").status_code == 200
         assert "gradio" in client.get("/").text
@@ -256,15 +256,15 @@ def test_the_endpoint_beside_the_page(address: str) -> None:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; apt-get install chromium")
 @pytest.mark.parametrize("size", [(1280, 900), (390, 844)], ids=["desktop", "phone"])
-def test_the_page_in_a_browser(address: str, size: tuple[int, int], tmp_path: Path) -> None:
+def test_page_works_in_a_browser(address: str, size: tuple[int, int], tmp_path: Path) -> None:
     from playwright.sync_api import expect, sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": size[0], "height": size[1]})
-        asked, complaints = [], []
+        asked, page_errors = [], []
         page.on("request", lambda request: asked.append(request.url))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("pageerror", lambda error: page_errors.append(str(error)))
         page.goto(address)
         button = page.locator("#run")
         button.click(timeout=60_000)
@@ -283,12 +283,12 @@ def test_the_page_in_a_browser(address: str, size: tuple[int, int], tmp_path: Pa
         expect(verdict).to_contain_text("lagged as adversarial")
         expect(page.locator("#branches tr")).to_have_count(4)
         expect(page.locator(".pixels img")).to_have_count(3)
-        expect(page.get_by_text("<b>a hat</b>").first).to_be_visible()  # said, not obeyed
+        expect(page.get_by_text("<b>a hat</b>").first).to_be_visible()  # escaped
 
-        picture_file = tmp_path / "photo.jpg"
-        Image.new("RGB", (120, 90), "red").save(picture_file)
+        photo = tmp_path / "photo.jpg"
+        Image.new("RGB", (120, 90), "red").save(photo)
         page.get_by_label("Remove Image").first.click()
-        page.locator("input[type=file]").first.set_input_files(picture_file)
+        page.locator("input[type=file]").first.set_input_files(photo)
         labels.fill("one")
         button.click()
         expect(page.get_by_text("an attack needs at least two")).to_be_visible(timeout=30_000)
@@ -296,9 +296,9 @@ def test_the_page_in_a_browser(address: str, size: tuple[int, int], tmp_path: Pa
         button.click()
         expect(verdict.get_by_text("red").or_(verdict.get_by_text("blue")).first).to_be_visible(timeout=60_000)
 
-        assert page.evaluate("document.documentElement.scrollWidth") <= size[0]  # nothing hangs over the edge
+        assert page.evaluate("document.documentElement.scrollWidth") <= size[0]  # no horizontal overflow
         assert page.screenshot(path=tmp_path / "page.png", full_page=True)
-        assert not complaints
+        assert not page_errors
         own = ("data:", "blob:", address)
-        assert [url for url in asked if not url.startswith(own)] == []  # nothing is fetched from elsewhere
+        assert [url for url in asked if not url.startswith(own)] == []  # no request to other hosts
         browser.close()
