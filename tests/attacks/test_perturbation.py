@@ -144,7 +144,7 @@ def test_zero_budget(norm):
     nothing = Perturbation.fit_budget(torch.ones(3, 4, 4), 0.0, norm)
     images = torch.rand(2, 3, 4, 4)
     assert torch.equal(nothing(images), images)
-    with pytest.raises(ValueError, match="budget 0"):
+    with pytest.raises(ValueError, match="budget of 0"):
         nothing.rescaled(0.1)
 
 
