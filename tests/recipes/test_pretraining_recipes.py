@@ -1,4 +1,4 @@
-"""The SSL recipes: every shipped configuration parses, the smoke ones run from end to end, a killed run goes on."""
+"""Pre-training: every config parses, methods train, and a killed run resumes to the same weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from zepad_mm import pretraining
 from zepad_mm.encoders import load_encoder
 from zepad_mm.models.zepad import ZePAD
 from zepad_mm.pretraining.contrastive import supervised_contrastive
-from zepad_mm.pretraining.distillation import relational
+from zepad_mm.pretraining.distillation import relational_loss
 from zepad_mm.pretraining.redundancy import iterative_whitening, normalised_covariance
 from zepad_mm.utils.io import read_tensors
 
@@ -46,7 +46,7 @@ def test_story_configs_parse(path: Path):
     assert {"undefended", "zepad", "zepad:rfdm"} <= set(ssl_study.lineup(config))
 
 
-def test_an_unknown_key_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_unknown_key_raises(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "typo.yaml"
     path.write_text((CONFIGS / "smoke" / "pretrain.yaml").read_text() + "sede: 1\n")
     with pytest.raises(SystemExit):
@@ -60,12 +60,12 @@ def test_print_config_shows_every_setting(capsys: pytest.CaptureFixture[str]):
     assert "temperature: 0.2" in capsys.readouterr().out
 
 
-def test_bad_method_is_named():
+def test_unknown_method_raises():
     with pytest.raises(ValueError, match="did you mean 'simclr'"):
         pretrain.Settings(data="embedded", out="x", method="simclear")
 
 
-def test_augment_is_a_view_of_the_batch():
+def test_augment_is_seeded_and_in_range():
     images = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     views = [pretrain.augment(images, 0.2, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     assert views[0].shape == images.shape
@@ -81,23 +81,23 @@ QUICK += ["--hidden_dim", "64", "--projection_dim", "16", "--queue_size", "96", 
 PAPER = {"w_mse", "byol", "nnclr", "simclr", "moco_v2_plus", "moco_v3", "supcon", "ressl", "dino", "swav", "vibcreg"}
 
 
-def test_the_papers_methods_are_there():
+def test_methods_of_the_paper_are_registered():
     assert set(pretraining.METHODS) >= PAPER
 
 
 @pytest.mark.parametrize("method", ["moco_v2_plus"])
-def test_killed_run_goes_on_to_the_same_weights(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_killed_run_resumes_to_the_same_weights(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     arguments = [*QUICK, "--method", method, "--epochs", "2"]
     report = pretrain.main([*arguments, "--out", str(tmp_path / "whole")])
     assert report["n_train"] == 72
     assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["encoder", "metrics.jsonl", "pretrain.json"]
     save = pretrain.save_state
 
-    def save_and_die(*arguments) -> None:
+    def save_and_interrupt(*arguments) -> None:
         save(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pretrain, "save_state", save_and_die)
+    monkeypatch.setattr(pretrain, "save_state", save_and_interrupt)
     with pytest.raises(KeyboardInterrupt):
         pretrain.main([*arguments, "--out", str(tmp_path / "killed")])
     monkeypatch.setattr(pretrain, "save_state", save)
@@ -123,8 +123,8 @@ def test_the_zoo_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (tmp_path / "zoo" / "supcon" / "pretrain.json").stat().st_mtime_ns == written
     assert list(record["rows"]) == ["w_mse", "supcon"]
     whole, half = (load_encoder(f"timm:local-dir:{tmp_path / name / 'supcon' / 'encoder'}") for name in ("zoo", "half"))
-    picture = torch.rand(1, 3, 32, 32)
-    assert torch.allclose(whole(picture), half(picture), atol=0.01)
+    image = torch.rand(1, 3, 32, 32)
+    assert torch.allclose(whole(image), half(image), atol=0.01)
     assert (tmp_path / "table.md").read_text().count("\n| ") == 3
 
 
@@ -136,8 +136,8 @@ def _tiny(method: str) -> pretraining.Learner:
 
 
 @pytest.mark.parametrize("method", pretraining.METHODS)
-def test_every_method_learns_to_match_views(method: str):
-    """On one fixed batch the loss falls, every trained parameter gets a gradient, and no gradient reaches a twin."""
+def test_every_method_reduces_its_loss(method: str):
+    """On one batch the loss falls, every trained parameter gets a gradient, and the target network gets none."""
     learner = _tiny(method)
     generator = torch.Generator().manual_seed(0)
     images, labels = torch.rand(32, 3, 32, 32, generator=generator), torch.arange(32) % 4
@@ -158,8 +158,8 @@ def test_every_method_learns_to_match_views(method: str):
 
 
 @pytest.mark.parametrize("method", pretraining.METHODS)
-def test_nothing_is_remembered_beside_the_state(method: str):
-    """Queues, prototypes, centres and slow twins are all in the state, or a resumed run would differ."""
+def test_state_dict_is_complete(method: str):
+    """Queues, prototypes, centres and target networks are in the state dict, or a resumed run would differ."""
     learner, views = _tiny(method), torch.rand(2, 16, 3, 32, 32)
     labels = torch.arange(16) % 4
     learner(*views, labels).backward()
@@ -174,7 +174,7 @@ def test_nothing_is_remembered_beside_the_state(method: str):
 
 
 @pytest.mark.parametrize("method", ["moco_v2_plus", "nnclr", "ressl"])
-def test_queues_are_part_of_the_state(method: str):
+def test_queues_are_in_the_state_dict(method: str):
     learner, names = _tiny(method), ("bank", "bank_ptr")
     before = {name: value.clone() for name, value in learner.state_dict().items() if name.endswith(names)}
     assert len(before) == 2
@@ -182,7 +182,7 @@ def test_queues_are_part_of_the_state(method: str):
     assert all(not torch.equal(value, learner.state_dict()[name]) for name, value in before.items())
 
 
-def test_supervised_contrastive_is_the_papers_double_sum():
+def test_supervised_contrastive_equals_the_double_sum():
     generator = torch.Generator().manual_seed(0)
     z = torch.nn.functional.normalize(torch.randn(8, 5, generator=generator), dim=1)
     labels = torch.tensor([0, 1, 0, 2, 1, 0, 2, 3])  # the last one has no positive
@@ -198,26 +198,26 @@ def test_supervised_contrastive_is_the_papers_double_sum():
     assert float(sum(halves) / 2) == pytest.approx(expected, rel=1e-5)
 
 
-def test_whitening_whitens():
+def test_iterative_whitening_decorrelates():
     z = torch.randn(256, 6, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.linspace(0.5, 1.5, 6))
     white = iterative_whitening(z, steps=12)
     assert torch.allclose(white.T @ white / len(z), torch.eye(6), atol=1e-2)
     assert float(normalised_covariance(white)) < 1e-4 < float(normalised_covariance(z @ torch.rand(6, 6)))
 
 
-def test_relations_are_matched_best_by_the_same_embedding():
+def test_relational_loss_is_lowest_for_equal_embeddings():
     keys = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(1)), dim=1)
     others = torch.nn.functional.normalize(torch.randn(8, 32, generator=torch.Generator().manual_seed(2)), dim=0)
-    assert relational(keys, keys, others, 0.04, 0.04) < relational(keys.roll(1, 0), keys, others, 0.04, 0.04)
+    assert relational_loss(keys, keys, others, 0.04, 0.04) < relational_loss(keys.roll(1, 0), keys, others, 0.04, 0.04)
 
 
-def test_whitening_wants_more_pictures_than_dimensions(tmp_path: Path):
+def test_w_mse_needs_more_images_than_dimensions(tmp_path: Path):
     with pytest.raises(ValueError, match="at most half of batch_size, here 16"):
         pretrain.main([*QUICK, "--method", "w_mse", "--projection_dim", "17", "--out", str(tmp_path)])
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": 0.0}, {"momentum": 2.0}, {"queue_size": 0}])
-def test_bad_constants_are_named(wrong: dict[str, float]):
+def test_bad_settings_raise(wrong: dict[str, float]):
     with pytest.raises(ValueError, match="expected"):
         pretraining.MethodSettings(**wrong)
 

@@ -1,4 +1,8 @@
-"""What every method shares: the encoder, a projector, perhaps a slow twin; a batch of two views in, a loss out."""
+"""The contract of pre-training methods: a module that maps two views of a batch to a loss.
+
+To add a method, write a registered sub-class of :class:`Learner` with ``build`` and ``loss`` in the file of its family,
+and import it in ``pretraining/__init__.py``; ``tests/recipes/test_pretraining_recipes.py`` then covers it.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +21,14 @@ from zepad_mm.utils.registry import Registry
 
 @dataclass(frozen=True, kw_only=True)
 class MethodSettings(Config):
-    """The constants that methods share; each takes those that it has."""
+    """The hyperparameters of all methods; each method uses its own."""
 
     temperature: float = 0.2  # of NT-Xent and InfoNCE: simclr, nnclr, moco_v2_plus, moco_v3, supcon
-    momentum: float = 0.98  # of slow twins (byol, moco, ressl, dino); rises to 1
+    momentum: float = 0.98  # of target networks (byol, moco, ressl, dino); increases to 1
     hidden_dim: int = 512  # of the projection head
-    projection_dim: int = 128  # of w_mse at most half of a process's batch
-    queue_size: int = 4096  # embeddings remembered by moco_v2_plus, nnclr and ressl
-    prototypes: int = 512  # of swav; outputs of dino
+    projection_dim: int = 128  # for w_mse at most half of the batch size per process
+    queue_size: int = 4096  # embeddings in the queue of moco_v2_plus, nnclr and ressl
+    prototypes: int = 512  # of swav; output dimension of dino
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,21 +43,21 @@ class MethodSettings(Config):
 
 
 class Learner(nn.Module):
-    """A method of pre-training; ``forward`` is the loss, so that DDP wraps the whole step.
+    """A pre-training method; ``forward`` returns the loss, so that DDP wraps the whole step.
 
-    Everything that outlives a step (queues, prototypes, centres, slow twins) is a parameter or a buffer, so that
-    ``state_dict`` is all of a run's memory.
+    All state between steps (queues, prototypes, centres, target networks) is in parameters or buffers, so that
+    ``state_dict`` is complete.
 
     Args:
-        encoder: a timm model without a classifier; its ``pretrained_cfg`` has the mean and std of pictures.
-        settings: constants.
-        processes: how many run; with more than one the embeddings of all are gathered where the method compares them.
+        encoder: a timm model without a classifier; its ``pretrained_cfg`` has the mean and std of images.
+        settings: hyperparameters.
+        processes: number of processes; with several, embeddings are gathered where the method compares them.
     """
 
     projector: nn.Module
     mean: Tensor
     std: Tensor
-    weak_second_view: ClassVar[bool] = False  # the second view is cropped and flipped, its colours are left alone
+    weak_second_view: ClassVar[bool] = False  # whether the second view is only cropped and flipped
 
     def __init__(self, encoder: nn.Module, settings: MethodSettings, processes: int) -> None:
         super().__init__()
@@ -67,13 +71,13 @@ class Learner(nn.Module):
         self.build()
 
     def build(self) -> None:
-        """Make ``projector``, which maps features (B, D) to embeddings, and whatever else the method has."""
+        """Create ``projector``, which maps features (B, D) to embeddings (B, P), and other modules of the method."""
         raise NotImplementedError
 
     def loss(self, a: Tensor, b: Tensor, views: Tensor, labels: Tensor) -> Tensor:
-        """The method's loss (scalar) of embeddings ``a``, ``b`` (B, P) of both views.
+        """The loss (scalar) of the embeddings ``a``, ``b`` (B, P) of both views.
 
-        ``views`` (2B, 3, S, S) are the normalised pictures, first views first, for a slow twin; ``labels`` (B,).
+        ``views`` (2B, 3, S, S) are the normalised images, first views first, for a target network; ``labels`` (B,).
         """
         raise NotImplementedError
 
@@ -82,36 +86,37 @@ class Learner(nn.Module):
         return self.encoder((images - self.mean) / self.std)
 
     def normalised(self, images: Tensor) -> Tensor:
-        """Images in [0, 1] as the encoder wants them, in the layout that convolutions are quick in."""
+        """Images in [0, 1] normalised for the encoder, in channels-last layout."""
         return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def forward(self, view_a: Tensor, view_b: Tensor, labels: Tensor) -> Tensor:
-        """The loss of two views (B, 3, S, S) in [0, 1] of the same pictures, whose classes are ``labels`` (B,)."""
+        """The loss of two views (B, 3, S, S) in [0, 1] of the same images with ``labels`` (B,)."""
         views = self.normalised(torch.cat([view_a, view_b]))
         a, b = self.projector(self.encoder(views)).float().chunk(2)
         return self.loss(a, b, views, labels)
 
     def add_target(self) -> None:
-        """A slow twin of encoder and projector, which no gradient reaches."""
+        """Create the target network, a copy of encoder and projector without gradients."""
         self.target = copy.deepcopy(nn.Sequential(self.encoder, self.projector)).requires_grad_(False)
 
     @torch.no_grad()
     def embed_target(self, views: Tensor) -> tuple[Tensor, Tensor]:
-        """The twin's embeddings (B, P) of the first and of the second views."""
-        assert self.target is not None
+        """The target network's embeddings (B, P) of the first and of the second views."""
+        if self.target is None:
+            raise RuntimeError("no target network; call add_target in build")
         a, b = self.target(views).float().chunk(2)
         return a, b
 
     @torch.no_grad()
     def after_step(self, momentum: float) -> None:
-        """Called when the optimiser has stepped: the twin follows."""
+        """Update the target network; called after each optimiser step."""
         if self.target is not None:
             update_momentum(self.encoder, self.target[0], momentum)
             update_momentum(self.projector, self.target[1], momentum)
 
 
-def remembered(bank: MemoryBankModule) -> MemoryBankModule:
-    """The same queue as part of the state: lightly's own is not saved, and a resumed run would forget it."""
+def save_queue(bank: MemoryBankModule) -> MemoryBankModule:
+    """The queue with its buffers in the state dict; lightly leaves them out, and a resumed run would lose them."""
     for name in ("bank", "bank_ptr"):
         buffer = getattr(bank, name)
         delattr(bank, name)
@@ -119,9 +124,9 @@ def remembered(bank: MemoryBankModule) -> MemoryBankModule:
     return bank
 
 
-METHODS: Registry[type[Learner]] = Registry("method of pre-training")
+METHODS: Registry[type[Learner]] = Registry("pre-training method")
 
 
 def make_learner(name: str, encoder: nn.Module, settings: MethodSettings, processes: int = 1) -> Learner:
-    """A fresh learner of a registered method. Raises ValueError for an unknown one, with the nearest name."""
+    """A new learner of a registered method. Raises ValueError for an unknown method, with the nearest name."""
     return METHODS.get(name)(encoder, settings, processes)

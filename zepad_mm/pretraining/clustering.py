@@ -1,4 +1,4 @@
-"""SwAV: views of a picture predict each other's prototypes."""
+"""Clustering methods: SwAV."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from zepad_mm.pretraining.base import METHODS, Learner
 
 @METHODS.register("swav")
 class SwAV(Learner):
-    """Caron et al. 2020, arXiv 2006.09882, Eq. (1) and (2), with two views, no multi-crop and no queue."""
+    """Caron et al. 2020, arXiv 2006.09882, Eq. (1) and (2), with two views and without multi-crop or queue."""
 
     def build(self) -> None:
         self.projector = heads.SwaVProjectionHead(self.width, *self.sizes)

@@ -1,4 +1,4 @@
-"""Methods that tell pictures apart: SimCLR, SupCon, MoCo v2+, MoCo v3, NNCLR."""
+"""Contrastive methods: SimCLR, SupCon, MoCo v2+, MoCo v3, NNCLR."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lightly.models.modules import NNMemoryBankModule, heads
 from lightly.utils import dist
 from torch import Tensor
 
-from zepad_mm.pretraining.base import METHODS, Learner, remembered
+from zepad_mm.pretraining.base import METHODS, Learner, save_queue
 
 
 @METHODS.register("simclr")
@@ -26,7 +26,7 @@ class SimCLR(Learner):
 
 @METHODS.register("supcon")
 class SupCon(Learner):
-    """Khosla et al. 2020, arXiv 2004.11362, Eq. (2): pictures of a class are positives. The one method with labels."""
+    """Khosla et al. 2020, arXiv 2004.11362, Eq. (2): positives are images of the same class; needs labels."""
 
     def build(self) -> None:
         self.projector = heads.SimCLRProjectionHead(self.width, *self.sizes)
@@ -45,7 +45,7 @@ def supervised_contrastive(
 ) -> Tensor:
     """Eq. (2) of SupCon, for anchors ``own`` (N, P): the rows from ``first`` of ``everyone`` (M, P).
 
-    All embeddings have length 1. An anchor without a positive adds nothing.
+    All embeddings have unit length. An anchor without a positive contributes 0.
     """
     similarity = own @ everyone.T / temperature
     itself = torch.zeros_like(similarity, dtype=torch.bool)
@@ -62,7 +62,7 @@ def supervised_contrastive(
 class MoCoV2Plus(Learner):
     """MoCo v2 (Chen et al. 2020, arXiv 2003.04297) in its symmetric form, as solo-learn's "MoCo v2+".
 
-    Both views ask, both are remembered; the queue holds keys of earlier batches only.
+    Both views are queries, and both keys enter the queue, which holds keys of earlier batches only.
     """
 
     def build(self) -> None:
@@ -73,17 +73,17 @@ class MoCoV2Plus(Learner):
             memory_bank_size=(self.settings.queue_size, self.settings.projection_dim),
             gather_distributed=self.gather,
         )
-        remembered(self.criterion.memory_bank)
+        save_queue(self.criterion.memory_bank)
 
     def loss(self, a: Tensor, b: Tensor, views: Tensor, labels: Tensor) -> Tensor:
         key_a, key_b = self.embed_target(views)
-        # one call, since a second one would find the first one's keys, of the same pictures, among its negatives
+        # one call: in a second one, the queue would hold keys of the same images as negatives
         return self.criterion(torch.cat([a, b]), torch.cat([key_b, key_a]))
 
 
 @METHODS.register("moco_v3")
 class MoCoV3(Learner):
-    """Chen et al. 2021, arXiv 2104.02057, Eq. (1) and Algorithm 1: the batch's own keys are the negatives."""
+    """Chen et al. 2021, arXiv 2104.02057, Eq. (1) and Algorithm 1: the negatives are the keys of the batch."""
 
     def build(self) -> None:
         self.projector = heads.MoCoProjectionHead(self.width, *self.sizes, num_layers=3, batch_norm=True)
@@ -93,30 +93,30 @@ class MoCoV3(Learner):
 
     def loss(self, a: Tensor, b: Tensor, views: Tensor, labels: Tensor) -> Tensor:
         key_a, key_b = self.embed_target(views)
-        return self._ask(self.predictor(a), key_b) + self._ask(self.predictor(b), key_a)
+        return self._contrast(self.predictor(a), key_b) + self._contrast(self.predictor(b), key_a)
 
-    def _ask(self, query: Tensor, key: Tensor) -> Tensor:
+    def _contrast(self, query: Tensor, key: Tensor) -> Tensor:
         query, key = F.normalize(query.float(), dim=1), F.normalize(key, dim=1)
-        right = torch.arange(len(query), device=query.device)
+        target = torch.arange(len(query), device=query.device)
         if self.gather:
-            key, right = torch.cat(dist.gather(key)), right + dist.rank() * len(query)
-        return 2 * self.settings.temperature * F.cross_entropy(query @ key.T / self.settings.temperature, right)
+            key, target = torch.cat(dist.gather(key)), target + dist.rank() * len(query)
+        return 2 * self.settings.temperature * F.cross_entropy(query @ key.T / self.settings.temperature, target)
 
 
 @METHODS.register("nnclr")
 class NNCLR(Learner):
-    """Dwibedi et al. 2021, arXiv 2104.14548, Eq. (2) and (3): the positive is the nearest remembered embedding."""
+    """Dwibedi et al. 2021, arXiv 2104.14548, Eq. (2) and (3): the positive is the nearest embedding in a queue."""
 
     def build(self) -> None:
         size = self.settings.projection_dim
         self.projector = heads.NNCLRProjectionHead(self.width, *self.sizes)
         self.predictor = heads.NNCLRPredictionHead(size, self.settings.hidden_dim, size)
-        self.neighbours = remembered(NNMemoryBankModule((self.settings.queue_size, size)))
+        self.neighbours = save_queue(NNMemoryBankModule((self.settings.queue_size, size)))
         self.neighbours.gather_distributed = self.gather
         self.criterion = NTXentLoss(self.settings.temperature, gather_distributed=self.gather)
 
     def loss(self, a: Tensor, b: Tensor, views: Tensor, labels: Tensor) -> Tensor:
-        asked_a, asked_b = self.predictor(a), self.predictor(b)
+        predicted_a, predicted_b = self.predictor(a), self.predictor(b)
         near_a = self.neighbours(a.detach(), update=False)
         near_b = self.neighbours(b.detach(), update=True)
-        return (self.criterion(near_a, asked_b) + self.criterion(near_b, asked_a)) / 2
+        return (self.criterion(near_a, predicted_b) + self.criterion(near_b, predicted_a)) / 2

@@ -1,4 +1,4 @@
-"""Methods that follow a slow twin of themselves: BYOL, DINO, ReSSL."""
+"""Self-distillation methods, with a momentum-updated target network: BYOL, DINO, ReSSL."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightly.models.modules import heads
 from lightly.models.modules.memory_bank import MemoryBankModule
 from torch import Tensor, nn
 
-from zepad_mm.pretraining.base import METHODS, Learner, remembered
+from zepad_mm.pretraining.base import METHODS, Learner, save_queue
 
 
 @METHODS.register("byol")
@@ -35,9 +35,9 @@ class DINO(Learner):
 
     def build(self) -> None:
         self.projector = self._head()
-        twin = self._head()  # not a copy: weight normalisation cannot be copied
-        twin.load_state_dict(self.projector.state_dict())
-        self.target = nn.Sequential(copy.deepcopy(self.encoder), twin).requires_grad_(False)
+        target_head = self._head()  # new, since modules with weight normalisation cannot be copied
+        target_head.load_state_dict(self.projector.state_dict())
+        self.target = nn.Sequential(copy.deepcopy(self.encoder), target_head).requires_grad_(False)
         self.criterion = DINOLoss(self.settings.prototypes)
 
     def _head(self) -> nn.Module:
@@ -49,30 +49,31 @@ class DINO(Learner):
 
 @METHODS.register("ressl")
 class ReSSL(Learner):
-    """Zheng et al. 2021, arXiv 2107.09282, Eq. (4)-(6): likeness to a queue, as the twin sees it on a weak view."""
+    """Zheng et al. 2021, arXiv 2107.09282, Eq. (4)-(6): matches the target network's similarities to a queue."""
 
     weak_second_view = True
-    student_temperature, teacher_temperature = 0.1, 0.04  # the paper's
+    student_temperature, teacher_temperature = 0.1, 0.04  # as published
 
     def build(self) -> None:
         self.projector = heads.SimCLRProjectionHead(self.width, *self.sizes)
         self.add_target()
         size = (self.settings.queue_size, self.settings.projection_dim)
-        self.queue = remembered(MemoryBankModule(size, gather_distributed=self.gather))
+        self.queue = save_queue(MemoryBankModule(size, gather_distributed=self.gather))
 
     def forward(self, view_a: Tensor, view_b: Tensor, labels: Tensor) -> Tensor:
-        assert self.target is not None
+        if self.target is None:
+            raise RuntimeError("no target network; call add_target in build")
         query = F.normalize(self.projector(self.encoder(self.normalised(view_a))).float(), dim=1)
         with torch.no_grad():
             key = F.normalize(self.target(self.normalised(view_b)).float(), dim=1)
             _, others = self.queue(key, update=True)
-        return relational(query, key, others, self.student_temperature, self.teacher_temperature)
+        return relational_loss(query, key, others, self.student_temperature, self.teacher_temperature)
 
 
-def relational(query: Tensor, key: Tensor, others: Tensor, student: float, teacher: float) -> Tensor:
-    """Eq. (6) of ReSSL: cross-entropy of the likeness of ``key`` and of ``query`` (B, P) to ``others`` (P, K).
+def relational_loss(query: Tensor, key: Tensor, others: Tensor, student: float, teacher: float) -> Tensor:
+    """Eq. (6) of ReSSL: cross-entropy between the similarities of ``key`` and ``query`` (B, P) to ``others`` (P, K).
 
-    All have length 1; ``student`` and ``teacher`` are temperatures.
+    All have unit length; ``student`` and ``teacher`` are temperatures.
     """
-    wanted = (key @ others / teacher).softmax(1)
-    return -(wanted * (query @ others / student).log_softmax(1)).sum(1).mean()
+    targets = (key @ others / teacher).softmax(1)
+    return -(targets * (query @ others / student).log_softmax(1)).sum(1).mean()

@@ -1,4 +1,4 @@
-"""How good frozen features are: a nearest-neighbour and a linear answer."""
+"""Quality of frozen features: nearest-neighbour and linear accuracy."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def probe(learner: Learner, train: LabelledImages, held_out: LabelledImages, dev
     (features, labels), (queries, truth) = sets
     onehot = F.one_hot(labels, len(train.class_names)).float()
     similarity = F.normalize(queries, dim=1) @ F.normalize(features, dim=1).T
-    near = similarity.topk(min(20, len(labels)))
-    votes = ((near.values / 0.07).exp().unsqueeze(-1) * onehot[near.indices]).sum(1)
+    nearest = similarity.topk(min(20, len(labels)))
+    votes = ((nearest.values / 0.07).exp().unsqueeze(-1) * onehot[nearest.indices]).sum(1)
     mean, std = features.mean(0), features.std(0).clamp_min(1e-6)
     inputs = torch.cat([(features - mean) / std, torch.ones(len(features), 1)], 1)
-    asked = torch.cat([(queries - mean) / std, torch.ones(len(queries), 1)], 1)
+    query_inputs = torch.cat([(queries - mean) / std, torch.ones(len(queries), 1)], 1)
     gram = inputs.T @ inputs + 1e-3 * len(inputs) * torch.eye(inputs.shape[1])
-    linear = asked @ torch.linalg.solve(gram, inputs.T @ onehot)
+    linear = query_inputs @ torch.linalg.solve(gram, inputs.T @ onehot)
     return {
         "knn_accuracy": float((votes.argmax(1) == truth).float().mean()),
         "linear_accuracy": float((linear.argmax(1) == truth).float().mean()),

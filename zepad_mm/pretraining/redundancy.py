@@ -1,4 +1,4 @@
-"""Methods that keep embeddings from collapsing by their statistics: W-MSE, VICReg, VIbCReg, Barlow Twins."""
+"""Redundancy-reduction methods: W-MSE, VICReg, VIbCReg, Barlow Twins."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class BarlowTwins(Learner):
 
 @METHODS.register("w_mse")
 class WMSE(Learner):
-    """Ermolov et al. 2021, arXiv 2007.06346, Eq. (3)-(5): embeddings are whitened over a process's batch."""
+    """Ermolov et al. 2021, arXiv 2007.06346, Eq. (3)-(5): embeddings are whitened over the batch of each process."""
 
     def build(self) -> None:
         self.projector = heads.SimCLRProjectionHead(self.width, *self.sizes)
@@ -47,19 +47,19 @@ class WMSE(Learner):
         size = a.shape[1]
         if 2 * size > len(a):
             raise ValueError(
-                f"w_mse whitens {size} dimensions over {len(a)} pictures; set projection_dim to at most half of "
+                f"w_mse whitens {size} dimensions over {len(a)} images; set projection_dim to at most half of "
                 f"batch_size, here {len(a) // 2}"
             )
-        # the running statistics serve inference alone, and there is none through this head
+        # running statistics are for inference, which does not use this head
         criterion = WMSELoss(size, eps=1e-4, track_running_stats=False, w_size=len(a))
         return criterion(torch.cat([a, b]))
 
 
 @METHODS.register("vibcreg")
 class VIbCReg(Learner):
-    """Lee and Aune 2021, arXiv 2109.00783, with IterNorm behind the projector and a normalised covariance."""
+    """Lee and Aune 2021, arXiv 2109.00783, with IterNorm after the projector and a normalised covariance."""
 
-    weights = (25.0, 25.0, 200.0)  # of invariance, variance and covariance, as solo-learn's CIFAR recipe
+    weights = (25.0, 25.0, 200.0)  # of invariance, variance and covariance, as in solo-learn's CIFAR recipe
 
     def build(self) -> None:
         self.projector = heads.VICRegProjectionHead(self.width, *self.sizes)
@@ -75,16 +75,16 @@ class VIbCReg(Learner):
 
 
 def normalised_covariance(z: Tensor) -> Tensor:
-    """Mean square of the off-diagonal correlations of embeddings (B, P): what VIbCReg changes in VICReg."""
+    """Mean square of the off-diagonal correlations of embeddings (B, P), VIbCReg's covariance term."""
     columns = F.normalize(z - z.mean(0), dim=0)
     correlation = columns.T @ columns
     return (correlation - torch.diag(correlation.diagonal())).square().mean()
 
 
 def iterative_whitening(z: Tensor, steps: int = 5, epsilon: float = 1e-4) -> Tensor:
-    """IterNorm (Huang et al. 2019, arXiv 1904.03441, Algorithm 1): (B, P) centred and nearly decorrelated.
+    """IterNorm (Huang et al. 2019, arXiv 1904.03441, Algorithm 1): embeddings (B, P), centred and nearly decorrelated.
 
-    ``steps`` of Newton's iteration towards the inverse root of the covariance, which needs no eigenvectors.
+    Uses ``steps`` Newton iterations towards the inverse root of the covariance, without eigenvectors.
     """
     centred = z - z.mean(0)
     eye = torch.eye(z.shape[1], device=z.device)

@@ -1,4 +1,4 @@
-"""Random views of pictures, drawn on the CPU and made in batches."""
+"""Random views of image batches."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from torch import Tensor
 def augment(images: Tensor, min_scale: float, generator: torch.Generator, colours: bool = True) -> Tensor:
     """One random view of a batch (B, 3, S, S) in [0, 1]: resized crop, flip, colour jitter, grey; all per sample.
 
-    The crop and the flip are one affine sampling, the colours one 3x3 matrix: a view costs a few milliseconds.
-    Parameters are drawn on the CPU, so a seed gives the same views on every device. Without ``colours`` the view is
-    weak: cropped and flipped alone.
+    Crop and flip are one affine sampling, colour jitter is one 3x3 matrix. Parameters are drawn on the CPU, so that a
+    seed gives the same views on every device. Without ``colours`` the view is weak: only cropped and flipped.
     """
     n, device = len(images), images.device
 
@@ -37,13 +36,13 @@ def augment(images: Tensor, min_scale: float, generator: torch.Generator, colour
     jitter = uniform(0, 1) < 0.8
     angle = torch.where(jitter, uniform(-0.2, 0.2) * math.pi, 0.0)
     saturation = torch.where(uniform(0, 1) < 0.2, 0.0, torch.where(jitter, uniform(0.6, 1.4), 1.0))
-    turn = torch.eye(3).repeat(n, 1, 1)
-    turn[:, 1, 1], turn[:, 1, 2], turn[:, 2, 1], turn[:, 2, 2] = (
+    hue_rotation = torch.eye(3).repeat(n, 1, 1)
+    hue_rotation[:, 1, 1], hue_rotation[:, 1, 2], hue_rotation[:, 2, 1], hue_rotation[:, 2, 2] = (
         saturation * value for value in (angle.cos(), -angle.sin(), angle.sin(), angle.cos())
     )
-    matrix = torch.linalg.inv(to_yiq) @ turn @ to_yiq
+    matrix = torch.linalg.inv(to_yiq) @ hue_rotation @ to_yiq
     contrast = torch.where(jitter, uniform(0.6, 1.4), 1.0).to(device).view(-1, 1, 1)
-    bright = torch.where(jitter, uniform(0.6, 1.4), 1.0).to(device).view(-1, 1, 1)
+    brightness = torch.where(jitter, uniform(0.6, 1.4), 1.0).to(device).view(-1, 1, 1)
     pixels = matrix.to(device) @ views.flatten(2)
     mean = (grey.to(device) @ pixels).mean(-1).view(-1, 1, 1)
-    return (bright * (contrast * (pixels - mean) + mean)).clamp(0, 1).view_as(images)
+    return (brightness * (contrast * (pixels - mean) + mean)).clamp(0, 1).view_as(images)

@@ -1,4 +1,4 @@
-"""What pre-training keeps: its state after an epoch, and in the end the encoder."""
+"""Checkpoint of a pre-training run after each epoch, and the finished encoder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from zepad_mm.utils.io import read_tensors, write_tensors
 def save_state(
     path: Path, learner: Learner, optimizer: torch.optim.Optimizer, epoch: int, settings: dict[str, Any]
 ) -> None:
-    """Weights and optimiser moments after a whole epoch, as safetensors: nothing is ever pickled."""
+    """Write weights and optimiser state after an epoch, as safetensors."""
     tensors = {f"model.{name}": value for name, value in learner.state_dict().items()}
     for index, entry in optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in entry.items()})
@@ -27,12 +27,12 @@ def save_state(
 
 
 def load_state(path: Path, learner: Learner, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> int:
-    """The number of whole epochs done. Raises ValueError when the state belongs to other settings."""
+    """Restore a checkpoint; returns the number of epochs done. Raises ValueError if its settings differ."""
     tensors, about = read_tensors(path)
-    theirs, ours = json.loads(about["config"]), json.loads(json.dumps(settings))
-    other = [key for key in ours if ours[key] != theirs.get(key) and key not in ("out", "data", "threads")]
-    if other:
-        raise ValueError(f"{path} was written with other settings of {', '.join(other)}; choose a new --out")
+    saved, current = json.loads(about["config"]), json.loads(json.dumps(settings))
+    changed = [key for key in current if current[key] != saved.get(key) and key not in ("out", "data", "threads")]
+    if changed:
+        raise ValueError(f"{path} was written with other settings of {', '.join(changed)}; choose a new --out")
     learner.load_state_dict({key[6:]: value for key, value in tensors.items() if key.startswith("model.")})
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -44,7 +44,7 @@ def load_state(path: Path, learner: Learner, optimizer: torch.optim.Optimizer, s
 
 
 def save_encoder(encoder: nn.Module, folder: Path, model_args: dict[str, Any]) -> None:
-    """timm's own format, written beside and renamed: the folder is never half there."""
+    """Write the encoder in timm's format, atomically: into a temporary folder that is then renamed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         fresh = Path(scratch) / "encoder"
