@@ -1,9 +1,9 @@
-"""Our attacks beside those of torchattacks and adv-lib: same model, images, budget and steps; accuracy and seconds.
+"""Compare our attacks with those of torchattacks and adv-lib: same model, images, budget and steps.
 
     pip install "zepad-mm[attacks]" && pip install --no-deps torchattacks
     python -m benchmarks.attack_parity --n 500
 
-Writes results/parity.json and .md. A run that was cut off goes on where it stopped.
+Writes accuracies and seconds to results/parity.json and .md. A killed run resumes.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from zepad_mm.utils.provenance import provenance
 
 OUT = Path(__file__).parents[1] / "results" / "parity.json"
 WORST = "apgd-ce + apgd-t + square"
-WHOLE = ", whole defence"  # names that end so are of all of ZePAD, the others of one branch
-DEFAULT = ", its defaults"  # as torchattacks' AutoAttack comes: 10 steps, FAB too, 5000 queries of Square
-PGD_BATCH = 64  # a power of two: the mean over the batch, which torchattacks takes, then changes no rounding
+WHOLE = ", whole defence"  # suffix of attacks on the whole ZePAD; the others attack one branch
+DEFAULT = ", its defaults"  # suffix of torchattacks' AutoAttack defaults: 10 steps, with FAB, 5000 Square queries
+PGD_BATCH = 64  # a power of two, so that torchattacks' mean over the batch is exact
 
 Model = Callable[[Tensor], Tensor]
-Run = Callable[[Model, Tensor, Tensor], Tensor]  # attacked images
+Run = Callable[[Model, Tensor, Tensor], Tensor]  # model, images, labels to adversarial images
 
 
 def ours(attacks: list[Attack]) -> Run:
-    """One after the other, each on what the earlier ones left."""
+    """Run attacks in sequence, each on the images that the earlier ones left correct."""
 
     def run(model: Model, images: Tensor, labels: Tensor) -> Tensor:
         worst = images.clone()
@@ -48,13 +48,13 @@ def ours(attacks: list[Attack]) -> Run:
     return run
 
 
-def on_a_streamlined_copy(run: Run) -> Run:
-    """What ``zepad evaluate`` does: adapters and batch norms folded first; the folding counts."""
+def on_an_optimized_copy(run: Run) -> Run:
+    """Optimise a copy of the model for inference first, as ``zepad evaluate`` does; its time counts."""
     return lambda model, images, labels: run(optimize_for_inference(model, images.shape[-1]), images, labels)
 
 
 def torchattacks_default(settings: dict[str, Any], classes: int) -> Run:
-    """``AutoAttack("standard")`` untouched: apgd-ce, apgd-t, fab-t and square."""
+    """``AutoAttack("standard")`` with its defaults: apgd-ce, apgd-t, fab-t and square."""
     import torchattacks
 
     def run(model: Model, images: Tensor, labels: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def torchattacks_default(settings: dict[str, Any], classes: int) -> Run:
 
 
 def torchattacks_auto(settings: dict[str, Any], classes: int) -> Run:
-    """AutoAttack's apgd-ce, apgd-t and square with these steps, each on what the earlier ones left."""
+    """AutoAttack's apgd-ce, apgd-t and square with these settings, in sequence."""
     import torchattacks
 
     def run(model: Model, images: Tensor, labels: Tensor) -> Tensor:
@@ -89,20 +89,20 @@ def adv_lib_apgd(settings: dict[str, Any], loss: str) -> Run:
 
 @torch.no_grad()
 def right(model: Model, images: Tensor, labels: Tensor) -> Tensor:
-    """(n,) bool, scored in batches."""
+    """(n,) bool: whether each prediction is right."""
     return torch.cat([model(part).argmax(-1) for part in images.split(100)]) == labels
 
 
 def table(settings: dict[str, Any], classes: int) -> dict[str, Run]:
-    """name -> what is timed."""
+    """The attacks to compare, by name."""
 
     def worst_case(steps: int, queries: int) -> Run:
         budget = settings["epsilon"]
         ce, targeted = (APGD(epsilon=budget, steps=steps, loss=loss) for loss in ("ce", "targeted"))
-        return on_a_streamlined_copy(ours([ce, targeted, Square(epsilon=budget, queries=queries)]))
+        return on_an_optimized_copy(ours([ce, targeted, Square(epsilon=budget, queries=queries)]))
 
     def one(loss: str) -> Run:
-        return on_a_streamlined_copy(ours([APGD(epsilon=settings["epsilon"], steps=settings["steps"], loss=loss)]))
+        return on_an_optimized_copy(ours([APGD(epsilon=settings["epsilon"], steps=settings["steps"], loss=loss)]))
 
     ours_of, theirs_of = worst_case(settings["steps"], settings["queries"]), torchattacks_auto(settings, classes)
     return {
@@ -120,26 +120,26 @@ def table(settings: dict[str, Any], classes: int) -> dict[str, Run]:
 
 
 def measure(run: Run, model: Model, images: Tensor, labels: Tensor, settings: dict[str, Any]) -> dict[str, Any]:
-    """Accuracy left, wall and processor seconds, and whether the images keep to the rules."""
+    """Robust accuracy, wall and CPU seconds, and the largest change of a pixel."""
     torch.manual_seed(settings["seed"])
-    wall, busy = time.perf_counter(), time.process_time()
-    struck = [
+    wall, cpu = time.perf_counter(), time.process_time()
+    batches = [
         run(model, x, y) for x, y in zip(images.split(settings["batch"]), labels.split(settings["batch"]), strict=True)
     ]
-    wall, busy = time.perf_counter() - wall, time.process_time() - busy
-    attacked = torch.cat(struck).detach()
-    kept = right(model, attacked, labels)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    adversarial = torch.cat(batches).detach()
+    kept = right(model, adversarial, labels)
     return {
         "accuracy": float(kept.float().mean()),
         "seconds": round(wall, 2),
-        "cpu_seconds": round(busy, 2),
-        "largest_change": float((attacked - images).abs().max()),
+        "cpu_seconds": round(cpu, 2),
+        "largest_change": float((adversarial - images).abs().max()),
         "right": "".join(str(int(bit)) for bit in kept),
     }
 
 
 def pgd_difference(model: Model, images: Tensor, labels: Tensor, settings: dict[str, Any]) -> dict[str, Any]:
-    """The last iterates of our PGD and torchattacks', without random start, under the same steps."""
+    """The difference of the last iterates of our PGD and torchattacks', without random start."""
     import torchattacks
 
     images, labels = images[:PGD_BATCH], labels[:PGD_BATCH]
@@ -154,7 +154,7 @@ def pgd_difference(model: Model, images: Tensor, labels: Tensor, settings: dict[
 
     attack = PGD(epsilon=budget, steps=steps, step_size=step, loss="ce", random_start=False, stop_when_wrong=False)
     attack(recorded, images, labels)
-    gap = (seen[-1] - theirs).abs()  # what our attack looks at last is its last iterate
+    gap = (seen[-1] - theirs).abs()  # our attack scores its last iterate last
     return {
         "n": len(images),
         "largest_difference": float(gap.max()),
@@ -163,20 +163,20 @@ def pgd_difference(model: Model, images: Tensor, labels: Tensor, settings: dict[
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """The table for readers."""
+    """The Markdown table of a record."""
     settings = record["meta"]["config"]
     lines = [
-        "# Attacks beside those of other libraries",
+        "# Attacks compared with other libraries",
         "",
         f"Branch `{settings['branch']}` of the shipped model alone, {settings['n']} test images, L-inf "
         f"{settings['epsilon'] * 255:.4g}/255, {settings['steps']} steps per run and target, "
         f"{settings['queries']} queries of Square, one thread ({record['meta']['hardware']}).",
-        "Where a line ends in *its defaults*, torchattacks' AutoAttack is called as it comes: 10 steps, FAB-T besides, "
-        f"5000 queries; ours is what a budget-minded user would run instead: {settings['steps']} steps, no FAB, "
+        "*Its defaults* means torchattacks' AutoAttack with its defaults: 10 steps, with FAB-T, "
+        f"5000 queries; ours is then run with {settings['steps']} steps, no FAB and "
         f"{10 * settings['queries']} queries.",
         "Made by `python -m benchmarks.attack_parity`.",
         "",
-        "| attack | images | accuracy left | CPU seconds |",
+        "| attack | images | robust accuracy | CPU seconds |",
         "|---|---|---|---|",
         f"| none | {settings['n']} | {record['clean'] * 100:.1f} % | |",
     ]
@@ -188,7 +188,7 @@ def markdown(record: dict[str, Any]) -> str:
         "",
         *(
             f"{which[0].upper()}{which[1:]}: the worst cases of ours and torchattacks' disagree on {found['disagree']} "
-            f"images; theirs takes {found['speed_up']:.2f} times the processor time of ours."
+            f"images; theirs takes {found['speed_up']:.2f} times the CPU time of ours."
             for which, found in summary.items()
         ),
         f"PGD without random start: the last iterates differ by at most {pgd['largest_difference']:.2g} "
@@ -201,9 +201,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=500, help="test images")
     parser.add_argument("--steps", type=int, default=20, help="gradient steps per run and target")
-    parser.add_argument("--queries", type=int, default=200, help="of Square")
+    parser.add_argument("--queries", type=int, default=200, help="queries of Square")
     parser.add_argument("--few", type=int, default=100, help="test images for the whole defence, and for defaults")
-    parser.add_argument("--stages", type=int, default=None, help="stop after so many (default: all); a rerun goes on")
+    parser.add_argument("--stages", type=int, default=None, help="stages to run (default: all); a rerun resumes")
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args()
     torch.set_num_threads(1)

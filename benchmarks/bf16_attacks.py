@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Does an attack in bf16 find what it finds in fp32? The same PGD both ways, judged in fp32 both times.
+"""Compare PGD in bf16 with PGD in fp32; both are scored in fp32.
 
     python -m benchmarks.bf16_attacks                 # results/bf16.json, some minutes on two CPU cores
 
-On the robust branches of the shipped defence, on the embedded test images, image by image. Adversarial tuning
-with ``mixed_precision="bf16"`` makes its attacks this way; the goal is a robust accuracy within half a point.
+On the robust branches of the shipped model and the embedded test images. Adversarial tuning with
+``mixed_precision="bf16"`` attacks in bf16; the goal is a robust accuracy within half a point.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def main() -> None:
         for images, labels in tqdm(list(data.batches(50)), name):
             x, y = images.to(args.device), labels.to(args.device)
             for kind, view in (("fp32", network), ("bf16", in_bf16(network, args.device))):
-                attacked = attack(view, x, y, generator=torch.Generator().manual_seed(0))
+                adversarial = attack(view, x, y, generator=torch.Generator().manual_seed(0))
                 with torch.no_grad():
-                    right[kind].append((network(attacked).argmax(-1) == y).cpu())
+                    right[kind].append((network(adversarial).argmax(-1) == y).cpu())
         rows.append(compared(name, {kind: torch.cat(parts) for kind, parts in right.items()}))
         print(rows[-1])
     config = {key: value for key, value in vars(args).items() if key != "out"}
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def in_bf16(network: torch.nn.Module, device: str) -> Callable[[Tensor], Tensor]:
-    """The network under autocast, its logits in fp32."""
+    """The network under bf16 autocast, with logits in fp32."""
 
     def view(images: Tensor) -> Tensor:
         with torch.autocast(device.partition(":")[0], torch.bfloat16):
@@ -69,7 +69,7 @@ def in_bf16(network: torch.nn.Module, device: str) -> Callable[[Tensor], Tensor]
 
 
 def compared(name: str, right: dict[str, Tensor]) -> dict[str, Any]:
-    """Robust accuracy both ways with 95 % intervals, and on how many images they differ."""
+    """Both robust accuracies with 95 % intervals, and the number of images that differ."""
     row: dict[str, Any] = {"model": name, "n": len(right["fp32"])}
     for kind, mask in right.items():
         found = share(mask)

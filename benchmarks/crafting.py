@@ -1,17 +1,16 @@
 #!/usr/bin/env python
-"""How fast universal perturbations are crafted: ours against the straightforward formulation of the same attack.
+"""Speed of crafting universal perturbations, compared with a straightforward implementation of the same attacks.
 
     python -m benchmarks.crafting                     # results/bench_crafting.json, some minutes
-    python -m benchmarks.crafting --small             # seconds: shows that it runs
+    python -m benchmarks.crafting --small             # seconds, to check that it runs
 
 The same attacks, images and steps on the embedded encoder, twice:
 
-- straightforward: the encoder as it is loaded, its parameters asking for gradients that nobody wants, the features of
-  the clean images computed anew at every step;
+- straightforward: the encoder as loaded, with parameter gradients, and clean features recomputed at every step;
 - ours: ``optimize_for_inference(encoder)``, parameters frozen while crafting, each clean image encoded once per run.
 
-Both take turns, round after round in one process; ratios are medians over the rounds. That both find perturbations of
-the same strength is checked: the loss that each reports at its end is in the record.
+Both alternate in one process; ratios are medians over the rounds. The final losses of both are in the record, to check
+that the perturbations are equally strong.
 """
 
 from __future__ import annotations
@@ -41,13 +40,13 @@ ATTACKS = ("adv_encoder", "feature_uap", "etu", "x_transfer", "l4a_base")  # the
 
 @contextmanager
 def straightforward() -> Iterator[None]:
-    """Within, parameters are not frozen, and the clean images of a batch are encoded at every step."""
+    """Context in which parameters are not frozen and clean images are encoded at every step."""
 
-    def anew(self: Surrogate, which: int, batch: Tensor) -> Tensor:
+    def recompute(self: Surrogate, which: int, batch: Tensor) -> Tensor:
         with torch.no_grad():
             return self.encoders[which](self.select(batch))
 
-    with patch.object(base, "frozen", nullcontext), patch.object(Surrogate, "clean_features", anew):
+    with patch.object(base, "frozen", nullcontext), patch.object(Surrogate, "clean_features", recompute):
         yield
 
 
@@ -71,9 +70,9 @@ def main() -> None:
     times: dict[str, dict[str, list[float]]] = {name: {"straightforward": [], "ours": []} for name in ATTACKS}
     losses: dict[str, dict[str, float]] = {name: {} for name in ATTACKS}
     for number in range(args.rounds + 1):
-        for name, taken in times.items():
+        for name, seconds in times.items():
             attack = UNIVERSAL_ATTACKS.get(name)(image_size=size, steps=args.steps, batch_size=args.batch)
-            for way in taken:
+            for way in seconds:
                 began = time.perf_counter()
                 if way == "ours":
                     found = attack.fit(light, images)
@@ -83,17 +82,17 @@ def main() -> None:
                 if args.device.startswith("cuda"):
                     torch.cuda.synchronize()
                 if number:  # the first round warms up
-                    taken[way].append(time.perf_counter() - began)
+                    seconds[way].append(time.perf_counter() - began)
                 losses[name][way] = found.provenance["final_loss"]  # type: ignore[assignment]
     seen = args.steps * args.batch
     config = {key: value for key, value in vars(args).items() if key != "out"}
     rows = []
-    for name, taken in times.items():
-        ratios = [slow / quick for slow, quick in zip(taken["straightforward"], taken["ours"], strict=True)]
+    for name, seconds in times.items():
+        ratios = [slow / quick for slow, quick in zip(seconds["straightforward"], seconds["ours"], strict=True)]
         rows.append(
             {
                 "attack": name,
-                "images_per_second": {way: round(seen / statistics.median(taken[way]), 1) for way in taken},
+                "images_per_second": {way: round(seen / statistics.median(seconds[way]), 1) for way in seconds},
                 "speed": {
                     "median": round(statistics.median(ratios), 3),
                     "lowest": round(min(ratios), 3),

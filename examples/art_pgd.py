@@ -1,4 +1,4 @@
-"""The whole defence inside the Adversarial Robustness Toolbox. Needs: pip install adversarial-robustness-toolbox."""
+"""Attack a ZePAD with the Adversarial Robustness Toolbox. Needs: pip install adversarial-robustness-toolbox."""
 
 import torch
 from art.attacks.evasion import ProjectedGradientDescentPyTorch
@@ -13,5 +13,5 @@ classifier = PyTorchClassifier(
     model, torch.nn.CrossEntropyLoss(), tuple(images.shape[1:]), len(model.class_names), clip_values=(0.0, 1.0)
 )
 attack = ProjectedGradientDescentPyTorch(classifier, eps=4 / 255, eps_step=1 / 255, max_iter=5, verbose=False)
-attacked = attack.generate(images.numpy(), labels.numpy())
-print("accuracy", float((classifier.predict(attacked).argmax(-1) == labels.numpy()).mean()))
+adversarial = attack.generate(images.numpy(), labels.numpy())
+print("accuracy", float((classifier.predict(adversarial).argmax(-1) == labels.numpy()).mean()))

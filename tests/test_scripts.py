@@ -15,13 +15,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NEEDS = {
-    "torchattacks_autoattack": "torchattacks",
+    "torchattacks_apgd": "torchattacks",
     "adv_lib_apgd": "adv_lib.attacks.auto_pgd",
     "art_pgd": "art.estimators.classification",
 }
 
 
-def test_every_example_is_run() -> None:
+def test_every_example_is_tested() -> None:
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(NEEDS)
 
 
@@ -45,7 +45,7 @@ def test_example(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_parity_script_in_small(tmp_path: Path) -> None:
+def test_attack_parity_runs(tmp_path: Path) -> None:
     for module in ("torchattacks", "adv_lib.attacks.auto_pgd"):
         pytest.importorskip(module, exc_type=ImportError)
     small = ["--n", "8", "--few", "4", "--steps", "2", "--queries", "2", "--stages", "4"]

@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Split the CC0 clothing photos into the four embedded parts: surrogate, train, validation, test.
+"""Split the CC0 clothing photos into the four embedded splits: surrogate, train, validation, test.
 
     python -m tools.build_data --clothing DIR
 
-DIR holds ``train-*.parquet``, ``validation-*.parquet`` and ``test-*.parquet`` (columns image, label). Who may see what:
+DIR contains ``train-*.parquet``, ``validation-*.parquet`` and ``test-*.parquet`` (columns image, label). The splits:
 
-- surrogate: the public CLIP's own training pictures, and all that an attacker has;
-- train: the defender's local pictures, for tuning the branches; the public CLIP and the attacker never saw them;
-- validation: thresholds, checkpoints and constants of fusion rules;
-- test: in no training and no selection. The original test split and pictures moved out of the original train split;
-  whatever looks like a near duplicate of a test picture is dropped from the other parts.
+- surrogate: training images of the public CLIP, and all images that attackers have;
+- train: the defender's own images, for tuning the branches; unknown to the public CLIP and to attackers;
+- validation: selects thresholds, checkpoints and constants of fusion rules;
+- test: used in no training or selection. The original test split and images moved from the original train split; near
+  duplicates of test images are dropped from the other splits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
-from PIL import Image as Pictures
+from PIL import Image as PILImage
 
 from zepad_mm.utils.io import replacing, write_json, write_text
 
@@ -38,14 +38,14 @@ CARD = """# Clothing photos
 Photos of ten kinds of clothes at 64 x 64 pixels, JPEG quality {quality}. From the *Clothing dataset* collected by
 Alexey Grigorev and contributors, dedicated to the public domain (CC0 1.0).
 
-| part | pictures | who sees it |
+| split | images | used by |
 |---|---|---|
 | surrogate | {surrogate} | the public CLIP in training, and the attacker |
 | train | {train} | the defender, to tune branches |
 | validation | {validation} | thresholds, checkpoint selection, fusion constants |
-| test | {test} | nobody before the report |
+| test | {test} | the final evaluation only |
 
-{dropped} near duplicates of test pictures were dropped from the other parts. `indices.json` names the source rows.
+{dropped} near duplicates of test images were dropped from the other splits. `indices.json` names the source rows.
 Rebuilt by `python -m tools.build_data --clothing DIR`.
 """
 
@@ -53,7 +53,7 @@ Rebuilt by `python -m tools.build_data --clothing DIR`.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clothing", type=Path, required=True, help="folder with the three parquet files")
-    parser.add_argument("--out", type=Path, default=OUT, help="where the four parts go")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the four splits")
     arguments = parser.parse_args()
     tables = {split: _read(arguments.clothing, split) for split in ("train", "validation", "test")}
     names = tables["train"].features["label"].names
@@ -69,7 +69,7 @@ def main() -> None:
     dropped = 0
     for part in ("validation", "surrogate", "train"):
         near = [np.sqrt(((test - thumbs[split][i]) ** 2).mean(axis=1).min()) < NEAR for split, i in parts[part]]
-        parts[part] = [row for row, twin in zip(parts[part], near, strict=True) if not twin]
+        parts[part] = [row for row, duplicate in zip(parts[part], near, strict=True) if not duplicate]
         dropped += int(sum(near))
     for part, rows in parts.items():
         columns = {
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def _plain(name: str) -> str:
-    """A few labels as people write them: the text tower reads words, not column names."""
+    """The class name in plain words, for the text encoder."""
     return {"longsleeve": "long-sleeved shirt", "outwear": "jacket"}.get(name, name)
 
 
@@ -96,13 +96,13 @@ def _read(folder: Path, split: str) -> Any:
     files = sorted(str(path) for path in folder.glob(f"{split}-*.parquet"))
     if not files:
         raise SystemExit(
-            f"no {split}-*.parquet in {folder}; give --clothing the folder that holds the clothing parquet"
+            f"no {split}-*.parquet in {folder}; pass the folder of the clothing parquet files as --clothing"
         )
     return Dataset.from_parquet(files)
 
 
 def _stratified(labels: np.ndarray) -> list[int]:
-    """All rows in an order in which every prefix has about the class shares of the whole."""
+    """The rows in an order in which every prefix has about the class proportions of the whole."""
     generator = np.random.default_rng(SEED)
     rank = np.empty(len(labels))
     for label in np.unique(labels):
@@ -111,14 +111,14 @@ def _stratified(labels: np.ndarray) -> list[int]:
     return [int(row) for row in np.argsort(rank, kind="stable")]
 
 
-def _thumb(picture: Any) -> np.ndarray:
-    small = picture.convert("RGB").resize((16, 16), Pictures.Resampling.BOX)
+def _thumb(image: Any) -> np.ndarray:
+    small = image.convert("RGB").resize((16, 16), PILImage.Resampling.BOX)
     return np.asarray(small, dtype=np.float32).reshape(-1) / 255
 
 
-def _jpeg(picture: Any) -> bytes:
+def _jpeg(image: Any) -> bytes:
     buffer = io.BytesIO()
-    picture.convert("RGB").resize((64, 64)).save(buffer, "JPEG", quality=QUALITY, optimize=True)
+    image.convert("RGB").resize((64, 64)).save(buffer, "JPEG", quality=QUALITY, optimize=True)
     return buffer.getvalue()
 
 
