@@ -130,12 +130,12 @@ def test_adaptive_attacks_are_at_least_as_strong_as_generic_ones(batch: tuple[Te
 
     generic = APGD(loss="targeted", epsilon=budget, steps=20)
     left = generic.still_correct(fused, generic(fused, images, labels), labels)
-    stands = torch.ones_like(left)
+    remaining = torch.ones_like(left)
     for loss in FUSED_LOSSES:
         attack = FusedAttack(fuse=FUSION, loss=loss, epsilon=budget, steps=20)
-        stands &= attack.still_correct(branches, attack(branches, images, labels), labels)
+        remaining &= attack.still_correct(branches, attack(branches, images, labels), labels)
     assert 0 < left.sum() < len(labels)  # neither attack is trivial
-    assert stands.sum() <= left.sum()
+    assert remaining.sum() <= left.sum()
 
 
 @pytest.mark.parametrize("name", list(ATTACKS))

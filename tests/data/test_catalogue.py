@@ -103,8 +103,8 @@ def test_other_classes_and_columns_raise(stored: Stored) -> None:
     stored(class_names=("cat", "dog", "horse"))
     with pytest.raises(ValueError, match=r"Cat.*expects 3 classes: cat, dog, horse"):
         load_data("toy", "train", 8)
-    stored(image_column="image")
-    with pytest.raises(ValueError, match=r"columns image, domain, label.*expects image"):
+    stored(image_column="pixels")
+    with pytest.raises(ValueError, match=r"columns image, domain, label.*expects pixels"):
         load_data("toy", "train", 8)
 
 

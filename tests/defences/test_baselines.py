@@ -1,4 +1,4 @@
-"""TRADES, MART and PMG-AFT: their losses are the papers' formulas, with gradients on the sides that shall have them."""
+"""TRADES, MART and PMG-AFT: their losses equal the formulas of the papers, and so do their gradients."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class AttackSettings(Config):
 
     @property
     def path(self) -> Path:
-        """The file of the perturbation; its image goes beside it."""
+        """The file of the perturbation; its PNG is written next to it."""
         out = Path(self.out)
         return out if out.suffix == ".safetensors" else out / f"{self.attack}.safetensors"
 
