@@ -197,6 +197,21 @@ def markdown(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def summarize(stages: dict[str, Any]) -> dict[str, Any]:
+    """Images on which the worst cases of both libraries disagree, and the ratio of CPU times, where both were run."""
+    summary = {}
+    suffixes = {"one branch": "", "the whole defence": WHOLE, "one branch and AutoAttack as it comes": DEFAULT}
+    for which, suffix in suffixes.items():
+        names = [f"{library} {WORST}{suffix}" for library in ("zepad_mm", "torchattacks")]
+        if set(names) <= set(stages):
+            ours, theirs = (stages[name] for name in names)
+            summary[which] = {
+                "disagree": sum(a != b for a, b in zip(ours["right"], theirs["right"], strict=True)),
+                "speed_up": theirs["cpu_seconds"] / max(ours["cpu_seconds"], 1e-9),
+            }
+    return summary
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=500, help="test images")
@@ -240,17 +255,7 @@ def main() -> None:
             record["stages"][stage] = measure(run, target, images[part], labels[part], settings)
             write_json(given.out, record)
         print(stage, {key: value for key, value in record["stages"][stage].items() if key != "right"}, flush=True)
-    record["summary"] = {}
-    summaries = {"one branch": "", "the whole defence": WHOLE, "one branch and AutoAttack as it comes": DEFAULT}
-    for which, end in summaries.items():
-        names = [f"{who} {WORST}{end}" for who in ("zepad_mm", "torchattacks")]
-        if not set(names) <= set(record["stages"]):
-            continue
-        first, second = (record["stages"][name] for name in names)
-        record["summary"][which] = {
-            "disagree": sum(a != b for a, b in zip(first["right"], second["right"], strict=True)),
-            "speed_up": second["cpu_seconds"] / max(first["cpu_seconds"], 1e-9),
-        }
+    record["summary"] = summarize(record["stages"])
     write_json(given.out, record)
     write_text(given.out.with_suffix(".md"), markdown(record))
 

@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -30,7 +31,7 @@ from zepad_mm.attacks import UNIVERSAL_ATTACKS
 from zepad_mm.attacks.universal import base
 from zepad_mm.attacks.universal.base import Surrogate
 from zepad_mm.data import load_data
-from zepad_mm.encoders import load_encoder, optimize_for_inference
+from zepad_mm.encoders import Encoder, load_encoder, optimize_for_inference
 from zepad_mm.utils.io import write_json
 from zepad_mm.utils.provenance import provenance
 
@@ -67,43 +68,46 @@ def main() -> None:
     size = encoder.preprocess.image_size
     images = load_data("embedded", "surrogate", size, args.n).images.to(args.device)
     plain, light = encoder.requires_grad_(True), optimize_for_inference(encoder, size)
+    rows = measure(args, plain, light, images)
+    config = {key: value for key, value in vars(args).items() if key != "out"}
+    about = {**provenance(seed=0, config=config), "torch_threads": torch.get_num_threads()}
+    write_json(args.out, {"meta": about, "rows": rows})
+
+
+def measure(args: argparse.Namespace, plain: Encoder, light: Encoder, images: Tensor) -> list[dict[str, Any]]:
+    """One row per attack: images per second of both implementations, the ratio and the final losses."""
     times: dict[str, dict[str, list[float]]] = {name: {"straightforward": [], "ours": []} for name in ATTACKS}
     losses: dict[str, dict[str, float]] = {name: {} for name in ATTACKS}
     for number in range(args.rounds + 1):
         for name, seconds in times.items():
-            attack = UNIVERSAL_ATTACKS.get(name)(image_size=size, steps=args.steps, batch_size=args.batch)
+            attack = UNIVERSAL_ATTACKS.get(name)(image_size=images.shape[-1], steps=args.steps, batch_size=args.batch)
             for way in seconds:
                 began = time.perf_counter()
                 if way == "ours":
-                    found = attack.fit(light, images)
+                    perturbation = attack.fit(light, images)
                 else:
                     with straightforward():
-                        found = attack.fit(plain, images)
+                        perturbation = attack.fit(plain, images)
                 if args.device.startswith("cuda"):
                     torch.cuda.synchronize()
                 if number:  # the first round warms up
                     seconds[way].append(time.perf_counter() - began)
-                losses[name][way] = found.provenance["final_loss"]  # type: ignore[assignment]
-    seen = args.steps * args.batch
-    config = {key: value for key, value in vars(args).items() if key != "out"}
+                losses[name][way] = perturbation.provenance["final_loss"]
+    crafted = args.steps * args.batch
     rows = []
     for name, seconds in times.items():
         ratios = [slow / quick for slow, quick in zip(seconds["straightforward"], seconds["ours"], strict=True)]
+        speed = {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
         rows.append(
             {
                 "attack": name,
-                "images_per_second": {way: round(seen / statistics.median(seconds[way]), 1) for way in seconds},
-                "speed": {
-                    "median": round(statistics.median(ratios), 3),
-                    "lowest": round(min(ratios), 3),
-                    "highest": round(max(ratios), 3),
-                },
+                "images_per_second": {way: round(crafted / statistics.median(seconds[way]), 1) for way in seconds},
+                "speed": {key: round(value, 3) for key, value in speed.items()},
                 "final_loss": losses[name],
             }
         )
         print(rows[-1])
-    about = {**provenance(seed=0, config=config), "torch_threads": torch.get_num_threads()}
-    write_json(args.out, {"meta": about, "rows": rows})
+    return rows
 
 
 if __name__ == "__main__":

@@ -118,8 +118,7 @@ def pretrain(config: Settings) -> dict[str, Any]:
             metrics = {"epoch": epoch + 1, "loss": mean_loss, "seconds": time.time() - epoch_started}
             if (epoch + 1) % PROBE_EVERY == 0 or epoch + 1 == config.epochs:
                 metrics |= probe(learner, train, held_out, accelerator.device)
-            with (out / "metrics.jsonl").open("a", encoding="utf-8") as log:
-                log.write(json.dumps(metrics) + "\n")
+            append_json_line(out / "metrics.jsonl", metrics)
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return {}
@@ -137,6 +136,12 @@ def pretrain(config: Settings) -> dict[str, Any]:
     state.unlink()
     print(json.dumps(report, indent=2))
     return report
+
+
+def append_json_line(path: Path, values: dict[str, Any]) -> None:
+    """Append one line of JSON to a log file."""
+    with path.open("a", encoding="utf-8") as log:
+        log.write(json.dumps(values) + "\n")
 
 
 def load_splits(config: Settings) -> tuple[LabelledImages, LabelledImages]:
