@@ -190,7 +190,7 @@ def test_start_is_used_and_clipped_to_the_budget(name: str, batch: tuple[Tensor,
     adversarial = attack(model, images, labels, start=torch.ones_like(images))
     torch.testing.assert_close(seen[1], (images + 1 / 255).clamp(0, 1))  # after the clean images
     assert inside(adversarial, images, attack)
-    with pytest.raises(ValueError, match="start: expected one image for each image"):
+    with pytest.raises(ValueError, match="start: expected one start for each image"):
         attack(undefended, images, labels, start=images[:3])
 
 

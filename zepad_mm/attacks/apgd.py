@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from zepad_mm.attacks.base import ATTACKS, Attack, Model, random_delta, steepest
+from zepad_mm.attacks.base import ATTACKS, Model, steepest
 from zepad_mm.attacks.losses import FEATURE_LOSSES, LOGIT_LOSSES
-from zepad_mm.attacks.objective import BestAdversarial, Objective, strongest_rivals
+from zepad_mm.attacks.objective import BestAdversarial, Objective, RestartAttack, strongest_rivals
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +19,7 @@ TARGETED = "targeted"
 
 @ATTACKS.register("apgd")
 @dataclass(frozen=True, kw_only=True)
-class APGD(Attack):
+class APGD(RestartAttack):
     """Auto-PGD with random starts; keeps each sample's worst iterate and drops samples once they are wrong.
 
     ``loss="targeted"`` runs once for each of the strongest wrong classes, with the targeted logit ratio where there are
@@ -60,26 +59,6 @@ class APGD(Attack):
                 objectives = [replace(objective, rivals=column) for column in rivals.unbind(-1)]
         self.ascend(model, images, objectives, best, generator, start)
         return best.images
-
-    def ascend(
-        self,
-        model: Model,
-        images: Tensor,
-        objectives: Sequence[Objective],
-        best: BestAdversarial,
-        generator: torch.Generator,
-        start: Tensor | None = None,
-    ) -> None:
-        """Run every restart of every objective on the active samples of ``best``, which is updated."""
-        for restart in range(self.restarts):
-            for objective in objectives:
-                if len(best.active):
-                    clean = images[best.active]
-                    if start is not None and restart == 0:
-                        begin = start[best.active]
-                    else:
-                        begin = clean + random_delta(clean, self.epsilon, self.norm, generator)
-                    self._run_restart(model, clean, begin.clamp(0, 1), objective, best)
 
     def _run_restart(
         self, model: Model, clean: Tensor, start: Tensor, objective: Objective, best: BestAdversarial

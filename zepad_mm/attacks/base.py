@@ -253,11 +253,9 @@ class Attack(ABC):
                     f"{type(self).__name__}.run returned {tuple(adversarial.shape)} for {tuple(images.shape)}"
                 )
             adversarial = images + (adversarial - images).nan_to_num(0.0)
-            return (
-                round_within_budget(images, adversarial, self.epsilon, self.norm)
-                if self.quantize
-                else self.clip_to_budget(images, adversarial)
-            )
+            if self.quantize:
+                return round_within_budget(images, adversarial, self.epsilon, self.norm)
+            return self.clip_to_budget(images, adversarial)
 
     def clip_to_budget(self, images: Tensor, moved: Tensor) -> Tensor:
         """``moved`` projected into the budget around ``images`` and clamped to [0, 1]."""
@@ -287,5 +285,5 @@ class Attack(ABC):
 def _check_start(start: Tensor, images: Tensor) -> Tensor:
     start = check_attackable(start)
     if start.shape != images.shape:
-        raise ValueError(f"start: expected one image for each image, {tuple(images.shape)}, got {tuple(start.shape)}")
+        raise ValueError(f"start: expected one start for each image, {tuple(images.shape)}, got {tuple(start.shape)}")
     return start.to(images)

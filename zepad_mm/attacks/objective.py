@@ -1,14 +1,15 @@
-"""The objective of a per-sample attack, and the best adversarial image found for each sample."""
+"""Objectives of per-sample attacks, the best adversarial image of each sample, and the loop over restarts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from zepad_mm.attacks.base import Model
+from zepad_mm.attacks.base import Attack, Model, random_delta
 from zepad_mm.attacks.losses import FEATURE_LOSSES, LOGIT_LOSSES, margin_per_branch, targeted
 from zepad_mm.utils.validation import check_labels
 
@@ -145,6 +146,48 @@ class BestAdversarial:
         self.losses[self.active[take]] = losses[take]
         self.active = self.active[keep]
         return keep
+
+
+class RestartAttack(Attack):
+    """A gradient attack that maximises each of several objectives from several starts.
+
+    Sub-classes declare the field ``restarts`` and implement one run in ``_run_restart``.
+    """
+
+    restarts: int
+
+    def ascend(
+        self,
+        model: Model,
+        images: Tensor,
+        objectives: Sequence[Objective],
+        best: BestAdversarial,
+        generator: torch.Generator,
+        start: Tensor | None = None,
+    ) -> None:
+        """Run every restart of every objective on the active samples of ``best``, which is updated."""
+        for restart in range(self.restarts):
+            for objective in objectives:
+                if len(best.active) == 0:
+                    return
+                clean = images[best.active]
+                if start is not None and restart == 0:
+                    begin = start[best.active]
+                elif self._random_start(restart):
+                    begin = clean + random_delta(clean, self.epsilon, self.norm, generator)
+                else:
+                    begin = clean
+                self._run_restart(model, clean, begin.clamp(0, 1), objective, best)
+
+    def _random_start(self, restart: int) -> bool:
+        """Whether a restart without a given start begins at random rather than at the image."""
+        return True
+
+    @abstractmethod
+    def _run_restart(
+        self, model: Model, clean: Tensor, start: Tensor, objective: Objective, best: BestAdversarial
+    ) -> None:
+        """Run one restart from ``start`` on the active samples of ``best``, which is updated."""
 
 
 def input_gradient(losses: Tensor, current: Tensor, keep_graph: bool = False) -> Tensor:

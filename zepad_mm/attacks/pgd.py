@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from zepad_mm.attacks.base import ATTACKS, Attack, Model, random_delta, steepest
+from zepad_mm.attacks.base import ATTACKS, Model, steepest
 from zepad_mm.attacks.losses import FEATURE_LOSSES, LOGIT_LOSSES
-from zepad_mm.attacks.objective import BestAdversarial, Objective
+from zepad_mm.attacks.objective import BestAdversarial, Objective, RestartAttack
 
 
 @ATTACKS.register("pgd")
 @dataclass(frozen=True, kw_only=True)
-class PGD(Attack):
+class PGD(RestartAttack):
     """PGD (Madry et al. 2018) with random start and restarts; keeps each sample's worst iterate.
 
     With a loss on logits a sample leaves the batch as soon as the model is wrong about it, which makes attacking a
@@ -51,37 +50,19 @@ class PGD(Attack):
         self.ascend(model, images, [objective], best, generator, start)
         return best.images
 
-    def ascend(
-        self,
-        model: Model,
-        images: Tensor,
-        objectives: Sequence[Objective],
-        best: BestAdversarial,
-        generator: torch.Generator,
-        start: Tensor | None = None,
-    ) -> None:
-        """Run every restart of every objective on the active samples of ``best``, which is updated."""
-        for restart in range(self.restarts):
-            for number, objective in enumerate(objectives):
-                if len(best.active):
-                    clean = images[best.active]
-                    if start is not None and restart == 0:
-                        begin = start[best.active]
-                    elif self.random_start or restart:
-                        begin = clean + random_delta(clean, self.epsilon, self.norm, generator)
-                    else:
-                        begin = clean
-                    self._run_restart(model, clean, begin.clamp(0, 1), objective, best, first=number == restart == 0)
+    def _random_start(self, restart: int) -> bool:
+        return self.random_start or restart > 0
 
     def _run_restart(
-        self, model: Model, clean: Tensor, current: Tensor, objective: Objective, best: BestAdversarial, first: bool
+        self, model: Model, clean: Tensor, start: Tensor, objective: Objective, best: BestAdversarial
     ) -> None:
-        """Run one restart from ``current`` on the active samples of ``best``, which is updated."""
+        """Run one restart from ``start`` on the active samples of ``best``, which is updated."""
+        current = start
         for step in range(self.steps + 1):
             last = step == self.steps  # the last iterate is scored without another step
             with torch.set_grad_enabled(not last):
                 outputs = model(current.requires_grad_(not last))
-                if step == 0 and first:
+                if step == 0:
                     objective.check(outputs, len(current))
                 losses = objective(outputs, best.active)
             gradient = current if last else objective.gradient(losses, outputs, best.active, current)
