@@ -38,7 +38,7 @@ from zepad_mm.training import (  # noqa: E402
     write_head,
     write_tuned,
 )
-from zepad_mm.training.artifacts import TUNED  # noqa: E402
+from zepad_mm.training.artifacts import TUNED_RECORD  # noqa: E402
 from zepad_mm.utils.io import read_json, read_tensors, write_tensors  # noqa: E402
 
 Line, without_folders = ssl_story.Line, ssl_story.without_folders  # behind the path that they are found by
@@ -124,7 +124,7 @@ class Study:
             encoder = load_encoder(self.source(base))
         else:
             folder = self.out / "tuned" / name
-            if not (folder / TUNED).is_file():
+            if not (folder / TUNED_RECORD).is_file():
                 self._tune(base, tuning, folder)
             encoder = load_tuned(folder)
         return encoder.to(self.device).eval().requires_grad_(False)
@@ -173,7 +173,7 @@ class Study:
 
     def tuning_record(self, name: str) -> dict[str, Any]:
         """What the tuning of an encoder left: seconds, validation and so on."""
-        return read_json(self.out / "tuned" / name / TUNED)
+        return read_json(self.out / "tuned" / name / TUNED_RECORD)
 
     @functools.cache  # noqa: B019
     def data(self, task: str) -> tuple[LabelledImages, LabelledImages, LabelledImages]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zepad_mm.pretraining.base import Learner
+from zepad_mm.utils.identity import check_identity
 from zepad_mm.utils.io import read_tensors, write_tensors
 
 
@@ -29,10 +30,9 @@ def save_state(
 def load_state(path: Path, learner: Learner, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> int:
     """Restore a checkpoint; returns the number of epochs done. Raises ValueError if its settings differ."""
     tensors, about = read_tensors(path)
-    saved, current = json.loads(about["config"]), json.loads(json.dumps(settings))
-    changed = [key for key in current if current[key] != saved.get(key) and key not in ("out", "data", "threads")]
-    if changed:
-        raise ValueError(f"{path} was written with other settings of {', '.join(changed)}; choose a new --out")
+    check_identity(
+        json.loads(about["config"]), settings, path, ignore=("out", "data", "threads"), remedy="choose a new --out"
+    )
     learner.load_state_dict({key[6:]: value for key, value in tensors.items() if key.startswith("model.")})
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():

@@ -9,6 +9,7 @@ from zepad_mm.training.heads import HeadResult, HeadSettings, fresh_head, train_
 from zepad_mm.training.loop import FitResult, fit
 from zepad_mm.training.settings import TrainSettings
 from zepad_mm.training.student import ADAPTATIONS, build_student, load_encoder_or_tuned
+from zepad_mm.training.tune import Tuned, TuneSettings, make_student, tune
 from zepad_mm.training.validation import Validation, validate
 from zepad_mm.utils.distributed import make_accelerator
 
@@ -20,6 +21,8 @@ __all__ = [
     "HeadSettings",
     "Plan",
     "TrainSettings",
+    "TuneSettings",
+    "Tuned",
     "Validation",
     "build_student",
     "encode_images",
@@ -29,10 +32,12 @@ __all__ = [
     "load_head",
     "load_tuned",
     "make_accelerator",
+    "make_student",
     "plan",
     "size_of",
     "train_head",
     "train_head_on_features",
+    "tune",
     "validate",
     "write_head",
     "write_tuned",

@@ -16,7 +16,7 @@ from zepad_mm.utils.provenance import origin
 
 FORMAT = "zepad-mm tuned encoder 2"
 HEAD_FORMAT = "zepad-mm head 1"
-TUNED = "tuned.json"
+TUNED_RECORD = "tuned.json"
 WEIGHTS = "encoder.safetensors"
 ADAPTER = "adapter"
 
@@ -48,7 +48,7 @@ def write_tuned(folder: str | Path, encoder: Encoder, record: dict[str, Any]) ->
         **origin(),
         **record,
     }
-    write_json(folder / TUNED, about)
+    write_json(folder / TUNED_RECORD, about)
 
 
 def load_tuned(folder: str | Path) -> Encoder:
@@ -59,11 +59,11 @@ def load_tuned(folder: str | Path) -> Encoder:
             features differ from those on the day it was written (another base, preprocessing or activation).
     """
     folder = Path(folder)
-    if not (folder / TUNED).is_file():
-        raise FileNotFoundError(f"{folder / TUNED} does not exist; expected a folder written by recipes/tune.py")
-    about = read_json(folder / TUNED)
+    if not (folder / TUNED_RECORD).is_file():
+        raise FileNotFoundError(f"{folder / TUNED_RECORD} does not exist; expected a folder written by recipes/tune.py")
+    about = read_json(folder / TUNED_RECORD)
     if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise ValueError(f"{folder / TUNED} is no {FORMAT!r}; it was written by another program or version")
+        raise ValueError(f"{folder / TUNED_RECORD} is no {FORMAT!r}; it was written by another program or version")
     if about["adaptation"] == "lora":
         encoder = load_lora(load_encoder(about["source"]), folder / ADAPTER)
     else:

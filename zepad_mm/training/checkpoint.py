@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zepad_mm.utils.identity import check_identity
 from zepad_mm.utils.io import read_tensors, write_tensors
 
 FORMAT = "zepad-mm training 1"
@@ -107,17 +108,6 @@ def load_checkpoint(out: Path, student: nn.Module, optimizer: Any, identity: dic
     return Position(**about["position"])
 
 
-def check_identity(saved: dict[str, Any], given: dict[str, Any], path: Path) -> None:
-    """Raise ValueError that names the first key in which the run that was saved differs from the one that is asked."""
-    saved, given = _flat(json.loads(json.dumps(saved))), _flat(json.loads(json.dumps(given)))
-    for key in sorted(saved.keys() | given.keys()):
-        if saved.get(key) != given.get(key):
-            raise ValueError(
-                f"{path} belongs to a run with {key} = {saved.get(key)!r}, now {key} = {given.get(key)!r}; "
-                "put it back to resume, or give another output folder to start anew"
-            )
-
-
 def crc_of(module: nn.Module, only_frozen: bool = False) -> int:
     """A checksum of parameters and persistent buffers, to tell whether a resumed run starts from the same ones.
 
@@ -132,13 +122,3 @@ def crc_of(module: nn.Module, only_frozen: bool = False) -> int:
         crc = zlib.crc32(name.encode(), crc)
         crc = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
     return crc
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

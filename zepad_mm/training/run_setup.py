@@ -15,11 +15,8 @@ from zepad_mm.encoders import has_lora, set_gradient_checkpointing
 from zepad_mm.encoders.attention import use_fast_attention
 from zepad_mm.training.checkpoint import CHECKPOINT, crc_of
 from zepad_mm.training.dataloader import TrainData
-from zepad_mm.training.settings import TrainSettings
+from zepad_mm.training.settings import UNIDENTIFYING, TrainSettings
 from zepad_mm.utils.validation import check_images
-
-# settings that change neither the weights nor which of them are kept, and may differ on resume
-_FREE = ("checkpoint_every", "log_every", "resume", "num_workers", "cache_dir", "samples")
 
 
 class Objective(nn.Module):
@@ -102,7 +99,7 @@ def identity_of(
     """What must be the same for a run to be resumed."""
     return {
         "defence": {"name": defence.name, **defence.to_dict()},
-        "settings": {key: value for key, value in settings.to_dict().items() if key not in _FREE},
+        "settings": {key: value for key, value in settings.to_dict().items() if key not in UNIDENTIFYING},
         "train": _identity_of_data(train, settings, world),
         "validation": None if validation is None else _identity_of_data(validation, settings, world),
         "source": student.encoder.source,

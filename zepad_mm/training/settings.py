@@ -9,6 +9,9 @@ from typing import Literal
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.validation import check_epsilon
 
+# settings that change neither the weights nor which of them are kept, and may differ when a run is resumed
+UNIDENTIFYING = ("checkpoint_every", "log_every", "resume", "num_workers", "cache_dir", "samples")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(Config):

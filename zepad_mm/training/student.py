@@ -10,7 +10,7 @@ from zepad_mm.data import LabelledImages
 from zepad_mm.defences.base import Student
 from zepad_mm.encoders import Encoder, LoraSettings, add_lora, is_clip, load_clip, load_encoder
 from zepad_mm.models.heads import ZeroShotHead
-from zepad_mm.training.artifacts import TUNED, load_tuned
+from zepad_mm.training.artifacts import TUNED_RECORD, load_tuned
 from zepad_mm.training.dataloader import TrainData
 from zepad_mm.training.feature_cache import class_embeddings
 from zepad_mm.training.heads import HeadSettings, fresh_head, train_head
@@ -78,4 +78,4 @@ def _with_head(
 
 def load_encoder_or_tuned(source: str) -> Encoder:
     """An encoder from a source string, or from a folder that :func:`write_tuned` wrote."""
-    return load_tuned(source) if (Path(source) / TUNED).is_file() else load_encoder(source)
+    return load_tuned(source) if (Path(source) / TUNED_RECORD).is_file() else load_encoder(source)
