@@ -33,11 +33,10 @@ from tools.clip_record import restrict
 from zepad_mm import ZePAD
 from zepad_mm.attacks import PGD, Perturbation
 from zepad_mm.data import LabelledImages, load_data
-from zepad_mm.defences import make_defence
 from zepad_mm.encoders import Encoder, LoraSettings, load_clip, optimize_for_inference
 from zepad_mm.evaluation.metrics import share
 from zepad_mm.models.heads import zero_shot_head
-from zepad_mm.training import TrainSettings, Validation, build_student, fit, load_tuned, write_tuned
+from zepad_mm.training import TrainSettings, TuneSettings, load_tuned, tune
 from zepad_mm.utils.io import read_json, write_json, write_text
 from zepad_mm.utils.provenance import provenance
 
@@ -154,7 +153,6 @@ def tuned(name: str, rank: int, options: argparse.Namespace) -> tuple[Encoder, d
     train = load_data(options.tune_on, split, 64)
     validation = load_data(options.tune_on, "validation", 64, options.n_validation, options.seed)
     lora = LoraSettings(rank=max(1, rank), alpha=2.0 * max(1, rank))
-    student = build_student(SOURCE, train, "lora" if rank else "full", lora=lora, seed=options.seed)
     steps = options.tune_steps
     settings = TrainSettings(
         steps=steps,
@@ -169,14 +167,20 @@ def tuned(name: str, rank: int, options: argparse.Namespace) -> tuple[Encoder, d
         samples=0,
         seed=options.seed,
     )
-    defence = make_defence(name, {"epsilon": options.epsilon_t2, **BASELINES[name]})
+    tuning = TuneSettings(
+        source=SOURCE,
+        adaptation="lora" if rank else "full",
+        lora=lora,
+        defence=name,
+        defence_options={"epsilon": options.epsilon_t2, **BASELINES[name]},
+        settings=settings,
+    )
     out = options.work / f"{name}-{rank}"
-    result = fit(student, train, validation, defence, settings, out=out / "run")
-    trainable = sum(parameter.numel() for parameter in student.encoder.parameters() if parameter.requires_grad)
-    assert isinstance(result.validation, Validation)
-    record = {"defence": name, "rank": rank, "parameters": trainable, "steps": result.steps}
-    record |= {"seconds": round(result.seconds, 1), "validation": result.validation.to_dict()}
-    write_tuned(out, student.encoder, record)
+    result = tune(tuning, train, validation, out=out)
+    adapter = [parameter for key, parameter in result.encoder.named_parameters() if "lora_" in key]
+    trained = adapter if rank else list(result.encoder.parameters())
+    record = {"defence": name, "rank": rank, "parameters": sum(parameter.numel() for parameter in trained)}
+    record |= {key: result.record[key] for key in ("steps", "seconds", "validation")}
     return optimize_for_inference(load_tuned(out)), record
 
 

@@ -25,7 +25,7 @@ import functools
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from recipes import pretrain
+from zepad_mm import training
 from zepad_mm.attacks import PGD, UNIVERSAL_ATTACKS, Perturbation
 from zepad_mm.data import LabelledImages, load_data
 from zepad_mm.defences import make_defence
@@ -48,9 +49,8 @@ from zepad_mm.models.zepad import ZePAD, ZePADConfig
 from zepad_mm.training import (
     HeadSettings,
     TrainSettings,
-    build_student,
+    TuneSettings,
     encode_images,
-    fit,
     fresh_head,
     make_accelerator,
     train_head_on_features,
@@ -180,15 +180,19 @@ def tune(config: Settings, name: str, source: str, accelerator: Accelerator) -> 
     train_rows, validation_rows = public_rows(config)
     train = pool.subset(train_rows).sample(config.n_tune, config.seed)
     validation = pool.subset(validation_rows).sample(config.n_validation, config.seed)
-    objective = make_defence(config.defence, config.defence_options)
+    defence, options = config.defence, config.defence_options
     if name.endswith("clean"):
-        objective = make_defence("clean", {"epsilon": objective.epsilon})
-    student = build_student(source, train, head="mlp", seed=config.seed)
-    folder = Path(config.out) / name
-    done = fit(student, train, validation, objective, config.train, out=folder, accelerator=accelerator)
-    figures = done.validation.to_dict() if done.validation else None
-    about = {"objective": objective.name, "steps": done.steps, "best_step": done.best_step, "validation": figures}
-    return student.encoder, {**about, "seconds": round(done.seconds, 1)}
+        defence, options = "clean", {"epsilon": make_defence(defence, options).epsilon}
+    tuning = TuneSettings(
+        source=source,
+        head="mlp",
+        defence=defence,
+        defence_options=options,
+        settings=replace(config.train, seed=config.seed),
+    )
+    tuned = training.tune(tuning, train, validation, out=Path(config.out) / name, accelerator=accelerator)
+    record = {key: tuned.record[key] for key in ("steps", "best_step", "validation", "seconds")}
+    return tuned.encoder, {"objective": defence, **record}
 
 
 def craft(config: Settings, encoders: dict[str, Encoder], device: torch.device) -> dict[tuple[str, str], Perturbation]:

@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from recipes import tune as tune_recipe
 from tools.clip_names import UNSEEN
 from tools.joint_validation_pool import join
 from zepad_mm.attacks import FeatureUAP
@@ -37,7 +36,6 @@ from zepad_mm.utils.io import read_json, write_json
 from zepad_mm.utils.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
-RECIPES = ROOT / "recipes"
 N_VALIDATION = 400  # images that the rule and the threshold are chosen on, at most
 PUBLIC = "open_clip:embedded"
 PUBLIC_BRANCH = BranchConfig(name="benign", role="benign", source=PUBLIC, objective="none: the public encoder")
@@ -52,11 +50,10 @@ class TunedBranch:
     objective: str
 
     @property
-    def command(self) -> list[str]:
-        """The recipe and its configuration."""
-        if self.role == "benign":
-            return [f"{RECIPES}/tune_bmp.py", "--config", f"{RECIPES}/configs/embedded/tune_clean.yaml"]
-        return [f"{RECIPES}/tune.py", "--config", f"{RECIPES}/configs/embedded/tune_{self.name}.yaml"]
+    def config(self) -> Path:
+        """The configuration of recipes/tune.py."""
+        method = "clean" if self.role == "benign" else self.name
+        return ROOT / "recipes" / "configs" / "embedded" / f"tune_{method}.yaml"
 
 
 @dataclass(frozen=True)
@@ -139,15 +136,11 @@ def main() -> None:
 
 
 def tune(build: Build, work: Path, pool: str) -> None:
-    """Run the recipes whose result does not exist yet."""
+    """Run the tuning recipe for every branch; branches that exist are kept, killed runs are resumed."""
     for branch in build.tuned:
-        if (work / branch.name / "tuned.json").is_file():
-            print(f"{branch.name}: exists")
-            continue
-        print(f"{branch.name}: {' '.join(branch.command)}", flush=True)
-        options = ["--data.source", pool, "--out", str(work / branch.name)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        subprocess.run([sys.executable, *branch.command, *options], check=True, env=environment)
+        options = ["--config", str(branch.config), "--data.source", pool, "--out", str(work / branch.name)]
+        print(f"{branch.name}: {' '.join(options)}", flush=True)
+        tune_recipe.main(tune_recipe.Recipe.from_cli(options))
 
 
 def assemble(build: Build, work: Path, names: tuple[str, ...]) -> tuple[ZePAD, dict[str, dict[str, object]]]:

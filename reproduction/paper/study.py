@@ -23,20 +23,19 @@ ROOT = Path(__file__).parents[2]
 from reproduction import ssl_study as ssl_story  # noqa: E402
 from zepad_mm.attacks import PGD, UNIVERSAL_ATTACKS, Perturbation  # noqa: E402
 from zepad_mm.data import LabelledImages  # noqa: E402
-from zepad_mm.defences import Student, make_defence, robustness_contributions, unfreeze_redundant  # noqa: E402
+from zepad_mm.defences import Student, robustness_contributions, unfreeze_redundant  # noqa: E402
 from zepad_mm.encoders import Encoder, load_encoder, optimize_for_inference  # noqa: E402
 from zepad_mm.models.branch import Branch, BranchConfig  # noqa: E402
 from zepad_mm.training import (  # noqa: E402
-    build_student,
+    TuneSettings,
     encode_images,
-    fit,
     fresh_head,
     load_head,
     load_tuned,
     make_accelerator,
     train_head_on_features,
+    tune,
     write_head,
-    write_tuned,
 )
 from zepad_mm.training.artifacts import TUNED_RECORD  # noqa: E402
 from zepad_mm.utils.io import read_json, read_tensors, write_tensors  # noqa: E402
@@ -137,27 +136,19 @@ class Study:
         own = torch.arange(len(pool) // 2, len(pool))
         train = pool.subset(own if about.get("half") == "own" else public).sample(config.n_tune, config.seed)
         validation = pool.subset(validation_rows).sample(config.n_validation, config.seed)
-        defence = make_defence(about["defence"], about.get("options", {}))
         settings = replace(config.train, **about.get("train", {}))
+        student, thawed = None, None
         if "after" in about:
             student, thawed = self._second_stage(f"{base}+{about['after']}", train, settings.batch_size)
-        else:
-            student, thawed = (
-                build_student(self.source(base), train, head=about.get("head", "mlp"), seed=config.seed),
-                None,
-            )
-        done = fit(student, train, validation, defence, settings, out=folder / "run", accelerator=self.accelerator)
-        write_head(folder / "head.safetensors", student.head, train.class_names)
-        record = {
-            "defence": {"name": defence.name, **defence.to_dict()},
-            "data": {"name": train.name, "n_train": len(train), "n_validation": len(validation)},
-            "steps": done.steps,
-            "best_step": done.best_step,
-            "validation": done.validation.to_dict() if done.validation else None,
-            "seconds": round(done.seconds, 1),
-            "thawed": thawed,
-        }
-        write_tuned(folder, student.encoder, record)
+        tuning = TuneSettings(
+            source=self.source(base),
+            head=about.get("head", "mlp"),
+            defence=about["defence"],
+            defence_options=about.get("options", {}),
+            settings=replace(settings, seed=config.seed),
+        )
+        extra = {"thawed": thawed}
+        tune(tuning, train, validation, out=folder, accelerator=self.accelerator, student=student, extra=extra)
 
     def _second_stage(self, stage_one: str, train: LabelledImages, batch_size: int) -> tuple[Student, list[str]]:
         """What stage one left, all but its least robust-critical layers frozen, and the names of those (Gen-AF)."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from zepad_mm.utils.identity import changed_keys
 from zepad_mm.utils.io import read_json, read_tensors, write_json, write_tensors
 
 BATCHES = "parts"  # sub-folder for the finished batches of the stage in progress
@@ -30,7 +31,7 @@ class StageCache:
         known = self.folder / IDENTITY
         if resume and known.is_file():
             before = read_json(known)
-            changed = sorted(key for key in identity if before.get(key) != identity[key])
+            changed = changed_keys(before, identity)
             if changed:
                 raise ValueError(
                     f"{self.folder} holds stages of another run: {', '.join(changed)} differ; "
