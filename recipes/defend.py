@@ -1,12 +1,12 @@
-"""All of it for one CLIP: tune two robust branches and a benign one, choose rule and threshold, evaluate, write a card.
+"""Defend one CLIP: tune two robust branches and a benign one, select rule and threshold, evaluate, write the card.
 
-What it is: zepad_mm.defend and zepad_mm.evaluate in one file. Tuning is shared by all processes; the rule, the
-threshold, the evaluation and the card are the first one's. What is done stays done: a killed run goes on where it was.
+All processes share the tuning; the first one selects the rule and the threshold, evaluates and writes the card. A
+killed run continues where it stopped when it is started again with the same settings.
 
 Run first: nothing. Afterwards: zepad push OUT owner/name, zepad serve OUT, or RobustZeroShotClassifier in your program.
 
-Leaves in --out: the model (zepad_config.json, the tuned parts, README.md: its card), tuned/ (one folder for each
-branch), evaluation/ (report.json, report.md, records.parquet, perturbations/, figures).
+Leaves in --out: the model (config.json, model.safetensors, README.md: its card), tuned/ (a folder for each branch),
+evaluation/ (report.json, report.md, records.parquet, perturbations/, figures).
 
     CPU:              python recipes/defend.py --config recipes/configs/smoke/defend.yaml
     2 CPU processes:  accelerate launch --multi_gpu --num_processes 2 recipes/defend.py --config ... --processes 2
@@ -40,26 +40,26 @@ class Recipe(Config):
 
     out: str  # folder of the result
     source: str = "open_clip:embedded"  # the public CLIP
-    robust: tuple[str, ...] = ()  # ready robust towers of the same CLIP: then nothing is tuned
-    data: str = "embedded"  # tuned and chosen on: "embedded", a folder of parquet files or class folders, a Hub name
+    robust: tuple[str, ...] = ()  # robust image encoders of the same CLIP: then nothing is tuned
+    data: str = "embedded"  # "embedded", a folder of parquet files or of class folders, or a name on the Hub
     settings: DefendSettings = field(default_factory=DefendSettings)
-    evaluate_on: str | None = None  # its test split; None: that of data
-    preset: str = "demo"  # of the evaluation; "demo": minutes on two CPU cores; "full": wants a GPU or a night
+    evaluate_on: str | None = None  # data set whose test split is used; None: data
+    preset: str = "demo"  # of the evaluation; "demo": minutes on two CPU cores; "full": a GPU or a night
     threats: tuple[str, ...] = ("clean", "T1", "T1b", "T2", "T3")
-    n: int | None = None  # test pictures; None: all
+    n: int | None = None  # test images; None: all
     processes: int | None = None  # how many processes are expected; another number is an error
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # of the tuning
 
 
 def main(recipe: Recipe) -> Report | None:
-    """Everything; the report on the first process, None on the others."""
+    """Run every stage; returns the report on the first process, None on the others."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     accelerator = make_accelerator(recipe.processes, recipe.mixed_precision)
     if not recipe.robust:
         tune_branches(
             recipe.source, out=recipe.out, data=recipe.data, settings=recipe.settings, accelerator=accelerator
         )
-    if not accelerator.is_main_process:  # nothing is left that wants them
+    if not accelerator.is_main_process:  # the remaining stages run on one process
         return None
     out = Path(recipe.out)
     model = defend(recipe.source, robust=recipe.robust, data=recipe.data, out=out, settings=recipe.settings)

@@ -1,4 +1,4 @@
-"""The fusion rule and the detector are chosen on validation pictures, by attack."""
+"""The fusion rule and the detector are selected on validation images, by attack."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from zepad_mm.selection import GRIDS, select_detector, select_fusion
 
 @pytest.fixture
 def labelled(zepad: ZePAD) -> LabelledImages:
-    """Pictures labelled by what the robust branches say, so that there is accuracy to lose."""
+    """Images labelled by the robust branches, so that they start with full accuracy."""
     images = torch.rand(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         labels = zepad.branch_logits(images)[:2].mean(0).argmax(-1)
     return LabelledImages(images, labels, CLASSES, "random")
 
 
-def test_every_rule_has_a_grid() -> None:
+def test_grids_cover_every_rule() -> None:
     assert set(GRIDS) == set(RULES)
 
 
-def test_the_choice_follows_from_what_was_measured(
+def test_select_fusion_takes_the_most_accurate_robust_candidate(
     zepad: ZePAD, labelled: LabelledImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(selection, "GRIDS", {"equal": {}, "bounded_benign": {"benign_weight": (0.0, 0.4)}})
@@ -37,15 +37,15 @@ def test_the_choice_follows_from_what_was_measured(
     assert all(candidate.shared <= candidate.pool for candidate in result.tried)
     assert result.chosen.attacked
     floor = max(result.branches[name]["shared"] for name in ("full", "lora"))
-    holding = [c for c in result.tried if c.shared >= floor]
-    if holding:  # the most accurate that holds was attacked before it was taken
-        assert result.chosen.clean == max(c.clean for c in holding)
+    robust_enough = [c for c in result.tried if c.shared >= floor]
+    if robust_enough:
+        assert result.chosen.clean == max(c.clean for c in robust_enough)
     else:
         assert result.chosen.shared == max(c.shared for c in result.tried if c.attacked)
     assert result.to_dict()["n"] == 24
 
 
-def test_a_model_without_robust_branch_has_nothing_to_keep(
+def test_select_fusion_rejects_a_model_without_robust_branch(
     zepad: ZePAD, labelled: LabelledImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ZePAD, "benign", property(lambda self: (True, True, True)))
@@ -53,9 +53,9 @@ def test_a_model_without_robust_branch_has_nothing_to_keep(
         select_fusion(zepad, labelled)
 
 
-def test_the_detector_keeps_its_rate_on_validation(clip_source: str, labelled: LabelledImages) -> None:
+def test_select_detector_keeps_its_false_positive_rate(clip_source: str, labelled: LabelledImages) -> None:
     model = make_zepad(clip_source)
-    caught = select_detector(model, labelled, 1 - labelled.images, false_positive_rate=0.1)
-    assert model.config.detector.score == max(caught, key=lambda name: caught[name])
+    detected = select_detector(model, labelled, 1 - labelled.images, false_positive_rate=0.1)
+    assert model.config.detector.score == max(detected, key=lambda name: detected[name])
     decision = model.decide(labelled.images)
     assert model.is_adversarial(decision).float().mean() <= 0.1
