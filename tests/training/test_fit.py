@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -477,16 +476,6 @@ def test_head_on_cached_features(tmp_path: Path) -> None:
         train_head(encoder, ZeroShotHead(32, 3), data)
     with pytest.raises(ValueError, match="labels from 0 to 2 for a head of 2"):
         train_head(encoder, fresh_head("linear", 32, 2), data)
-
-
-@pytest.fixture
-def timm_source(tmp_path: Path) -> str:
-    """A timm model with weights in a local folder, as a public one would be on the Hub."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = timm.create_model("test_resnet.r160_in1k", pretrained=False, num_classes=0)
-    timm.models.save_for_hf(model, tmp_path / "base", model_config={"num_classes": 0}, safe_serialization=True)
-    return f"timm:local-dir:{tmp_path / 'base'}"
 
 
 @pytest.mark.parametrize("adaptation", ["full", "lora"])
