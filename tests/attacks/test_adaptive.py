@@ -142,7 +142,7 @@ def test_adaptive_attacks_are_at_least_as_strong_as_generic_ones(batch: tuple[Te
 @pytest.mark.parametrize("norm", list(EPSILON))
 def test_quantize_gives_8_bit_images(name: str, norm: str, batch: tuple[Tensor, Tensor]) -> None:
     if norm not in ATTACKS.get(name).norms:
-        pytest.skip(f"{name} knows no {norm}")
+        pytest.skip(f"{name} does not support {norm}")
     images, labels = batch
     images = (images * 255).round() / 255
     attack = ATTACKS.get(name)(epsilon=4 * EPSILON[norm], norm=norm, quantize=True)

@@ -27,7 +27,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def margin_per_branch(logits: Tensor, labels: Tensor) -> Tensor:
-    """Best wrong logit minus the true one (Carlini and Wagner 2017): positive exactly when the answer is wrong.
+    """Best wrong logit minus the true one (Carlini and Wagner 2017): positive exactly when the prediction is wrong.
 
     Args:
         logits: (..., B, C).

@@ -32,7 +32,7 @@ class AttackSettings(Config):
     steps: int | None = _option(None, "optimiser steps (default: the attack's)")
     image_size: int = _option(64, "side of the perturbation in pixels; it is resized to images of another size")
     seed: int = _option(0, "seed of all randomness")
-    out: str = _option("outputs/perturbation.safetensors", "file to write, or a folder for ATTACK.safetensors")
+    out: str = _option("outputs/perturbation.safetensors", "file to write, or a folder for ATTACK.safetensors and .png")
 
     def __post_init__(self) -> None:
         if not self.encoders:
@@ -40,13 +40,13 @@ class AttackSettings(Config):
 
     @property
     def path(self) -> Path:
-        """The file of the perturbation; its PNG is written next to it."""
+        """The file of the perturbation."""
         out = Path(self.out)
         return out if out.suffix == ".safetensors" else out / f"{self.attack}.safetensors"
 
 
 def craft(settings: AttackSettings, progress: bool = True) -> Perturbation:
-    """Craft a perturbation and save it with its provenance, and as a PNG magnified to the full range."""
+    """Craft a perturbation and save it with its provenance; in a folder also as a PNG magnified to the full range."""
     import torch
     from torchvision.utils import save_image
 
@@ -66,9 +66,10 @@ def craft(settings: AttackSettings, progress: bool = True) -> Perturbation:
     perturbation = attack.fit(encoders, data.images.to(device), progress=progress)
     settings.path.parent.mkdir(parents=True, exist_ok=True)
     perturbation.save(settings.path)
-    delta = perturbation.delta
-    magnified = delta if attack.norm == "patch" else 0.5 + delta / (2 * attack.epsilon)
-    save_image(magnified, settings.path.with_suffix(".png"))
+    if settings.path != Path(settings.out):
+        delta = perturbation.delta
+        magnified = delta if attack.norm == "patch" else 0.5 + delta / (2 * attack.epsilon)
+        save_image(magnified, settings.path.with_suffix(".png"))
     return perturbation
 
 

@@ -53,7 +53,7 @@ class Student(nn.Module):
         return features, self.head(features)
 
     def logits(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] to logits (B, C): the callable that attacks see."""
+        """(B, 3, H, W) in [0, 1] to logits (B, C): the callable that attacks take."""
         return self(images)[1]
 
 
