@@ -13,7 +13,7 @@ from torchvision.models import resnet18
 
 from tests.helpers.models import make_zepad, write_clip
 from zepad_mm.encoders import load_clip, load_encoder
-from zepad_mm.encoders.robust_weights import split_weights
+from zepad_mm.encoders.sources import Source, parse_source
 from zepad_mm.models.branch import Branch
 from zepad_mm.models.heads import zero_shot_head
 from zepad_mm.models.zepad import ZePAD
@@ -101,6 +101,13 @@ def test_robust_weights_that_do_not_fit(robust: tuple[str, Any, Path]) -> None:
 
 def test_a_plus_in_a_folders_name_stays_there(robust: tuple[str, Any, Path]) -> None:
     folder = robust[2]
-    assert split_weights(f"local-dir:{folder / 'tuned+'}") == (f"local-dir:{folder / 'tuned+'}", "")
-    assert split_weights(f"local-dir:{folder / 'tuned+'}+a+b.pt") == (f"local-dir:{folder / 'tuned+'}", "a+b.pt")
-    assert split_weights("ViT-L-14/openai+fare.pt") == ("ViT-L-14/openai", "fare.pt")
+    inside = Source("open_clip", str(folder / "tuned+"), "local-dir")
+    for source in (
+        inside,
+        replace(inside, weights="a+b.pt"),
+        Source("open_clip", "ViT-L-14/openai", weights="fare.pt"),
+        Source("open_clip", "org/repo", "hf-hub", "v2"),
+        Source("hf", "org/repo", revision="v2"),
+        Source("ssl", "some+file@1.ckpt", options="stem=3x3p1"),
+    ):
+        assert parse_source(str(source)) == source

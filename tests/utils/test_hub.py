@@ -25,7 +25,7 @@ from tests.helpers.hub_server import Hub, environment, reached_through, running_
 from tests.helpers.models import CLASSES, TINY_CLIP, make_zepad, write_clip
 from zepad_mm import RobustZeroShotClassifier, load_encoder
 from zepad_mm.attacks import Perturbation
-from zepad_mm.encoders import ENCODERS
+from zepad_mm.encoders import BACKENDS
 from zepad_mm.evaluation import EvalData, EvalSettings, Records, Report, evaluate, fetch_report, push_report
 from zepad_mm.models.branch import Branch, BranchConfig
 from zepad_mm.models.heads import HEADS
@@ -174,7 +174,7 @@ BASES: dict[str, tuple[str, Callable[[Path, int], None]]] = {
 def known(source: str) -> Any:
     """A test's parameter, skipped where no encoder of that kind is registered."""
     kind = source.partition(":")[0]
-    return pytest.param(source, marks=pytest.mark.skipif(kind not in ENCODERS, reason=f"no encoders of kind {kind}"))
+    return pytest.param(source, marks=pytest.mark.skipif(kind not in BACKENDS, reason=f"no encoders of kind {kind}"))
 
 
 @pytest.fixture
@@ -312,7 +312,7 @@ def test_a_base_without_weights(hub: Hub, published: ZePAD, tmp_path: Path) -> N
 @pytest.mark.parametrize("kind", ["open_clip:hf-hub:", "timm:hf-hub:", "hf:"])
 def test_an_encoder_alone_has_the_same_errors(hub: Hub, kind: str) -> None:
     """And is never built with random weights because its own could not be had."""
-    if kind.partition(":")[0] not in ENCODERS:
+    if kind.partition(":")[0] not in BACKENDS:
         pytest.skip("no encoders of that kind")
     files = {"open_clip_config.json": json.dumps(TINY_CLIP).encode(), "config.json": b"{}"}
     hub.put("acme/bare", files)
@@ -530,7 +530,7 @@ def test_the_examples_of_the_readme(hub: Hub, tmp_path: Path) -> None:
     images = torch.ones(1, 3, 40, 40) / 3
     lines, expected = ["import torch", "from zepad_mm import load_encoder", "from zepad_mm.utils.hub import fetch"], []
     for source, (name, local, write) in EXAMPLES.items():
-        if local.partition(":")[0] not in ENCODERS:
+        if local.partition(":")[0] not in BACKENDS:
             continue
         folder = tmp_path / name.partition("/")[2]
         write(folder, 0)

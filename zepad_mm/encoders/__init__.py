@@ -4,8 +4,8 @@ from zepad_mm.encoders import huggingface as _huggingface
 from zepad_mm.encoders import open_clip as _open_clip
 from zepad_mm.encoders import ssl_checkpoints as _ssl_checkpoints
 from zepad_mm.encoders import timm as _timm
-from zepad_mm.encoders.base import ENCODERS, Encoder, Preprocess, load_encoder
-from zepad_mm.encoders.clip import CLIPS, TextEncoder, is_clip, load_clip
+from zepad_mm.encoders.base import Encoder, Preprocess, load_encoder
+from zepad_mm.encoders.clip import TextEncoder, is_clip, load_clip
 from zepad_mm.encoders.fingerprint import Fingerprint, differences, fingerprint, what_changed
 from zepad_mm.encoders.gradient_checkpointing import set_gradient_checkpointing
 from zepad_mm.encoders.inference import optimize_for_inference
@@ -19,11 +19,12 @@ from zepad_mm.encoders.lora import (
     merge_lora,
 )
 from zepad_mm.encoders.shared_trunk import SharedTrunk
+from zepad_mm.encoders.sources import BACKENDS, EncoderBackend
 
 __all__ = [
-    "CLIPS",
-    "ENCODERS",
+    "BACKENDS",
     "Encoder",
+    "EncoderBackend",
     "Fingerprint",
     "LoraSettings",
     "Preprocess",

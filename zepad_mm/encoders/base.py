@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zepad_mm.encoders.sources import at_revision
+from zepad_mm.encoders.sources import BACKENDS, at_revision, parse_source
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.hub import Access
-from zepad_mm.utils.registry import Registry
 from zepad_mm.utils.validation import check_images
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -97,31 +96,6 @@ class Encoder(nn.Module):
         return f"source={self.source!r}, feature_dim={self.feature_dim}, image_size={self.preprocess.image_size}"
 
 
-@dataclass(frozen=True)
-class Source:
-    """A parsed source string ``kind:rest``."""
-
-    kind: str
-    rest: str
-
-
-# kind -> loader(rest, pretrained) -> Encoder
-ENCODERS: Registry[Any] = Registry("encoder kind")
-
-
-def parse_source(source: str) -> Source:
-    """Split ``"kind:rest"``. Raises ValueError that shows how a source is written."""
-    kind, separator, rest = str(source).partition(":")
-    if not separator or not rest:
-        raise ValueError(
-            f"encoder source {source!r}: expected KIND:NAME with KIND one of {', '.join(ENCODERS)}, "
-            "e.g. 'open_clip:ViT-B-32/laion2b_s34b_b79k', 'hf:facebook/dinov2-small', 'timm:resnet18.a1_in1k' or "
-            "'ssl:checkpoint.ckpt'"
-        )
-    ENCODERS.get(kind)
-    return Source(kind, rest)
-
-
 def load_encoder(
     source: str, pretrained: bool = True, *, revision: str | None = None, access: Access | None = None
 ) -> Encoder:
@@ -141,9 +115,9 @@ def load_encoder(
         ValueError: unknown kind or model, or damaged weights; FileNotFoundError: the folder or file is missing;
         PermissionError, ConnectionError: see :func:`zepad_mm.utils.hub.fetch`.
     """
-    loader = ENCODERS.get(parse_source(source).kind)
-    with at_revision(source, revision, access or Access(), pretrained) as local:
-        encoder: Encoder = loader(parse_source(local).rest, pretrained)
+    parsed = parse_source(source)
+    with at_revision(parsed, revision, access or Access(), pretrained) as local:
+        encoder = BACKENDS.get(parsed.kind).load(local, pretrained)
     encoder.source = source
     return encoder.eval()
 

@@ -1,21 +1,19 @@
-"""What makes a CLIP more than an encoder: its text tower, whichever library the CLIP comes from."""
+"""Text towers of CLIPs, and the loader of both towers, whichever library a CLIP comes from."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zepad_mm.encoders.base import Encoder, parse_source
+from zepad_mm.encoders.base import Encoder
 from zepad_mm.encoders.prompts import clean_name, templates_of
-from zepad_mm.encoders.sources import at_revision
+from zepad_mm.encoders.sources import BACKENDS, at_revision, parse_source
 from zepad_mm.utils.hub import Access
-from zepad_mm.utils.registry import Registry
 from zepad_mm.utils.validation import check_names
 
 CACHED_SETS = 64  # sets of class names whose embeddings a text tower keeps
@@ -75,17 +73,6 @@ class TextEncoder(nn.Module):
         return self._cache[key]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClipKind:
-    """How CLIPs of one library are had."""
-
-    load: Callable[[str, bool], tuple[Encoder, TextEncoder]]  # (rest of the source, pretrained); ValueError: no text
-    has_text: Callable[[str], bool]  # rest of the source: whether there is a text tower, without loading weights
-
-
-CLIPS: Registry[ClipKind] = Registry("kind of CLIP")
-
-
 def load_clip(
     source: str, pretrained: bool = True, *, revision: str | None = None, access: Access | None = None
 ) -> tuple[Encoder, TextEncoder]:
@@ -100,13 +87,12 @@ def load_clip(
             folder.
     """
     parsed = parse_source(source)
-    if parsed.kind not in CLIPS:
-        raise ValueError(
-            f"zero-shot heads need a CLIP: expected a source of kind {' or '.join(reversed(CLIPS.names()))}, "
-            f"got {source!r}"
-        )
-    with at_revision(source, revision, access or Access(), pretrained) as local:
-        encoder, text = CLIPS.get(parsed.kind).load(parse_source(local).rest, pretrained)
+    backend = BACKENDS.get(parsed.kind)
+    if not backend.has_clips:
+        kinds = " or ".join(kind for kind in reversed(BACKENDS.names()) if BACKENDS.get(kind).has_clips)
+        raise ValueError(f"zero-shot heads need a CLIP: expected a source of kind {kinds}, got {source!r}")
+    with at_revision(parsed, revision, access or Access(), pretrained) as local:
+        encoder, text = backend.load_clip(local, pretrained)
     encoder.source = text.source = source
     return encoder.eval(), text.eval()
 
@@ -114,4 +100,4 @@ def load_clip(
 def is_clip(source: str) -> bool:
     """Whether :func:`load_clip` takes the source: told from its kind and, for ``hf``, its config alone."""
     parsed = parse_source(source)
-    return parsed.kind in CLIPS and CLIPS.get(parsed.kind).has_text(parsed.rest)
+    return BACKENDS.get(parsed.kind).has_text(parsed)

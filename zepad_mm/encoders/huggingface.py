@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zepad_mm.encoders.base import ENCODERS, Encoder, feature_dim_of
-from zepad_mm.encoders.clip import CLIPS, ClipKind, TextEncoder
+from zepad_mm.encoders.base import Encoder, feature_dim_of
+from zepad_mm.encoders.clip import TextEncoder
 from zepad_mm.encoders.huggingface_preprocess import preprocess_of
+from zepad_mm.encoders.sources import BACKENDS, FOLDER, EncoderBackend, HubFiles, Source
 from zepad_mm.encoders.state_dict import summary
 
 log = logging.getLogger(__name__)
-LOCAL = "local-dir:"
 
 
 class HFBackbone(nn.Module):
-    """A model of transformers, from normalised pixels (B, 3, S, S) to one feature vector per picture (B, D)."""
+    """A model of transformers, from normalised pixels (B, 3, S, S) to one feature vector per image (B, D)."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -101,24 +101,52 @@ class HFTextTower(nn.Module):
         return self.model.get_text_features(**tokens).pooler_output
 
 
-@ENCODERS.register("hf")
-def _load(rest: str, pretrained: bool) -> Encoder:
-    model = _create(rest, pretrained)
-    if _is_clip_class(type(model)):
-        model = _half(model, "text")
-    return _image_tower(model, rest)
+class HuggingFaceBackend(EncoderBackend):
+    """Image models of transformers; those with text features are CLIPs."""
+
+    has_clips = True
+    names_are_repositories = True
+
+    def load(self, source: Source, pretrained: bool) -> Encoder:
+        model = _create(source, pretrained)
+        if _is_clip_class(type(model)):
+            model = _half(model, "text")
+        return _image_tower(model, source)
+
+    def load_clip(self, source: Source, pretrained: bool) -> tuple[Encoder, TextEncoder]:
+        return _load_clip(source, pretrained)
+
+    def has_text(self, source: Source) -> bool:
+        from transformers import MODEL_MAPPING
+
+        return _is_clip_class(MODEL_MAPPING.get(type(_config(source)), None))
+
+    def hub_files(self, source: Source) -> HubFiles | None:
+        if source.place == FOLDER:
+            return None
+        name, _ = _name_and_revision(source)
+        return HubFiles(
+            repo_id=name,
+            weights=("model.safetensors", "pytorch_model.bin"),
+            required=("config.json",),
+            extras=("*.json", "*.txt", "*.model"),
+            revision=source.revision,
+        )
 
 
-def _load_clip(rest: str, pretrained: bool) -> tuple[Encoder, TextEncoder]:
+BACKENDS.register("hf")(HuggingFaceBackend())
+
+
+def _load_clip(source: Source, pretrained: bool) -> tuple[Encoder, TextEncoder]:
     from transformers import AutoTokenizer
 
-    model = _create(rest, pretrained)
+    model = _create(source, pretrained)
     if not _is_clip_class(type(model)) or not hasattr(model, "logit_scale"):
         raise ValueError(
-            f"zero-shot heads need a CLIP: hf:{rest} is a {type(model).__name__}, which has no text tower to score with"
+            f"zero-shot heads need a CLIP: {source} is a {type(model).__name__}, which has no text tower to score with"
         )
-    name, revision = _name_and_revision(rest)
-    with _clear_errors(rest, "its tokenizer"):
+    name, revision = _name_and_revision(source)
+    with _clear_errors(source, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     config = model.config
     # as the zero-shot pipeline of transformers: SigLIP has learnt to read padded texts
@@ -129,17 +157,7 @@ def _load_clip(rest: str, pretrained: bool) -> tuple[Encoder, TextEncoder]:
         return tokenizer(texts, padding=padding, max_length=length, truncation=True, return_tensors="pt")
 
     text = HFTextTower(_half(model, "vision"), model.logit_scale, getattr(model, "logit_bias", None))
-    return _image_tower(_half(model, "text"), rest), TextEncoder(text, tokenize, f"hf:{rest}")
-
-
-def _has_text(rest: str) -> bool:
-    from transformers import MODEL_MAPPING
-
-    model: Any = MODEL_MAPPING.get(type(_config(rest)), None)
-    return _is_clip_class(model)
-
-
-CLIPS.register("hf")(ClipKind(load=_load_clip, has_text=_has_text))
+    return _image_tower(_half(model, "text"), source), TextEncoder(text, tokenize, str(source))
 
 
 def _is_clip_class(model: Any) -> bool:
@@ -160,14 +178,14 @@ def _half(model: Any, without: str) -> Any:
     return shell
 
 
-def _image_tower(model: Any, rest: str) -> Encoder:
+def _image_tower(model: Any, source: Source) -> Encoder:
     from transformers import AutoImageProcessor
 
-    name, revision = _name_and_revision(rest)
-    with _clear_errors(rest, "its image processor (preprocessor_config.json)"):
+    name, revision = _name_and_revision(source)
+    with _clear_errors(source, "its image processor (preprocessor_config.json)"):
         processor = AutoImageProcessor.from_pretrained(name, revision=revision)
     config = getattr(model.config, "vision_config", model.config)
-    preprocess = preprocess_of(processor, config, f"hf:{rest}")
+    preprocess = preprocess_of(processor, config, str(source))
     if config.model_type == "vit_mae":
         backbone: HFBackbone = MAEBackbone(model)
     elif config.model_type == "siglip2_vision_model":
@@ -179,26 +197,26 @@ def _image_tower(model: Any, rest: str) -> Encoder:
         width = feature_dim_of(backbone, preprocess.image_size)
     except (TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(
-            f"hf:{rest}: {type(model).__name__} gives no features of pictures, {preprocess.image_size} pixels: {error}"
+            f"{source}: {type(model).__name__} gives no features of images, {preprocess.image_size} pixels: {error}"
         ) from error
-    return Encoder(backbone, preprocess, width, f"hf:{rest}").eval()
+    return Encoder(backbone, preprocess, width, str(source)).eval()
 
 
-def _config(rest: str) -> Any:
+def _config(source: Source) -> Any:
     from transformers import AutoConfig
 
-    name, revision = _name_and_revision(rest)
-    with _clear_errors(rest, "its config.json"):
+    name, revision = _name_and_revision(source)
+    with _clear_errors(source, "its config.json"):
         return AutoConfig.from_pretrained(name, revision=revision)
 
 
-def _create(rest: str, pretrained: bool) -> Any:
+def _create(source: Source, pretrained: bool) -> Any:
     """The model in fp32 on the CPU. Raises ValueError when weights are missing; the log names those left out."""
     from transformers import AutoModel
 
-    name, revision = _name_and_revision(rest)
-    config = _config(rest)
-    with _clear_errors(rest, "its weights"):
+    name, revision = _name_and_revision(source)
+    config = _config(source)
+    with _clear_errors(source, "its weights"):
         if not pretrained:
             model = AutoModel.from_config(config, dtype=torch.float32).eval()
             pooler = getattr(model, "pooler", None)
@@ -212,17 +230,17 @@ def _create(rest: str, pretrained: bool) -> Any:
     pooler = [key for key in missing if key.startswith("pooler.")]
     if pooler:
         # classifiers are published without one; a fresh one would be random, and another at every load
-        log.warning("hf:%s has no weights for %s: the class token is taken instead", rest, ", ".join(pooler))
+        log.warning("%s has no weights for %s: the class token is taken instead", source, ", ".join(pooler))
         model.pooler = None
         missing = [key for key in missing if key not in pooler]
     wrong = sorted(str(entry) for entry in report["mismatched_keys"])
     if missing or wrong:
         raise ValueError(
-            f"hf:{rest} lacks {', '.join([*missing, *wrong][:3])} of {type(model).__name__} ({len(missing)} missing, "
+            f"{source} lacks {', '.join([*missing, *wrong][:3])} of {type(model).__name__} ({len(missing)} missing, "
             f"{len(wrong)} of another shape); its weights do not belong to its config.json"
         )
     if unexpected:
-        log.warning("hf:%s: left out %s, unknown to %s", rest, summary(unexpected), type(model).__name__)
+        log.warning("%s: left out %s, unknown to %s", source, summary(unexpected), type(model).__name__)
     return model.eval()
 
 
@@ -238,35 +256,33 @@ def _publishes_pooler(config: Any) -> bool:
     return True
 
 
-def _name_and_revision(rest: str) -> tuple[str, str]:
+def _name_and_revision(source: Source) -> tuple[str, str]:
     """What transformers calls the model, and its revision. Raises FileNotFoundError when it is no folder here."""
-    if rest.startswith(LOCAL):
-        folder = Path(rest.removeprefix(LOCAL))
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{folder}/config.json does not exist; expected a folder by save_pretrained")
-        return str(folder), "main"
-    name, at, revision = rest.partition("@")
-    if name.count("/") > 1 or not name.strip("/") or (at and not revision):
+    if source.place == FOLDER:
+        if not (Path(source.name) / "config.json").is_file():
+            raise FileNotFoundError(f"{source.name}/config.json does not exist; expected a folder by save_pretrained")
+        return source.name, "main"
+    if source.name.count("/") > 1 or not source.name.strip("/"):
         raise ValueError(
-            f"hf:{rest}: expected hf:ORG/NAME, hf:ORG/NAME@REVISION or hf:local-dir:PATH, "
+            f"{source}: expected hf:ORG/NAME, hf:ORG/NAME@REVISION or hf:local-dir:PATH, "
             "e.g. 'hf:facebook/dinov2-small'"
         )
-    return name, revision or "main"
+    return source.name, source.revision or "main"
 
 
 @contextmanager
-def _clear_errors(rest: str, what: str) -> Iterator[None]:
+def _clear_errors(source: Source, what: str) -> Iterator[None]:
     """Whatever goes wrong below in one line that names the source."""
     from safetensors import SafetensorError
 
     try:
         yield
     except OSError as error:
-        raise FileNotFoundError(f"hf:{rest}: {what} cannot be had: {_first_line(error)}") from error
+        raise FileNotFoundError(f"{source}: {what} not found: {_first_line(error)}") from error
     except ImportError as error:  # SigLIP's tokenizer wants sentencepiece
-        raise ImportError(f"hf:{rest}: {what} needs another package: {_first_line(error)}") from error
+        raise ImportError(f"{source}: {what} needs another package: {_first_line(error)}") from error
     except (SafetensorError, RuntimeError, ValueError, KeyError, EOFError) as error:
-        raise ValueError(f"hf:{rest}: {what} cannot be read: {_first_line(error)}") from error
+        raise ValueError(f"{source}: {what} cannot be read: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

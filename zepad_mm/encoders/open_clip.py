@@ -8,34 +8,65 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from zepad_mm.encoders.base import ENCODERS, Encoder, Preprocess, feature_dim_of
-from zepad_mm.encoders.clip import CLIPS, ClipKind, TextEncoder
-from zepad_mm.encoders.robust_weights import load_over, split_weights
+from zepad_mm.encoders.base import Encoder, Preprocess, feature_dim_of
+from zepad_mm.encoders.clip import TextEncoder
+from zepad_mm.encoders.robust_weights import load_robust_weights
+from zepad_mm.encoders.sources import BACKENDS, FOLDER, HUB, EncoderBackend, HubFiles, Source
 from zepad_mm.utils.io import ASSETS
 
 log = logging.getLogger(__name__)
+EMBEDDED = "embedded"  # the CLIP that is shipped with this package
 EMBEDDED_CLIP = ASSETS / "clip"
 
 
-@ENCODERS.register("open_clip")
-def _load(rest: str, pretrained: bool) -> Encoder:
-    return _image_tower(_create(rest, pretrained)[0], f"open_clip:{rest}")
+class OpenClipBackend(EncoderBackend):
+    """CLIPs of open_clip; every one has a text tower."""
+
+    has_clips = True
+    takes_weights = True
+
+    def load(self, source: Source, pretrained: bool) -> Encoder:
+        return _image_tower(_create(source, pretrained)[0], str(source))
+
+    def load_clip(self, source: Source, pretrained: bool) -> tuple[Encoder, TextEncoder]:
+        clip, tokenizer = _create(source, pretrained)
+        encoder = _image_tower(clip, str(source))
+        text = TextEncoder(clip, tokenizer, str(source))
+        del clip.visual  # the encoder holds it; kept here too it would be counted and moved twice
+        return encoder, text
+
+    def has_text(self, source: Source) -> bool:
+        return True
+
+    def hub_files(self, source: Source) -> HubFiles | None:
+        import open_clip
+
+        if source.place == FOLDER or source.name == EMBEDDED:
+            return None
+        weights: tuple[str, ...] = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+        if source.place == HUB:
+            return HubFiles(
+                repo_id=source.name,
+                weights=weights,
+                required=("open_clip_config.json",),
+                extras=("*.json", "*.txt", "*.model"),
+                revision=source.revision,
+            )
+        name, _, tag = source.name.partition("/")
+        place = (open_clip.get_pretrained_cfg(name, tag) or {}).get("hf_hub", "")
+        if not place:
+            return None
+        repo_id, _, file = place.rpartition("/")
+        return HubFiles(repo_id=repo_id, weights=(file,) if file else weights, tag=(name, tag))
 
 
-def _load_clip(rest: str, pretrained: bool) -> tuple[Encoder, TextEncoder]:
-    clip, tokenizer = _create(rest, pretrained)
-    encoder = _image_tower(clip, f"open_clip:{rest}")
-    text = TextEncoder(clip, tokenizer, f"open_clip:{rest}")
-    del clip.visual  # the encoder holds it; kept here too it would be counted and moved twice
-    return encoder, text
-
-
-CLIPS.register("open_clip")(ClipKind(load=_load_clip, has_text=lambda rest: True))
+BACKENDS.register("open_clip")(OpenClipBackend())
 
 
 class _FirstOutput(nn.Module):
@@ -55,11 +86,11 @@ def _image_tower(clip: Any, source: str) -> Encoder:
     cfg = get_model_preprocess_cfg(clip)
     sides = (cfg["size"],) * 2 if isinstance(cfg["size"], int) else tuple(cfg["size"])
     if sides[0] != sides[1]:
-        raise ValueError(f"{source} wants pictures of {sides[0]} x {sides[1]} pixels; only square ones are supported")
+        raise ValueError(f"{source} wants images of {sides[0]} x {sides[1]} pixels; only square ones are supported")
     mode = cfg.get("resize_mode") or "shortest"
     if mode == "longest":
         log.warning(
-            "%s was trained on padded pictures; here their shorter side is resized and the centre cropped", source
+            "%s was trained on padded images; here their shorter side is resized and the centre cropped", source
         )
     preprocess = Preprocess(
         image_size=sides[0],
@@ -73,37 +104,37 @@ def _image_tower(clip: Any, source: str) -> Encoder:
     return Encoder(tower, preprocess, feature_dim_of(tower, sides[0]), source).eval()
 
 
-def _create(rest: str, pretrained: bool) -> tuple[Any, Callable[[list[str]], Tensor]]:
+def _create(source: Source, pretrained: bool) -> tuple[Any, Callable[[list[str]], Tensor]]:
     """The whole CLIP in fp32 on the CPU, and its tokenizer."""
     import open_clip
 
-    base, weights = split_weights(rest)
-    name, tag = _name_and_tag(base)
-    if name.startswith("local-dir:") and not Path(name.removeprefix("local-dir:")).is_dir():
-        raise FileNotFoundError(f"{name.removeprefix('local-dir:')!r} is no folder; expected one with open_clip files")
-    with _clear_errors(base), nullcontext() if pretrained else _no_warning_of_random_weights():
+    name, tag = _name_and_tag(source)
+    with _clear_errors(source), nullcontext() if pretrained else _no_warning_of_random_weights():
         clip = open_clip.create_model(
             name, pretrained=tag, precision="fp32", load_weights=pretrained, weights_only=True
         )
         tokenizer = open_clip.get_tokenizer(name)
-    if weights and pretrained:
-        load_over(clip, weights)
+    if source.weights and pretrained:
+        load_robust_weights(clip, source.weights)
     return clip.eval(), tokenizer
 
 
-def _name_and_tag(rest: str) -> tuple[str, str | None]:
+def _name_and_tag(source: Source) -> tuple[str, str | None]:
+    """What open_clip calls the model, and its tag."""
     import open_clip
 
-    if rest == "embedded":
+    if source.place == FOLDER:
+        if not Path(source.name).is_dir():
+            raise FileNotFoundError(f"{source.name!r} is no folder; expected one with open_clip files")
+        return f"{FOLDER}:{source.name}", None
+    if source.place == HUB:
+        return f"{HUB}:{source.name}" + (f"@{source.revision}" if source.revision else ""), None
+    if source.name == EMBEDDED:
         if not (EMBEDDED_CLIP / "open_clip_config.json").is_file():
             raise FileNotFoundError(f"{EMBEDDED_CLIP} is empty; rebuild it with tools/build_clip.py")
-        return f"local-dir:{EMBEDDED_CLIP}", None
-    if rest.startswith(("hf-hub:", "local-dir:")):
-        return rest, None
-    name, _, tag = rest.partition("/")
+        return f"{FOLDER}:{EMBEDDED_CLIP}", None
+    name, _, tag = source.name.partition("/")
     if name not in open_clip.list_models():
-        from difflib import get_close_matches
-
         near = get_close_matches(name, open_clip.list_models(), n=3)
         raise ValueError(
             f"open_clip has no model {name!r}{'; near: ' + ', '.join(near) if near else ''}. "
@@ -127,7 +158,7 @@ def _no_warning_of_random_weights() -> Iterator[None]:
 
 
 @contextmanager
-def _clear_errors(rest: str) -> Any:
+def _clear_errors(source: Source) -> Iterator[None]:
     """A truncated or foreign checkpoint says so in one line, whatever the reader below called it."""
     from safetensors import SafetensorError
 
@@ -136,5 +167,5 @@ def _clear_errors(rest: str) -> Any:
     except (SafetensorError, EOFError, RuntimeError, KeyError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"open_clip:{rest} could not be loaded, the checkpoint is damaged or of another model: {first_line}"
+            f"{source} could not be loaded, the checkpoint is damaged or of another model: {first_line}"
         ) from error

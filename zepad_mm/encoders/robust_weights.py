@@ -20,25 +20,7 @@ COMPUTED = ("attn_mask", "input_resolution", "context_length", "vocab_size")  # 
 SHOWN = 3
 
 
-def split_weights(rest: str) -> tuple[str, str]:
-    """``"NAME/TAG+WEIGHTS"`` as (``"NAME/TAG"``, ``"WEIGHTS"``); the second is empty where there are none.
-
-    A folder whose own name has a ``+`` stays whole.
-    """
-    if "+" not in rest or Path(rest.removeprefix("local-dir:")).is_dir():
-        return rest, ""
-    base, _, weights = rest.partition("+")
-    if rest.startswith("local-dir:"):
-        # the first split whose left side is a folder: either side may hold a + of its own
-        cuts = [index for index, letter in enumerate(rest) if letter == "+"]
-        cut = next((i for i in cuts if Path(rest[:i].removeprefix("local-dir:")).is_dir()), cuts[0])
-        base, weights = rest[:cut], rest[cut + 1 :]
-    if not base or not weights:
-        raise ValueError(f"open_clip:{rest}: expected open_clip:BASE+FILE, e.g. 'open_clip:ViT-L-14/openai+fare.pt'")
-    return base, weights
-
-
-def load_over(clip: Any, path: str | Path) -> None:
+def load_robust_weights(clip: Any, path: str | Path) -> None:
     """Replace the weights of an open_clip model by those in a file, in place and strictly.
 
     A file of the whole CLIP replaces both towers, one of the image tower leaves the text tower as it is. What the file

@@ -1,127 +1,188 @@
-"""The base encoders below a defence: where on the Hub they lie, and how one revision of them is read.
+"""Source strings, and the backends that load what they name.
 
-Only what was trained is stored with a model; the rest is fetched again, so that which commit it was has to be known.
+A source is written ``KIND:REST``, in full ``KIND:[PLACE:]NAME[@REVISION][+WEIGHTS][?OPTIONS]``. :func:`parse_source` is
+the one place that reads this text; what a source is (a CLIP, a file of this machine, a repository on the Hub) is
+answered by the :class:`EncoderBackend` of its kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zepad_mm.utils.hub import Access, fetch
 from zepad_mm.utils.registry import Registry
 
+if TYPE_CHECKING:
+    from zepad_mm.encoders.base import Encoder
+    from zepad_mm.encoders.clip import TextEncoder
+
+HUB, FOLDER = "hf-hub", "local-dir"  # the places that a source can name
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parsed source string; ``str()`` writes it again.
+
+    Attributes:
+        kind: the library, a name of :data:`BACKENDS`.
+        name: what the library calls the model, a repository (``owner/name``), a folder or a file.
+        place: ``"hf-hub"``, ``"local-dir"``, or empty where the kind itself says where names lie.
+        revision: branch, tag or commit on the Hub; None is the main branch.
+        weights: a file of other weights, loaded over the model; empty for none.
+        options: ``KEY=VALUE&KEY=VALUE`` for a checkpoint.
+    """
+
+    kind: str
+    name: str
+    place: str = ""
+    revision: str | None = None
+    weights: str = ""
+    options: str = ""
+
+    def __str__(self) -> str:
+        place = f"{self.place}:" if self.place else ""
+        revision = "" if self.revision is None else f"@{self.revision}"
+        weights, options = (mark + text if text else "" for mark, text in (("+", self.weights), ("?", self.options)))
+        return f"{self.kind}:{place}{self.name}{revision}{weights}{options}"
+
 
 @dataclass(frozen=True, kw_only=True)
-class HubBase:
+class HubFiles:
     """The files of a base encoder on the Hub."""
 
     repo_id: str
-    weights: tuple[str, ...]  # the first of these that is there
-    required: tuple[str, ...] = ()  # what must be there beside
-    extras: tuple[str, ...] = ()  # patterns of what is fetched with it where it is there: a tokenizer
-    revision: str | None = None  # that the source itself names
-    local: Callable[[Path], str] | None = None  # the source that reads the fetched folder; None: see ``tag``
-    tag: tuple[str, str] | None = None  # name and tag in open_clip's table
+    weights: tuple[str, ...]  # the first of these that exists
+    required: tuple[str, ...] = ()  # what must exist beside it
+    extras: tuple[str, ...] = ()  # patterns of what is fetched with it where it exists: a tokenizer
+    revision: str | None = None  # named by the source itself
+    tag: tuple[str, str] | None = None  # name and tag in open_clip's table; None: the fetched folder is loaded
 
 
-# encoder kind -> (what follows the colon) -> HubBase, or None for what does not come from the Hub
-BASES: Registry[Callable[[str], HubBase | None]] = Registry("kind of base encoder on the Hub")
+class EncoderBackend(ABC):
+    """The encoders of one library: what its sources name, where they lie on the Hub, and how they are loaded.
 
+    To add a kind, write one file with a sub-class, register an instance of it in :data:`BACKENDS` and import the file
+    in ``zepad_mm/encoders/__init__.py``. Every kind runs the same tests (``tests/helpers/encoder_zoo.py``).
+    """
 
-@BASES.register("open_clip")
-def _open_clip(rest: str) -> HubBase | None:
-    if rest == "embedded" or rest.startswith("local-dir:"):
+    has_clips = False  # some sources of this kind have a text tower
+    names_are_repositories = False  # NAME is owner/name on the Hub, with @REVISION
+    takes_weights = False  # NAME+FILE loads other weights over the model
+    reads_file = False  # NAME is the path of a checkpoint, with ?OPTIONS
+
+    @abstractmethod
+    def load(self, source: Source, pretrained: bool) -> Encoder:
+        """The image encoder, on the CPU; randomly initialised unless ``pretrained``.
+
+        Raises:
+            ValueError: unknown model or damaged weights. FileNotFoundError: no such folder or file.
+        """
+
+    def load_clip(self, source: Source, pretrained: bool) -> tuple[Encoder, TextEncoder]:
+        """Image and text tower, for kinds with ``has_clips``.
+
+        Raises ValueError where there is no text tower, else as :meth:`load`.
+        """
+        raise ValueError(f"zero-shot heads need a CLIP: {source} has no text tower")
+
+    def has_text(self, source: Source) -> bool:
+        """Whether :meth:`load_clip` takes the source, told without reading weights."""
+        return False
+
+    def hub_files(self, source: Source) -> HubFiles | None:
+        """Where the source lies on the Hub; None for one that does not, or where this is unknown."""
         return None
-    import open_clip
 
-    pickled = "open_clip_pytorch_model.bin"
-    if rest.startswith("hf-hub:"):
-        repo_id, revision = _split(rest)
-        return HubBase(
-            repo_id=repo_id,
-            weights=("open_clip_model.safetensors", pickled),
-            required=("open_clip_config.json",),
-            extras=("*.json", "*.txt", "*.model"),
-            revision=revision,
-            local=lambda folder: f"open_clip:local-dir:{folder}",
+
+# kind -> its backend
+BACKENDS: Registry[EncoderBackend] = Registry("encoder kind")
+
+
+def parse_source(text: str) -> Source:
+    """The parts of a source string; of an unregistered kind only its name is read.
+
+    Raises ValueError that shows how a source is written.
+    """
+    kind, separator, rest = str(text).partition(":")
+    if not separator or not rest:
+        raise ValueError(
+            f"encoder source {text!r}: expected KIND:NAME with KIND one of {', '.join(BACKENDS)}, "
+            "e.g. 'open_clip:ViT-B-32/laion2b_s34b_b79k', 'hf:facebook/dinov2-small', 'timm:resnet18.a1_in1k' or "
+            "'ssl:checkpoint.ckpt'"
         )
-    name, _, tag = rest.partition("/")
-    place = (open_clip.get_pretrained_cfg(name, tag) or {}).get("hf_hub", "")
-    if not place:
-        return None
-    repo_id, _, file = place.rpartition("/")
-    weights = (file,) if file else ("open_clip_model.safetensors", pickled)
-    return HubBase(repo_id=repo_id, weights=weights, tag=(name, tag))
+    if kind not in BACKENDS:  # encoders of a user's own; loading them raises
+        return Source(kind, rest)
+    backend = BACKENDS.get(kind)
+    if backend.reads_file:
+        name, _, options = (rest, "", "") if Path(rest).is_file() else rest.partition("?")
+        return Source(kind, name, options=options)
+    base, weights = _split_weights(kind, rest) if backend.takes_weights else (rest, "")
+    place, separator, name = base.partition(":")
+    if not separator or place not in (HUB, FOLDER):
+        place, name = "", base
+    revision = None
+    if place == HUB or (not place and backend.names_are_repositories):
+        name, at, tail = name.partition("@")
+        if at and not tail:
+            raise ValueError(f"{text}: expected {kind}:ORG/NAME@REVISION with a branch, a tag or a commit behind the @")
+        revision = tail or None
+    return Source(kind, name, place, revision, weights)
 
 
-@BASES.register("hf")
-def _hf(rest: str) -> HubBase | None:
-    if rest.startswith("local-dir:") or rest.count("/") > 1 or rest.endswith("@"):
-        return None  # the last two are mistakes, which the encoders tell of
-    repo_id, revision = _split(rest)
-    return HubBase(
-        repo_id=repo_id,
-        weights=("model.safetensors", "pytorch_model.bin"),
-        required=("config.json",),
-        extras=("*.json", "*.txt", "*.model"),
-        revision=revision,
-        local=lambda folder: f"hf:local-dir:{folder}",
-    )
+def _split_weights(kind: str, rest: str) -> tuple[str, str]:
+    """``"BASE+FILE"`` as its two parts; the second is empty where there is none.
+
+    A folder whose own name has a ``+`` stays whole.
+    """
+
+    def is_folder(base: str) -> bool:
+        place, _, name = base.partition(":")
+        return place == FOLDER and Path(name).is_dir()
+
+    if "+" not in rest or is_folder(rest):
+        return rest, ""
+    # the first split whose left side is a folder: either side may hold a + of its own
+    cuts = [index for index, letter in enumerate(rest) if letter == "+"]
+    cut = next((index for index in cuts if is_folder(rest[:index])), cuts[0])
+    base, weights = rest[:cut], rest[cut + 1 :]
+    if not base or not weights:
+        raise ValueError(f"{kind}:{rest}: expected {kind}:BASE+FILE, e.g. 'open_clip:ViT-L-14/openai+fare.pt'")
+    return base, weights
 
 
-@BASES.register("timm")
-def _timm(rest: str) -> HubBase | None:
-    if rest.startswith("local-dir:"):
-        return None
-    import timm
-
-    repo_id, revision = _split(rest)
-    if not rest.startswith("hf-hub:"):
-        config: Any = timm.get_pretrained_cfg(rest) if timm.is_model(rest.partition(".")[0]) else None
-        if config is None or not config.hf_hub_id or config.hf_hub_filename:
-            return None
-        repo_id, revision = config.hf_hub_id, None
-    return HubBase(
-        repo_id=repo_id,
-        weights=("model.safetensors", "pytorch_model.bin"),
-        required=("config.json",),
-        revision=revision,
-        local=lambda folder: f"timm:local-dir:{folder}",
-    )
-
-
-def hub_base(source: str) -> HubBase | None:
-    """Where a source lies on the Hub; None for one that does not, or that this cannot tell of."""
-    kind, rest, over = _parts(source)
-    misspelt = over == "+"  # left to the loader, before anything is fetched
-    return BASES.get(kind)(rest) if kind in BASES and not misspelt else None
+def hub_files(source: Source) -> HubFiles | None:
+    """Where a source lies on the Hub; None for one that does not, or where this is unknown."""
+    return BACKENDS.get(source.kind).hub_files(source) if source.kind in BACKENDS else None
 
 
 def is_local(source: str) -> bool:
     """Whether a folder or file of this machine is part of the source, so that nobody else can load it."""
-    kind, rest, over = _parts(source)
-    return kind == "ssl" or rest.startswith("local-dir:") or bool(over)
+    parsed = parse_source(source)
+    reads_file = parsed.kind in BACKENDS and BACKENDS.get(parsed.kind).reads_file
+    return reads_file or parsed.place == FOLDER or bool(parsed.weights)
 
 
 def repositories(sources: Iterable[str]) -> list[str]:
     """The names on the Hub of those sources that have one, each once."""
-    return list(dict.fromkeys(base.repo_id for base in map(hub_base, sources) if base is not None))
+    found = (hub_files(parse_source(source)) for source in sources)
+    return list(dict.fromkeys(files.repo_id for files in found if files is not None))
 
 
 def known_revision(source: str) -> str | None:
-    """The commit of a base as it lies in the client's cache, from which it was loaded; None where that is unknown."""
+    """The commit of a base in the client's cache, from which it was loaded; None where that is unknown."""
     from huggingface_hub import try_to_load_from_cache
 
-    base = hub_base(source)
-    if base is None:
+    files = hub_files(parse_source(source))
+    if files is None:
         return None
-    for name in (*base.required, *base.weights):
-        path = try_to_load_from_cache(base.repo_id, name, revision=base.revision)
+    for name in (*files.required, *files.weights):
+        path = try_to_load_from_cache(files.repo_id, name, revision=files.revision)
         if isinstance(path, str):
             return Path(path).parents[name.count("/")].name
     return None
@@ -134,11 +195,11 @@ def known_revisions(sources: Iterable[str]) -> dict[str, str]:
 
 
 @contextmanager
-def at_revision(source: str, revision: str | None, access: Access, weights: bool = True) -> Iterator[str]:
-    """Within the block the source that is given loads ``source`` as it was at a commit, from this disk alone.
+def at_revision(source: Source, revision: str | None, access: Access, weights: bool = True) -> Iterator[Source]:
+    """Context whose value is a source that loads ``source`` as it was at a commit, from this disk alone.
 
     Args:
-        source: as for :func:`zepad_mm.encoders.load_encoder`; what is not on the Hub passes through.
+        source: what is not on the Hub passes through.
         revision: None takes what the source names, or the main branch.
         access: of the Hub.
         weights: without them nothing is fetched here: the loaders look for a configuration themselves.
@@ -146,57 +207,42 @@ def at_revision(source: str, revision: str | None, access: Access, weights: bool
     Raises:
         What :func:`zepad_mm.utils.hub.fetch` raises.
     """
-    base = hub_base(source)
-    if base is None or not weights:
+    files = hub_files(source)
+    if files is None or not weights:
         yield source
         return
-    folder, file = _fetched(base, revision or base.revision, access)
-    if base.local is not None:
-        yield base.local(folder) + _parts(source)[2]
+    folder, file = _fetch_weights(files, revision or files.revision, access)
+    if files.tag is None:
+        yield replace(source, place=FOLDER, name=str(folder), revision=None)
         return
-    assert base.tag is not None
-    with _read_from(*base.tag, file):
+    with _read_tag_from(*files.tag, file):
         yield source
 
 
-def _fetched(base: HubBase, revision: str | None, access: Access) -> tuple[Path, Path]:
-    for name in base.weights:
-        files = [*base.required, *base.extras, name]
-        folder = fetch(base.repo_id, files, required=base.required, revision=revision, access=access)
+def _fetch_weights(files: HubFiles, revision: str | None, access: Access) -> tuple[Path, Path]:
+    """The fetched folder, and the file of weights in it."""
+    for name in files.weights:
+        wanted = [*files.required, *files.extras, name]
+        folder = fetch(files.repo_id, wanted, required=files.required, revision=revision, access=access)
         if (folder / name).is_file():
             return folder, folder / name
     raise FileNotFoundError(
-        f"{base.repo_id} (commit {folder.name[:12]}) holds no weights: expected one of {', '.join(base.weights)}"
+        f"{files.repo_id} (commit {folder.name[:12]}) holds no weights: expected one of {', '.join(files.weights)}"
     )
 
 
-_table = Lock()
+_open_clip_table = Lock()
 
 
 @contextmanager
-def _read_from(name: str, tag: str, weights: Path) -> Iterator[None]:
-    """open_clip knows no revisions, but reads a tag's weights from the file that its table names, if it does."""
+def _read_tag_from(name: str, tag: str, weights: Path) -> Iterator[None]:
+    """open_clip knows no revisions, but reads the weights of a tag from the file that its table names, if any."""
     import open_clip
 
-    entry = open_clip.get_pretrained_cfg(name, tag)
-    with _table:
+    entry: Any = open_clip.get_pretrained_cfg(name, tag)
+    with _open_clip_table:
         entry["file"] = str(weights)
         try:
             yield
         finally:
             entry.pop("file", None)
-
-
-def _parts(source: str) -> tuple[str, str, str]:
-    """``kind:rest+FILE``: the kind, the base, and the file of other weights over it, with its plus."""
-    kind, _, rest = source.partition(":")
-    if rest.startswith("local-dir:"):
-        return kind, rest, ""
-    rest, plus, over = rest.partition("+")
-    return kind, rest, plus + over
-
-
-def _split(rest: str) -> tuple[str, str | None]:
-    """``hf-hub:org/repo@revision`` in its parts."""
-    repo_id, _, revision = rest.removeprefix("hf-hub:").partition("@")
-    return repo_id, revision or None

@@ -24,7 +24,8 @@ from urllib.parse import parse_qsl
 
 from torch import nn
 
-from zepad_mm.encoders.base import ENCODERS, Encoder, Interpolation, Preprocess, ResizeMode, feature_dim_of
+from zepad_mm.encoders.base import Encoder, Interpolation, Preprocess, ResizeMode, feature_dim_of
+from zepad_mm.encoders.sources import BACKENDS, EncoderBackend, Source
 from zepad_mm.encoders.ssl_networks import MOMENTUM, ONLINE, Network, find_networks
 from zepad_mm.encoders.state_dict import read_foreign, summary
 from zepad_mm.utils.config import Config
@@ -52,9 +53,20 @@ class CheckpointOptions(Config):
     heads: int | None = None  # attention heads of a ViT; default one for every 64 channels (12 in MoCo v3's ViT-S)
 
 
-@ENCODERS.register("ssl")
-def _load(rest: str, pretrained: bool) -> Encoder:
-    path, options = _path_and_options(rest)
+class SSLBackend(EncoderBackend):
+    """Checkpoints of self-supervised learning."""
+
+    reads_file = True
+
+    def load(self, source: Source, pretrained: bool) -> Encoder:
+        return _load(source, pretrained)
+
+
+BACKENDS.register("ssl")(SSLBackend())
+
+
+def _load(source: Source, pretrained: bool) -> Encoder:
+    path, options = Path(source.name), _options(source)
     tensors = read_foreign(path)
     networks = find_networks(tensors)
     network = _choose(networks, options, path, summary(tensors))
@@ -86,28 +98,24 @@ def _load(rest: str, pretrained: bool) -> Encoder:
     )
     built.backbone.eval()
     width = feature_dim_of(built.backbone, preprocess.image_size)
-    return Encoder(built.backbone, preprocess, width, f"ssl:{rest}").eval()
+    return Encoder(built.backbone, preprocess, width, str(source)).eval()
 
 
-def _path_and_options(rest: str) -> tuple[Path, CheckpointOptions]:
-    """The file, and its options: from the source string, else from the sidecar ``PATH.json``, key by key."""
-    name, mark, query = rest.partition("?")
-    if mark and Path(rest).is_file():
-        name, query = rest, ""
-    path = Path(name)
-    sidecar = path.with_name(f"{path.name}.json")
+def _options(source: Source) -> CheckpointOptions:
+    """The options of a checkpoint: from the source string, else from the sidecar ``PATH.json``, key by key."""
+    sidecar = Path(f"{source.name}.json")
     values: dict[str, Any] = {}
     if sidecar.is_file():
         values = CheckpointOptions.from_dict(read_json(sidecar)).to_dict()
     try:
-        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+        pairs = parse_qsl(source.options, keep_blank_values=True, strict_parsing=bool(source.options))
         values |= {key: _value(key, text) for key, text in pairs}
     except ValueError as error:
-        raise ValueError(f"ssl:{rest}: {error}; expected ssl:PATH?KEY=VALUE&KEY=VALUE") from error
+        raise ValueError(f"{source}: {error}; expected ssl:PATH?KEY=VALUE&KEY=VALUE") from error
     try:
-        return path, CheckpointOptions.from_dict(values)
+        return CheckpointOptions.from_dict(values)
     except ValueError as error:
-        raise ValueError(f"ssl:{rest}: {error}") from error
+        raise ValueError(f"{source}: {error}") from error
 
 
 def _value(key: str, text: str) -> Any:

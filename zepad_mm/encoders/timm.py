@@ -5,29 +5,64 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
-from zepad_mm.encoders.base import ENCODERS, Encoder, Interpolation, Preprocess, feature_dim_of
+from zepad_mm.encoders.base import Encoder, Interpolation, Preprocess, feature_dim_of
+from zepad_mm.encoders.sources import BACKENDS, FOLDER, HUB, EncoderBackend, HubFiles, Source
 
 log = logging.getLogger(__name__)
 
 
-@ENCODERS.register("timm")
-def _load(rest: str, pretrained: bool) -> Encoder:
+class TimmBackend(EncoderBackend):
+    """Image models of timm, without their classifiers."""
+
+    def load(self, source: Source, pretrained: bool) -> Encoder:
+        return _load(source, pretrained)
+
+    def hub_files(self, source: Source) -> HubFiles | None:
+        import timm
+
+        repo_id: str | None = source.name if source.place == HUB else None
+        if not source.place:
+            known = timm.is_model(source.name.partition(".")[0])
+            config: Any = timm.get_pretrained_cfg(source.name) if known else None
+            repo_id = config.hf_hub_id if config is not None and not config.hf_hub_filename else None
+        if not repo_id:
+            return None
+        return HubFiles(
+            repo_id=repo_id,
+            weights=("model.safetensors", "pytorch_model.bin"),
+            required=("config.json",),
+            revision=source.revision,
+        )
+
+
+BACKENDS.register("timm")(TimmBackend())
+
+
+def _timm_name(source: Source) -> str:
+    place = f"{source.place}:" if source.place else ""
+    return place + source.name + (f"@{source.revision}" if source.revision else "")
+
+
+def _load(source: Source, pretrained: bool) -> Encoder:
     import timm
 
-    if rest.startswith("local-dir:"):
-        folder = Path(rest.removeprefix("local-dir:"))
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{folder}/config.json does not exist; expected a folder by timm's save_for_hf")
-    elif not rest.startswith("hf-hub:") and not timm.is_model(rest.split(".", maxsplit=1)[0]):
-        near = timm.list_models(f"*{rest.split('_', maxsplit=1)[0].split('.', maxsplit=1)[0]}*")[:5]
-        raise ValueError(f"timm has no model {rest!r}; near: {', '.join(near) or 'none'}. See timm.list_models()")
+    if source.place == FOLDER:
+        if not (Path(source.name) / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{source.name}/config.json does not exist; expected a folder by timm's save_for_hf"
+            )
+    elif not source.place and not timm.is_model(source.name.partition(".")[0]):
+        near = timm.list_models(f"*{source.name.partition('_')[0].partition('.')[0]}*")[:5]
+        raise ValueError(
+            f"timm has no model {source.name!r}; near: {', '.join(near) or 'none'}. See timm.list_models()"
+        )
     try:
-        backbone = timm.create_model(rest, pretrained=pretrained, num_classes=0)
+        backbone = timm.create_model(_timm_name(source), pretrained=pretrained, num_classes=0)
     except (RuntimeError, EOFError, KeyError, ValueError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"timm:{rest} could not be loaded: {first_line}") from error
+        raise ValueError(f"{source} could not be loaded: {first_line}") from error
     config = timm.data.resolve_model_data_config(backbone)
     # mean and std come from the config; the size from the model, because the config still says 224 for a ViT
     # that was built for another size
@@ -36,7 +71,7 @@ def _load(rest: str, pretrained: bool) -> Encoder:
     mode = config.get("crop_mode") or "center"
     if mode == "border" or config["interpolation"] not in get_args(Interpolation):
         log.warning(
-            "timm:%s was trained on %s, %s pictures; here: centre crop, bicubic", rest, mode, config["interpolation"]
+            "%s was trained on %s, %s images; here: centre crop, bicubic", source, mode, config["interpolation"]
         )
     preprocess = Preprocess(
         image_size=int(size[0]),
@@ -47,4 +82,4 @@ def _load(rest: str, pretrained: bool) -> Encoder:
         resize_size=math.floor(int(size[0]) / config["crop_pct"]),
         centre="round",
     )
-    return Encoder(backbone, preprocess, feature_dim_of(backbone, preprocess.image_size), f"timm:{rest}")
+    return Encoder(backbone, preprocess, feature_dim_of(backbone, preprocess.image_size), str(source))

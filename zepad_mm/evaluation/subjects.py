@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zepad_mm.encoders import ENCODERS, Encoder, load_clip
+from zepad_mm.encoders import BACKENDS, Encoder, load_clip
 from zepad_mm.models.branch import Branch
 from zepad_mm.models.fusion import RULES, Fusion, build
 from zepad_mm.models.heads import zero_shot_head
@@ -226,7 +226,7 @@ class EncoderWithHead(nn.Module):
 def is_encoder_source(model: str | Path) -> bool:
     """Whether a string is the source of an encoder ("open_clip:...") and not the name of a defended model."""
     kind, separator, _ = str(model).partition(":")
-    return bool(separator) and kind in ENCODERS
+    return bool(separator) and kind in BACKENDS
 
 
 def load_model(model: str | Path, class_names: Sequence[str] | None) -> ZePAD | tuple[Encoder, nn.Module]:
