@@ -117,7 +117,7 @@ class RobustZeroShotClassifier:
             ValueError: no labels, empty or duplicate ones, or a template without ``{}``.
         """
         names = check_names(candidate_labels, "candidate_labels")
-        self.model.config.warn_of_strangers(names)
+        self.model.config.warn_untuned_classes(names)
         templates = templates_of(hypothesis_template)
         with self._text_lock:
             text, device = self.model.text, self.model.device

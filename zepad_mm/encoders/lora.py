@@ -14,7 +14,9 @@ from torch import nn
 from zepad_mm.encoders.attention import unfuse_attention
 from zepad_mm.encoders.base import Encoder, feature_dim_of
 from zepad_mm.encoders.shared_trunk import blocks_of
+from zepad_mm.encoders.state_dict import load_state_dict_strict
 from zepad_mm.utils.config import Config
+from zepad_mm.utils.io import read_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +124,12 @@ def count_parameters(module: nn.Module) -> ParameterCount:
 
 
 def load_lora(encoder: Encoder, folder: str | Path, trainable: bool = False) -> Encoder:
-    """Put the adapter saved in ``folder`` (``adapter_config.json`` + safetensors) into ``encoder``, in place."""
-    from peft import PeftModel
+    """Put the adapter saved in ``folder`` (``adapter_config.json`` + safetensors) into ``encoder``, in place.
+
+    Raises:
+        FileNotFoundError: a file is missing. ValueError: a damaged adapter, or one of another encoder.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError
 
     folder = Path(folder)
@@ -136,6 +142,9 @@ def load_lora(encoder: Encoder, folder: str | Path, trainable: bool = False) -> 
     except (SafetensorError, RuntimeError, ValueError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"the adapter in {folder} does not fit {encoder.source}: {first_line}") from error
+    own = get_peft_model_state_dict(encoder.backbone, save_embedding_layers=False)
+    tensors, _ = read_tensors(folder / "adapter_model.safetensors")
+    load_state_dict_strict(own, tensors, f"the adapter in {folder}", f"it does not fit {encoder.source}")
     return encoder.eval()
 
 

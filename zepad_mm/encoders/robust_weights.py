@@ -12,12 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
-from zepad_mm.encoders.state_dict import read_foreign, summary
+from zepad_mm.encoders.state_dict import SHOWN, load_state_dict_strict, read_foreign, summary
 
 log = logging.getLogger(__name__)
 
 COMPUTED = ("attn_mask", "input_resolution", "context_length", "vocab_size")  # stored by some, learnt by none
-SHOWN = 3
 
 
 def load_robust_weights(clip: Any, path: str | Path) -> None:
@@ -39,7 +38,8 @@ def load_robust_weights(clip: Any, path: str | Path) -> None:
             if missing:
                 nearest = f"under {prefix!r} it lacks {', '.join(missing[:SHOWN])} of {what}, {len(missing)} in all"
                 continue
-            _replace(target, own, prefix, tensors, path)
+            inside = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            load_state_dict_strict(own, inside, str(path), "it is of another model than this base")
             left = [name for name in tensors if not name.startswith(prefix)]
             if left:
                 log.warning("%s: took %d tensors for %s and left out %s", path, len(own), what, summary(left))
@@ -56,19 +56,3 @@ def _prefixes(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
     telling = max(own, key=len)
     ends = [name[: -len(telling)] for name in tensors if name.endswith(telling)]
     return sorted({prefix for prefix in ends if not prefix or prefix.endswith(".")}, key=len)
-
-
-def _replace(target: Any, own: dict[str, Tensor], prefix: str, tensors: dict[str, Tensor], path: str | Path) -> None:
-    unknown = [name for name in tensors if name.startswith(prefix) and name.removeprefix(prefix) not in own]
-    wrong = [
-        f"{name} {tuple(tensors[prefix + name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in own.items()
-        if tensors[prefix + name].shape != tensor.shape
-    ]
-    for problem, names in (("has the unknown", unknown), ("has", wrong)):
-        if names:
-            raise ValueError(
-                f"{path} is of another model than this base: it {problem} {', '.join(names[:SHOWN])}"
-                f"{f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''}"
-            )
-    target.load_state_dict({name: tensors[prefix + name] for name in own})

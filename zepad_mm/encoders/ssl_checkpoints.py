@@ -22,12 +22,10 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qsl
 
-from torch import nn
-
 from zepad_mm.encoders.base import Encoder, Interpolation, Preprocess, ResizeMode, feature_dim_of
 from zepad_mm.encoders.sources import BACKENDS, EncoderBackend, Source
 from zepad_mm.encoders.ssl_networks import MOMENTUM, ONLINE, Network, find_networks
-from zepad_mm.encoders.state_dict import read_foreign, summary
+from zepad_mm.encoders.state_dict import load_state_dict_strict, read_foreign, summary
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.io import read_json
 
@@ -72,7 +70,11 @@ def _load(source: Source, pretrained: bool) -> Encoder:
     network = _choose(networks, options, path, summary(tensors))
     built = network.build(options.stem, options.heads, str(path))
     if pretrained:
-        _load_strictly(built.backbone, network, path)
+        where = f"{path}: the {network.family} under {network.prefix!r}"
+        hint = "it is damaged or of a kind unknown here"
+        # torch fills this counter in where an old checkpoint has none; nothing in eval mode reads it
+        optional = ("num_batches_tracked",)
+        load_state_dict_strict(built.backbone.state_dict(), network.tensors, where, hint, optional=optional)
     mean, std = CIFAR if built.small and network.layout != "lightly" else IMAGENET
     side = options.image_size or built.image_size
     preprocess = Preprocess(
@@ -143,23 +145,3 @@ def _choose(networks: list[Network], options: CheckpointOptions, path: Path, con
         return chosen[0]
     asked = f"prefix={options.prefix}" if options.prefix is not None else f"network={options.network or 'online'}"
     raise ValueError(f"{path} has {len(chosen)} networks for {asked}; choose one with ?prefix=PREFIX of: {there}")
-
-
-def _load_strictly(backbone: nn.Module, network: Network, path: Path) -> None:
-    own = backbone.state_dict()
-    tensors = network.tensors
-    # torch fills this counter in where an old checkpoint has none; nothing in eval mode reads it
-    missing = [name for name in own if name not in tensors and not name.endswith("num_batches_tracked")]
-    unknown = [name for name in tensors if name not in own]
-    wrong = [
-        f"{name} {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in tensors.keys() & own.keys()
-        if tensors[name].shape != own[name].shape
-    ]
-    for problem, names in (("lacks", missing), ("has the unknown", unknown), ("has", sorted(wrong))):
-        if names:
-            raise ValueError(
-                f"{path}: the {network.family} under {network.prefix!r} {problem} {', '.join(names[:3])}"
-                f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}; it is damaged or of a kind unknown here"
-            )
-    backbone.load_state_dict({**own, **tensors})

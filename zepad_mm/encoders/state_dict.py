@@ -1,10 +1,10 @@
-"""Foreign checkpoints, read without unpickling, as one flat table of tensors."""
+"""State dicts: foreign checkpoints read without unpickling, and strict loading."""
 
 from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -16,6 +16,38 @@ from zepad_mm.utils.io import read_tensors
 
 OF_A_LAYER = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 TRAINING = ("callbacks", "loops", "lr_schedulers", "optimizer_states")  # Lightning's own, beside "state_dict"
+SHOWN = 3  # names that an error message lists
+
+
+def load_state_dict_strict(
+    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str, hint: str, *, optional: tuple[str, ...] = ()
+) -> None:
+    """Copy ``tensors`` into the state dict ``own``, in place, if both have the same names and shapes.
+
+    Args:
+        own: of the module that is filled: ``module.state_dict()``.
+        tensors: from a file.
+        where: what the tensors are from, as the error begins.
+        hint: why they may not fit, as the error ends.
+        optional: endings of names that may be missing.
+
+    Raises:
+        ValueError: a missing or unknown name, or another shape.
+    """
+    missing = [name for name in own if name not in tensors and not name.endswith(optional)]
+    unknown = [name for name in tensors if name not in own]
+    wrong = [
+        f"{name} {tuple(tensors[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    for problem, names in (("lacks", missing), ("has the unknown", unknown), ("has", wrong)):
+        if names:
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            raise ValueError(f"{where} {problem} {', '.join(sorted(names)[:SHOWN])}{more}; {hint}")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
 
 
 def read_foreign(path: str | Path) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from zepad_mm import __version__
 from zepad_mm.encoders import Encoder, fingerprint, has_lora, load_encoder, load_lora, what_changed
 from zepad_mm.encoders.sources import repositories
+from zepad_mm.encoders.state_dict import load_state_dict_strict
 from zepad_mm.models.branch import Branch, BranchConfig
 from zepad_mm.models.heads import HEADS
 from zepad_mm.utils.config import Config
@@ -73,12 +74,12 @@ class ZePADConfig(Config):
         """Every base encoder, each once, the public one first."""
         return tuple(dict.fromkeys((self.public_source, *(branch.source for branch in self.branches))))
 
-    def warn_of_strangers(self, names: Sequence[str]) -> None:
-        """Say so, once for each set of names, if the robust branches were tuned under none but other names."""
+    def warn_untuned_classes(self, names: Sequence[str]) -> None:
+        """Warn about class names that the robust branches were not tuned on, where they were tuned by labels."""
         known = {name.lower() for name in self.tuned_names}
-        strangers = [name for name in names if name.lower() not in known]
-        if known and strangers:
-            few = ", ".join(strangers[:3]) + (", ..." if len(strangers) > 3 else "")
+        untuned = [name for name in names if name.lower() not in known]
+        if known and untuned:
+            few = ", ".join(untuned[:3]) + (", ..." if len(untuned) > 3 else "")
             warnings.warn(
                 f"the robust branches were tuned by labels on {len(known)} names and may have forgotten others: {few}. "
                 "Measure it with evaluate on pictures of your own, or tune by 'fare', which keeps other names (zepad "
@@ -123,7 +124,8 @@ def read_model(folder: Path, access: Access) -> tuple[ZePADConfig, list[Branch]]
     tensors, _ = read_tensors(folder / WEIGHTS)
     bases: dict[str, Encoder] = {}
     branches = {branch.name: _build_branch(branch, config, folder, bases, access) for branch in config.branches}
-    _load_strictly(branches, tensors, folder)
+    hint = f"it does not belong to its {CONFIG}"
+    load_state_dict_strict(dict(_trained(branches)), tensors, str(folder / WEIGHTS), hint)
     _check_fingerprint(config, branches, folder)
     return config, list(branches.values())
 
@@ -219,21 +221,6 @@ def _trained(branches: Mapping[str, Branch]) -> list[tuple[str, Tensor]]:
         for part, module in parts.items():
             pairs += [(f"branches.{name}.{part}.{key}", tensor) for key, tensor in module.state_dict().items()]
     return pairs
-
-
-def _load_strictly(branches: Mapping[str, Branch], tensors: dict[str, Tensor], folder: Path) -> None:
-    expected = dict(_trained(branches))
-    missing, unexpected = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
-    wrong = [key for key in set(expected) & set(tensors) if expected[key].shape != tensors[key].shape]
-    for problem, keys in (("lacks", missing), ("has the unexpected", unexpected), ("has other shapes for", wrong)):
-        if keys:
-            raise ValueError(
-                f"{folder / WEIGHTS} {problem} {', '.join(keys[:3])}"
-                f"{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}; it does not belong to its config.json"
-            )
-    with torch.no_grad():
-        for key, tensor in expected.items():
-            tensor.copy_(tensors[key])
 
 
 def _fingerprint(branches: Sequence[Branch]) -> list[float]:

@@ -197,7 +197,7 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
             raise ValueError(f"the heads of {', '.join(trained)} were trained for {len(self.class_names)} classes")
         if names == self.class_names and templates == self.config.prompts:
             return self
-        self.config.warn_of_strangers(names)
+        self.config.warn_untuned_classes(names)
         embeddings = self.text.class_embeddings(names, templates)
         for branch in self.branches.values():
             scale = branch.head.logit_scale.item()  # type: ignore[union-attr, operator]

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from zepad_mm.encoders import Encoder, Fingerprint, differences, fingerprint, has_lora, load_encoder, load_lora
+from zepad_mm.encoders.state_dict import load_state_dict_strict
 from zepad_mm.models.heads import HEADS
 from zepad_mm.utils.io import read_json, read_tensors, write_json, write_tensors
 from zepad_mm.utils.provenance import origin
@@ -69,14 +70,8 @@ def load_tuned(folder: str | Path) -> Encoder:
     else:
         encoder = load_encoder(about["source"], pretrained=False)
         tensors, _ = read_tensors(folder / WEIGHTS)
-        own = encoder.state_dict()
-        missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-        if missing or unknown:
-            raise ValueError(f"{folder / WEIGHTS} lacks {missing[:3]} and has unknown {unknown[:3]}")
-        try:
-            encoder.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ValueError(f"{folder / WEIGHTS} does not fit {about['source']}: {error}") from error
+        hint = f"it does not fit {about['source']}"
+        load_state_dict_strict(encoder.state_dict(), tensors, str(folder / WEIGHTS), hint)
     causes = differences(Fingerprint.from_dict(about["fingerprint"]), encoder, tolerance=2e-3)
     if causes:
         raise ValueError(
@@ -103,10 +98,7 @@ def load_head(path: str | Path) -> tuple[nn.Module, tuple[str, ...]]:
         raise ValueError(f"{path} is no {HEAD_FORMAT!r}")
     about = json.loads(metadata["head"])
     head = HEADS.get(about["kind"])(about["feature_dim"], about["num_classes"])
-    try:
-        head.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit a {about['kind']} head: {error}") from error
+    load_state_dict_strict(head.state_dict(), tensors, str(path), f"it does not fit a {about['kind']} head")
     return head.eval(), tuple(about["class_names"])
 
 

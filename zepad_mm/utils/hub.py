@@ -175,13 +175,15 @@ def _check_bytes(folder: Path, files: Sequence[str], repo_id: str) -> None:
 
 def _checksums(path: Path, digits: int) -> list[str]:
     """What a file may be named by, for a name of that many hexadecimal digits."""
-    with path.open("rb") as file:
-        if digits == 64:
-            return [hashlib.file_digest(file, "sha256").hexdigest()]
-        if digits != 40:
-            return []
-        data = file.read()
-    return [hashlib.sha1(start + data, usedforsecurity=False).hexdigest() for start in (b"blob %d\0" % len(data), b"")]
+    from huggingface_hub.utils.sha import git_hash, sha_fileobj
+
+    if digits == 64:
+        with path.open("rb") as file:
+            return [sha_fileobj(file).hex()]
+    if digits == 40:
+        data = path.read_bytes()
+        return [git_hash(data), hashlib.sha1(data, usedforsecurity=False).hexdigest()]
+    return []
 
 
 @contextmanager
