@@ -60,10 +60,10 @@ def markdown(rows: list[Row]) -> str:
 {chr(10).join(line(row) for row in rows)}
 
 - **parity**: largest difference between `encoder(x)` and the source library's own preprocessing and forward, fp32, over
-  pictures that are enlarged, shrunk, upright and wide (square ones for SigLIP 2 of flexible resolution, which keeps
-  aspects where we squash); at most {TOLERANCE:.0e} + {TOLERANCE:.0e} of the value. Pictures are handed over as floats:
-  a library that resizes 8-bit pictures rounds each pixel to 1/255, which no differentiable preprocessing can.
-- **gradient**: of the features to the input; the strongest pixel of the weakest picture; finite everywhere.
+  images that are enlarged, shrunk, upright and wide (square ones for SigLIP 2 of flexible resolution, which keeps
+  aspects where we squash); at most {TOLERANCE:.0e} + {TOLERANCE:.0e} of the value. Images are handed over as floats:
+  a library that resizes 8-bit images rounds each pixel to 1/255, which no differentiable preprocessing can.
+- **gradient**: of the features to the input; the strongest pixel of the weakest image; finite everywhere.
 - **LoRA = W + dW**: largest error of the adapted and of the merged network against deltas added by hand, to the largest
   feature; and how many layers are adapted. Every adapter gets a gradient.
 - **save/load**: an encoder tuned in full, an adapter (loaded by us and by peft alone), and a ZePAD of both and the
@@ -72,7 +72,7 @@ def markdown(rows: list[Row]) -> str:
   the library has no switch for this backbone, or one that fails (open_clip 3.3, blocks of type "custom") or does
   nothing (its ModifiedResNet), and `set_gradient_checkpointing` says so.
 - **zero-shot or probe**: largest difference of class probabilities to the library's own; for encoders without text the
-  held-out accuracy of a linear probe on two kinds of synthetic pictures.
+  held-out accuracy of a linear probe on two kinds of synthetic images.
 """
 
 

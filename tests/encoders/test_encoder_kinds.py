@@ -17,7 +17,7 @@ from tests.helpers.models import make_zepad, write_clip
 ROOT = Path(__file__).parents[2]
 
 from tests.helpers import encoder_zoo as zoo  # noqa: E402
-from tests.helpers.encoder_checks import check, pictures  # noqa: E402
+from tests.helpers.encoder_checks import check, smooth_images  # noqa: E402
 from zepad_mm.data import LabelledImages  # noqa: E402
 from zepad_mm.encoders import (  # noqa: E402
     Encoder,
@@ -48,13 +48,13 @@ def _quiet() -> None:
 
 
 @pytest.mark.parametrize("name", list(zoo.ZOO))
-def test_every_cell_of_the_table(name: str, tmp_path: Path) -> None:
+def test_encoder_kind_passes_every_check(name: str, tmp_path: Path) -> None:
     row = check(name, zoo.ZOO[name](tmp_path / "model"), tmp_path / "out")
     assert row.lora_layers >= 10
     assert row.feature_dim >= 16
 
 
-def test_the_committed_table_has_no_hole() -> None:
+def test_encoder_table_covers_every_kind() -> None:
     rows = json.loads((ROOT / "results" / "encoders.json").read_text())["rows"]
     assert [row["name"] for row in rows] == list(zoo.ZOO)
     assert len(rows) >= 12
@@ -63,14 +63,14 @@ def test_the_committed_table_has_no_hole() -> None:
     assert all(f"| {name} |" in text for name in zoo.ZOO)
 
 
-def test_a_masked_auto_encoder_answers_the_same_twice(tmp_path: Path) -> None:
+def test_mae_encoder_is_deterministic(tmp_path: Path) -> None:
     encoder = load_encoder(zoo.ZOO["hf: ViT-MAE"](tmp_path).source)
-    images = pictures(32, 32)
+    images = smooth_images(32, 32)
     with torch.no_grad():
         assert torch.equal(encoder(images), encoder(images))
 
 
-def test_a_missing_pooler_is_said_and_not_drawn_at_random(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_pooler_is_logged_and_not_random(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = zoo.ZOO["hf: ViT classifier, no pooler"](tmp_path).source
     encoder = load_encoder(source)
     assert "no weights for pooler.dense.bias, pooler.dense.weight" in caplog.text
@@ -78,14 +78,14 @@ def test_a_missing_pooler_is_said_and_not_drawn_at_random(tmp_path: Path, caplog
     assert [*encoder.state_dict()] == [*load_encoder(source, pretrained=False).state_dict()]
 
 
-def test_siglip_keeps_its_bias_apart(tmp_path: Path) -> None:
+def test_siglip_logit_bias_is_kept(tmp_path: Path) -> None:
     """Probabilities of its sigmoid need the bias, the softmax of a zero-shot head does not."""
     _, text = load_clip(zoo.ZOO["open_clip: SigLIP style"](tmp_path).source)
     assert text.logit_bias == -10.0
     assert not any("visual" in name for name, _ in text.named_parameters())
 
 
-def test_the_halves_of_a_clip_share_nothing(tmp_path: Path) -> None:
+def test_load_clip_towers_share_no_weights(tmp_path: Path) -> None:
     source = zoo.ZOO["hf: CLIP"](tmp_path).source
     encoder, text = load_clip(source)
     ours, theirs = ({id(p) for p in part.parameters()} for part in (encoder, text))
@@ -95,12 +95,12 @@ def test_the_halves_of_a_clip_share_nothing(tmp_path: Path) -> None:
     assert is_clip(source)
 
 
-def test_a_zepad_over_a_clip_of_transformers(tmp_path: Path) -> None:
+def test_zepad_over_a_transformers_clip(tmp_path: Path) -> None:
     """Zero-shot heads, other classes without training, the undefended model, and a student to be tuned."""
     source = zoo.ZOO["hf: SigLIP"](tmp_path / "clip").source
     make_zepad(source).save_pretrained(tmp_path / "zepad")
     model = ZePAD.from_pretrained(tmp_path / "zepad")
-    images, names = pictures(32, 32), ("cat", "dog", "ball", "tree")
+    images, names = smooth_images(32, 32), ("cat", "dog", "ball", "tree")
     assert model.set_classes(names, "single").decide(images).logits.shape == (2, 4)
     encoder, text = load_clip(source)
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_a_zepad_over_a_clip_of_transformers(tmp_path: Path) -> None:
     assert type(build_student(vit, data).head).__name__ == "MLPHead"
 
 
-def test_bad_sources_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_huggingface_sources_name_the_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = zoo.ZOO["hf: ViT"](tmp_path / "vit").source
     with pytest.raises(ValueError, match=r"need a CLIP: .* ViTModel, which has no text tower"):
         load_clip(source)
@@ -140,7 +140,7 @@ def test_bad_sources_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyP
         load_encoder(source)
 
 
-def test_a_processor_that_we_do_not_follow_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_unsupported_processor_step_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     """LeViT enlarges by a rule of its own; SigLIP in tall boxes is refused; a Lanczos filter has no gradient."""
     config = transformers.ViTConfig(image_size=32)
     preprocess_of(transformers.LevitImageProcessor(size={"shortest_edge": 32}, crop_size=32), config, "hf:levit")
@@ -163,13 +163,13 @@ def test_a_processor_that_we_do_not_follow_is_said(caplog: pytest.LogCaptureFixt
         ("resize_size", 20, "at least the image_size of 32"),
     ],
 )
-def test_impossible_preprocessing(field: str, value: object, message: str) -> None:
+def test_preprocess_rejects_impossible_values(field: str, value: object, message: str) -> None:
     good = {"image_size": 32, "mean": (0.5,) * 3, "std": (0.5,) * 3}
     with pytest.raises(ValueError, match=message):
         Preprocess(**{**good, field: value})
 
 
-def test_lora_leaves_out_what_is_read_past_the_layer() -> None:
+def test_lora_targets_skip_layers_that_are_not_called() -> None:
     class Past(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -191,9 +191,9 @@ def test_lora_leaves_out_what_is_read_past_the_layer() -> None:
 
 
 @pytest.mark.parametrize("name", ["hf: SigLIP", "hf: ResNet", "timm: ResNet", "open_clip: ModifiedResNet"])
-def test_streamlined(name: str, tmp_path: Path) -> None:
+def test_optimize_for_inference_keeps_outputs_of_every_kind(name: str, tmp_path: Path) -> None:
     encoder = load_encoder(zoo.ZOO[name](tmp_path).source)
-    images = pictures(40, 36)
+    images = smooth_images(40, 36)
     with torch.no_grad():
         torch.testing.assert_close(optimize_for_inference(encoder, 40)(images), encoder(images), atol=1e-4, rtol=1e-3)
 
@@ -206,15 +206,15 @@ def test_streamlined(name: str, tmp_path: Path) -> None:
         ("hf: ResNet", "ResNetModel has no gradient checkpointing"),
     ],
 )
-def test_gradient_checkpointing_that_is_none_says_so(name: str, message: str, tmp_path: Path) -> None:
+def test_gradient_checkpointing_rejects_unsupported_networks(name: str, message: str, tmp_path: Path) -> None:
     encoder = load_encoder(zoo.ZOO[name](tmp_path).source)
     with pytest.raises(ValueError, match=message):
         set_gradient_checkpointing(encoder)
     with torch.no_grad():
-        assert encoder(pictures(32, 32)).shape == (2, encoder.feature_dim)
+        assert encoder(smooth_images(32, 32)).shape == (2, encoder.feature_dim)
 
 
-def test_gradient_checkpointing_leaves_no_trace(tmp_path: Path) -> None:
+def test_gradient_checkpointing_can_be_switched_off(tmp_path: Path) -> None:
     encoder = load_encoder(zoo.ZOO["timm: ResNet"](tmp_path).source)
     before, state = {k: v.clone() for k, v in encoder.state_dict().items()}, torch.get_rng_state()
     set_gradient_checkpointing(encoder)
@@ -224,7 +224,7 @@ def test_gradient_checkpointing_leaves_no_trace(tmp_path: Path) -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_warnings_are_no_noise(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_supported_encoders_log_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A model that is read whole says nothing at all."""
     made = zoo.ZOO["hf: DINOv2"](tmp_path)
     with caplog.at_level(logging.WARNING, logger="zepad_mm"):
@@ -241,7 +241,7 @@ def test_warnings_are_no_noise(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         ("weights", "the weights are others"),
     ],
 )
-def test_a_changed_base_is_told_by_what_changed(change: str, message: str, tmp_path: Path) -> None:
+def test_fingerprint_names_what_changed(change: str, message: str, tmp_path: Path) -> None:
     """The same for a tuned encoder and for a ZePAD: both hold fingerprints of their encoders."""
     source = write_clip(tmp_path)
     make_zepad(source).save_pretrained(tmp_path / "zepad")
@@ -259,11 +259,11 @@ def test_a_changed_base_is_told_by_what_changed(change: str, message: str, tmp_p
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         load_tuned(tmp_path / "tuned")
-    with pytest.raises(ValueError, match=f"answers a fixed picture differently .* in branch benign {message}"):
+    with pytest.raises(ValueError, match=f"answers a fixed image differently .* in branch benign {message}"):
         ZePAD.from_pretrained(tmp_path / "zepad")
 
 
-def test_a_fingerprint_leaves_the_mode_alone(clip_source: str) -> None:
+def test_fingerprint_restores_the_mode(clip_source: str) -> None:
     encoder = load_encoder(clip_source)
     encoder.backbone.transformer.train()
     assert Fingerprint.from_dict(fingerprint(encoder).to_dict()) == fingerprint(encoder)

@@ -25,7 +25,7 @@ from zepad_mm.encoders.attention import SeparateAttention, unfuse_attention, use
 from zepad_mm.encoders.base import Encoder, Preprocess
 
 
-def kick_adapter(encoder: nn.Module, scale: float = 0.1) -> None:
+def perturb_adapter(encoder: nn.Module, scale: float = 0.1) -> None:
     """peft starts B at zero; this makes the delta real."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -34,8 +34,8 @@ def kick_adapter(encoder: nn.Module, scale: float = 0.1) -> None:
                 parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
 
 
-def test_open_clip_parity_with_the_librarys_own_preprocessing(clip_source: str) -> None:
-    """The same picture through open_clip's own transform and tower, and through the encoder."""
+def test_open_clip_encoder_matches_library(clip_source: str) -> None:
+    """The same image through open_clip's own transform and tower, and through the encoder."""
     from PIL import Image
 
     from zepad_mm.data import to_tensor
@@ -53,7 +53,7 @@ def test_open_clip_parity_with_the_librarys_own_preprocessing(clip_source: str) 
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "tf_efficientnet_lite0"])
-def test_timm_parity(name: str) -> None:
+def test_timm_encoder_matches_library(name: str) -> None:
     import timm
 
     encoder = load_encoder(f"timm:{name}", pretrained=False)
@@ -66,7 +66,7 @@ def test_timm_parity(name: str) -> None:
         torch.testing.assert_close(encoder(images), encoder.backbone((images - mean) / std), atol=1e-5, rtol=1e-5)
 
 
-def test_a_vit_built_for_another_size_says_its_own_size() -> None:
+def test_timm_vit_uses_its_own_image_size() -> None:
     """timm's config still says 224 then; the model knows better."""
     import timm
 
@@ -75,7 +75,7 @@ def test_a_vit_built_for_another_size_says_its_own_size() -> None:
     assert backbone.patch_embed.img_size == (32, 32)
 
 
-def test_the_gradient_to_the_input_is_finite_and_nowhere_absent(clip_source: str, images: torch.Tensor) -> None:
+def test_encoder_input_gradient_is_finite_everywhere(clip_source: str, images: torch.Tensor) -> None:
     encoder = load_encoder(clip_source)
     big = torch.rand(2, 3, 50, 40, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
     (gradient,) = torch.autograd.grad(encoder(big).square().sum(), big)
@@ -84,7 +84,7 @@ def test_the_gradient_to_the_input_is_finite_and_nowhere_absent(clip_source: str
 
 
 @pytest.mark.parametrize("mode", ["squash", "shortest"])
-def test_resizing_keeps_the_range_and_the_right_part(mode: str) -> None:
+def test_preprocess_resize_keeps_range_and_centre(mode: str) -> None:
     preprocess = Preprocess(image_size=16, mean=(0, 0, 0), std=(1, 1, 1), resize_mode=mode)
     images = torch.rand(1, 3, 16, 32, generator=torch.Generator().manual_seed(0))
     resized = preprocess.resize(images)
@@ -99,7 +99,7 @@ def test_resizing_keeps_the_range_and_the_right_part(mode: str) -> None:
 
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("mask", ["none", "boolean", "added", "by head"])
-def test_hastened_attention_is_the_same_attention(batch_first: bool, mask: str) -> None:
+def test_use_fast_attention_keeps_outputs(batch_first: bool, mask: str) -> None:
     holder = nn.ModuleDict({"attention": nn.MultiheadAttention(16, 4, batch_first=batch_first)})
     names = list(holder.state_dict())
     plain, x = copy.deepcopy(holder)["attention"], torch.randn(2, 5, 16)
@@ -126,7 +126,7 @@ def test_hastened_attention_is_the_same_attention(batch_first: bool, mask: str) 
 
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
-def test_unfused_attention_agrees(batch_first: bool, masked: bool) -> None:
+def test_unfuse_attention_keeps_outputs(batch_first: bool, masked: bool) -> None:
     torch.manual_seed(0)
     fused = nn.MultiheadAttention(24, 4, batch_first=batch_first).eval()
     holder = nn.ModuleDict({"attn": fused})
@@ -140,7 +140,7 @@ def test_unfused_attention_agrees(batch_first: bool, masked: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", ["clip", "conv", "efficientnet"])
-def test_lora_is_w_plus_delta_before_and_after_merging(kind: str, clip_source: str) -> None:
+def test_lora_adds_delta_before_and_after_merging(kind: str, clip_source: str) -> None:
     """Against weights added by hand; peft doubles out_proj inside nn.MultiheadAttention, which this would show."""
     source = {"clip": clip_source, "conv": "timm:resnet10t", "efficientnet": "timm:tf_efficientnet_lite0"}[kind]
     torch.manual_seed(0)
@@ -152,7 +152,7 @@ def test_lora_is_w_plus_delta_before_and_after_merging(kind: str, clip_source: s
         by_hand = {name: parameter.clone() for name, parameter in encoder.backbone.named_parameters()}
         add_lora(encoder, LoraSettings(rank=2, alpha=6.0))
         torch.testing.assert_close(encoder(images), before, atol=1e-5, rtol=1e-4)
-        kick_adapter(encoder)
+        perturb_adapter(encoder)
         adapted = encoder(images)
         for name, module in encoder.backbone.base_model.model.named_modules():
             if hasattr(module, "lora_A"):
@@ -169,10 +169,10 @@ def test_lora_is_w_plus_delta_before_and_after_merging(kind: str, clip_source: s
     torch.testing.assert_close(merged / scale, adapted / scale, atol=1e-4, rtol=1e-3)
 
 
-def test_every_adapter_gets_a_gradient(clip_source: str, images: torch.Tensor) -> None:
+def test_lora_every_adapter_gets_a_gradient(clip_source: str, images: torch.Tensor) -> None:
     """Inside nn.MultiheadAttention the one on out_proj gets none."""
     encoder = add_lora(load_encoder(clip_source), LoraSettings(rank=2))
-    kick_adapter(encoder)
+    perturb_adapter(encoder)
     encoder(images).square().sum().backward()
     trained = {name: p.grad for name, p in encoder.named_parameters() if p.requires_grad}
     assert trained
@@ -181,12 +181,12 @@ def test_every_adapter_gets_a_gradient(clip_source: str, images: torch.Tensor) -
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in trained.values())
 
 
-def test_adapters_are_plain_peft(clip_source: str, images: torch.Tensor, tmp_path: Path) -> None:
+def test_lora_adapter_loads_with_peft_alone(clip_source: str, images: torch.Tensor, tmp_path: Path) -> None:
     """Saved by us, loaded by peft alone, and by us; twice adapted is an error."""
     from peft import PeftConfig, PeftModel
 
     encoder = add_lora(load_encoder(clip_source), LoraSettings(rank=2))
-    kick_adapter(encoder)
+    perturb_adapter(encoder)
     encoder.backbone.save_pretrained(str(tmp_path))
     assert PeftConfig.from_pretrained(str(tmp_path)).base_model_name_or_path == clip_source
     plain = load_encoder(clip_source)
@@ -214,12 +214,12 @@ def test_adapters_are_plain_peft(clip_source: str, images: torch.Tensor, tmp_pat
         ("open_clip:", "expected KIND:NAME"),
     ],
 )
-def test_unknown_sources(source: str, message: str) -> None:
+def test_load_encoder_rejects_unknown_sources(source: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_encoder(source)
 
 
-def test_missing_and_truncated_checkpoints(clip_source: str, tmp_path: Path) -> None:
+def test_load_encoder_names_missing_and_truncated_checkpoints(clip_source: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is no folder"):
         load_encoder("open_clip:local-dir:/nowhere/at/all")
     with pytest.raises(FileNotFoundError, match="save_for_hf"):
@@ -231,7 +231,7 @@ def test_missing_and_truncated_checkpoints(clip_source: str, tmp_path: Path) -> 
         load_encoder(f"open_clip:local-dir:{tmp_path / 'clip'}")
 
 
-def test_text_embeddings_are_unit_length_and_kept(clip_source: str) -> None:
+def test_text_embeddings_are_unit_length_and_cached(clip_source: str) -> None:
     _, text = load_clip(clip_source)
     first = text.class_embeddings(["cat", "dog"], "photo")
     torch.testing.assert_close(first.norm(dim=-1), torch.ones(2))
@@ -244,7 +244,7 @@ def test_text_embeddings_are_unit_length_and_kept(clip_source: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "resnet18", "convnext_atto"])
-def test_a_streamlined_network_is_the_same_network(name: str) -> None:
+def test_optimize_for_inference_keeps_outputs(name: str) -> None:
     torch.manual_seed(0)
     encoder = load_encoder(f"timm:{name}", pretrained=False)
     for module in encoder.modules():
@@ -260,16 +260,16 @@ def test_a_streamlined_network_is_the_same_network(name: str) -> None:
     assert (lighter is encoder) == (name == "convnext_atto")  # nothing to fold: not copied either
 
 
-def test_streamlining_folds_adapters(clip_source: str, images: torch.Tensor) -> None:
+def test_optimize_for_inference_folds_adapters(clip_source: str, images: torch.Tensor) -> None:
     encoder = add_lora(load_encoder(clip_source), LoraSettings(rank=2))
-    kick_adapter(encoder)
+    perturb_adapter(encoder)
     lighter = optimize_for_inference(encoder, 32)
     assert has_lora(encoder)
     assert not has_lora(lighter)
     assert torch.allclose(lighter(images), encoder(images), atol=1e-5)
 
 
-def test_a_norm_used_twice_is_not_folded() -> None:
+def test_optimize_for_inference_keeps_a_norm_used_twice() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -284,8 +284,6 @@ def test_a_norm_used_twice_is_not_folded() -> None:
     assert optimize_for_inference(encoder, 8) is encoder
 
 
-def test_a_loaded_architecture_does_not_warn_of_random_weights(
-    clip_source: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_load_encoder_without_weights_does_not_warn(clip_source: str, caplog: pytest.LogCaptureFixture) -> None:
     load_encoder(clip_source, pretrained=False)
     assert "No pretrained weights" not in caplog.text

@@ -22,7 +22,7 @@ def adapted() -> Student:
     return Student(encoder.eval(), nn.Identity())
 
 
-def test_a_folded_adapter_answers_the_same_and_leaves_every_bit() -> None:
+def test_folded_lora_keeps_outputs_and_restores_weights() -> None:
     encoder = adapted().encoder
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     trains = [name for name, parameter in encoder.named_parameters() if parameter.requires_grad]
@@ -44,7 +44,7 @@ def test_a_folded_adapter_answers_the_same_and_leaves_every_bit() -> None:
     assert torch.equal(encoder(images), expected)
 
 
-def test_attacks_made_on_the_folded_adapter_hit_the_network_itself() -> None:
+def test_folded_lora_attacks_transfer_to_the_unfolded_network() -> None:
     student, defence = adapted(), FARE(epsilon=4 / 255, attack_steps=3)
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

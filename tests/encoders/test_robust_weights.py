@@ -48,7 +48,7 @@ def robust(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Path]:
 
 
 @pytest.mark.parametrize("published", ["fare", "tecoa", "delta_clip", "open_clip_training", "robust_vlm"])
-def test_robust_weights_over_a_base(robust: tuple[str, Any, Path], published: str, images: Tensor) -> None:
+def test_robust_weights_replace_the_base(robust: tuple[str, Any, Path], published: str, images: Tensor) -> None:
     base, clip, folder = robust
     path = folder / f"{published}.pt"
     torch.save(robust_formats(clip)[published], path)
@@ -62,7 +62,7 @@ def test_robust_weights_over_a_base(robust: tuple[str, Any, Path], published: st
     assert same_text == (published in ("fare", "tecoa", "robust_vlm"))
 
 
-def test_published_weights_are_ready_branches(robust: tuple[str, Any, Path], tmp_path: Path, images: Tensor) -> None:
+def test_robust_weights_make_a_branch(robust: tuple[str, Any, Path], tmp_path: Path, images: Tensor) -> None:
     """A ZePAD names them by their source and stores nothing of them."""
     base, clip, folder = robust
     torch.save(clip.visual.state_dict(), folder / "ready.pt")
@@ -78,7 +78,7 @@ def test_published_weights_are_ready_branches(robust: tuple[str, Any, Path], tmp
     assert (tmp_path / "model.safetensors").stat().st_size < 3000
 
 
-def test_robust_weights_that_do_not_fit(robust: tuple[str, Any, Path]) -> None:
+def test_robust_weights_reject_another_model(robust: tuple[str, Any, Path]) -> None:
     base, clip, folder = robust
     good = clip.visual.state_dict()
 
@@ -99,7 +99,7 @@ def test_robust_weights_that_do_not_fit(robust: tuple[str, Any, Path]) -> None:
         load_encoder("open_clip:ViT-B-32/openai+")
 
 
-def test_a_plus_in_a_folders_name_stays_there(robust: tuple[str, Any, Path]) -> None:
+def test_parse_source_reads_back_every_part(robust: tuple[str, Any, Path]) -> None:
     folder = robust[2]
     inside = Source("open_clip", str(folder / "tuned+"), "local-dir")
     for source in (

@@ -13,7 +13,7 @@ from torch import nn
 ROOT = Path(__file__).parents[2]
 
 from tests.helpers import encoder_zoo as zoo  # noqa: E402
-from tests.helpers.encoder_checks import kick, pictures  # noqa: E402
+from tests.helpers.encoder_checks import perturb_adapter, smooth_images  # noqa: E402
 from zepad_mm.encoders import (  # noqa: E402
     Encoder,
     LoraSettings,
@@ -39,15 +39,15 @@ def three(source: str, first_block: int) -> list[Encoder]:
     encoders = [add_lora(load_encoder(source), LoraSettings(rank=2, first_block=first_block)) for _ in range(2)]
     for scale, encoder in enumerate(encoders, 1):
         for _ in range(scale):
-            kick(encoder)
+            perturb_adapter(encoder)
     return [*(encoder.eval() for encoder in encoders), load_encoder(source)]
 
 
 @pytest.mark.parametrize("name", [*VITS, "timm: ViT", "hf: ViT-MAE", "ssl: ViT of DINO"])
 @pytest.mark.parametrize("first_block", [0, 2])
-def test_the_same_answers_and_gradients(name: str, first_block: int, tmp_path: Path) -> None:
+def test_shared_trunk_keeps_features_and_gradients(name: str, first_block: int, tmp_path: Path) -> None:
     encoders = three(zoo.ZOO[name](tmp_path).source, first_block)
-    images = pictures(32, 32).requires_grad_(True)
+    images = smooth_images(32, 32).requires_grad_(True)
     alone = torch.stack([encoder(images) for encoder in encoders])
     (gradient,) = torch.autograd.grad(alone.square().sum(), images)
     trunk = SharedTrunk(encoders)
@@ -58,7 +58,7 @@ def test_the_same_answers_and_gradients(name: str, first_block: int, tmp_path: P
     torch.testing.assert_close(torch.stack([encoder(images) for encoder in encoders]), alone, atol=1e-5, rtol=1e-5)
 
 
-def test_the_weights_are_held_once_and_blocks_run_once(tmp_path: Path) -> None:
+def test_shared_trunk_holds_weights_and_runs_blocks_once(tmp_path: Path) -> None:
     encoders = three(zoo.ZOO[VITS[0]](tmp_path).source, 2)
     runs: dict[int, int] = {}
     trunk = SharedTrunk(encoders)
@@ -72,13 +72,13 @@ def test_the_weights_are_held_once_and_blocks_run_once(tmp_path: Path) -> None:
                 runs[index] = runs.get(index, 0) + 1
 
             block.mlp.register_forward_pre_hook(count)
-    trunk(pictures(32, 32))
+    trunk(smooth_images(32, 32))
     assert runs == {0: 1, 1: 1, 2: 3}
 
 
-def test_it_is_invisible_to_saving_copying_and_folding(tmp_path: Path) -> None:
+def test_shared_trunk_survives_saving_copying_and_folding(tmp_path: Path) -> None:
     encoders = three(zoo.ZOO[VITS[0]](tmp_path / "m").source, 1)
-    images = pictures(32, 32)
+    images = smooth_images(32, 32)
     with torch.no_grad():
         alone = [encoder(images) for encoder in encoders]
         SharedTrunk(encoders)
@@ -88,9 +88,9 @@ def test_it_is_invisible_to_saving_copying_and_folding(tmp_path: Path) -> None:
         torch.testing.assert_close(optimize_for_inference(encoders[1], 32)(images), alone[1], atol=1e-5, rtol=1e-4)
 
 
-def test_threads_do_not_meet(tmp_path: Path) -> None:
+def test_shared_trunk_is_thread_safe(tmp_path: Path) -> None:
     trunk = SharedTrunk(three(zoo.ZOO[VITS[0]](tmp_path).source, 2))
-    batches = [pictures(32, 32) * factor for factor in (1.0, 0.8, 0.6, 0.4)]
+    batches = [smooth_images(32, 32) * factor for factor in (1.0, 0.8, 0.6, 0.4)]
     with torch.no_grad():
         expected = [torch.stack(trunk(images)) for images in batches]
         got: dict[int, list[torch.Tensor]] = {index: [] for index in range(4)}
@@ -110,7 +110,7 @@ def test_threads_do_not_meet(tmp_path: Path) -> None:
             torch.testing.assert_close(answer, wanted, atol=1e-6, rtol=1e-6)
 
 
-def test_what_shares_no_trunk(tmp_path: Path) -> None:
+def test_shared_trunk_rejects_unrelated_encoders(tmp_path: Path) -> None:
     source = zoo.ZOO["timm: ViT"](tmp_path / "vit").source
     other = zoo.ZOO["timm: ResNet"](tmp_path / "resnet").source
     with pytest.raises(ValueError, match="two encoders or more of one source, got 2 of"):
@@ -127,7 +127,7 @@ def test_what_shares_no_trunk(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["timm: ViT", "hf: CLIP", "open_clip: ViT, MultiheadAttention"])
-def test_not_with_gradient_checkpointing(name: str, tmp_path: Path) -> None:
+def test_shared_trunk_rejects_gradient_checkpointing(name: str, tmp_path: Path) -> None:
     """A block that is run again in the backward pass would get what a shared call no longer holds."""
     encoders = three(zoo.ZOO[name](tmp_path).source, 1)
     set_gradient_checkpointing(encoders[1])
@@ -139,7 +139,7 @@ def test_not_with_gradient_checkpointing(name: str, tmp_path: Path) -> None:
         set_gradient_checkpointing(encoders[1])
 
 
-def test_a_whole_model_shares(clip_source: str, images: torch.Tensor, tmp_path: Path) -> None:
+def test_zepad_share_trunk_keeps_outputs(clip_source: str, images: torch.Tensor, tmp_path: Path) -> None:
     """Answers, gradients, single branches, saving and streamlining are those of the model that shares nothing."""
     configs, branches = [], []
     text = load_clip(clip_source)[1]

@@ -302,7 +302,9 @@ LAYOUTS: list[Callable[[], Written]] = [
 
 
 @pytest.mark.parametrize("write", LAYOUTS, ids=lambda write: write.__name__)
-def test_the_layout(write: Callable[[], Written], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_ssl_checkpoint_layout_is_recognised(
+    write: Callable[[], Written], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     torch.manual_seed(0)
     written = write()
     path = tmp_path / "checkpoint.pth"
@@ -334,13 +336,13 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("stem", ["3x3p1", "3x3p2", "3x3p1pool"])
-def test_stems_that_weights_cannot_tell(small: Path, stem: str) -> None:
+def test_ssl_checkpoint_stem_option(small: Path, stem: str) -> None:
     backbone: Any = load_encoder(f"ssl:{small}?stem={stem}").backbone
     assert backbone.conv1.padding == (int(stem[4]),) * 2
     assert isinstance(backbone.maxpool, nn.Identity) != stem.endswith("pool")
 
 
-def test_a_sidecar_says_what_the_source_does_not(small: Path, tmp_path: Path) -> None:
+def test_ssl_checkpoint_reads_sidecar_options(small: Path, tmp_path: Path) -> None:
     path = tmp_path / small.name
     path.write_bytes(small.read_bytes())
     sidecar = tmp_path / f"{small.name}.json"
@@ -370,12 +372,12 @@ def test_a_sidecar_says_what_the_source_does_not(small: Path, tmp_path: Path) ->
         ("mean", "expected ssl:PATH"),
     ],
 )
-def test_options_that_are_wrong(small: Path, query: str, message: str) -> None:
+def test_ssl_checkpoint_rejects_wrong_options(small: Path, query: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_encoder(f"ssl:{small}?{query}")
 
 
-def test_without_weights_it_is_the_architecture_alone(small: Path) -> None:
+def test_ssl_checkpoint_without_weights_builds_architecture(small: Path) -> None:
     a, b = (load_encoder(f"ssl:{small}", pretrained=flag).state_dict() for flag in (True, False))
     assert {key: value.shape for key, value in a.items()} == {key: value.shape for key, value in b.items()}
     assert not torch.equal(a["backbone.conv1.weight"], b["backbone.conv1.weight"])
@@ -386,7 +388,7 @@ class Evil:
         return (exec, ("raise SystemExit('ran')",))
 
 
-def test_damaged_and_foreign_files(small: Path, tmp_path: Path) -> None:
+def test_ssl_checkpoint_names_damaged_and_foreign_files(small: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     good = cifar(small_resnet(), 1).state_dict()
 

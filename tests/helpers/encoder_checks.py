@@ -42,7 +42,7 @@ class Row:
     name: str
     feature_dim: int
     parity: float  # largest difference of features to the source library's own
-    smallest_gradient: float  # over pictures, of the largest |d features / d pixel|
+    smallest_gradient: float  # over images, of the largest |d features / d pixel|
     lora_error: float  # largest |adapted - weights + delta by hand|, before and after merging, to the largest feature
     lora_layers: int
     saved: str  # what was saved and came back bit for bit
@@ -50,8 +50,8 @@ class Row:
     task: str  # zero-shot or probe, and how it did
 
 
-def pictures(height: int, width: int, count: int = 2) -> Tensor:
-    """Smooth pictures (B, 3, H, W) well inside [0, 1]: a bicubic filter does not leave the range, so nothing is cut."""
+def smooth_images(height: int, width: int, count: int = 2) -> Tensor:
+    """Smooth images (B, 3, H, W) well inside [0, 1]: a bicubic filter does not leave the range, so nothing is cut."""
     rows, columns = torch.linspace(0, 5, height).view(-1, 1), torch.linspace(0, 5, width)
     shifts = torch.arange(3 * count).view(count, 3, 1, 1) * 0.7
     return (rows + shifts).sin() * (columns - shifts).cos() * 0.3 + 0.5
@@ -59,7 +59,7 @@ def pictures(height: int, width: int, count: int = 2) -> Tensor:
 
 @torch.no_grad()
 def parity(made: Made, encoder: Encoder) -> float:
-    """Largest difference on pictures that must be resized: a large one, an upright one where aspects are kept."""
+    """Largest difference on images that must be resized: a large one, an upright one where aspects are kept."""
     size = encoder.preprocess.image_size
     shapes = [(3 * size // 2, 3 * size // 2)]
     if not isinstance(encoder.backbone, NaFlexBackbone):  # which keeps aspects, where we squash
@@ -68,7 +68,7 @@ def parity(made: Made, encoder: Encoder) -> float:
         shapes.append((size, size))
     gaps = []
     for shape in shapes:
-        images = pictures(*shape)
+        images = smooth_images(*shape)
         ours, theirs = encoder(images), made.features(images)
         torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=TOLERANCE)
         gaps.append(float((ours - theirs).abs().max()))
@@ -76,9 +76,9 @@ def parity(made: Made, encoder: Encoder) -> float:
 
 
 def gradient(encoder: Encoder) -> float:
-    """Smallest, over pictures, of the largest gradient to a pixel; finite and not zero."""
+    """Smallest, over images, of the largest gradient to a pixel; finite and not zero."""
     size = encoder.preprocess.image_size
-    images = pictures(size + 6, size + 3).requires_grad_(True)
+    images = smooth_images(size + 6, size + 3).requires_grad_(True)
     weights = torch.randn(2, encoder.feature_dim, generator=torch.Generator().manual_seed(0))
     (found,) = torch.autograd.grad((encoder(images) * weights).sum(), images)
     strongest = found.abs().amax((1, 2, 3)).min()
@@ -87,7 +87,7 @@ def gradient(encoder: Encoder) -> float:
     return float(strongest)
 
 
-def kick(encoder: Encoder) -> None:
+def perturb_adapter(encoder: Encoder) -> None:
     """peft starts B at zero; this makes the delta real."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -99,7 +99,7 @@ def kick(encoder: Encoder) -> None:
 def lora(source: str) -> tuple[float, int]:
     """W + dW by hand against the adapter, before and after merging; every adapter gets a gradient."""
     encoder = load_encoder(source)
-    images = pictures(encoder.preprocess.image_size, encoder.preprocess.image_size)
+    images = smooth_images(encoder.preprocess.image_size, encoder.preprocess.image_size)
     with torch.no_grad():
         before = encoder(images)
     by_hand = copy.deepcopy(encoder)
@@ -107,7 +107,7 @@ def lora(source: str) -> tuple[float, int]:
     add_lora(encoder, LoraSettings(rank=2, alpha=6.0))
     with torch.no_grad():
         torch.testing.assert_close(encoder(images), before, atol=1e-5, rtol=1e-4)
-    kick(encoder)
+    perturb_adapter(encoder)
     layers = dict(by_hand.backbone.named_modules())
     adapted_layers = 0
     for name, module in encoder.backbone.base_model.model.named_modules():
@@ -135,9 +135,9 @@ def lora(source: str) -> tuple[float, int]:
 def saved(source: str, folder: Path) -> str:
     """A tuned encoder, an adapter (by us, by peft alone), a ZePAD over both and the base: all come back bit for bit."""
     base = load_encoder(source)
-    images = pictures(base.preprocess.image_size, base.preprocess.image_size)
+    images = smooth_images(base.preprocess.image_size, base.preprocess.image_size)
     full, adapted = load_encoder(source), add_lora(load_encoder(source), LoraSettings(rank=2))
-    kick(adapted)
+    perturb_adapter(adapted)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in full.parameters():
@@ -172,7 +172,7 @@ def checkpointing(source: str) -> str:
     for enabled in (False, True):
         torch.manual_seed(0)
         encoder = add_lora(load_encoder(source), LoraSettings(rank=2)).eval()
-        kick(encoder)
+        perturb_adapter(encoder)
         if enabled:
             try:
                 set_gradient_checkpointing(encoder)
@@ -183,7 +183,7 @@ def checkpointing(source: str) -> str:
             for module in encoder.modules():
                 if isinstance(module, nn.BatchNorm2d | nn.Dropout):
                     module.eval()
-        encoder(pictures(encoder.preprocess.image_size, encoder.preprocess.image_size)).square().sum().backward()
+        encoder(smooth_images(encoder.preprocess.image_size, encoder.preprocess.image_size)).square().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None]))
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
     return "same gradient"
@@ -194,7 +194,7 @@ def zero_shot(made: Made) -> str:
     """The zero-shot head's probabilities against the library's own, and its raw logits once the bias is added."""
     encoder, text = load_clip(made.source)
     size = encoder.preprocess.image_size
-    images = pictures(3 * size // 2, 3 * size // 2)
+    images = smooth_images(3 * size // 2, 3 * size // 2)
     head = zero_shot_head(text, CLASSES, "single")
     ours = head(encoder(images)) + text.logit_bias
     assert made.logits is not None
@@ -207,7 +207,7 @@ def zero_shot(made: Made) -> str:
 
 
 def probe(encoder: Encoder) -> str:
-    """A linear probe tells reddish from bluish stripes on pictures that it has not seen."""
+    """A linear probe tells reddish from bluish stripes on images that it has not seen."""
     size, count = encoder.preprocess.image_size, 160
     generator = torch.Generator().manual_seed(0)
     phase, tint = (torch.rand(count, n, 1, 1, generator=generator) for n in (1, 3))

@@ -27,9 +27,9 @@ MEAN, STD = (0.48, 0.45, 0.4), (0.26, 0.25, 0.27)
 
 @dataclass(frozen=True)
 class Made:
-    """A model on disk, and what its own library makes of pictures.
+    """A model on disk, and what its own library makes of images.
 
-    ``features`` maps (B, 3, H, W) pixels in [0, 1] of any size to features. ``logits`` maps pictures and texts to the
+    ``features`` maps (B, 3, H, W) pixels in [0, 1] of any size to features. ``logits`` maps images and texts to the
     library's own scaled similarities (CLIPs only).
     """
 
@@ -170,12 +170,12 @@ def _hf_clip(folder: Path, model: Any, processor: Any) -> Made:
     made = _hf(folder, model, processor, lambda own, inputs: own.get_image_features(**inputs).pooler_output)
     _letters().save_pretrained(folder)
     own, tokenizer = hf.AutoModel.from_pretrained(folder).eval(), hf.AutoTokenizer.from_pretrained(folder)
-    pictures = hf.AutoImageProcessor.from_pretrained(folder)
+    processor = hf.AutoImageProcessor.from_pretrained(folder)
     padding = "max_length" if "siglip" in own.config.model_type else True
 
     def logits(images: Tensor, texts: list[str]) -> Tensor:
         words = tokenizer(texts, padding=padding, max_length=40, truncation=True, return_tensors="pt")
-        return own(**pictures(images=list(images * 255), return_tensors="pt"), **words).logits_per_image
+        return own(**processor(images=list(images * 255), return_tensors="pt"), **words).logits_per_image
 
     return Made(made.source, made.features, logits)
 

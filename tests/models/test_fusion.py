@@ -18,7 +18,7 @@ def logits(scale: float = 3.0, seed: int = 0, branches: int = 3, n: int = 5, cla
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_weights_sum_to_one_and_branches_may_be_reordered(rule: str) -> None:
+def test_fusion_weights_sum_to_one_in_any_order(rule: str) -> None:
     z = logits()
     decision = build(rule, BENIGN)(z)
     torch.testing.assert_close(decision.weights.sum(0), torch.ones(5))
@@ -32,14 +32,14 @@ def test_weights_sum_to_one_and_branches_may_be_reordered(rule: str) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("benign", [(True,), (False,)])
-def test_one_branch_is_itself(rule: str, benign: tuple[bool, ...]) -> None:
+def test_fusion_of_one_branch_returns_its_logits(rule: str, benign: tuple[bool, ...]) -> None:
     z = logits(branches=1)
     torch.testing.assert_close(build(rule, benign)(z).logits, z[0])
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("benign", [(True, True), (False, False)])
-def test_branches_of_one_kind_only(rule: str, benign: tuple[bool, ...]) -> None:
+def test_fusion_of_branches_of_one_role(rule: str, benign: tuple[bool, ...]) -> None:
     decision = build(rule, benign)(logits(branches=2))
     torch.testing.assert_close(decision.weights.sum(0), torch.ones(5))
     assert torch.isfinite(decision.logits).all()
@@ -47,7 +47,7 @@ def test_branches_of_one_kind_only(rule: str, benign: tuple[bool, ...]) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 1e4])
-def test_finite_for_extreme_logits(rule: str, scale: float) -> None:
+def test_fusion_is_finite_for_extreme_logits(rule: str, scale: float) -> None:
     z = logits(scale).requires_grad_(True)
     decision = build(rule, BENIGN)(z)
     assert torch.isfinite(decision.logits).all()
@@ -56,14 +56,14 @@ def test_finite_for_extreme_logits(rule: str, scale: float) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_the_gradient_reaches_every_branch(rule: str) -> None:
+def test_fusion_gradient_reaches_every_branch(rule: str) -> None:
     z = logits(1.0).requires_grad_(True)
     fused = build(rule, BENIGN)(z).logits
     (gradient,) = torch.autograd.grad((fused[:, 0] - fused[:, 1]).sum(), z)
     assert (gradient.abs().sum((1, 2)) > 1e-4).all()
 
 
-def test_rfdm_is_the_papers_formula() -> None:
+def test_rfdm_matches_the_papers_formula() -> None:
     """c = m exp(3 (m - 1/2)); the method text computes 0.5 -> 0.5, 0.95 -> 3.67, 1 -> 4.48."""
     for confidence, expected in ((0.5, 0.5), (0.6, 0.81), (0.95, 3.67), (0.999999, 4.48)):
         assert confidence * math.exp(3 * (confidence - 0.5)) == pytest.approx(expected, abs=6e-3)
@@ -75,7 +75,7 @@ def test_rfdm_is_the_papers_formula() -> None:
     torch.testing.assert_close(fused, (weights.unsqueeze(1) * z[:, 0]).sum(0))
 
 
-def test_a_bounded_benign_branch_cannot_overturn_a_sure_robust_answer() -> None:
+def test_bounded_benign_keeps_confident_robust_answers() -> None:
     z = torch.zeros(3, 1, 4)
     z[:2, 0, 1] = 6.0  # both robust branches: class 1
     for other in (10.0, 1e3, 1e6):
@@ -85,7 +85,7 @@ def test_a_bounded_benign_branch_cannot_overturn_a_sure_robust_answer() -> None:
         assert build("equal", BENIGN)(z).logits.argmax(-1).item() == (1 if other < 12 else 3)
 
 
-def test_the_cap_holds() -> None:
+def test_capped_rfdm_limits_the_benign_weight() -> None:
     z = torch.zeros(3, 1, 4)
     z[2, 0, 0] = 50.0
     weights = build("capped_rfdm", BENIGN, params={"cap": 0.25})(z).weights
@@ -93,7 +93,7 @@ def test_the_cap_holds() -> None:
 
 
 @pytest.mark.parametrize("score", detection.SCORES)
-def test_scores_rise_with_disagreement(score: str) -> None:
+def test_detection_score_rises_with_disagreement(score: str) -> None:
     agree, differ = torch.zeros(3, 1, 4), torch.zeros(3, 1, 4)
     agree[..., 0] = 4.0
     differ[:2, ..., 0] = 4.0
@@ -104,7 +104,7 @@ def test_scores_rise_with_disagreement(score: str) -> None:
     assert torch.isfinite(function(differ * 1e4, BENIGN)).all()
 
 
-def test_the_threshold_keeps_its_false_positive_rate() -> None:
+def test_threshold_at_keeps_the_false_positive_rate() -> None:
     scores = torch.rand(1000, generator=torch.Generator().manual_seed(0))
     for rate in (0.0, 0.01, 0.05):
         assert (scores > detection.threshold_at(scores, rate)).float().mean() <= rate
@@ -112,7 +112,7 @@ def test_the_threshold_keeps_its_false_positive_rate() -> None:
         detection.threshold_at(torch.empty(0), 0.05)
 
 
-def test_errors_name_the_fix() -> None:
+def test_fusion_errors_name_the_fix() -> None:
     with pytest.raises(ValueError, match="did you mean 'rfdm'"):
         build("rfdmm", BENIGN)
     with pytest.raises(ValueError, match="no key 'benign_wieght'; did you mean 'benign_weight'"):
@@ -124,7 +124,7 @@ def test_errors_name_the_fix() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_no_benign_answer_changes_a_certified_one(rule: str) -> None:
+def test_certified_answers_resist_every_benign_output(rule: str) -> None:
     """The attacker sets the benign branch freely: any class, any confidence, any size of logits."""
     z = logits(4.0, n=400)
     fusion = build(rule, BENIGN)
@@ -146,7 +146,7 @@ def test_no_benign_answer_changes_a_certified_one(rule: str) -> None:
         assert bool((changed | certified | (robust != before)).all())
 
 
-def test_nothing_is_certified_without_a_robust_branch() -> None:
+def test_certified_needs_a_robust_branch() -> None:
     certified = build("bounded_benign", (True, True)).certified(logits(branches=2))
     assert certified is not None
     assert not certified.any()

@@ -29,7 +29,7 @@ def exported(model: ZePAD, tmp_path_factory: pytest.TempPathFactory) -> Exported
 
 
 @pytest.mark.parametrize("batch", [1, 5])
-def test_onnxruntime_says_what_torch_says(model: ZePAD, exported: Exported, batch: int) -> None:
+def test_export_onnx_matches_torch(model: ZePAD, exported: Exported, batch: int) -> None:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(exported.path, providers=["CPUExecutionProvider"])
@@ -50,7 +50,7 @@ def louder(model: ZePAD) -> ZePAD:
     return other
 
 
-def test_a_graph_that_answers_otherwise_is_not_kept(
+def test_export_onnx_discards_a_graph_that_differs(
     model: ZePAD, exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import onnx_ir
@@ -73,7 +73,7 @@ def test_a_graph_that_answers_otherwise_is_not_kept(
     assert exported.difference <= 1e-3
 
 
-def test_what_cannot_be_exported_says_why(model: ZePAD, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_onnx_errors_name_the_reason(model: ZePAD, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"ends in \.onnx, got 'model'"):
         export_onnx(model, tmp_path / "model")
     with pytest.raises(ValueError, match="at least 1 pixel, got 0"):
@@ -90,7 +90,7 @@ def test_what_cannot_be_exported_says_why(model: ZePAD, tmp_path: Path, monkeypa
         export_onnx(model, tmp_path / "model.onnx")
 
 
-def test_the_whole_model_compiles_with_its_gradient(model: ZePAD) -> None:
+def test_zepad_compiles_with_its_gradient(model: ZePAD) -> None:
     """Traced and differentiated by the compiler; the code generator behind it is torch's own matter."""
     compiled = torch.compile(model, backend="aot_eager")
     images = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(4))

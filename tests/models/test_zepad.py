@@ -21,7 +21,7 @@ from zepad_mm.utils.io import read_tensors, write_tensors
 ROOT = Path(__file__).parents[2]
 
 
-def test_forward_is_the_fusion_of_the_branches(zepad: ZePAD, images: torch.Tensor) -> None:
+def test_zepad_forward_fuses_branch_outputs(zepad: ZePAD, images: torch.Tensor) -> None:
     with torch.no_grad():
         outputs = zepad.branch_outputs(images)
         for branch, features, logits in zip(zepad.branches.values(), outputs.features, outputs.logits, strict=True):
@@ -34,7 +34,7 @@ def test_forward_is_the_fusion_of_the_branches(zepad: ZePAD, images: torch.Tenso
     assert zepad.is_adversarial(decision).dtype == torch.bool
 
 
-def test_the_whole_defence_is_attacked_through_its_forward(zepad: ZePAD, images: torch.Tensor) -> None:
+def test_zepad_attack_reaches_every_branch(zepad: ZePAD, images: torch.Tensor) -> None:
     """What a third-party library would do: gradients of the fused logits, through every branch."""
     x = images.clone().requires_grad_(True)
     logits = zepad.branch_logits(x)
@@ -47,14 +47,16 @@ def test_the_whole_defence_is_attacked_through_its_forward(zepad: ZePAD, images:
     assert (zepad.decide(attacked).logits.argmax(-1) != labels).float().mean() >= 0.75
 
 
-def test_one_image_does_not_depend_on_its_neighbours(zepad: ZePAD, images: torch.Tensor) -> None:
+def test_zepad_outputs_are_independent_of_the_batch(zepad: ZePAD, images: torch.Tensor) -> None:
     together = zepad.decide(images).logits
     alone = torch.cat([zepad.decide(image[None]).logits for image in images])
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_round_trip_keeps_only_what_was_trained(zepad: ZePAD, images: torch.Tensor, tmp_path: Path, dtype: str) -> None:
+def test_save_pretrained_stores_only_trained_weights(
+    zepad: ZePAD, images: torch.Tensor, tmp_path: Path, dtype: str
+) -> None:
     from dataclasses import replace
 
     zepad.config = replace(zepad.config, storage_dtype=dtype)
@@ -74,7 +76,7 @@ def test_round_trip_keeps_only_what_was_trained(zepad: ZePAD, images: torch.Tens
     assert (again / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
 
 
-def test_the_adapter_folder_loads_with_peft_alone(zepad: ZePAD, images: torch.Tensor, tmp_path: Path) -> None:
+def test_save_pretrained_adapter_loads_with_peft_alone(zepad: ZePAD, images: torch.Tensor, tmp_path: Path) -> None:
     from peft import PeftModel
 
     from zepad_mm.encoders.attention import unfuse_attention
@@ -87,7 +89,7 @@ def test_the_adapter_folder_loads_with_peft_alone(zepad: ZePAD, images: torch.Te
         torch.testing.assert_close(encoder(images), zepad.branch("lora").encoder(images))
 
 
-def test_strict_loading_names_what_is_wrong(zepad: ZePAD, tmp_path: Path) -> None:
+def test_from_pretrained_names_wrong_weights(zepad: ZePAD, tmp_path: Path) -> None:
     zepad.save_pretrained(tmp_path)
     weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     good_weights, good_config = weights.read_bytes(), config.read_text()
@@ -115,23 +117,23 @@ def test_strict_loading_names_what_is_wrong(zepad: ZePAD, tmp_path: Path) -> Non
     config.write_text(json.dumps({**json.loads(good_config), "format": 99}))
     expect("upgrade")
     write_tensors(weights, {**tensors, key: tensors[key].flip(0)})
-    expect("answers a fixed picture differently")
+    expect("answers a fixed image differently")
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         ZePAD.from_pretrained(tmp_path / "branches")
     assert ZePAD.from_pretrained(tmp_path) is not None
 
 
-def test_another_base_under_the_same_name_is_noticed(tmp_path: Path, images: torch.Tensor) -> None:
+def test_from_pretrained_detects_another_base(tmp_path: Path, images: torch.Tensor) -> None:
     (tmp_path / "clip").mkdir()
     source = write_clip(tmp_path / "clip", seed=0)
     make_zepad(source).save_pretrained(tmp_path / "model")
     ZePAD.from_pretrained(tmp_path / "model")
     write_clip(tmp_path / "clip", seed=1)
-    with pytest.raises(ValueError, match="answers a fixed picture differently"):
+    with pytest.raises(ValueError, match="answers a fixed image differently"):
         ZePAD.from_pretrained(tmp_path / "model")
 
 
-def test_a_save_that_was_cut_off_is_no_model(zepad: ZePAD, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_save_is_not_a_model(zepad: ZePAD, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk while writing: the error passes through, and what is there is not taken for a model."""
     import safetensors.torch
 
@@ -148,7 +150,7 @@ def test_a_save_that_was_cut_off_is_no_model(zepad: ZePAD, tmp_path: Path, monke
         ZePAD.from_pretrained(tmp_path)
 
 
-def test_the_card_is_of_the_model_that_was_saved_last(zepad: ZePAD, tmp_path: Path) -> None:
+def test_save_pretrained_rewrites_its_own_card(zepad: ZePAD, tmp_path: Path) -> None:
     zepad.save_pretrained(tmp_path)
     zepad.set_fusion("rfdm", k=2.0).save_pretrained(tmp_path)
     assert "`rfdm` {'k': 2.0}" in (tmp_path / "README.md").read_text()
@@ -157,7 +159,7 @@ def test_the_card_is_of_the_model_that_was_saved_last(zepad: ZePAD, tmp_path: Pa
     assert (tmp_path / "README.md").read_text() == "my own words"
 
 
-def test_other_classes_without_training(zepad: ZePAD, images: torch.Tensor) -> None:
+def test_set_classes_needs_no_training(zepad: ZePAD, images: torch.Tensor) -> None:
     before = zepad.decide(images).logits
     zepad.set_classes(["cat", "dog", "bird", "fish"], "single")
     assert zepad.decide(images).logits.shape == (4, 4)
@@ -172,19 +174,19 @@ def test_other_classes_without_training(zepad: ZePAD, images: torch.Tensor) -> N
         zepad.set_classes(["cat", "dog"], ["a photo"])
 
 
-def test_names_that_the_branches_were_not_tuned_under_are_warned_of(zepad: ZePAD) -> None:
+def test_set_classes_warns_about_untuned_classes(zepad: ZePAD) -> None:
     narrow = ZePAD(replace(zepad.config, tuned_names=("hat", "dress")), list(zepad.branches.values()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         narrow.set_classes(["Hat", "dress"])  # known, in another spelling
         zepad.set_classes(["cat", "dog"])  # tuned to keep any name
-    with pytest.warns(UserWarning, match=r"2 names and may have forgotten others: cat, dog, frog, \.\.\."):
+    with pytest.warns(UserWarning, match=r"2 classes and may have forgotten others: cat, dog, frog, \.\.\."):
         narrow.set_classes(["hat", "cat", "dog", "frog", "car"])
     with pytest.warns(UserWarning, match="have forgotten others: cat"):
         RobustZeroShotClassifier(narrow).task(["cat", "hat"])
 
 
-def test_changing_the_rule(zepad: ZePAD, images: torch.Tensor) -> None:
+def test_set_fusion_changes_the_rule(zepad: ZePAD, images: torch.Tensor) -> None:
     zepad.set_fusion("rfdm", k=0.0)
     assert zepad.config.fusion_params == {"k": 0.0}
     assert ZePADConfig.from_dict(zepad.config.to_dict()) == zepad.config
@@ -203,7 +205,9 @@ def test_changing_the_rule(zepad: ZePAD, images: torch.Tensor) -> None:
         (lambda x: (x * 255).byte(), "floats"),
     ],
 )
-def test_bad_images_are_told_how_to_be_good(zepad: ZePAD, images: torch.Tensor, bad: object, message: str) -> None:
+def test_zepad_errors_name_the_fix_for_bad_images(
+    zepad: ZePAD, images: torch.Tensor, bad: object, message: str
+) -> None:
     for call in (zepad, zepad.decide):
         with pytest.raises(ValueError, match=message):
             call(bad(images))  # type: ignore[operator]
@@ -212,7 +216,7 @@ def test_bad_images_are_told_how_to_be_good(zepad: ZePAD, images: torch.Tensor, 
 @pytest.mark.parametrize(
     "name", ["embedded", str(ROOT / "recipes" / "models" / "general")], ids=["embedded", "general"]
 )
-def test_a_committed_model_is_right_more_often_than_the_undefended_one_under_attack(name: str) -> None:
+def test_committed_model_beats_the_undefended_one_under_attack(name: str) -> None:
     """Both see the same few-step perturbation made on the public encoder; the full figures are in the report."""
     from zepad_mm.attacks import FeatureUAP
     from zepad_mm.data import load_embedded

@@ -1,4 +1,4 @@
-"""Rules of the house: cheap import, strict configs, registries that help, data in any form."""
+"""Lazy import, strict configs, registries, atomic files, prompts and data sources."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_top_level_is_lazy() -> None:
         zepad_mm.Zepad  # noqa: B018
 
 
-def test_registries() -> None:
+def test_registry_errors_suggest_names() -> None:
     registry: Registry[int] = Registry("number")
     registry.register("one")(1)
     with pytest.raises(ValueError, match="registered already"):
@@ -57,7 +57,7 @@ class Outer(Config):
     layers: int | str | None = None
 
 
-def test_configs_are_strict() -> None:
+def test_config_is_strict() -> None:
     config = Outer(name="a", sizes=(1, 2), inner=Inner(rate=1.0), limit=3.0)
     assert Outer.from_dict(config.to_dict()) == config
     assert Outer.from_dict({"name": "a", "inner": {"rate": 1}}).inner.rate == 1.0
@@ -75,7 +75,7 @@ def test_configs_are_strict() -> None:
             Outer.from_dict(bad)
 
 
-def test_a_file_is_the_old_or_the_new_one(tmp_path: Path) -> None:
+def test_replacing_is_atomic(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_json(path, {"a": 1})
 
@@ -93,7 +93,7 @@ def test_a_file_is_the_old_or_the_new_one(tmp_path: Path) -> None:
     assert read_json(path) == {"a": 1}
 
 
-def test_tensors_that_share_memory_are_written_whole(tmp_path: Path) -> None:
+def test_write_tensors_accepts_shared_memory(tmp_path: Path) -> None:
     row = torch.arange(4.0)
     write_tensors(tmp_path / "a.safetensors", {"row": row, "same": row, "slice": row[1:3]})
     read, _ = read_tensors(tmp_path / "a.safetensors")
@@ -136,7 +136,7 @@ def test_data_from_class_folders_and_parquet(tmp_path: Path) -> None:
         load_data(str(tmp_path / "cut"), "test")
 
 
-def test_the_embedded_splits_share_no_picture() -> None:
+def test_embedded_splits_are_disjoint() -> None:
     seen: dict[bytes, str] = {}
     for split in ("surrogate", "train", "validation", "test"):
         images, labels = load_embedded(split)
@@ -154,7 +154,7 @@ def test_the_embedded_splits_share_no_picture() -> None:
         load_embedded("tset")
 
 
-def test_samples_are_fixed_by_the_seed() -> None:
+def test_sample_depends_on_the_seed() -> None:
     data = LabelledImages(torch.rand(10, 3, 2, 2), torch.arange(10), ("a",), "x")
     assert data.sample(4, seed=1).labels.tolist() == data.sample(4, seed=1).labels.tolist()
     assert data.sample(4, seed=1).labels.tolist() != data.sample(4, seed=2).labels.tolist()

@@ -67,7 +67,7 @@ def same(loaded: ZePAD, model: ZePAD) -> bool:
 # ---- there and back ------------------------------------------------------------------------------------------------
 
 
-def test_round_trip_bit_for_bit(hub: Hub, published: ZePAD, images: torch.Tensor, tmp_path: Path) -> None:
+def test_push_and_load_round_trip(hub: Hub, published: ZePAD, images: torch.Tensor, tmp_path: Path) -> None:
     loaded = ZePAD.from_pretrained("acme/defended", cache_dir=tmp_path / "elsewhere")
     assert same(loaded, published)
     assert torch.equal(loaded.decide(images).logits, published.decide(images).logits)
@@ -82,7 +82,7 @@ def test_round_trip_bit_for_bit(hub: Hub, published: ZePAD, images: torch.Tensor
     assert not (tmp_path / "cache" / "models--acme--defended").exists()
 
 
-def test_a_second_push_replaces_the_first(hub: Hub, published: ZePAD, images: torch.Tensor) -> None:
+def test_second_push_replaces_the_first(hub: Hub, published: ZePAD, images: torch.Tensor) -> None:
     before = hub.repos["acme/defended"].find("main")
     published.push_to_hub("acme/defended", token=OWNER)
     assert hub.repos["acme/defended"].find("main") == before  # nothing new, no commit
@@ -106,7 +106,7 @@ def test_branches_and_commits(hub: Hub, published: ZePAD) -> None:
         ZePAD.from_pretrained("embedded", revision="v1")
 
 
-def test_the_classifier_comes_from_the_hub_too(hub: Hub, published: ZePAD, images: torch.Tensor) -> None:
+def test_classifier_loads_from_the_hub(hub: Hub, published: ZePAD, images: torch.Tensor) -> None:
     hub.repos["acme/defended"].private = hub.repos["acme/tiny-clip"].private = True
     classifier = RobustZeroShotClassifier.from_pretrained("acme/defended", token=OWNER)
     # other labels need the text tower, long after the token was given
@@ -202,7 +202,7 @@ def headed(source: str) -> ZePAD:
 
 @pytest.mark.usefixtures("tiny_tag")
 @pytest.mark.parametrize("source", map(known, BASES))
-def test_a_base_is_read_as_it_was(hub: Hub, source: str, tmp_path: Path) -> None:
+def test_base_encoder_loads_at_its_recorded_revision(hub: Hub, source: str, tmp_path: Path) -> None:
     """Its owner publishes other weights under the same name; the defended model still answers as before."""
     name, write = BASES[source]
     write(tmp_path / "first", 0)
@@ -227,21 +227,21 @@ def test_a_base_is_read_as_it_was(hub: Hub, source: str, tmp_path: Path) -> None
         ZePAD.from_pretrained("acme/defended", cache_dir=tmp_path / "third")
 
 
-def test_a_base_of_unknown_revision_is_held_to_the_fingerprint(hub: Hub, published: ZePAD, tmp_path: Path) -> None:
+def test_base_of_unknown_revision_is_checked_by_fingerprint(hub: Hub, published: ZePAD, tmp_path: Path) -> None:
     config = json.loads(hub.files("acme/defended")["config.json"])
     del config["revisions"]
     hub.put("acme/old", {**hub.files("acme/defended"), "config.json": json.dumps(config).encode()})
     assert same(ZePAD.from_pretrained("acme/old"), published)
     write_clip_repository(tmp_path / "other", 1)
     hub.put("acme/tiny-clip", tmp_path / "other")
-    with pytest.raises(ValueError, match="answers a fixed picture differently"):
+    with pytest.raises(ValueError, match="answers a fixed image differently"):
         ZePAD.from_pretrained("acme/old")
 
 
 # ---- what goes wrong on the way ------------------------------------------------------------------------------------
 
 
-def test_a_download_that_breaks_off_is_resumed(
+def test_interrupted_download_resumes(
     hub: Hub, published: ZePAD, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 4096)
@@ -255,7 +255,7 @@ def test_a_download_that_breaks_off_is_resumed(
         assert start > cut - 4096
 
 
-def test_what_had_come_before_a_failure_is_kept(hub: Hub, published: ZePAD, tmp_path: Path) -> None:
+def test_failed_download_keeps_finished_files(hub: Hub, published: ZePAD, tmp_path: Path) -> None:
     """A shorter file than promised ends the download with an error; the next one takes up from there."""
     cache = tmp_path / "elsewhere"
     hub.replaced["model.safetensors"] = b"short"
@@ -276,9 +276,7 @@ def test_what_had_come_before_a_failure_is_kept(hub: Hub, published: ZePAD, tmp_
         ("acme/tiny-clip", "open_clip_model.safetensors"),
     ],
 )
-def test_other_bytes_than_promised_are_noticed(
-    hub: Hub, published: ZePAD, tmp_path: Path, name: str, file: str
-) -> None:
+def test_fetch_detects_wrong_bytes(hub: Hub, published: ZePAD, tmp_path: Path, name: str, file: str) -> None:
     """Of the right length, in a place that still reads as a valid file: the client itself sees nothing."""
     cache = tmp_path / "elsewhere"
     good = hub.files(name)[file]
@@ -293,14 +291,14 @@ def test_other_bytes_than_promised_are_noticed(
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "branches/lora/adapter_model.safetensors"])
-def test_a_missing_file_is_named(hub: Hub, published: ZePAD, file: str) -> None:
+def test_fetch_names_a_missing_file(hub: Hub, published: ZePAD, file: str) -> None:
     files = hub.files("acme/defended")
     hub.put("acme/torn", {name: data for name, data in files.items() if name != file})
     with pytest.raises(FileNotFoundError, match=re.escape(file)):
         ZePAD.from_pretrained("acme/torn")
 
 
-def test_a_base_without_weights(hub: Hub, published: ZePAD, tmp_path: Path) -> None:
+def test_base_without_weights_is_an_error(hub: Hub, published: ZePAD, tmp_path: Path) -> None:
     config = json.loads(hub.files("acme/defended")["config.json"])
     bare = {key: data for key, data in hub.files("acme/tiny-clip").items() if key.endswith(".json")}
     config["revisions"] = {BASE: hub.put("acme/tiny-clip", bare)}
@@ -310,7 +308,7 @@ def test_a_base_without_weights(hub: Hub, published: ZePAD, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", ["open_clip:hf-hub:", "timm:hf-hub:", "hf:"])
-def test_an_encoder_alone_has_the_same_errors(hub: Hub, kind: str) -> None:
+def test_load_encoder_has_the_same_errors(hub: Hub, kind: str) -> None:
     """And is never built with random weights because its own could not be had."""
     if kind.partition(":")[0] not in BACKENDS:
         pytest.skip("no encoders of that kind")
@@ -323,7 +321,7 @@ def test_an_encoder_alone_has_the_same_errors(hub: Hub, kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["acme/nothing/here", "./no-folder", "no folder", "/tmp/no/folder"])
-def test_what_is_no_name(hub: Hub, name: str) -> None:
+def test_invalid_repository_names(hub: Hub, name: str) -> None:
     with pytest.raises(FileNotFoundError, match=r"neither a folder here nor a name on the Hub.*owner/name"):
         ZePAD.from_pretrained(name)
 
@@ -332,7 +330,9 @@ def test_what_is_no_name(hub: Hub, name: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["local_files_only", "HF_HUB_OFFLINE", "server gone"])
-def test_offline(hub: Hub, published: ZePAD, way: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_offline_errors_name_the_reason(
+    hub: Hub, published: ZePAD, way: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     ZePAD.from_pretrained("acme/defended")
     asked = len(hub.seen)
     only = way == "local_files_only"
@@ -354,7 +354,7 @@ def test_offline(hub: Hub, published: ZePAD, way: str, monkeypatch: pytest.Monke
             published.push_to_hub("acme/defended", token=OWNER)
 
 
-def test_offline_with_half_a_cache(hub: Hub, published: ZePAD, tmp_path: Path) -> None:
+def test_offline_with_an_incomplete_cache(hub: Hub, published: ZePAD, tmp_path: Path) -> None:
     """The model is there, its base is not; or the model is there but for one file."""
     cache = tmp_path / "elsewhere"
     fetch("acme/defended", ["*"])
@@ -372,7 +372,7 @@ def test_offline_with_half_a_cache(hub: Hub, published: ZePAD, tmp_path: Path) -
 # ---- who may -------------------------------------------------------------------------------------------------------
 
 
-def test_private_repositories(hub: Hub, model: ZePAD, tmp_path: Path) -> None:
+def test_private_repository_errors_name_the_fix(hub: Hub, model: ZePAD, tmp_path: Path) -> None:
     model.push_to_hub("acme/secret", token=OWNER, private=True)
     assert hub.repos["acme/secret"].private
     for name in ("acme/secret", "acme/does-not-exist"):  # the Hub does not tell the two apart
@@ -389,7 +389,7 @@ def test_private_repositories(hub: Hub, model: ZePAD, tmp_path: Path) -> None:
     assert same(ZePAD.from_pretrained("acme/secret", token=OWNER, cache_dir=tmp_path / "elsewhere"), model)
 
 
-def test_pushes_that_are_refused(hub: Hub, model: ZePAD, clip_source: str, tmp_path: Path) -> None:
+def test_push_errors_name_the_fix(hub: Hub, model: ZePAD, clip_source: str, tmp_path: Path) -> None:
     hub.put("acme/taken", {"README.md": b"hello"})
     for name, token, message in (
         ("acme/new", None, "acme/new is not open: a token is needed"),
@@ -401,7 +401,9 @@ def test_pushes_that_are_refused(hub: Hub, model: ZePAD, clip_source: str, tmp_p
             model.push_to_hub(name, token=token)
     with pytest.raises(ValueError, match=r"a/b/c is no name on the Hub.*owner/name"):
         model.push_to_hub("a/b/c", token=OWNER)
-    with pytest.raises(ValueError, match=r"nobody else has this base encoder; push it first.*hf-hub:owner/name"):
+    with pytest.raises(
+        ValueError, match=r"this base encoder is on this machine alone; push it first.*hf-hub:owner/name"
+    ):
         make_zepad(clip_source).push_to_hub("acme/new", token=OWNER)
     with pytest.raises(ValueError, match="Invalid metadata"):
         model.push_to_hub("acme/new", token=OWNER, card="---\nbase_model: no name of a model\n---\n")
@@ -413,7 +415,7 @@ def test_pushes_that_are_refused(hub: Hub, model: ZePAD, clip_source: str, tmp_p
         push_folder(tmp_path, "acme/new", token=OWNER)
 
 
-def test_what_is_left_out_of_a_push(hub: Hub, tmp_path: Path) -> None:
+def test_push_skips_unfinished_files(hub: Hub, tmp_path: Path) -> None:
     for name in ("README.md", ".half-written", "figures/a.png", "figures/.half-written", "cache/stage.safetensors"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("something")
@@ -422,7 +424,7 @@ def test_what_is_left_out_of_a_push(hub: Hub, tmp_path: Path) -> None:
     assert address == f"{hub.url}/acme/folder/commit/{hub.repos['acme/folder'].find('main')}"
 
 
-def test_a_token_is_never_told(
+def test_token_never_appears_in_output(
     hub: Hub,
     model: ZePAD,
     caplog: pytest.LogCaptureFixture,
@@ -461,7 +463,7 @@ def test_a_token_is_never_told(
 # ---- perturbations and records -------------------------------------------------------------------------------------
 
 
-def test_perturbations(hub: Hub, tmp_path: Path) -> None:
+def test_perturbations_on_the_hub(hub: Hub, tmp_path: Path) -> None:
     delta = torch.empty(3, 8, 8).uniform_(-4 / 255, 4 / 255, generator=torch.Generator().manual_seed(0))
     made = Perturbation(delta, 4 / 255, provenance={"attack": "feature_uap", "seed": 3})
     made.push_to_hub("acme/uap", token=OWNER)
@@ -480,7 +482,7 @@ def test_perturbations(hub: Hub, tmp_path: Path) -> None:
         made.push_to_hub("acme/other")
 
 
-def test_records_of_evaluations(hub: Hub, images: torch.Tensor, tmp_path: Path) -> None:
+def test_evaluation_records_on_the_hub(hub: Hub, images: torch.Tensor, tmp_path: Path) -> None:
     from zepad_mm.data import LabelledImages
 
     model = headed(BASE).set_undefended(headed(BASE).branch("one"))
@@ -525,7 +527,7 @@ README: dict[str, Callable[[Path, int], None]] = {
 }
 
 
-def test_the_examples_of_the_readme(hub: Hub, tmp_path: Path) -> None:
+def test_readme_examples_run(hub: Hub, tmp_path: Path) -> None:
     """All of them in one process of its own, as a user would run them."""
     images = torch.ones(1, 3, 40, 40) / 3
     lines, expected = ["import torch", "from zepad_mm import load_encoder", "from zepad_mm.utils.hub import fetch"], []

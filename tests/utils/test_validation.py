@@ -29,19 +29,19 @@ GOOD = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
         (GOOD.clone().index_fill_(0, torch.tensor(1), -float("inf")), ValueError, "infinity"),
     ],
 )
-def test_bad_images_are_refused_with_the_fix(images, error, says):
+def test_check_images_names_the_fix(images, error, says):
     with pytest.raises(error, match=says):
         check_images(images)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
-def test_good_images_pass_untouched(dtype):
+def test_check_images_returns_valid_images(dtype):
     images = GOOD.to(dtype)
     assert check_images(images) is images
     assert check_images(images[:0]).shape == (0, 3, 4, 4)
 
 
-def test_rounding_of_a_resize_is_tolerated():
+def test_check_images_tolerates_rounding():
     check_images(torch.full((1, 3, 2, 2), 1 + 5e-7))
 
 
@@ -57,33 +57,33 @@ def test_rounding_of_a_resize_is_tolerated():
         (torch.tensor([0, -1]), "at least 0"),
     ],
 )
-def test_bad_labels(labels, says):
+def test_check_labels_rejects(labels, says):
     with pytest.raises(ValueError, match=says):
         check_labels(labels, GOOD)
 
 
-def test_labels_of_any_integer_type_become_indices():
+def test_check_labels_converts_integer_types():
     assert check_labels(torch.tensor([0, 3], dtype=torch.uint8), GOOD).dtype == torch.int64
 
 
 @pytest.mark.parametrize(
     ("names", "says"), [("cat", r"\['cat'\]"), ([], "empty"), (["cat", " "], "non-empty"), (["cat", "cat"], "cat")]
 )
-def test_bad_names(names, says):
+def test_check_names_rejects(names, says):
     with pytest.raises(ValueError, match=says):
         check_names(names)
 
 
-def test_good_names_come_back_as_a_list():
+def test_check_names_returns_a_list():
     assert check_names(("cat", "dog")) == ["cat", "dog"]
 
 
 @pytest.mark.parametrize("epsilon", [8, -0.1, float("nan"), float("inf"), "8/255", None, True])
-def test_bad_epsilon(epsilon):
+def test_check_epsilon_rejects(epsilon):
     with pytest.raises(ValueError, match="8/255, not 8"):
         check_epsilon(epsilon)
 
 
 @pytest.mark.parametrize("epsilon", [0, 0.5, 1, np.float64(0.1)])
-def test_good_epsilon(epsilon):
+def test_check_epsilon_accepts(epsilon):
     assert check_epsilon(epsilon) == float(epsilon)

@@ -92,7 +92,7 @@ class SeparateSelfAttention(nn.Module):
         self.train(fused.training)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """(B, L, D) to (B, L, D); a boolean mask is True where looking is forbidden."""
+        """(B, L, D) to (B, L, D); a boolean mask is True where attention is forbidden."""
         q, k, v = (
             linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for linear in (self.q_proj, self.k_proj, self.v_proj)
@@ -136,7 +136,7 @@ def _copy(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _separate(module: nn.Module) -> nn.Module | None:
-    """The same attention with separate projections; None for what is no fused attention. Told by what it has."""
+    """The same attention with separate projections; None for a module that is no fused attention."""
     if isinstance(module, nn.MultiheadAttention):
         return SeparateAttention(module)
     if isinstance(getattr(module, "in_proj_weight", None), nn.Parameter) and hasattr(module, "scaled_cosine"):
@@ -168,10 +168,10 @@ def _plain_forward(
 
 
 def use_fast_attention(module: nn.Module) -> int:
-    """Let every ``nn.MultiheadAttention`` below ``module`` compute the same in fewer steps; returns how many did not.
+    """Make every ``nn.MultiheadAttention`` below ``module`` compute the same in fewer steps; returns how many changed.
 
-    In place, and no weight moves or changes its name. torch's own way takes a third longer wherever a gradient to the
-    input is wanted, which is what attacks want.
+    In place, and no weight moves or changes its name. torch's own forward takes a third longer where
+    a gradient with respect to the input is needed, as in attacks.
     """
     found = [
         part

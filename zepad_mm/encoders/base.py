@@ -1,4 +1,4 @@
-"""The contract every backbone is brought to: pixels in [0, 1] go in, one feature vector per image comes out."""
+"""The Encoder contract: images in [0, 1] to one feature vector per image, preprocessing inside."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ ResizeMode = Literal["squash", "shortest"]
 class Preprocess(Config):
     """Differentiable resize and normalisation, applied inside the encoder so that attacks see the true network.
 
-    A picture that has ``image_size`` already counts as cut to size and is only normalised, also where the source
+    An image that has ``image_size`` already counts as cropped and is only normalised, even where the source
     library would enlarge it and crop: perturbations are made at that size, and a crop would cut their edge off.
     """
 
-    image_size: int  # side of the square picture the backbone wants, in pixels
+    image_size: int  # side of the square image the backbone wants, in pixels
     mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
     std: tuple[float, ...]  # per channel, of pixels in [0, 1]
     interpolation: Interpolation = "bicubic"  # always antialiased
@@ -47,7 +47,7 @@ class Preprocess(Config):
             )
 
     def resize(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) to (B, 3, image_size, image_size), still in [0, 1]; a picture of the right size is untouched."""
+        """(B, 3, H, W) to (B, 3, image_size, image_size), still in [0, 1]; such an image stays as it is."""
         height, width = images.shape[-2:]
         if (height, width) == (self.image_size, self.image_size):
             return images
@@ -123,7 +123,7 @@ def load_encoder(
 
 
 def feature_dim_of(backbone: nn.Module, image_size: int) -> int:
-    """Width of what the backbone puts out, found by asking it. Raises ValueError when that is not one vector."""
+    """The feature width of a backbone, found by one forward pass. Raises ValueError unless it gives one vector."""
     parameter = next(backbone.parameters())
     was_training = backbone.training
     backbone.eval()

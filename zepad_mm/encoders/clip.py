@@ -98,6 +98,6 @@ def load_clip(
 
 
 def is_clip(source: str) -> bool:
-    """Whether :func:`load_clip` takes the source: told from its kind and, for ``hf``, its config alone."""
+    """Whether :func:`load_clip` takes the source, decided by its kind and, for ``hf``, by its config alone."""
     parsed = parse_source(source)
     return BACKENDS.get(parsed.kind).has_text(parsed)

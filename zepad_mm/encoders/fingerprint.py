@@ -1,4 +1,4 @@
-"""What an encoder answered when it was saved, and what may have changed when it answers something else."""
+"""Fingerprints: features of fixed images, stored with an encoder and compared when it is loaded."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch import Tensor
 from zepad_mm.encoders.base import Encoder, Preprocess
 from zepad_mm.utils.config import Config
 
-KEPT = 16  # features of each picture
+KEPT = 16  # features of each image
 SAME = 1e-4  # of the largest feature: other hardware moves features by less
 ACTIVATION = re.compile(r"gelu|relu|silu|swish|mish|tanh|sigmoid", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fingerprint(Config):
-    """Features of two fixed pictures, and how they came about."""
+    """Features of two fixed images, with the preprocessing and activations behind them."""
 
-    features: tuple[float, ...]  # of a picture that has the encoder's own size: weights, activations, mean and std
+    features: tuple[float, ...]  # of an image that has the encoder's own size: weights, activations, mean and std
     resized: tuple[float, ...]  # of one that has not: interpolation and crop as well
     preprocess: Preprocess
     activations: tuple[str, ...]  # classes of the activation functions that are modules
 
 
-def _picture(height: int, width: int) -> Tensor:
+def _test_image(height: int, width: int) -> Tensor:
     """A colour gradient with waves, (1, 3, height, width) in [0, 1]."""
     rows, columns = torch.linspace(0, 1, height).view(-1, 1), torch.linspace(0, 1, width)
     waves = ((rows * 9).sin() * (columns * 14).cos()).abs()
@@ -37,13 +37,13 @@ def _picture(height: int, width: int) -> Tensor:
 
 @torch.no_grad()
 def fingerprint(encoder: Encoder) -> Fingerprint:
-    """The fingerprint of an encoder as it is; in eval mode, which is given back as it was."""
+    """The fingerprint of an encoder in eval mode; its modes are restored."""
     size = encoder.preprocess.image_size
     like = next(encoder.parameters())
     modes = {module: module.training for module in encoder.modules()}
     encoder.eval()
     rows = [
-        encoder(_picture(*shape).to(like.device, like.dtype))[0, :KEPT].tolist()
+        encoder(_test_image(*shape).to(like.device, like.dtype))[0, :KEPT].tolist()
         for shape in ((size, size), (size + size // 3, size + size // 2))
     ]
     for module, mode in modes.items():
@@ -81,8 +81,8 @@ def differences(saved: Fingerprint, encoder: Encoder, tolerance: float = 1e-2) -
     if causes or all(_close(*pair, tolerance) for pair in pairs):
         return causes
     if _close(*pairs[0], tolerance):
-        return ["pictures are resized otherwise (another version of torch?)"]
-    return ["the weights are others, or the code of the library that runs them"]
+        return ["images are resized differently (another version of torch?)"]
+    return ["the weights differ, or the code of the library that runs them"]
 
 
 def what_changed(saved: dict[str, Any], encoders: Mapping[str, Encoder]) -> str:

@@ -88,7 +88,7 @@ class NaFlexBackbone(HFBackbone):
 
 
 class HFTextTower(nn.Module):
-    """The half of a CLIP of transformers that reads text, under the names that :class:`TextEncoder` calls."""
+    """The text tower of a CLIP of transformers, with the methods that :class:`TextEncoder` calls."""
 
     def __init__(self, model: Any, logit_scale: Tensor, logit_bias: Tensor | None) -> None:
         super().__init__()
@@ -245,7 +245,7 @@ def _create(source: Source, pretrained: bool) -> Any:
 
 
 def _publishes_pooler(config: Any) -> bool:
-    """Whether the class that wrote the weights has a pooler, told without reading them."""
+    """Whether the class that wrote the weights has a pooler; weights are not read."""
     import transformers
 
     for name in config.architectures or ():
@@ -272,7 +272,7 @@ def _name_and_revision(source: Source) -> tuple[str, str]:
 
 @contextmanager
 def _clear_errors(source: Source, what: str) -> Iterator[None]:
-    """Whatever goes wrong below in one line that names the source."""
+    """Translate errors of transformers into one line that names the source."""
     from safetensors import SafetensorError
 
     try:

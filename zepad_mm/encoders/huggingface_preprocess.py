@@ -18,7 +18,7 @@ CLOSE = 1e-3  # normalised pixels; rounding differs by less, another interpolati
 
 
 def preprocess_of(processor: Any, config: Any, source: str) -> Preprocess:
-    """What the processor does, differentiably; where the two do not agree on a fixed picture, a warning says so.
+    """The processor's steps, differentiable; a warning is logged where the two differ on a fixed image.
 
     Args:
         processor: from ``AutoImageProcessor``.
@@ -26,14 +26,14 @@ def preprocess_of(processor: Any, config: Any, source: str) -> Preprocess:
         source: for the messages.
 
     Raises:
-        ValueError: the model does not take square pictures.
+        ValueError: the model does not take square images.
     """
     about = processor.to_dict()
     preprocess = Preprocess(**_sizes(about, config, source), **_statistics(about), interpolation=_filter(about, source))
     gap = _disagreement(processor, about, preprocess)
     if gap > CLOSE:
         log.warning(
-            "%s: our preprocessing and %s differ by %.3g on a fixed picture of 60 x 48 pixels (%s)",
+            "%s: our preprocessing and %s differ by %.3g on a fixed image of 60 x 48 pixels (%s)",
             source,
             type(processor).__name__,
             gap,
@@ -43,7 +43,7 @@ def preprocess_of(processor: Any, config: Any, source: str) -> Preprocess:
 
 
 def _sizes(about: dict[str, Any], config: Any, source: str) -> dict[str, Any]:
-    """Fields of Preprocess that say how a picture becomes a square."""
+    """Fields of Preprocess that make an image square."""
     if about.get("max_num_patches"):
         side = math.isqrt(about["max_num_patches"]) * about["patch_size"]
         return {"image_size": side, "resize_mode": "squash"}
@@ -54,7 +54,7 @@ def _sizes(about: dict[str, Any], config: Any, source: str) -> dict[str, Any]:
         side = _square({"height": own, "width": own} if isinstance(own, int) else {}, source)
         return {"image_size": side, "resize_mode": "squash"}
     if about.get("crop_pct") and shortest:
-        if shortest >= 384:  # ConvNeXt's rule: large pictures are squashed, small ones cropped
+        if shortest >= 384:  # ConvNeXt's rule: large images are squashed, small ones cropped
             return {"image_size": shortest, "resize_mode": "squash"}
         return {"image_size": shortest, "resize_mode": "shortest", "resize_size": int(shortest / about["crop_pct"])}
     if shortest:
@@ -68,7 +68,7 @@ def _sizes(about: dict[str, Any], config: Any, source: str) -> dict[str, Any]:
 def _square(size: dict[str, Any], source: str) -> int:
     height, width = size.get("height"), size.get("width")
     if not isinstance(height, int) or height != width:
-        raise ValueError(f"{source} wants pictures of {height} x {width} pixels; only square ones are supported")
+        raise ValueError(f"{source} wants images of {height} x {width} pixels; only square ones are supported")
     return height
 
 
@@ -91,16 +91,16 @@ def _filter(about: dict[str, Any], source: str) -> Interpolation:
 
 
 def _disagreement(processor: Any, about: dict[str, Any], preprocess: Preprocess) -> float:
-    """Largest difference in normalised pixels on a smooth picture, not square unless the processor cuts patches."""
+    """Largest difference in normalised pixels on a smooth image, not square unless the processor cuts patches."""
     height, width = (48, 48) if about.get("max_num_patches") else (48, 60)
     rows, columns = torch.linspace(0, 6, height).view(-1, 1), torch.linspace(0, 6, width)
-    picture = torch.stack([(rows + shift).sin() * (columns - shift).cos() for shift in (0.0, 1.0, 2.0)]) * 0.3 + 0.5
+    image = torch.stack([(rows + shift).sin() * (columns - shift).cos() for shift in (0.0, 1.0, 2.0)]) * 0.3 + 0.5
     try:
-        theirs = processor(images=[picture * 255], return_tensors="pt")["pixel_values"]
+        theirs = processor(images=[image * 255], return_tensors="pt")["pixel_values"]
     except (ValueError, TypeError, RuntimeError) as error:
         log.warning("%s could not be asked for comparison: %s", type(processor).__name__, error)
         return 0.0
-    ours: Tensor = preprocess(picture[None])
+    ours: Tensor = preprocess(image[None])
     if about.get("max_num_patches"):
         size, side = about["patch_size"], preprocess.image_size // about["patch_size"]
         ours = (

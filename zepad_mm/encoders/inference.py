@@ -29,7 +29,7 @@ def optimize_for_inference(module: AnyModule, image_size: int = 64) -> AnyModule
 
     Args:
         module: maps (B, 3, H, W) in [0, 1] to a tensor.
-        image_size: side of the pictures that it is traced with.
+        image_size: side of the images that it is traced with.
     """
     like = next(module.parameters(), torch.zeros(()))
     images = torch.rand(2, 3, image_size, image_size, generator=seeded_generator(0)).to(like.device)
@@ -67,7 +67,7 @@ def _fold_batch_norms(encoder: Encoder, images: Tensor) -> int:
 
 
 def _pairs(encoder: Encoder, images: Tensor) -> dict[nn.Conv2d, nn.BatchNorm2d]:
-    """Convolution to the norm behind it, found by running the network: names say nothing about the order."""
+    """Convolution to the norm behind it, found by running the network: names do not give the order."""
     calls: Counter[nn.Module] = Counter()
     made_by: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # the tensor is kept, so that its id stays its own
     found: dict[nn.Conv2d, nn.BatchNorm2d] = {}

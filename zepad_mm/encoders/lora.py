@@ -21,7 +21,7 @@ from zepad_mm.utils.io import read_tensors
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings(Config):
-    """How an encoder is adapted."""
+    """Settings of a LoRA adapter."""
 
     rank: int = 8  # r: inner width of each adapter
     alpha: float = 16.0  # the delta is multiplied by alpha / rank
@@ -91,7 +91,7 @@ def add_lora(encoder: Encoder, settings: LoraSettings | None = None) -> Encoder:
         bias="none",
     )
     adapted: Any = get_peft_model(encoder.backbone, config)  # type: ignore[arg-type]
-    # peft writes null for modules that are not transformers'; the file shall say what it adapts
+    # peft writes null for modules that are not transformers'; the file should name the adapted encoder
     adapted.peft_config["default"].base_model_name_or_path = encoder.source
     encoder.backbone = adapted
     if settings.targets:

@@ -159,7 +159,7 @@ def _no_warning_of_random_weights() -> Iterator[None]:
 
 @contextmanager
 def _clear_errors(source: Source) -> Iterator[None]:
-    """A truncated or foreign checkpoint says so in one line, whatever the reader below called it."""
+    """Translate the errors of damaged and foreign checkpoints into one line that names the source."""
     from safetensors import SafetensorError
 
     try:

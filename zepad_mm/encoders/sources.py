@@ -92,7 +92,7 @@ class EncoderBackend(ABC):
         raise ValueError(f"zero-shot heads need a CLIP: {source} has no text tower")
 
     def has_text(self, source: Source) -> bool:
-        """Whether :meth:`load_clip` takes the source, told without reading weights."""
+        """Whether :meth:`load_clip` takes the source, decided without reading weights."""
         return False
 
     def hub_files(self, source: Source) -> HubFiles | None:

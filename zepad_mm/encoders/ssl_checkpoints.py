@@ -2,16 +2,16 @@
 
 ``ssl:PATH`` finds the backbone in the file, whatever stands before its names (``backbone.``, ``module.encoder_q.``,
 ``student.module.backbone.`` ...), and builds it from the shapes of its weights: ResNets (torchvision's and lightly's
-names, 7x7 or 3x3 stem) and ViTs (timm's and DINO's names, or torchvision's). What weights cannot tell has a default,
-which is logged, and can be said behind a ``?`` or in a file ``PATH.json`` with the same keys::
+names, 7x7 or 3x3 stem) and ViTs (timm's and DINO's names, or torchvision's). What the weights do not determine has a
+default, which is logged, and can be given behind a ``?`` or in a file ``PATH.json`` with the same keys::
 
     ssl:PATH?stem=3x3p1&mean=0.49,0.48,0.45&std=0.25,0.24,0.26&network=momentum
 
 Defaults: a 3x3 stem means CIFAR (32 pixels, CIFAR-10's mean and std; ImageNet's for lightly, whose transforms use them
-everywhere), all else ImageNet (224 pixels, or what a ViT's position embedding says, cut from the centre of 8/7 of
+everywhere), all else ImageNet (224 pixels, or the size of a ViT's position embedding, cut from the centre of 8/7 of
 that, as these methods are evaluated). A 3x3 stem pads by 2 in
-solo-learn's Lightning checkpoints and by 1 elsewhere. Of twins the online network is taken, but the teacher of
-student and teacher (DINO), as their authors evaluate them.
+solo-learn's Lightning checkpoints and by 1 elsewhere. Of an online and a momentum network the online one is taken,
+of student and teacher (DINO) the teacher, as their authors evaluate them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CIFAR = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions(Config):
-    """What a checkpoint does not tell, or what shall be read otherwise than by default; None: as by default."""
+    """What a checkpoint does not contain, or what overrides a default; None is the default."""
 
     mean: tuple[float, ...] | None = None  # per channel, of pixels in [0, 1]; 0,0,0 with std 1,1,1: not normalised
     std: tuple[float, ...] | None = None  # per channel
@@ -127,7 +127,7 @@ def _value(key: str, text: str) -> Any:
 
 
 def _choose(networks: list[Network], options: CheckpointOptions, path: Path, content: str) -> Network:
-    """The one network that is meant. Raises ValueError that lists what is there when that is none, or not clear."""
+    """The network that the options select. Raises ValueError with a list unless there is exactly one."""
     if not networks:
         raise ValueError(
             f"{path} holds no backbone that is known here; expected a ResNet (layer1.0.conv1.weight ...) or a ViT "

@@ -1,4 +1,4 @@
-"""Which networks a checkpoint holds, told by the names of its tensors, and what they are, told by the shapes."""
+"""Networks in a checkpoint, found by the names of its tensors and rebuilt from their shapes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 ONLINE, MOMENTUM = "online", "momentum"
 NETWORKS = (ONLINE, MOMENTUM)
 STEMS = ("7x7", "3x3p1", "3x3p2", "3x3p1pool", "3x3p2pool")
-# parts of a name that mark the twin that follows by a moving average
+# parts of a name that mark the momentum network, a moving average of the online one
 FOLLOWER = re.compile(r"momentum|teacher|target|(^|[._])(ema|encoder_k|key_encoder|k_encoder)([._]|$)")
 
 
@@ -23,7 +23,7 @@ class Built:
     backbone: nn.Module  # normalised pixels to features (B, D)
     description: str  # for the log, e.g. "resnet18, stem 3x3p2"
     image_size: int  # side in pixels that it was most likely trained on
-    small: bool = False  # whether it was made for CIFAR-like pictures
+    small: bool = False  # made for small images as CIFAR's
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Network:
 
     @property
     def role(self) -> str:
-        """Which of twins it is: online, or momentum, the one that follows."""
+        """Online, or momentum: the moving average of the online network."""
         return MOMENTUM if FOLLOWER.search(self.prefix) else ONLINE
 
     def build(self, stem: str | None, heads: int | None, where: str) -> Built:
@@ -140,17 +140,17 @@ def _resnet(network: Network, stem: str | None, where: str) -> Built:
     backbone = resnet.ResNet(block, layers, groups=groups, width_per_group=width)
     backbone.fc = nn.Identity()  # type: ignore[assignment]
     kernel = tensors["conv1.weight"].shape[-1]
-    told = stem or {7: "7x7", 3: "3x3p2" if network.layout == "solo-learn" else "3x3p1"}.get(kernel, "")
-    if not told.startswith(f"{kernel}x{kernel}"):
+    stem_name = stem or {7: "7x7", 3: "3x3p2" if network.layout == "solo-learn" else "3x3p1"}.get(kernel, "")
+    if not stem_name.startswith(f"{kernel}x{kernel}"):
         raise ValueError(f"{where} has a stem of {kernel}x{kernel}; expected 7x7 or 3x3, and stem=... to agree with it")
     if kernel == 3:
         outputs = tensors["conv1.weight"].shape[0]
-        backbone.conv1 = nn.Conv2d(3, outputs, 3, stride=1, padding=int(told[4]), bias=False)
-        if not told.endswith("pool"):
+        backbone.conv1 = nn.Conv2d(3, outputs, 3, stride=1, padding=int(stem_name[4]), bias=False)
+        if not stem_name.endswith("pool"):
             backbone.maxpool = nn.Identity()  # type: ignore[assignment]
     if network.bare:
         backbone.relu = nn.Identity()  # type: ignore[assignment]
-        told += ", no ReLU there"
+        stem_name += ", no ReLU there"
     known = {
         (False, (2, 2, 2, 2)): "resnet18",
         (False, (3, 4, 6, 3)): "resnet34",
@@ -161,7 +161,7 @@ def _resnet(network: Network, stem: str | None, where: str) -> Built:
     name = known.get((bottleneck, (layers[0], layers[1], layers[2], layers[3])), f"ResNet of {layers} blocks")
     wide = f", {groups} groups of {width}" if (groups, width) != (1, 64) else ""
     small = kernel == 3
-    return Built(backbone, f"{name}{wide}, stem {told}", 32 if small else 224, small)
+    return Built(backbone, f"{name}{wide}, stem {stem_name}", 32 if small else 224, small)
 
 
 def _heads(width: int, heads: int | None, network: Network, where: str) -> int:
@@ -169,14 +169,14 @@ def _heads(width: int, heads: int | None, network: Network, where: str) -> int:
     moco_v3 = width == 384 and re.search(r"(^|\.)(base|momentum)_encoder\.$", network.prefix)
     heads = heads or (12 if moco_v3 else max(1, width // 64))
     if width % heads:
-        raise ValueError(f"{where}: {heads} heads do not divide {width} channels; say ?heads=N")
+        raise ValueError(f"{where}: {heads} heads do not divide {width} channels; write ?heads=N")
     return heads
 
 
 def _side(positions: int, patch: int, where: str) -> int:
     grid = math.isqrt(positions)
     if grid * grid != positions:
-        raise ValueError(f"{where}: {positions} position embeddings are no square; only square pictures are supported")
+        raise ValueError(f"{where}: {positions} position embeddings are no square; only square images are supported")
     return grid * patch
 
 

@@ -1,7 +1,7 @@
-"""Is this input adversarial? Training-free scores from what the branches say; higher means more suspicious.
+"""Training-free detection scores from the outputs of the branches; higher means more suspicious.
 
 The branches were tuned differently, so a perturbation made for one of them drives them apart. A detector is advisory:
-an attacker who knows it lowers the score while keeping the wrong answer, and every report shows that figure too.
+attackers who know it lower the score while keeping the wrong answer, and every report includes that attack.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def jensen_shannon(branch_logits: Tensor, benign: Sequence[bool]) -> Tensor:
 
 @SCORES.register("all_branch_divergence")
 def all_branch_divergence(branch_logits: Tensor, benign: Sequence[bool]) -> Tensor:
-    """Generalised Jensen-Shannon divergence over all N branches, in nats: who disagrees does not matter; [0, log N]."""
+    """Generalised Jensen-Shannon divergence over all N branches, in nats: the roles do not matter; [0, log N]."""
     probabilities = branch_logits.softmax(-1)
     return entropy(probabilities.mean(0)) - entropy(probabilities).mean(0)
 

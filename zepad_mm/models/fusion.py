@@ -1,4 +1,4 @@
-"""How the branches become one answer. Every rule is smooth in the logits, so an attacker gets honest gradients.
+"""Fusion rules: branch logits to fused logits. Every rule is smooth in the logits, so gradients are not masked.
 
 A rule takes ``branch_logits (N, B, C)`` and for each branch whether it is benign, and gives fused logits (B, C) and the
 weight of each branch for each image (N, B), summing to 1 over branches. The roles are plain booleans, not a tensor:
@@ -27,7 +27,7 @@ RULES: Registry[type[Rule]] = Registry("fusion rule")
 
 @dataclass(frozen=True)
 class Decision:
-    """What the model says and why.
+    """Fused logits with the evidence behind them.
 
     Attributes:
         logits: (B, C) fused.
@@ -51,7 +51,7 @@ class Rule(Config, ABC):
         """(N, B, C) logits and N roles to fused logits (B, C) and weights (N, B)."""
 
     def benign_bound(self, branch_logits: Tensor, benign: Sequence[bool]) -> Tensor | None:
-        """(B,) the largest share of the fused probabilities that the benign branches can take, whatever they answer.
+        """(B,) the largest share of the fused probabilities that the benign branches can take, whatever their outputs.
 
         None where the rule has no such bound, as when it mixes logits, whose size a branch is free to choose.
         """
@@ -104,7 +104,7 @@ class Equal(Rule):
 @RULES.register("entropy")
 @dataclass(frozen=True, kw_only=True)
 class Entropy(Rule):
-    """Logits weighted by how far each branch is from knowing nothing: log C - H. (The paper's code inverts this.)"""
+    """Logits weighted by log C - H, the entropy of each branch below its maximum. (The paper's code inverts this.)"""
 
     def __call__(self, branch_logits: Tensor, benign: Sequence[bool]) -> tuple[Tensor, Tensor]:
         known = math.log(branch_logits.shape[-1]) - entropy(branch_logits.softmax(-1))
@@ -114,7 +114,7 @@ class Entropy(Rule):
 @RULES.register("bounded_benign")
 @dataclass(frozen=True, kw_only=True)
 class BoundedBenign(Rule):
-    """Probabilities with a fixed, small weight on the benign branches: whatever they say moves the mix this far only.
+    """Probabilities with a fixed, small weight on the benign branches, which bounds their influence.
 
     Where the robust branches' margin (in probability) times their weight exceeds the benign weight, no attack on a
     benign branch can change the answer.
@@ -209,11 +209,11 @@ class Fusion:
         return Decision(logits, weights, confidences, SCORES.get(self.score)(branch_logits, self.benign))
 
     def certified(self, branch_logits: Tensor) -> Tensor | None:
-        """(B,) bool: whatever the benign branches had said, this input would get the same answer.
+        """(B,) bool: no output of the benign branches would change the answer for this input.
 
         With s the largest share they can take and d the gap of the two likeliest classes among the robust branches
         alone: they can turn at most s of the probability against the first class, so (1 - s) d > s is enough (as in
-        adaptive smoothing, Bai et al. 2023). It says nothing of an attacker who moves the robust branches. None where
+        adaptive smoothing, Bai et al. 2023). It does not cover attackers who move the robust branches. None where
         the rule has no bound.
         """
         bound = self.rule.benign_bound(branch_logits, self.benign)

@@ -1,4 +1,4 @@
-"""What turns features into class scores; small, and the only thing that changes from task to task."""
+"""Heads: features to logits. Small, and all that changes from task to task."""
 
 from __future__ import annotations
 

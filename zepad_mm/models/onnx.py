@@ -1,4 +1,4 @@
-"""Out of Python: the whole defended model as one ONNX graph, checked against what torch says before it is kept."""
+"""Export of the whole defended model as one ONNX graph, compared with torch before it is kept."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ LARGEST_FILE = 1_900_000_000  # bytes; ONNX itself allows 2 GiB, the weights of 
 
 @dataclass(frozen=True)
 class Exported:
-    """What :func:`export_onnx` wrote.
+    """The result of :func:`export_onnx`.
 
     Attributes:
         path: the graph; the weights of one beyond 2 GB lie beside it in ``NAME.data``.
-        image_size: side in pixels of the pictures that it takes.
-        difference: largest difference of a logit between onnxruntime and torch on the pictures of the check.
+        image_size: side in pixels of the images that it takes.
+        difference: largest difference of a logit between onnxruntime and torch on the images of the check.
     """
 
     path: Path
@@ -59,12 +59,12 @@ def export_onnx(
         model: a defended model; for other labels call :meth:`ZePAD.set_classes` first.
         path: the file to write; it appears when the check has passed.
         image_size: S; None takes what the first branch's encoder works at, so that nothing is resized.
-        tolerance: largest difference of a logit from torch on random pictures that is accepted.
-        seed: of those pictures.
+        tolerance: largest difference of a logit from torch on random images that is accepted.
+        seed: of those images.
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed; ValueError: a size below 1, a path that does not
-            end in ``.onnx``, or a graph that answers otherwise than torch.
+            end in ``.onnx``, or a graph whose logits differ from torch's.
     """
     path = Path(path)
     if path.suffix != ".onnx":
@@ -81,7 +81,7 @@ def export_onnx(
     was_training, device = model.training, model.device
     graph = _Graph(model.cpu()).eval()
     try:
-        # two pictures: a batch of one would be taken for a constant
+        # two images: a batch of one would be taken for a constant
         program = _traced(graph, torch.rand(2, 3, size, size, generator=seeded_generator(seed)))
         program.model.metadata_props.update(_about(model, size))
         path.parent.mkdir(parents=True, exist_ok=True)

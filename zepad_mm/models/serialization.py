@@ -1,4 +1,4 @@
-"""A defended model on disk: what was trained, and how the rest is found again.
+"""Saving and loading of defended models: what was trained, and references to the base encoders.
 
 ``config.json`` (what it is made of, and a fingerprint of its answers), ``model.safetensors`` (heads, encoders tuned in
 full), ``branches/NAME/`` (adapters, loadable by peft alone).
@@ -36,7 +36,7 @@ PLACEHOLDER = "owner/name"  # stands in a card for the name it is published unde
 
 @dataclass(frozen=True, kw_only=True)
 class DetectorConfig(Config):
-    """When an input is called adversarial."""
+    """When an input is flagged as adversarial."""
 
     score: str = "jensen_shannon"  # a name of zepad_mm.models.detection.SCORES
     threshold: float | None = None  # from clean validation images; None: scores are given, nothing is flagged
@@ -45,7 +45,7 @@ class DetectorConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class ZePADConfig(Config):
-    """All of a defended model but its weights."""
+    """Everything of a defended model except its weights."""
 
     public_source: str  # the encoder that is defended, and that a T1 attacker knows
     branches: tuple[BranchConfig, ...]
@@ -57,8 +57,8 @@ class ZePADConfig(Config):
     revisions: dict[str, str] = field(default_factory=dict)  # source -> commit of the base, where it is known
     tuned_names: tuple[str, ...] = ()  # all that the robust branches know; empty: tuned to keep other names too
     storage_dtype: Literal["float32", "float16"] = "float32"  # of the saved weights
-    fingerprint: tuple[float, ...] = ()  # logits of a fixed picture, checked on load
-    encoders: dict[str, Any] = field(default_factory=dict)  # fingerprint of each branch's encoder: says what changed
+    fingerprint: tuple[float, ...] = ()  # logits of a fixed image, checked on load
+    encoders: dict[str, Any] = field(default_factory=dict)  # fingerprint of each branch's encoder, to name what changed
     version: str = __version__  # of zepad-mm that wrote it
     format: int = FORMAT
 
@@ -81,15 +81,16 @@ class ZePADConfig(Config):
         if known and untuned:
             few = ", ".join(untuned[:3]) + (", ..." if len(untuned) > 3 else "")
             warnings.warn(
-                f"the robust branches were tuned by labels on {len(known)} names and may have forgotten others: {few}. "
-                "Measure it with evaluate on pictures of your own, or tune by 'fare', which keeps other names (zepad "
+                f"the robust branches were tuned by labels on {len(known)} classes and may have forgotten others: "
+                f"{few}. "
+                "Evaluate on images of your own, or tune by 'fare', which keeps other classes (zepad "
                 "defend --defences fare)",
                 stacklevel=3,
             )
 
     @property
     def zero_shot(self) -> bool:
-        """Whether it answers for any class names."""
+        """Whether all heads are zero-shot, so that any class names can be set."""
         return all(branch.head == "zero_shot" for branch in self.branches)
 
 
@@ -118,7 +119,7 @@ def read_model(folder: Path, access: Access) -> tuple[ZePADConfig, list[Branch]]
     """The branches as they were saved, around base encoders of the recorded revisions.
 
     Raises:
-        ValueError: damaged, mismatched, or other answers than when it was saved; else as ``hub.fetch``.
+        ValueError: damaged, mismatched, or a fingerprint that differs from the saved one; else as ``hub.fetch``.
     """
     config = ZePADConfig.from_dict(read_json(folder / CONFIG))
     tensors, _ = read_tensors(folder / WEIGHTS)
@@ -144,7 +145,7 @@ def write_model(folder: Path, config: ZePADConfig, branches: Mapping[str, Branch
 
 
 def short_card(config: ZePADConfig) -> str:
-    """A card without figures; :func:`zepad_mm.evaluation.model_card.write_card` writes the one with them."""
+    """A card without results; :func:`zepad_mm.evaluation.model_card.write_card` writes the one with them."""
     body = f"""\
 {GENERATED}
 # ZePAD over `{config.public_source}`
@@ -224,14 +225,14 @@ def _trained(branches: Mapping[str, Branch]) -> list[tuple[str, Tensor]]:
 
 
 def _fingerprint(branches: Sequence[Branch]) -> list[float]:
-    """Logits of a fixed picture, up to 8 classes per branch: catches another activation or preprocessing."""
+    """Logits of a fixed image, up to 8 classes per branch: catches another activation or preprocessing."""
     grid = torch.linspace(0, 1, 48)
-    picture = torch.stack(
+    image = torch.stack(
         [grid.view(-1, 1) * grid, 1 - grid.view(-1, 1).expand(48, 48), (grid * 6).sin().abs().expand(48, 48)]
     )
     device = next(branches[0].parameters()).device
     with torch.no_grad():
-        logits = torch.stack([branch(picture[None].to(device)) for branch in branches])
+        logits = torch.stack([branch(image[None].to(device)) for branch in branches])
     return logits[:, 0, :8].flatten().tolist()
 
 
@@ -260,6 +261,6 @@ def _check_fingerprint(config: ZePADConfig, branches: Mapping[str, Branch], fold
         gap = float((expected - got).abs().max()) if expected.shape == got.shape else float("nan")
         bases = (f"{s} at {config.revisions[s][:12]}" if s in config.revisions else s for s in config.sources)
         raise ValueError(
-            f"{folder}: the loaded model answers a fixed picture differently than the saved one (by {gap:.3g} in "
+            f"{folder}: the loaded model answers a fixed image differently than the saved one (by {gap:.3g} in "
             f"the logits): {causes}; check {', '.join(bases)}"
         )

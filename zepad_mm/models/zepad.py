@@ -44,11 +44,12 @@ __all__ = ["EMBEDDED_MODEL", "DetectorConfig", "ZePAD", "ZePADConfig"]
 class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversarial-robustness", "clip"]):
     """A defended classifier.
 
-    ``model(images)`` gives fused logits, differentiable through every branch, so that third-party attacks see the
-    whole defence; ``model.decide(images)`` gives the evidence.
+    ``model(images)`` gives fused logits (B, C), differentiable through every branch, so that third-party attacks see
+    the whole defence; ``model.decide(images)`` gives a :class:`~zepad_mm.models.fusion.Decision` without gradients.
+    Images are (B, 3, H, W) in [0, 1].
 
     Args:
-        config: what it is made of.
+        config: branches, classes, fusion rule and detector.
         branches: in the order of ``config.branches``.
     """
 
@@ -162,7 +163,7 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
                     "model.set_undefended(Branch(BranchConfig(name='undefended', ...), encoder, head))"
                 )
             encoder, text = self._clip()
-            for branch in self.branches.values():  # a branch that nobody changed is the public encoder: hold it once
+            for branch in self.branches.values():  # an unchanged branch is the public encoder: hold it once
                 if branch.config.adaptation == "none" and branch.config.source == self.config.public_source:  # type: ignore[union-attr]
                     encoder = branch.encoder  # type: ignore[assignment]
             config = BranchConfig(name="undefended", role="benign", source=self.config.public_source)
@@ -171,7 +172,7 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
         return self._lazy["undefended"]
 
     def set_undefended(self, branch: Branch) -> ZePAD:
-        """Say what the undefended model is, in place: for models whose heads were trained."""
+        """Set the undefended model, in place: for models whose heads were trained."""
         self._lazy["undefended"] = branch.eval().to(self.device)
         return self
 
@@ -213,7 +214,7 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
         return self
 
     def set_detector(self, detector: DetectorConfig) -> ZePAD:
-        """Change the detector, in place."""
+        """Replace the detector's settings, in place."""
         self.fusion = Fusion(self.fusion.rule, self.benign, detector.score)
         self.config = replace(self.config, detector=detector)
         return self
@@ -241,12 +242,12 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
         """Load a defended model and, at the revisions it was made on, the base encoders below it.
 
         Args:
-            pretrained_model_name_or_path: ``"embedded"`` (tuned on ten names of clothes), a folder, or a name on the
+            pretrained_model_name_or_path: ``"embedded"`` (tuned on ten classes of clothes), a folder, or a name on the
                 Hub, ``owner/name``.
             revision: branch, tag or commit on the Hub; None is the main branch.
             token: for what is private; None takes the one of ``hf auth login``.
             cache_dir: where downloads are kept; None is the client's own.
-            local_files_only: read from the cache, ask nobody.
+            local_files_only: read from the cache alone.
             force_download: fetch again what the cache holds.
 
         Raises:
@@ -266,7 +267,7 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
         """Write what was trained into a folder, with a card.
 
         Args:
-            save_directory: made if missing; a card there that somebody wrote himself is kept.
+            save_directory: made if missing; a card written by a user is kept.
             card: the text of ``README.md``, by :func:`~zepad_mm.evaluation.model_card.model_card` for instance;
                 None: a short one.
         """
@@ -291,13 +292,13 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
             The address of the commit.
 
         Raises:
-            ValueError: a base encoder that lies on this machine alone, so that nobody could load the model.
+            ValueError: a base encoder of this machine alone: others could not load the model.
         """
         alone = [source for source in self.config.sources if is_local(source)]
         if alone:
             raise ValueError(
-                f"{', '.join(alone)}: only what was trained is published, and nobody else has this base encoder; "
-                "push it first, and build the model on KIND:hf-hub:owner/name"
+                f"{', '.join(alone)}: only what was trained is published, and this base encoder is on this machine "
+                "alone; push it first, and build the model on KIND:hf-hub:owner/name"
             )
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, card=card)

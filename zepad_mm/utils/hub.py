@@ -1,7 +1,6 @@
-"""The Hub: whole folders fetched and pushed, every byte checked, every refusal told in our own words.
+"""Download and upload of whole folders on the Hugging Face Hub, with checksums and clear errors.
 
-The client's errors are replaced, not chained: what the user can do about them is known here, and what a server puts
-into its answers is not (a token must never reach a log).
+The client's errors are replaced, not chained: a server's answer may contain a token, which must never reach a log.
 """
 
 from __future__ import annotations
@@ -16,18 +15,18 @@ from typing import Any
 from zepad_mm import __version__
 
 LIBRARY = "zepad-mm"
-# formats that run code when they are opened; what is pushed from here is safetensors, JSON, text, pictures, parquet
+# formats that run code when they are opened; what is pushed from here is safetensors, JSON, text, images, parquet
 PICKLES = (".bin", ".ckpt", ".joblib", ".npz", ".pickle", ".pkl", ".pt", ".pth")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Access:
-    """How the Hub is reached, the same for a model and for the base encoders below it."""
+    """Access to the Hub, the same for a model and for its base encoders."""
 
     token: str | bool | None = field(default=None, repr=False)  # None: the one of `hf auth login`, if any
     cache_dir: str | Path | None = None  # None: the client's own
     local_files_only: bool = False  # the cache or nothing
-    force_download: bool = False  # fetch again what the cache holds
+    force_download: bool = False  # download again what the cache holds
 
 
 def fetch(
@@ -154,7 +153,7 @@ def card_text(body: str, **data: Any) -> str:
 
 
 def _check_bytes(folder: Path, files: Sequence[str], repo_id: str) -> None:
-    """What the client leaves out: compare the bytes with the checksum that the cache names each file by.
+    """Compare the bytes of each file with the checksum that the cache names it by, which the client does not.
 
     That is the SHA-256 of large files, git's SHA-1 of small ones, on some mirrors the plain SHA-1. A cache without
     symbolic links keeps none of them.
@@ -174,7 +173,7 @@ def _check_bytes(folder: Path, files: Sequence[str], repo_id: str) -> None:
 
 
 def _checksums(path: Path, digits: int) -> list[str]:
-    """What a file may be named by, for a name of that many hexadecimal digits."""
+    """The checksums that a cache may name a file by, for a name of that many hexadecimal digits."""
     from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
     if digits == 64:
@@ -195,14 +194,14 @@ def _clear_errors(repo_id: str, revision: str | None, access: Access, write: boo
     except (OSError, HTTPError, HFValidationError, RuntimeError) as error:
         # uploads wrap what went wrong in a RuntimeError
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-        told = _told(cause, _named(repo_id, revision), access, write)
-        if told is None:
+        clear = _translate_error(cause, _named(repo_id, revision), access, write)
+        if clear is None:
             raise
-        raise told from None
+        raise clear from None
 
 
-def _told(error: BaseException, name: str, access: Access, write: bool) -> Exception | None:
-    """The client's error in words of what to do; None for one that is not about the Hub, such as a full disk."""
+def _translate_error(error: BaseException, name: str, access: Access, write: bool) -> Exception | None:
+    """The client's error as one that names the fix; None for errors that are not about the Hub, such as a full disk."""
     from huggingface_hub import is_offline_mode
     from huggingface_hub.errors import (
         GatedRepoError,

@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, never half of each; and safetensors read with clear errors."""
+"""Atomic files: JSON, text and safetensors, read with errors that name the file."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write indented JSON atomically, a row of a table on one line. Raises ValueError for NaN, which JSON has not."""
+    """Write indented JSON atomically, a row of a table on one line. Raises ValueError for NaN, unknown to JSON."""
     plain = json.loads(json.dumps(value, allow_nan=False))  # tuples as lists, keys as strings
     write_text(path, _indented(plain) + "\n")
 

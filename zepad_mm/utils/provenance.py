@@ -1,4 +1,4 @@
-"""Where a figure comes from: commit, configuration, seed, hardware, library versions."""
+"""Provenance of results: commit, configuration, seed, hardware, library versions."""
 
 from __future__ import annotations
 
@@ -64,5 +64,5 @@ def origin() -> dict[str, Any]:
 
 
 def provenance(*, seed: int, config: dict[str, Any]) -> dict[str, Any]:
-    """All of it, as it stands in every result file under ``meta``."""
+    """The ``meta`` entry of every result file."""
     return {**origin(), "config": config, "seed": seed}

@@ -1,4 +1,4 @@
-"""Checks of what a user hands in. Each error says what was given, what was expected and how to write it right."""
+"""Checks of user input. Each error says what was given, what was expected and how to write it right."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_images(images: Tensor) -> Tensor:
     if not isinstance(images, Tensor):
         raise TypeError(
             f"images: expected a torch.Tensor of shape (B, 3, H, W), got {type(images).__name__}; "
-            "for PIL pictures use zepad_mm.data.to_tensor or RobustZeroShotClassifier"
+            "for PIL images use zepad_mm.data.to_tensor or RobustZeroShotClassifier"
         )
     if images.ndim == 4 and images.shape[1] != 3 and images.shape[3] == 3:
         raise ValueError(
@@ -31,7 +31,7 @@ def check_images(images: Tensor) -> Tensor:
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(
             f"images: expected shape (B, 3, H, W), got {tuple(images.shape)}; add a batch axis with images[None], "
-            "turn grey pictures into colour with images.expand(-1, 3, -1, -1), drop alpha with images[:, :3]"
+            "repeat the channel of grey images with images.expand(-1, 3, -1, -1), drop alpha with images[:, :3]"
         )
     if not images.is_floating_point():
         raise ValueError(f"images: expected floats in [0, 1], got {images.dtype}; write images.float() / 255")
