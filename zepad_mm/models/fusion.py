@@ -30,10 +30,10 @@ class Decision:
     """Fused logits with the evidence behind them.
 
     Attributes:
-        logits: (B, C) fused.
-        weights: (N, B) weight of each branch, summing to 1 over N.
-        confidences: (N, B) max softmax of each branch, in [0, 1].
-        score: (B,) suspicion that the input is adversarial; see :mod:`zepad_mm.models.detection`.
+        logits: (B, C), fused.
+        weights: (N, B), of each branch for each image, summing to 1 over N.
+        confidences: (N, B), max softmax of each branch, in [0, 1].
+        score: (B,) suspicion score, higher for more suspicious inputs; see :mod:`zepad_mm.models.detection`.
     """
 
     logits: Tensor
@@ -185,11 +185,11 @@ class MixedNUTS(Rule):
 
 @dataclass(frozen=True)
 class Fusion:
-    """A rule, bound to which branches are benign and to the score that detects.
+    """Branch logits (N, B, C) to a :class:`Decision`: a rule, the roles of the branches, and a detection score.
 
     Args:
         rule: how to mix.
-        benign: for each branch whether it is benign.
+        benign: for each of the N branches whether it is benign.
         score: a name of :data:`zepad_mm.models.detection.SCORES`.
     """
 

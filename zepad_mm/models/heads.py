@@ -1,4 +1,4 @@
-"""Heads: features to logits. Small, and all that changes from task to task."""
+"""Heads: features (B, D) to logits (B, C). Small, and all that changes from task to task."""
 
 from __future__ import annotations
 
