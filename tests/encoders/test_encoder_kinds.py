@@ -1,4 +1,4 @@
-"""Every kind of source gives what its own library gives, can be attacked, adapted, saved and used for a task."""
+"""Encoders of every kind match their own library and can be attacked, adapted, saved and used for a task."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def test_gradient_checkpointing_can_be_switched_off(tmp_path: Path) -> None:
 
 
 def test_supported_encoders_log_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A model that is read whole says nothing at all."""
+    """A model whose tensors are all used logs nothing."""
     made = zoo.ZOO["hf: DINOv2"](tmp_path)
     with caplog.at_level(logging.WARNING, logger="zepad_mm"):
         load_encoder(made.source)

@@ -1,4 +1,4 @@
-"""Encoders agree with their source library; adapters are W + dW and nothing else; bad sources say so."""
+"""Encoders match their source library, adapters add exactly W + dW, and errors name bad sources."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from zepad_mm.encoders.base import Encoder, Preprocess
 
 
 def perturb_adapter(encoder: nn.Module, scale: float = 0.1) -> None:
-    """peft starts B at zero; this makes the delta real."""
+    """Make the delta of an adapter non-zero: peft starts B at zero."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in encoder.named_parameters():
@@ -67,7 +67,7 @@ def test_timm_encoder_matches_library(name: str) -> None:
 
 
 def test_timm_vit_uses_its_own_image_size() -> None:
-    """timm's config still says 224 then; the model knows better."""
+    """timm's config still holds 224 then, unlike the model."""
     import timm
 
     backbone = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0)

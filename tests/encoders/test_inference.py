@@ -1,4 +1,4 @@
-"""What makes tuning fast changes nothing that it computes; the benchmarks run in small."""
+"""Optimizations of tuning keep its results; the benchmarks run at a small size."""
 
 from __future__ import annotations
 

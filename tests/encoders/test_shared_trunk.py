@@ -1,4 +1,4 @@
-"""Encoders over one frozen backbone: the same answers, the weights once, the blocks below the adapters once."""
+"""SharedTrunk: same outputs, weights held once, blocks below the adapters run once."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_shared_trunk_rejects_gradient_checkpointing(name: str, tmp_path: Path) 
 
 
 def test_zepad_share_trunk_keeps_outputs(clip_source: str, images: torch.Tensor, tmp_path: Path) -> None:
-    """Answers, gradients, single branches, saving and streamlining are those of the model that shares nothing."""
+    """Outputs, gradients, single branches, files and optimized copies equal those of a model without sharing."""
     configs, branches = [], []
     text = load_clip(clip_source)[1]
     for encoder, name, role in zip(

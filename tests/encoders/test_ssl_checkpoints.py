@@ -33,7 +33,7 @@ SMALL_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_
 
 @dataclass
 class Written:
-    """What a library wrote, the backbone it has in memory, and what must be said or inferred."""
+    """A checkpoint by a library, its backbone in memory, and the options it needs."""
 
     content: Any
     backbone: nn.Module

@@ -1,4 +1,4 @@
-"""What is asked of every encoder, whatever library it comes from; each check raises, or says what it measured."""
+"""Checks that every encoder passes, whatever library it comes from; each raises or returns what it measured."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CLASSES = ("cat", "dog", "ball")
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table."""
+    """A row of the table."""
 
     name: str
     feature_dim: int
@@ -88,7 +88,7 @@ def gradient(encoder: Encoder) -> float:
 
 
 def perturb_adapter(encoder: Encoder) -> None:
-    """peft starts B at zero; this makes the delta real."""
+    """Make the delta of an adapter non-zero: peft starts B at zero."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in encoder.named_parameters():
@@ -167,7 +167,7 @@ def saved(source: str, folder: Path) -> str:
 
 
 def checkpointing(source: str) -> str:
-    """Whether the backbone can recompute activations; where it can, the gradient of an adapter stays the same."""
+    """Whether gradient checkpointing works; where it does, the gradient of an adapter stays the same."""
     gradients = []
     for enabled in (False, True):
         torch.manual_seed(0)
@@ -207,7 +207,7 @@ def zero_shot(made: Made) -> str:
 
 
 def probe(encoder: Encoder) -> str:
-    """A linear probe tells reddish from bluish stripes on images that it has not seen."""
+    """A linear probe separates reddish from bluish stripes on held-out images."""
     size, count = encoder.preprocess.image_size, 160
     generator = torch.Generator().manual_seed(0)
     phase, tint = (torch.rand(count, n, 1, 1, generator=generator) for n in (1, 3))
@@ -223,12 +223,12 @@ def probe(encoder: Encoder) -> str:
     with torch.no_grad():
         accuracy = float((head(features[train:]).argmax(-1) == labels[train:]).float().mean())
     if accuracy < 0.8:
-        raise ValueError(f"{encoder.source}: a probe on red and blue is right in only {accuracy:.0%}")
+        raise ValueError(f"{encoder.source}: a probe on red and blue stripes has an accuracy of only {accuracy:.0%}")
     return f"probe, {accuracy:.0%}"
 
 
 def check(name: str, made: Made, folder: Path) -> Row:
-    """All of the above for one model."""
+    """All checks for one model."""
     encoder = load_encoder(made.source)
     if is_clip(made.source) != (made.logits is not None):
         raise ValueError(f"is_clip({made.source!r}) is wrong")

@@ -1,4 +1,4 @@
-"""Every fusion rule and detection score honours the same contract."""
+"""The contract of fusion rules and detection scores."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_fusion_errors_name_the_fix() -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_certified_answers_resist_every_benign_output(rule: str) -> None:
-    """The attacker sets the benign branch freely: any class, any confidence, any size of logits."""
+    """The benign branch may output any class with any confidence and any size of logits."""
     z = logits(4.0, n=400)
     fusion = build(rule, BENIGN)
     certified = fusion.certified(z)

@@ -1,4 +1,4 @@
-"""The whole defended model outside of eager Python: as an ONNX graph under onnxruntime, and compiled."""
+"""Defended models as ONNX graphs under onnxruntime, and compiled."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_export_onnx_discards_a_graph_that_differs(
             onnx_ir.save(self.model, path)
 
     other = louder(model)
-    monkeypatch.setattr(export, "_traced", lambda graph, images: Other())
+    monkeypatch.setattr(export, "_export_program", lambda graph, images: Other())
     with pytest.raises(ValueError, match=r"differ from torch's by up to .* nothing was written"):
         export_onnx(other, tmp_path / "model.onnx", image_size=SIZE)
     assert list(tmp_path.iterdir()) == []
@@ -91,7 +91,7 @@ def test_export_onnx_errors_name_the_reason(model: ZePAD, tmp_path: Path, monkey
 
 
 def test_zepad_compiles_with_its_gradient(model: ZePAD) -> None:
-    """Traced and differentiated by the compiler; the code generator behind it is torch's own matter."""
+    """Traced and differentiated by the compiler; code generation is left to torch."""
     compiled = torch.compile(model, backend="aot_eager")
     images = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(4))
     gradients = []

@@ -1,4 +1,4 @@
-"""The defended model: what it computes, what it saves, and what it refuses to load."""
+"""ZePAD: outputs, saving, strict loading and changes of classes, rule and detector."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_zepad_forward_fuses_branch_outputs(zepad: ZePAD, images: torch.Tensor) 
 
 
 def test_zepad_attack_reaches_every_branch(zepad: ZePAD, images: torch.Tensor) -> None:
-    """What a third-party library would do: gradients of the fused logits, through every branch."""
+    """As in third-party attacks: gradients of the fused logits, through every branch."""
     x = images.clone().requires_grad_(True)
     logits = zepad.branch_logits(x)
     gradients = [torch.autograd.grad(zepad.branch(n)(x).sum(), x)[0].abs().sum() for n in zepad.branches]
@@ -134,7 +134,7 @@ def test_from_pretrained_detects_another_base(tmp_path: Path, images: torch.Tens
 
 
 def test_interrupted_save_is_not_a_model(zepad: ZePAD, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full disk while writing: the error passes through, and what is there is not taken for a model."""
+    """A full disk while writing: the error passes through, and the folder is not loaded as a model."""
     import safetensors.torch
 
     zepad.save_pretrained(tmp_path)
@@ -217,7 +217,7 @@ def test_zepad_errors_name_the_fix_for_bad_images(
     "name", ["embedded", str(ROOT / "recipes" / "models" / "general")], ids=["embedded", "general"]
 )
 def test_committed_model_beats_the_undefended_one_under_attack(name: str) -> None:
-    """Both see the same few-step perturbation made on the public encoder; the full figures are in the report."""
+    """Both see the same few-step perturbation made on the public encoder; full results are in the report."""
     from zepad_mm.attacks import FeatureUAP
     from zepad_mm.data import load_embedded
 

@@ -1,4 +1,4 @@
-"""The Hub, with the real client, against a server of our own: what goes there comes back, and what fails says why."""
+"""Push and fetch with the real client of the Hub against a local server: round trips and error messages."""
 
 from __future__ import annotations
 
@@ -256,7 +256,7 @@ def test_interrupted_download_resumes(
 
 
 def test_failed_download_keeps_finished_files(hub: Hub, published: ZePAD, tmp_path: Path) -> None:
-    """A shorter file than promised ends the download with an error; the next one takes up from there."""
+    """A shorter file than promised ends the download with an error; the next one resumes there."""
     cache = tmp_path / "elsewhere"
     hub.replaced["model.safetensors"] = b"short"
     with pytest.raises(ValueError, match=r"acme/defended is damaged: .* another size .* fetch it again"):
@@ -277,7 +277,7 @@ def test_failed_download_keeps_finished_files(hub: Hub, published: ZePAD, tmp_pa
     ],
 )
 def test_fetch_detects_wrong_bytes(hub: Hub, published: ZePAD, tmp_path: Path, name: str, file: str) -> None:
-    """Of the right length, in a place that still reads as a valid file: the client itself sees nothing."""
+    """Of the right length and in a valid file: the client itself does not notice."""
     cache = tmp_path / "elsewhere"
     good = hub.files(name)[file]
     hub.replaced[file] = good[:-2] + bytes([good[-2] ^ 1]) + good[-1:]
@@ -309,7 +309,7 @@ def test_base_without_weights_is_an_error(hub: Hub, published: ZePAD, tmp_path: 
 
 @pytest.mark.parametrize("kind", ["open_clip:hf-hub:", "timm:hf-hub:", "hf:"])
 def test_load_encoder_has_the_same_errors(hub: Hub, kind: str) -> None:
-    """And is never built with random weights because its own could not be had."""
+    """And is never built with random weights because its own were not found."""
     if kind.partition(":")[0] not in BACKENDS:
         pytest.skip("no encoders of that kind")
     files = {"open_clip_config.json": json.dumps(TINY_CLIP).encode(), "config.json": b"{}"}

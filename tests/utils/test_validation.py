@@ -1,4 +1,4 @@
-"""Every error says what came, what was expected and how to write it right."""
+"""Error messages state the input, the expected form and the fix."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GOOD = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(
-    ("images", "error", "says"),
+    ("images", "error", "message"),
     [
         (np.zeros((2, 3, 4, 4), np.float32), TypeError, "to_tensor"),
         ([GOOD], TypeError, "torch.Tensor"),
@@ -29,8 +29,8 @@ GOOD = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
         (GOOD.clone().index_fill_(0, torch.tensor(1), -float("inf")), ValueError, "infinity"),
     ],
 )
-def test_check_images_names_the_fix(images, error, says):
-    with pytest.raises(error, match=says):
+def test_check_images_names_the_fix(images, error, message):
+    with pytest.raises(error, match=message):
         check_images(images)
 
 
@@ -46,7 +46,7 @@ def test_check_images_tolerates_rounding():
 
 
 @pytest.mark.parametrize(
-    ("labels", "says"),
+    ("labels", "message"),
     [
         (None, "true labels"),
         ([0, 1], "torch.as_tensor"),
@@ -57,8 +57,8 @@ def test_check_images_tolerates_rounding():
         (torch.tensor([0, -1]), "at least 0"),
     ],
 )
-def test_check_labels_rejects(labels, says):
-    with pytest.raises(ValueError, match=says):
+def test_check_labels_rejects(labels, message):
+    with pytest.raises(ValueError, match=message):
         check_labels(labels, GOOD)
 
 
@@ -67,10 +67,10 @@ def test_check_labels_converts_integer_types():
 
 
 @pytest.mark.parametrize(
-    ("names", "says"), [("cat", r"\['cat'\]"), ([], "empty"), (["cat", " "], "non-empty"), (["cat", "cat"], "cat")]
+    ("names", "message"), [("cat", r"\['cat'\]"), ([], "empty"), (["cat", " "], "non-empty"), (["cat", "cat"], "cat")]
 )
-def test_check_names_rejects(names, says):
-    with pytest.raises(ValueError, match=says):
+def test_check_names_rejects(names, message):
+    with pytest.raises(ValueError, match=message):
         check_names(names)
 
 

@@ -6,7 +6,7 @@ from zepad_mm.encoders import ssl_checkpoints as _ssl_checkpoints
 from zepad_mm.encoders import timm as _timm
 from zepad_mm.encoders.base import Encoder, Preprocess, load_encoder
 from zepad_mm.encoders.clip import TextEncoder, is_clip, load_clip
-from zepad_mm.encoders.fingerprint import Fingerprint, differences, fingerprint, what_changed
+from zepad_mm.encoders.fingerprint import Fingerprint, describe_changes, differences, fingerprint
 from zepad_mm.encoders.gradient_checkpointing import set_gradient_checkpointing
 from zepad_mm.encoders.inference import optimize_for_inference
 from zepad_mm.encoders.lora import (
@@ -32,6 +32,7 @@ __all__ = [
     "TextEncoder",
     "add_lora",
     "count_parameters",
+    "describe_changes",
     "differences",
     "fingerprint",
     "folded_lora",
@@ -43,6 +44,5 @@ __all__ = [
     "merge_lora",
     "optimize_for_inference",
     "set_gradient_checkpointing",
-    "what_changed",
 ]
 del _huggingface, _open_clip, _ssl_checkpoints, _timm

@@ -85,7 +85,7 @@ def differences(saved: Fingerprint, encoder: Encoder, tolerance: float = 1e-2) -
     return ["the weights differ, or the code of the library that runs them"]
 
 
-def what_changed(saved: dict[str, Any], encoders: Mapping[str, Encoder]) -> str:
+def describe_changes(saved: dict[str, Any], encoders: Mapping[str, Encoder]) -> str:
     """:func:`differences` of several encoders by name, in one line; empty while all answer the same."""
     found = {name: differences(Fingerprint.from_dict(about), encoders[name]) for name, about in saved.items()}
     return "; ".join(f"in branch {name} {', '.join(causes)}" for name, causes in found.items() if causes)

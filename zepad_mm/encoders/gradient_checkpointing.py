@@ -1,4 +1,4 @@
-"""Gradient checkpointing: activations computed again in the backward pass instead of kept, for less memory."""
+"""Gradient checkpointing: activations are recomputed in the backward pass, for less memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from zepad_mm.encoders.shared_trunk import shares_trunk
 
 
 def set_gradient_checkpointing(encoder: Encoder, enabled: bool = True) -> Encoder:
-    """Trade time for memory, in place. transformers does so in training mode only, the others always.
+    """Switch gradient checkpointing on or off, in place. Models of transformers recompute in training mode only.
 
     Raises:
         ValueError: the library has no switch for this backbone, or one that does nothing or fails; or the encoder
@@ -44,7 +44,7 @@ def _name(encoder: Encoder) -> str:
 
 
 def _switch(backbone: nn.Module, enabled: bool) -> bool:
-    """Throw the switch of the outermost module that has one; False if none has."""
+    """Use the switch of the outermost module that has one; False if none has."""
     for module in backbone.modules():
         found: Any = module
         if hasattr(found, "gradient_checkpointing_enable"):  # transformers
@@ -63,7 +63,7 @@ def _switch(backbone: nn.Module, enabled: bool) -> bool:
 
 
 def _recomputes(encoder: Encoder) -> bool:
-    """Whether a backward pass goes through any module again; modes, statistics, gradients and randomness stay."""
+    """Whether a backward pass runs any module again. Modes, statistics, gradients and random state are kept."""
     backbone, size = encoder.backbone, encoder.preprocess.image_size
     like = next(backbone.parameters())
     modes = {module: module.training for module in backbone.modules()}

@@ -13,7 +13,7 @@ from zepad_mm.encoders.base import Interpolation, Preprocess
 
 log = logging.getLogger(__name__)
 
-BILINEAR, BICUBIC = 2, 3  # of PIL, in which the configs count
+BILINEAR, BICUBIC = 2, 3  # PIL's codes, used in the configs
 CLOSE = 1e-3  # normalised pixels; rounding differs by less, another interpolation by far more
 
 
@@ -73,7 +73,7 @@ def _square(size: dict[str, Any], source: str) -> int:
 
 
 def _statistics(about: dict[str, Any]) -> dict[str, Any]:
-    """Mean and std of pixels in [0, 1], whatever range the processor brings them to first."""
+    """Mean and std for pixels in [0, 1], whatever range the processor scales them to."""
     mean, std = (about.get(key) or default for key, default in (("image_mean", 0.0), ("image_std", 1.0)))
     if not about.get("do_normalize", True):
         mean, std = 0.0, 1.0
@@ -98,7 +98,7 @@ def _disagreement(processor: Any, about: dict[str, Any], preprocess: Preprocess)
     try:
         theirs = processor(images=[image * 255], return_tensors="pt")["pixel_values"]
     except (ValueError, TypeError, RuntimeError) as error:
-        log.warning("%s could not be asked for comparison: %s", type(processor).__name__, error)
+        log.warning("%s could not be compared: %s", type(processor).__name__, error)
         return 0.0
     ours: Tensor = preprocess(image[None])
     if about.get("max_num_patches"):

@@ -1,4 +1,4 @@
-"""The same network with less to compute: adapters and norms folded into the weights, attention without detours."""
+"""Faster copies of frozen networks: adapters and batch norms folded into the weights, fast attention."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from zepad_mm.utils.seeding import seeded_generator
 
 log = logging.getLogger(__name__)
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
-SAME = 1e-4  # how far, as a part of the largest output, the copy may stray before it is not used
+SAME = 1e-4  # largest accepted difference of the copy, relative to the largest output
 
 
 def optimize_for_inference(module: AnyModule, image_size: int = 64) -> AnyModule:
-    """A frozen copy, in eval mode, of a module from images to anything, with every encoder inside it made cheaper.
+    """A frozen copy of a module, in eval mode, in which every encoder computes the same with fewer operations.
 
     Attacks and evaluations run a network thousands of times without changing it: folding costs one forward pass and
-    saves a third to a half of each. A module with nothing to fold is handed back as it is, uncopied; so is one whose
-    copy does not answer the same on random pixels (to 1e-4 of the largest output).
+    saves a third to a half of each. The module itself is returned where nothing can be folded, or where the
+    outputs of the copy differ on random pixels by more than 1e-4 of the largest output.
 
     Args:
         module: maps (B, 3, H, W) in [0, 1] to a tensor.
@@ -45,16 +45,16 @@ def optimize_for_inference(module: AnyModule, image_size: int = 64) -> AnyModule
         if not changed:
             return module
         got = lighter(images)
-    strayed = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
-    if not strayed <= SAME:
-        log.warning("folding would change the answers by %.1e; the network is used as it is", strayed)
+    difference = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+    if not difference <= SAME:
+        log.warning("folding would change the outputs by %.1e; the network is used as it is", difference)
         return module
     return lighter
 
 
 def _fold_batch_norms(encoder: Encoder, images: Tensor) -> int:
-    """Fold each batch norm that takes its input straight from a convolution; how many that were."""
-    pairs = _pairs(encoder, images)
+    """Fold each batch norm that follows a convolution directly; returns how many were folded."""
+    pairs = _convolution_norm_pairs(encoder, images)
     for convolution, norm in pairs.items():
         _fold(convolution, norm)
     replaced = {id(norm) for norm in pairs.values()}
@@ -66,7 +66,7 @@ def _fold_batch_norms(encoder: Encoder, images: Tensor) -> int:
     return len(pairs)
 
 
-def _pairs(encoder: Encoder, images: Tensor) -> dict[nn.Conv2d, nn.BatchNorm2d]:
+def _convolution_norm_pairs(encoder: Encoder, images: Tensor) -> dict[nn.Conv2d, nn.BatchNorm2d]:
     """Convolution to the norm behind it, found by running the network: names do not give the order."""
     calls: Counter[nn.Module] = Counter()
     made_by: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # the tensor is kept, so that its id stays its own
@@ -90,7 +90,7 @@ def _pairs(encoder: Encoder, images: Tensor) -> dict[nn.Conv2d, nn.BatchNorm2d]:
 
 
 def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    """The norm's scale into the filters and its shift into the bias, in place."""
+    """Fold the norm's scale into the filters and its shift into the bias, in place."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = (norm.running_var + norm.eps).rsqrt()

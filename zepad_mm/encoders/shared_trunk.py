@@ -1,4 +1,4 @@
-"""Several encoders over one frozen backbone: its weights are held once, and blocks below all adapters run once."""
+"""Encoders that share one frozen backbone: weights are held once, blocks below all adapters run once."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from zepad_mm.encoders.attention import unfuse_attention
 from zepad_mm.encoders.base import Encoder, feature_dim_of
 
-# of the call that runs now in this thread: what came out of the shared blocks, by the trunk it belongs to
+# of the current call in this thread: output of the shared blocks, by trunk
 _RUNNING: ContextVar[dict[int, Tensor | None] | None] = ContextVar("hidden states of shared trunks", default=None)
 _NUMBERS = itertools.count()
 PEFT = (("base_model.model.", ""), (".base_layer.", "."))
 
 
 class SharedTrunk:
-    """Ties the frozen weights of encoders that were loaded from one source, and lets what they share run once.
+    """Ties the frozen weights of encoders loaded from one source, and runs the blocks they share once.
 
     Made once, after adapters are in place; ``with trunk.once():`` around calls of the encoders on the same images runs
-    the first ``shared_blocks`` blocks for the first of them only. Outside of it each encoder stands alone as before,
-    so attacks on one branch and saving see nothing of this. Safe in threads: what is shared belongs to the call. Not
-    with gradient checkpointing, which would run a block again when the call is over.
+    the first ``shared_blocks`` blocks for the first of them only. Outside of it each encoder runs by itself as
+    before, so attacks on one branch and saving are unaffected. Thread-safe: shared outputs belong to the call. Not with
+    gradient checkpointing, which would run a block again after the call.
 
     Args:
         encoders: at least two, of the same source; frozen but for their LoRA adapters (one may have none).
@@ -36,8 +36,8 @@ class SharedTrunk:
         ValueError: encoders of several sources, other weights under the same name, or gradient checkpointing.
 
     Attributes:
-        shared_blocks: how many blocks of the stack no adapter reaches; 0 where an adapter sits at the stem.
-        blocks: how many there are.
+        shared_blocks: number of blocks below every adapter; 0 where an adapter sits at the stem.
+        blocks: number of blocks in the stack.
     """
 
     def __init__(self, encoders: Sequence[Encoder]) -> None:
@@ -48,25 +48,25 @@ class SharedTrunk:
             raise ValueError(
                 f"a shared trunk wants two encoders or more of one source, got {len(encoders)} of {sources}"
             )
-        if any(recomputing(encoder) for encoder in self.encoders):
+        if any(uses_gradient_checkpointing(encoder) for encoder in self.encoders):
             raise ValueError("a shared trunk cannot recompute; first set_gradient_checkpointing(encoder, False)")
         for encoder in self.encoders:
             unfuse_attention(encoder.backbone)  # adapters need it; so the names and weights are the same everywhere
-        self._tie()
+        self._tie_frozen_weights()
         stacks = [blocks_of(encoder.backbone) for encoder in self.encoders]
         self.blocks = min(len(stack) for stack in stacks)
-        own = [{id(p) for p in _own(encoder, self.encoders)} for encoder in self.encoders]
-        reach = [_first_own(*parts) for parts in zip(self.encoders, stacks, own, strict=True)]
-        # the last block stays with each encoder: there something must begin
+        own = [{id(p) for p in _own_parameters(encoder, self.encoders)} for encoder in self.encoders]
+        reach = [_first_own_block(*parts) for parts in zip(self.encoders, stacks, own, strict=True)]
+        # the last block stays with each encoder, where the shared output enters
         self.shared_blocks = max(0, min(*reach, self.blocks - 1))
         if self.shared_blocks:
             for index, stack in enumerate(stacks):
                 for block in stack[: self.shared_blocks] if index else []:
-                    block.forward = functools.partial(_unless_done, block, type(block).forward, self._number)
+                    block.forward = functools.partial(_run_unless_computed, block, type(block).forward, self._number)
                 first = stack[self.shared_blocks]
-                first.forward = functools.partial(_join, first, type(first).forward, self._number)
+                first.forward = functools.partial(_resume_from_shared, first, type(first).forward, self._number)
 
-    def _tie(self) -> None:
+    def _tie_frozen_weights(self) -> None:
         first = _frozen(self.encoders[0])
         for encoder in self.encoders[1:]:
             for name, (module, leaf, tensor) in _frozen(encoder).items():
@@ -83,7 +83,7 @@ class SharedTrunk:
 
     @contextmanager
     def once(self) -> Iterator[None]:
-        """Within, all encoders are called on the same images; the shared blocks run for the first alone."""
+        """Context in which all encoders take the same images, and the shared blocks run for the first alone."""
         outer = _RUNNING.get() or {}
         token = _RUNNING.set({**outer, self._number: None})
         try:
@@ -111,7 +111,7 @@ def blocks_of(backbone: nn.Module) -> list[Any]:
     return max(stacks, key=lambda stack: sum(p.numel() for block in stack for p in block.parameters()))
 
 
-def recomputing(encoder: Encoder) -> bool:
+def uses_gradient_checkpointing(encoder: Encoder) -> bool:
     """Whether gradient checkpointing is on anywhere in the backbone."""
     names = ("grad_checkpointing", "gradient_checkpointing")
     return any(getattr(module, name, False) is True for module in encoder.backbone.modules() for name in names)
@@ -119,12 +119,12 @@ def recomputing(encoder: Encoder) -> bool:
 
 def shares_trunk(encoder: Encoder) -> bool:
     """Whether blocks of the encoder belong to a :class:`SharedTrunk`."""
-    ours = (_unless_done, _join)
+    ours = (_run_unless_computed, _resume_from_shared)
     return any(getattr(module.__dict__.get("forward"), "func", None) in ours for module in encoder.backbone.modules())
 
 
 def _frozen(encoder: Encoder) -> dict[str, tuple[nn.Module, str, Tensor]]:
-    """Everything but the adapters, by the name it has without them: (module, name in it, tensor)."""
+    """Every tensor except the adapters', by its name without them: (module, name in the module, tensor)."""
     found = {}
     for path, module in encoder.backbone.named_modules():
         for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
@@ -137,13 +137,13 @@ def _frozen(encoder: Encoder) -> dict[str, tuple[nn.Module, str, Tensor]]:
     return found
 
 
-def _own(encoder: Encoder, encoders: Sequence[Encoder]) -> list[Tensor]:
+def _own_parameters(encoder: Encoder, encoders: Sequence[Encoder]) -> list[Tensor]:
     others = {id(p) for other in encoders if other is not encoder for p in other.parameters()}
     return [p for p in encoder.parameters() if id(p) not in others]
 
 
-def _first_own(encoder: Encoder, stack: Sequence[nn.Module], own: set[int]) -> int:
-    """The block in which a forward pass first meets a parameter of this encoder alone; all blocks if it meets none."""
+def _first_own_block(encoder: Encoder, stack: Sequence[nn.Module], own: set[int]) -> int:
+    """Index of the first block with a parameter of this encoder alone; the number of blocks if there is none."""
     place = {block: index for index, block in enumerate(stack)}
     now, met = -1, len(stack)
 
@@ -162,16 +162,16 @@ def _first_own(encoder: Encoder, stack: Sequence[nn.Module], own: set[int]) -> i
     return max(0, met)
 
 
-def _unless_done(block: nn.Module, forward: Any, trunk: int, hidden: Tensor, *rest: Any, **more: Any) -> Any:
-    """A shared block of a later encoder: nothing to do once the first has been through."""
+def _run_unless_computed(block: nn.Module, forward: Any, trunk: int, hidden: Tensor, *rest: Any, **more: Any) -> Any:
+    """Forward of a shared block in a later encoder: skipped once the first encoder has computed it."""
     running = _RUNNING.get()
     if running is not None and running.get(trunk) is not None:
         return hidden
     return forward(block, hidden, *rest, **more)
 
 
-def _join(block: nn.Module, forward: Any, trunk: int, hidden: Tensor, *rest: Any, **more: Any) -> Any:
-    """The first block behind the shared ones: the first encoder leaves what it got, the later ones take it."""
+def _resume_from_shared(block: nn.Module, forward: Any, trunk: int, hidden: Tensor, *rest: Any, **more: Any) -> Any:
+    """Forward of the first block behind the shared ones: the first encoder stores its input, the later ones take it."""
     running = _RUNNING.get()
     if running is not None and trunk in running:
         if running[trunk] is None:

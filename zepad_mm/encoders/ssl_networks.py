@@ -13,12 +13,12 @@ ONLINE, MOMENTUM = "online", "momentum"
 NETWORKS = (ONLINE, MOMENTUM)
 STEMS = ("7x7", "3x3p1", "3x3p2", "3x3p1pool", "3x3p2pool")
 # parts of a name that mark the momentum network, a moving average of the online one
-FOLLOWER = re.compile(r"momentum|teacher|target|(^|[._])(ema|encoder_k|key_encoder|k_encoder)([._]|$)")
+MOMENTUM_PREFIX = re.compile(r"momentum|teacher|target|(^|[._])(ema|encoder_k|key_encoder|k_encoder)([._]|$)")
 
 
 @dataclass(frozen=True)
 class Built:
-    """A backbone of the right shape, and what goes with it."""
+    """A built backbone with its description and image size."""
 
     backbone: nn.Module  # normalised pixels to features (B, D)
     description: str  # for the log, e.g. "resnet18, stem 3x3p2"
@@ -30,9 +30,9 @@ class Built:
 class Network:
     """One backbone inside a checkpoint."""
 
-    prefix: str  # what stands before its names in the file
+    prefix: str  # prefix of its names in the file
     family: str  # "ResNet", "ViT" or "torchvision ViT"
-    layout: str  # whose names they are: "solo-learn", "lightly" or "plain"
+    layout: str  # naming scheme: "solo-learn", "lightly" or "plain"
     names: dict[str, str] = field(repr=False)  # name in the backbone -> name in the file
     tensors: dict[str, Tensor] = field(repr=False)  # by names of the backbone
     bare: bool = False  # a ResNet without the ReLU behind its first convolution
@@ -40,10 +40,10 @@ class Network:
     @property
     def role(self) -> str:
         """Online, or momentum: the moving average of the online network."""
-        return MOMENTUM if FOLLOWER.search(self.prefix) else ONLINE
+        return MOMENTUM if MOMENTUM_PREFIX.search(self.prefix) else ONLINE
 
     def build(self, stem: str | None, heads: int | None, where: str) -> Built:
-        """The architecture that the shapes tell, with fresh weights. Raises ValueError where they tell none."""
+        """The architecture derived from the shapes, randomly initialised. Raises ValueError for an unknown one."""
         if self.family == "ResNet":
             return _resnet(self, stem, where)
         if stem:

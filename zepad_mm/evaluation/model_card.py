@@ -25,7 +25,7 @@ from zepad_mm.models.serialization import (
     PLACEHOLDER,
     ZePADConfig,
     card_metadata,
-    described,
+    describe_model,
     short_card,
 )
 from zepad_mm.utils.hub import card_text
@@ -60,7 +60,7 @@ def model_card(config: ZePADConfig, report: Report | None) -> str:
         "## In plain words\n\n" + bullets(summary(report)),
         *(["## Warnings\n\n" + bullets(report.meta["warnings"])] if report.meta["warnings"] else []),
         "## Limitations\n\n" + bullets(_limitations(config, report)),
-        f"## What it is made of\n\n{described(config)}",
+        f"## What it is made of\n\n{describe_model(config)}",
         _origin(report),
     ]
     data = {**card_metadata(config), "model_name": f"ZePAD over {config.public_source}", "metrics": ["accuracy"]}

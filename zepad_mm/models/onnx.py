@@ -82,12 +82,12 @@ def export_onnx(
     graph = _Graph(model.cpu()).eval()
     try:
         # two images: a batch of one would be taken for a constant
-        program = _traced(graph, torch.rand(2, 3, size, size, generator=seeded_generator(seed)))
-        program.model.metadata_props.update(_about(model, size))
+        program = _export_program(graph, torch.rand(2, 3, size, size, generator=seeded_generator(seed)))
+        program.model.metadata_props.update(_metadata(model, size))
         path.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
             written = Path(folder) / path.name
-            program.save(written, external_data=_weight_of(graph) > LARGEST_FILE)
+            program.save(written, external_data=_size_in_bytes(graph) > LARGEST_FILE)
             session = onnxruntime.InferenceSession(written, providers=["CPUExecutionProvider"])
             difference = _difference(graph, session, torch.rand(3, 3, size, size, generator=seeded_generator(seed + 1)))
             if not difference <= tolerance:
@@ -102,7 +102,7 @@ def export_onnx(
     return Exported(path, size, difference)
 
 
-def _traced(graph: nn.Module, images: Tensor) -> Any:
+def _export_program(graph: nn.Module, images: Tensor) -> Any:
     with torch.no_grad():
         return torch.onnx.export(
             graph,
@@ -123,7 +123,7 @@ def _difference(graph: nn.Module, session: Any, images: Tensor) -> float:
     return float((theirs - graph(images)[0]).abs().max())
 
 
-def _about(model: ZePAD, size: int) -> dict[str, str]:
+def _metadata(model: ZePAD, size: int) -> dict[str, str]:
     values = {
         "class_names": list(model.class_names),
         "branches": list(model.branches),
@@ -134,6 +134,6 @@ def _about(model: ZePAD, size: int) -> dict[str, str]:
     return {f"zepad_mm.{name}": json.dumps(value) for name, value in values.items()}
 
 
-def _weight_of(module: nn.Module) -> int:
+def _size_in_bytes(module: nn.Module) -> int:
     """Bytes of parameters and buffers."""
     return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())

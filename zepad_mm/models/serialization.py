@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from zepad_mm import __version__
-from zepad_mm.encoders import Encoder, fingerprint, has_lora, load_encoder, load_lora, what_changed
+from zepad_mm.encoders import Encoder, describe_changes, fingerprint, has_lora, load_encoder, load_lora
 from zepad_mm.encoders.sources import repositories
 from zepad_mm.encoders.state_dict import load_state_dict_strict
 from zepad_mm.models.branch import Branch, BranchConfig
@@ -94,7 +94,7 @@ class ZePADConfig(Config):
         return all(branch.head == "zero_shot" for branch in self.branches)
 
 
-def located(name: str | Path, revision: str | None, access: Access) -> Path:
+def find_model_folder(name: str | Path, revision: str | None, access: Access) -> Path:
     """The folder of a model: the embedded one, one on this disk, or one fetched from the Hub.
 
     Raises:
@@ -126,7 +126,7 @@ def read_model(folder: Path, access: Access) -> tuple[ZePADConfig, list[Branch]]
     bases: dict[str, Encoder] = {}
     branches = {branch.name: _build_branch(branch, config, folder, bases, access) for branch in config.branches}
     hint = f"it does not belong to its {CONFIG}"
-    load_state_dict_strict(dict(_trained(branches)), tensors, str(folder / WEIGHTS), hint)
+    load_state_dict_strict(dict(_trained_tensors(branches)), tensors, str(folder / WEIGHTS), hint)
     _check_fingerprint(config, branches, folder)
     return config, list(branches.values())
 
@@ -134,7 +134,9 @@ def read_model(folder: Path, access: Access) -> tuple[ZePADConfig, list[Branch]]
 def write_model(folder: Path, config: ZePADConfig, branches: Mapping[str, Branch]) -> None:
     """Write what was trained, and last ``config.json``, without which the folder is no model at all."""
     dtype = getattr(torch, config.storage_dtype)
-    tensors = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in _trained(branches)}
+    tensors = {
+        key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in _trained_tensors(branches)
+    }
     for branch in branches.values():
         if branch.config.adaptation == "lora":
             _save_adapter(branch, folder / ADAPTERS / branch.name, dtype)
@@ -150,7 +152,7 @@ def short_card(config: ZePADConfig) -> str:
 {GENERATED}
 # ZePAD over `{config.public_source}`
 
-{described(config)}
+{describe_model(config)}
 
 Not evaluated yet: run `zepad evaluate`, then `zepad card` writes a card from its report.
 
@@ -171,7 +173,7 @@ def card_metadata(config: ZePADConfig) -> dict[str, Any]:
     return {"pipeline_tag": task, "tags": tags, **({"base_model": bases} if bases else {})}
 
 
-def described(config: ZePADConfig) -> str:
+def describe_model(config: ZePADConfig) -> str:
     """Branches, fusion and detector in Markdown."""
     lines = [
         f"| {b.name} | {b.role} | `{b.source}` | {config.revisions.get(b.source, '')[:12]} | {b.adaptation} "
@@ -212,7 +214,7 @@ def _save_adapter(branch: Branch, folder: Path, dtype: torch.dtype) -> None:
     write_tensors(weights, {key: tensor.to(dtype) for key, tensor in tensors.items()}, metadata)
 
 
-def _trained(branches: Mapping[str, Branch]) -> list[tuple[str, Tensor]]:
+def _trained_tensors(branches: Mapping[str, Branch]) -> list[tuple[str, Tensor]]:
     """What belongs into model.safetensors: heads, and encoders that were tuned in full."""
     pairs: list[tuple[str, Tensor]] = []
     for name, branch in branches.items():
@@ -255,7 +257,7 @@ def _check_fingerprint(config: ZePADConfig, branches: Mapping[str, Branch], fold
         return
     expected, got = torch.tensor(config.fingerprint), torch.tensor(_fingerprint(list(branches.values())))
     close = expected.shape == got.shape and torch.allclose(expected, got, rtol=1e-2, atol=2e-2)
-    causes = what_changed(config.encoders, {name: branch.encoder for name, branch in branches.items()})
+    causes = describe_changes(config.encoders, {name: branch.encoder for name, branch in branches.items()})
     if not close or causes:
         causes = causes or "its base has other weights, activations (QuickGELU?), mean, std or interpolation"
         gap = float((expected - got).abs().max()) if expected.shape == got.shape else float("nan")

@@ -27,7 +27,7 @@ from zepad_mm.models.serialization import (
     PLACEHOLDER,
     DetectorConfig,
     ZePADConfig,
-    located,
+    find_model_folder,
     read_model,
     short_card,
     write_model,
@@ -258,7 +258,7 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
         access = Access(
             token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download
         )
-        model = cls(*read_model(located(pretrained_model_name_or_path, revision, access), access))
+        model = cls(*read_model(find_model_folder(pretrained_model_name_or_path, revision, access), access))
         # for bases that are read when they are asked for; without the token, which has no place in a pickled model
         model._access = replace(access, token=None, force_download=False)
         return model

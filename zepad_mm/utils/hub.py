@@ -81,7 +81,7 @@ def fetch(
     missing = [name for name in required if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{_named(repo_id, revision)} has no {', '.join(missing)} (commit {folder.name[:12]}); "
+            f"{_name_with_revision(repo_id, revision)} has no {', '.join(missing)} (commit {folder.name[:12]}); "
             "is it the right repository, and pushed to its end?"
         )
     _check_bytes(folder, files, repo_id)
@@ -194,7 +194,7 @@ def _clear_errors(repo_id: str, revision: str | None, access: Access, write: boo
     except (OSError, HTTPError, HFValidationError, RuntimeError) as error:
         # uploads wrap what went wrong in a RuntimeError
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-        clear = _translate_error(cause, _named(repo_id, revision), access, write)
+        clear = _translate_error(cause, _name_with_revision(repo_id, revision), access, write)
         if clear is None:
             raise
         raise clear from None
@@ -266,5 +266,5 @@ def _translate_error(error: BaseException, name: str, access: Access, write: boo
     return next((kind(f"{name} {text}") for holds, kind, text in table if holds), None)
 
 
-def _named(repo_id: str, revision: str | None) -> str:
+def _name_with_revision(repo_id: str, revision: str | None) -> str:
     return repo_id if revision is None else f"{repo_id} at revision {revision!r}"
