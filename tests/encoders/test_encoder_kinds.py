@@ -238,7 +238,7 @@ def test_supported_encoders_log_no_warning(tmp_path: Path, caplog: pytest.LogCap
         ("quick_gelu", "the activation was GELU and is QuickGELU"),
         ("mean", r"mean was \(0.48, 0.45, 0.4\) and is \(0.5, 0.45, 0.4\)"),
         ("interpolation", "interpolation was bicubic and is bilinear"),
-        ("weights", "the weights are others"),
+        ("weights", "the weights differ"),
     ],
 )
 def test_fingerprint_names_what_changed(change: str, message: str, tmp_path: Path) -> None:
