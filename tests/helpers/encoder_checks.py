@@ -25,6 +25,7 @@ from zepad_mm.encoders import (
 )
 from zepad_mm.encoders.attention import unfuse_attention
 from zepad_mm.encoders.huggingface import NaFlexBackbone
+from zepad_mm.encoders.sources import parse_source
 from zepad_mm.models.branch import Branch, BranchConfig
 from zepad_mm.models.heads import HEADS, zero_shot_head
 from zepad_mm.models.zepad import ZePAD, ZePADConfig
@@ -178,7 +179,7 @@ def checkpointing(source: str) -> str:
                 set_gradient_checkpointing(encoder)
             except ValueError:
                 return "none that runs"
-        if source.startswith("hf:"):
+        if parse_source(source).kind == "hf":
             encoder.train()  # transformers recomputes in training mode only; these have no dropout
             for module in encoder.modules():
                 if isinstance(module, nn.BatchNorm2d | nn.Dropout):

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,7 +24,6 @@ from tests.helpers.hub_server import Hub, environment, reached_through, running_
 from tests.helpers.models import CLASSES, TINY_CLIP, make_zepad, write_clip
 from zepad_mm import RobustZeroShotClassifier, load_encoder
 from zepad_mm.attacks import Perturbation
-from zepad_mm.encoders import BACKENDS
 from zepad_mm.evaluation import EvalData, EvalSettings, Records, Report, evaluate, fetch_report, push_report
 from zepad_mm.models.branch import Branch, BranchConfig
 from zepad_mm.models.heads import HEADS
@@ -171,12 +169,6 @@ BASES: dict[str, tuple[str, Callable[[Path, int], None]]] = {
 }
 
 
-def known(source: str) -> Any:
-    """A test's parameter, skipped where no encoder of that kind is registered."""
-    kind = source.partition(":")[0]
-    return pytest.param(source, marks=pytest.mark.skipif(kind not in BACKENDS, reason=f"no encoders of kind {kind}"))
-
-
 @pytest.fixture
 def tiny_tag(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A small model in open_clip's own table of names and tags, whose real entries are all large."""
@@ -201,7 +193,7 @@ def headed(source: str) -> ZePAD:
 
 
 @pytest.mark.usefixtures("tiny_tag")
-@pytest.mark.parametrize("source", map(known, BASES))
+@pytest.mark.parametrize("source", BASES)
 def test_base_encoder_loads_at_its_recorded_revision(hub: Hub, source: str, tmp_path: Path) -> None:
     """Its owner publishes other weights under the same name; the defended model still answers as before."""
     name, write = BASES[source]
@@ -310,8 +302,6 @@ def test_base_without_weights_is_an_error(hub: Hub, published: ZePAD, tmp_path: 
 @pytest.mark.parametrize("kind", ["open_clip:hf-hub:", "timm:hf-hub:", "hf:"])
 def test_load_encoder_has_the_same_errors(hub: Hub, kind: str) -> None:
     """And is never built with random weights because its own were not found."""
-    if kind.partition(":")[0] not in BACKENDS:
-        pytest.skip("no encoders of that kind")
     files = {"open_clip_config.json": json.dumps(TINY_CLIP).encode(), "config.json": b"{}"}
     hub.put("acme/bare", files)
     with pytest.raises(FileNotFoundError, match=r"acme/bare .* holds no weights"):
@@ -532,8 +522,6 @@ def test_readme_examples_run(hub: Hub, tmp_path: Path) -> None:
     images = torch.ones(1, 3, 40, 40) / 3
     lines, expected = ["import torch", "from zepad_mm import load_encoder", "from zepad_mm.utils.hub import fetch"], []
     for source, (name, local, write) in EXAMPLES.items():
-        if local.partition(":")[0] not in BACKENDS:
-            continue
         folder = tmp_path / name.partition("/")[2]
         write(folder, 0)
         hub.put(name, folder)
