@@ -16,7 +16,7 @@ from pathlib import Path
 
 from zepad_mm.data import load_data
 from zepad_mm.defences import make_defence
-from zepad_mm.training import TrainSettings, build_student, fit, make_accelerator, plan
+from zepad_mm.training import TrainSettings, build_student, estimate_cost, fit, make_accelerator
 from zepad_mm.utils.io import write_json
 from zepad_mm.utils.provenance import provenance
 
@@ -39,7 +39,7 @@ def main() -> None:
     for _ in range(options.rounds):
         for name, adaptation, attack_steps in CASES:
             defence = make_defence(name, {"attack_steps": attack_steps})
-            said = plan(
+            estimate = estimate_cost(
                 build_student("open_clip:embedded", train, adaptation),
                 train,
                 validation,
@@ -55,10 +55,10 @@ def main() -> None:
             row = {
                 "defence": name,
                 "adaptation": adaptation,
-                "plan_s": round(said.wall_s(), 2),
+                "plan_s": round(estimate.wall_s(), 2),
                 "run_s": round(wall, 2),
             }
-            rows.append({**row, "ratio": round(said.wall_s() / wall, 3), "plan": said.to_dict()})
+            rows.append({**row, "ratio": round(estimate.wall_s() / wall, 3), "plan": estimate.to_dict()})
             print(rows[-1])
     write_json(
         options.out, {"meta": about, "within_25_percent": all(0.75 <= r["ratio"] <= 1.25 for r in rows), "rows": rows}

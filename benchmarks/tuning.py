@@ -43,9 +43,8 @@ from zepad_mm.defences import FARE, Batch, Student
 from zepad_mm.encoders import LoraSettings, add_lora, load_encoder
 from zepad_mm.models.heads import LinearHead
 from zepad_mm.training import TrainSettings
-from zepad_mm.training.cost import highest_mb
-from zepad_mm.training.flops import count_flops
-from zepad_mm.training.loop import _Run
+from zepad_mm.training.cost import count_flops, peak_process_mb
+from zepad_mm.training.loop import Trainer
 from zepad_mm.utils.io import write_json
 from zepad_mm.utils.provenance import provenance
 
@@ -99,7 +98,7 @@ def textbook(args: argparse.Namespace, data: LabelledImages) -> Callable[[], Non
     return step
 
 
-def of_ours(name: str, args: argparse.Namespace, data: LabelledImages, out: Path) -> tuple[Callable[[], None], _Run]:
+def of_ours(name: str, args: argparse.Namespace, data: LabelledImages, out: Path) -> tuple[Callable[[], None], Trainer]:
     """The step of ``fit``, and the run that it belongs to."""
     encoder = load_encoder(f"open_clip:{args.arch}", pretrained=False)
     if name.startswith("lora"):
@@ -109,12 +108,12 @@ def of_ours(name: str, args: argparse.Namespace, data: LabelledImages, out: Path
     AcceleratorState._reset_state(reset_partial_state=True)  # of one process, the precisions of two runs
     accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision="bf16" if name.endswith("bf16") else "no")
     defence = FARE(epsilon=EPSILON, attack_steps=args.attack_steps)
-    run = _Run(Student(encoder, head), data, None, defence, settings, out=out, accelerator=accelerator)
-    batch = Batch(data.images.to(run.device), data.labels.to(run.device), torch.arange(args.batch), run._originals())
-    run.teacher = None  # as in fit
+    run = Trainer(Student(encoder, head), data, defence, settings, out=out, accelerator=accelerator)
+    run.encode_clean_targets()
+    batch = Batch(data.images.to(run.device), data.labels.to(run.device), torch.arange(args.batch), run.targets)
 
     def step() -> None:
-        run._step(0, batch)
+        run.step(0, batch)
 
     return step, run
 
@@ -177,7 +176,7 @@ def seconds(run: Callable[[], Any], device: str) -> float:
     return synchronised(device) - began
 
 
-def where_time_goes(run: _Run, images: torch.Tensor, args: argparse.Namespace) -> dict[str, float]:
+def where_time_goes(run: Trainer, images: torch.Tensor, args: argparse.Namespace) -> dict[str, float]:
     """Seconds of the attack, of one clean target that is no longer paid for, of a whole step, and of fetching data."""
     from zepad_mm.training.dataloader import shares
 
@@ -190,7 +189,7 @@ def where_time_goes(run: _Run, images: torch.Tensor, args: argparse.Namespace) -
     run.student.eval()
     with run.accelerator.autocast():
         attack = seconds(lambda: run.defence.craft(run.student, batch, EPSILON, generator), args.device)
-    whole = seconds(lambda: run._step(0, batch), args.device)
+    whole = seconds(lambda: run.step(0, batch), args.device)
     feed = shares(run.train, run.settings, 0, 1, 0, 4, False)
     data = seconds(lambda: next(feed), args.device)
     parts = {"attack": attack, "forward_backward_update": whole - attack, "data": data, "clean_target_saved": target}
@@ -214,13 +213,13 @@ def measured_memory(name: str) -> float:
 def peak_mb(args: argparse.Namespace, data: LabelledImages, folder: Path) -> float:
     """What two steps need at most, in MB, above what the process held before the model was built."""
     cuda = args.device.startswith("cuda")
-    before = 0.0 if cuda else highest_mb()
+    before = 0.0 if cuda else peak_process_mb()
     step = textbook(args, data) if args.memory == "textbook" else of_ours(args.memory, args, data, folder)[0]
     step()
     step()
     if cuda:
         return round(torch.cuda.max_memory_allocated() / 1e6, 1)
-    return round(highest_mb() - before, 1)
+    return round(peak_process_mb() - before, 1)
 
 
 def ratio(one: list[float], other: list[float]) -> dict[str, float]:

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from zepad_mm.defences import make_defence
-from zepad_mm.training import DataSettings, TuneSettings, make_accelerator, make_student, plan, tune
+from zepad_mm.training import DataSettings, TuneSettings, estimate_cost, make_accelerator, make_student, tune
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ def main(recipe: Recipe) -> None:
     if recipe.plan:
         student = make_student(recipe, train, keep_embeddings=False)
         defence = make_defence(recipe.defence, recipe.defence_options)
-        print(plan(student, train, validation, defence, recipe.settings, accelerator))
+        print(estimate_cost(student, train, validation, defence, recipe.settings, accelerator))
     else:
         record = tune(
             recipe, train, validation, out=recipe.out, accelerator=accelerator, extra={"recipe": recipe.to_dict()}

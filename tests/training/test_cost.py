@@ -13,8 +13,8 @@ from zepad_mm.data import LabelledImages, load_data
 from zepad_mm.defences import FARE, Clean, Student
 from zepad_mm.encoders import add_lora, load_encoder
 from zepad_mm.models.heads import LinearHead
-from zepad_mm.training import Plan, TrainSettings, encode_images, fit, plan
-from zepad_mm.training.flops import count_flops
+from zepad_mm.training import CostEstimate, TrainSettings, encode_images, estimate_cost, fit
+from zepad_mm.training.cost import count_flops
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = TrainSettings(steps=4, batch_size=8, validation_every=4, validation_attack_steps=2)
@@ -33,7 +33,7 @@ def data() -> tuple[LabelledImages, LabelledImages]:
 
 
 def test_the_reckoning_is_the_sum_of_its_parts() -> None:
-    few = Plan(
+    few = CostEstimate(
         steps=100, batch_size=8, step_s=2.0, shared_s=40.0, alone_s=3.0, step_flops=1e9, flops=1e11, peak_mb=500.0,
         gradient_bytes=4_000_000,
     )  # fmt: skip
@@ -56,7 +56,7 @@ def test_flops_are_counted_through_gradients_to_the_input() -> None:
 
 def test_a_plan_counts_what_the_run_computes(data: tuple[LabelledImages, LabelledImages], tmp_path: Path) -> None:
     defence, (train, validation) = FARE(attack_steps=2), data
-    found = plan(student(lora=True), train, validation, defence, SETTINGS)
+    found = estimate_cost(student(lora=True), train, validation, defence, SETTINGS)
     began = time.perf_counter()
     taken = count_flops(lambda: fit(student(lora=True), train, None, defence, SETTINGS, out=tmp_path))
     wall = time.perf_counter() - began
@@ -68,7 +68,7 @@ def test_a_plan_counts_what_the_run_computes(data: tuple[LabelledImages, Labelle
     adapter = sum(p.numel() for p in student(lora=True).encoder.parameters() if p.requires_grad)
     assert found.gradient_bytes == 4 * adapter
     assert 100 < found.peak_mb < 100_000
-    benign = plan(student(), train, None, Clean(), SETTINGS)
+    benign = estimate_cost(student(), train, None, Clean(), SETTINGS)
     assert benign.step_flops < found.step_flops
     assert benign.gradient_bytes > found.gradient_bytes
 
@@ -82,6 +82,6 @@ def test_the_flag_prints_the_plan_and_writes_nothing(
     chosen = ["--defence", defence, "--defence_options", "{}"]
     tune.main(tune.Recipe.from_cli(["--config", config, "--plan", *chosen, "--out", str(tmp_path / "out"), *small]))
     printed = capsys.readouterr().out
-    assert "4 steps of 8 pictures" in printed
+    assert "4 steps of 8 images" in printed
     assert "devices  wall time" in printed
     assert not (tmp_path / "out").exists()

@@ -102,7 +102,7 @@ def test_fit_resumes_to_the_bit(folder: Path, storage: str, tmp_path: Path, monk
     for name in ("whole", "killed"):
         if name == "killed":
             with monkeypatch.context() as patch:
-                patch.setattr("zepad_mm.training.loop._Run._validated", _killer(5))
+                patch.setattr("zepad_mm.training.loop._Run._validate_and_save", _killer(5))
                 with pytest.raises(KeyboardInterrupt):
                     fit(tiny_student(), data, None, QUICK, quick(num_workers=1), out=tmp_path / name)
         student = tiny_student()
@@ -121,7 +121,7 @@ def test_fit_resumes_to_the_bit(folder: Path, storage: str, tmp_path: Path, monk
 def _killer(step: int) -> Any:
     from zepad_mm.training.loop import _Run
 
-    whole = _Run._validated
+    whole = _Run._validate_and_save
 
     def validated(self: _Run, position: Any) -> Any:
         if position.step >= step:

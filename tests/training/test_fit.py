@@ -39,7 +39,7 @@ from zepad_mm.training import (
     write_tuned,
 )
 from zepad_mm.training.dataloader import augment
-from zepad_mm.training.run_setup import training_mode
+from zepad_mm.training.loop import set_training_mode
 from zepad_mm.utils.io import read_tensors, write_tensors
 from zepad_mm.utils.seeding import derived_generator
 
@@ -391,11 +391,11 @@ def test_lora_trains_the_adapter_alone(tmp_path: Path) -> None:
 
 def test_modes_while_training() -> None:
     student = tiny_student()
-    training_mode(student, "eval")
+    set_training_mode(student, "eval")
     assert not student.encoder.backbone[1].training
     assert student.head.training
     student.encoder.requires_grad_(False)
-    training_mode(student, "train")
+    set_training_mode(student, "train")
     assert not student.encoder.training
 
 

@@ -1,13 +1,12 @@
 """Training: one resumable loop for every tuning objective, heads on frozen features, and what they leave on disk."""
 
 from zepad_mm.training.artifacts import load_head, load_tuned, write_head, write_tuned
-from zepad_mm.training.cost import Plan, plan
-from zepad_mm.training.data_settings import DataSettings
+from zepad_mm.training.cost import CostEstimate, estimate_cost
 from zepad_mm.training.dataloader import size_of
 from zepad_mm.training.feature_cache import encode_images
 from zepad_mm.training.heads import HeadResult, HeadSettings, fresh_head, train_head, train_head_on_features
 from zepad_mm.training.loop import FitResult, fit
-from zepad_mm.training.settings import TrainSettings
+from zepad_mm.training.settings import DataSettings, TrainSettings
 from zepad_mm.training.student import ADAPTATIONS, build_student, load_encoder_or_tuned
 from zepad_mm.training.tune import Tuned, TuneSettings, make_student, tune
 from zepad_mm.training.validation import Validation, validate
@@ -15,17 +14,18 @@ from zepad_mm.utils.distributed import make_accelerator
 
 __all__ = [
     "ADAPTATIONS",
+    "CostEstimate",
     "DataSettings",
     "FitResult",
     "HeadResult",
     "HeadSettings",
-    "Plan",
     "TrainSettings",
     "TuneSettings",
     "Tuned",
     "Validation",
     "build_student",
     "encode_images",
+    "estimate_cost",
     "fit",
     "fresh_head",
     "load_encoder_or_tuned",
@@ -33,7 +33,6 @@ __all__ = [
     "load_tuned",
     "make_accelerator",
     "make_student",
-    "plan",
     "size_of",
     "train_head",
     "train_head_on_features",

@@ -15,6 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zepad_mm.data import LabelledImages, StoredImages, StreamedImages
+from zepad_mm.defences.base import Defence, Student
+from zepad_mm.encoders import has_lora
+from zepad_mm.training.settings import UNIDENTIFYING, TrainData, TrainSettings
 from zepad_mm.utils.identity import check_identity
 from zepad_mm.utils.io import read_tensors, write_tensors
 
@@ -122,3 +126,33 @@ def crc_of(module: nn.Module, only_frozen: bool = False) -> int:
         crc = zlib.crc32(name.encode(), crc)
         crc = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
     return crc
+
+
+def run_identity(
+    student: Student,
+    train: TrainData,
+    validation: LabelledImages | None,
+    defence: Defence,
+    settings: TrainSettings,
+    world: int,
+) -> dict[str, Any]:
+    """What must be the same for a run to be resumed."""
+    return {
+        "defence": {"name": defence.name, **defence.to_dict()},
+        "settings": {key: value for key, value in settings.to_dict().items() if key not in UNIDENTIFYING},
+        "train": _data_identity(train, settings, world),
+        "validation": None if validation is None else _data_identity(validation, settings, world),
+        "source": student.encoder.source,
+        # what starts at random is in the checkpoint: an adapter, a head that trains along
+        "encoder_checksum": crc_of(student.encoder, only_frozen=has_lora(student.encoder)),
+        "head_checksum": crc_of(student.head, only_frozen=True),
+    }
+
+
+def _data_identity(data: TrainData, settings: TrainSettings, world: int) -> dict[str, Any]:
+    if isinstance(data, StreamedImages):  # the order of rows depends on the readers
+        about = {"name": data.name, "shuffle_buffer": data.shuffle_buffer, "image_size": data.image_size}
+        return about | {"num_workers": settings.num_workers, "processes": world}
+    labels = zlib.crc32(data.labels.cpu().contiguous().numpy().data)
+    shape = [3, data.image_size, data.image_size] if isinstance(data, StoredImages) else list(data.images.shape[1:])
+    return {"name": data.name, "n": len(data), "shape": shape, "labels_checksum": labels}

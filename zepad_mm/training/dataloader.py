@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from zepad_mm.data import LabelledImages, StoredImages, StreamedImages
-from zepad_mm.training.settings import TrainSettings
+from zepad_mm.training.settings import TrainData, TrainSettings
 from zepad_mm.utils.seeding import derived_generator, derived_seed
 
-TrainData = LabelledImages | StoredImages | StreamedImages
 Share = tuple[Tensor, Tensor, Tensor]  # images (b, 3, S, S), labels (b,), rows of the data set or of the stream (b,)
 
 

@@ -1,4 +1,8 @@
-"""One loop for adversarial and benign tuning, on one process or many, that can be killed at any moment and resumed."""
+"""The loop of adversarial and benign tuning, on one process or many; a run can be killed and resumed at any moment.
+
+:func:`fit` is the loop: validate, log, save. :class:`Trainer` takes its steps: fetch and augment a batch, attack it,
+back-propagate the loss of the defence, update the weights.
+"""
 
 from __future__ import annotations
 
@@ -7,40 +11,35 @@ import json
 import logging
 import math
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from zepad_mm.data import LabelledImages
 from zepad_mm.defences.base import Batch, Defence, Student, split_batch
+from zepad_mm.encoders import set_gradient_checkpointing
+from zepad_mm.encoders.attention import use_fast_attention
 from zepad_mm.training.checkpoint import (
     CHECKPOINT,
     Position,
     load_best,
     load_checkpoint,
+    run_identity,
     save_best,
     save_checkpoint,
 )
-from zepad_mm.training.dataloader import Share, TrainData, augment, order_of, shares, steps_of
+from zepad_mm.training.checks import check_folder, check_run
+from zepad_mm.training.dataloader import Share, augment, order_of, shares, steps_of
 from zepad_mm.training.feature_cache import clean_targets
-from zepad_mm.training.nan_guard import check_finite
-from zepad_mm.training.run_setup import (
-    Objective,
-    check_folder,
-    check_run,
-    identity_of,
-    make_optimizer,
-    quicken,
-    training_mode,
-)
-from zepad_mm.training.settings import TrainSettings
-from zepad_mm.training.tracking import start_trackers, track, write_samples
+from zepad_mm.training.settings import TrainData, TrainSettings
+from zepad_mm.training.tracking import check_finite, start_trackers, track, write_samples
 from zepad_mm.training.validation import Validation, validate
 from zepad_mm.utils.distributed import make_accelerator
 from zepad_mm.utils.io import write_text
@@ -58,7 +57,7 @@ class FitResult:
     Attributes:
         steps: optimiser steps in all, over every resumption.
         best_step: the step whose weights were selected; 0: no tuned weights were better than the untuned ones.
-        validation: figures of the selected weights; None without a validation set.
+        validation: metrics of the selected weights; None without a validation set.
         seconds: wall time over every resumption.
     """
 
@@ -95,185 +94,78 @@ def fit(
 
     Raises:
         ValueError: labels beyond the head's classes, too few images for a batch, nothing to train, a folder that holds
-            another run. FloatingPointError: the loss or the gradient is no number; the checkpoint before it is intact.
+            another run. FloatingPointError: a non-finite loss or gradient; the checkpoint before it is intact.
     """
-    run = _Run(
-        student, train, validation, defence, settings, out=Path(out), accelerator=accelerator or make_accelerator()
-    )
-    return run.fit()
+    accelerator, out = accelerator or make_accelerator(), Path(out)
+    check_run(student, train, validation, defence, settings)
+    check_folder(out, settings, accelerator.num_processes)
+    identity = run_identity(student, train, validation, defence, settings, accelerator.num_processes)
+    trainer = Trainer(student, train, defence, settings, out=out, accelerator=accelerator)
+    return _Run(trainer, validation, identity).run()
 
 
 class _Run:
-    """State of one call of :func:`fit`."""
+    """One call of :func:`fit`: the steps of a trainer, with validation, log and checkpoints."""
 
-    def __init__(
-        self,
-        student: Student,
-        train: TrainData,
-        validation: LabelledImages | None,
-        defence: Defence,
-        settings: TrainSettings,
-        *,
-        out: Path,
-        accelerator: Accelerator,
-    ) -> None:
-        self.student, self.train, self.validation = student, train, validation
-        self.defence, self.settings, self.out, self.accelerator = defence, settings, out, accelerator
-        self.rank, self.world, self.device = accelerator.process_index, accelerator.num_processes, accelerator.device
-        check_run(student, train, validation, defence, settings)
-        check_folder(out, settings, self.world)
-        self.total, self.per_epoch = steps_of(train, settings)
-        self.identity = identity_of(student, train, validation, defence, settings, self.world)
-        student.to(self.device)
-        if not defence.trains_head:
-            student.head.requires_grad_(False)
-        self.teacher = copy.deepcopy(student.encoder).eval().requires_grad_(False) if defence.needs_original else None
-        quicken(student, settings)
-        self.objective, self.optimizer = accelerator.prepare(
-            Objective(student, defence), make_optimizer(student, settings)
-        )
-        self.latest = (torch.empty(0), torch.empty(0))
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+    def __init__(self, trainer: Trainer, validation: LabelledImages | None, identity: dict[str, Any]) -> None:
+        self.trainer, self.validation, self.identity = trainer, validation, identity
+        self.settings, self.out, self.accelerator = trainer.settings, trainer.out, trainer.accelerator
+        self.student = trainer.student
 
-    def fit(self) -> FitResult:
-        position = self._start()
+    def run(self) -> FitResult:
+        trainer, settings = self.trainer, self.settings
+        position = self._resume()
         start_trackers(self.accelerator, self.out, self.identity)
-        originals = self._originals()
-        if originals is not None:
-            self.teacher = None  # it has said all that it will be asked
-        began, spent = time.perf_counter(), position.seconds
+        trainer.encode_clean_targets()
+        began, seconds_before = time.perf_counter(), position.seconds
         if position.step == 0 and position.best_step is None:
-            position = self._validated(position)
-        bar = tqdm(
-            total=self.total,
-            initial=position.step,
-            desc=self.defence.name,
-            disable=not self.accelerator.is_main_process,
-        )
+            position = self._validate_and_save(position)
+        main = self.accelerator.is_main_process
+        bar = tqdm(total=trainer.total, initial=position.step, desc=trainer.defence.name, disable=not main)
         window, window_steps = time.perf_counter(), 0
-        feed = shares(
-            self.train, self.settings, self.rank, self.world, position.step, self.total, self.device.type == "cuda"
-        )
-        for step, share in zip(range(position.step, self.total), feed, strict=True):
-            batch = self._batch(step, share, originals)
-            figures = self._step(step, batch)
-            done = step + 1
-            window_steps += 1
+        for step, batch in trainer.batches(position.step, trainer.total):
+            metrics = trainer.step(step, batch)
+            done, window_steps = step + 1, window_steps + 1
             bar.update()
-            position = Position(done, position.best_step, position.best, spent + time.perf_counter() - began)
-            if done % self.settings.log_every == 0 or done == self.total:
-                figures["images_per_s"] = window_steps * self.settings.batch_size / (time.perf_counter() - window)
-                self._record({"step": done, **figures})
-                bar.set_postfix(loss=f"{figures['loss']:.4g}")
+            position = replace(position, step=done, seconds=seconds_before + time.perf_counter() - began)
+            if done % settings.log_every == 0 or done == trainer.total:
+                metrics["images_per_s"] = window_steps * settings.batch_size / (time.perf_counter() - window)
+                self._log({"step": done, **metrics})
+                bar.set_postfix(loss=f"{metrics['loss']:.4g}")
                 window, window_steps = time.perf_counter(), 0
-            if done % (self.settings.validation_every or self.per_epoch) == 0 or done == self.total:
-                self._show(done)
-                position = self._validated(position)
+            if done % (settings.validation_every or trainer.per_epoch) == 0 or done == trainer.total:
+                self._write_samples(done)
+                position = self._validate_and_save(position)
                 window, window_steps = time.perf_counter(), 0
-            elif done % self.settings.checkpoint_every == 0:
+            elif done % settings.checkpoint_every == 0:
                 self._save(position)
         bar.close()
         return self._finish(position)
 
-    def _start(self) -> Position:
+    def _resume(self) -> Position:
+        """The position of the checkpoint in the folder, which is loaded; the first one where there is none."""
         position = Position(0, None, None, 0.0)
         if (self.out / CHECKPOINT).exists():
-            position = load_checkpoint(self.out, self.student, self.optimizer, self.identity)
-            log.info("resuming %s at step %d of %d", self.out, position.step, self.total)
+            position = load_checkpoint(self.out, self.student, self.trainer.optimizer, self.identity)
+            log.info("resuming %s at step %d of %d", self.out, position.step, self.trainer.total)
         if self.accelerator.is_main_process:
             self.out.mkdir(parents=True, exist_ok=True)
             _cut_metrics(self.out / METRICS, position)
         self.accelerator.wait_for_everyone()
         return position
 
-    def _originals(self) -> Tensor | None:
-        """(N, D) features of the training images under the untuned encoder, each computed once; None if not wanted.
-
-        With augmentation no picture comes twice, and a set that is not in memory is not read twice: then the teacher
-        runs in the loop. A run shorter than an epoch encodes only what it will see.
-        """
-        if self.teacher is None or self.settings.augment != "none" or not isinstance(self.train, LabelledImages):
-            return None
-        indices = torch.arange(len(self.train))
-        if self.total < self.per_epoch:
-            indices = order_of(self.train, self.settings, 0)[: self.total * self.settings.batch_size]
-        size, accelerator = self.settings.validation_batch_size, self.accelerator
-        return clean_targets(self.teacher, self.train, indices, size, accelerator, self.settings.cache_dir)
-
-    def _batch(self, step: int, share: Share, originals: Tensor | None) -> Batch:
-        """This process's share of the global batch of ``step``, on its device, augmented, with its clean targets."""
-        images, labels, indices = share
-        images = images.to(self.device, non_blocking=True)
-        rows = slice(self.rank, self.settings.batch_size, self.world)
-        images = augment(images, self.settings.augment, derived_generator(self.settings.seed, "augment", step), rows)
-        original = None
-        if originals is not None:
-            original = originals[indices.to(self.device)]
-        elif self.teacher is not None:
-            with torch.no_grad(), self.accelerator.autocast():
-                original = self.teacher(images).float()
-        return Batch(images, labels.to(self.device), indices, original)
-
-    def _step(self, step: int, batch: Batch) -> dict[str, Any]:
-        """One optimiser step; its figures for the log, means over the processes when the step is one that is logged."""
-        settings, optimizer = self.settings, self.optimizer
-        factor = settings.lr_factor(step, self.total, self.per_epoch)
-        for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * factor
-        epsilon = self.defence.epsilon * settings.epsilon_factor(step)
-        # cleared before the attack and not after it: gen_af_released leaves gradients on purpose
-        optimizer.zero_grad()
-        figures: dict[str, Tensor] = {}
-        generator = derived_generator(settings.seed, "attack", step, self.rank)
-        for part, few in enumerate(split_batch(batch, settings.accumulation)):
-            last = part == settings.accumulation - 1
-            # gradients of all parts travel between processes once, with the last
-            with nullcontext() if last else self.accelerator.no_sync(self.objective):
-                losses, attacked = self._gradients(step, part, few, epsilon, generator)
-            figures = {name: figures.get(name, 0) + value / settings.accumulation for name, value in losses.items()}
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = self.accelerator.clip_grad_norm_(parameters, settings.grad_clip or math.inf)
-        if self.accelerator.scaler is None:  # the fp16 scaler skips steps of infinite gradients by itself
-            self._check_finite(norm, "gradient", step, few, attacked)
-        optimizer.step()
-        self.student.eval()
-        if self.world > 1 and ((step + 1) % settings.log_every == 0 or step + 1 == self.total):
-            figures = self.accelerator.reduce(figures, "mean")  # type: ignore[assignment]
-        values = {name: float(value) for name, value in figures.items()}
-        return {**values, "gradient_norm": float(norm), "lr": settings.lr_encoder * factor, "epsilon": epsilon}
-
-    def _gradients(
-        self, step: int, part: int, batch: Batch, epsilon: float, generator: torch.Generator
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Attack one part of a batch and back-propagate its loss; (the loss and its parts, the attacked images)."""
-        settings = self.settings
-        self.student.eval()
-        with self.accelerator.autocast():
-            attacked = self.defence.craft(self.student, batch, epsilon, generator)
-        training_mode(self.student, settings.bn_mode)
-        with seeded(self.device, settings.seed, "forward", step, self.rank, *([part] if part else [])):
-            total, parts = self.objective(batch.images, batch.labels, batch.indices, batch.original, attacked)
-        self._check_finite(total.detach(), "loss", step, batch, attacked)
-        self.latest = (batch.images, attacked)
-        self.accelerator.backward(total / settings.accumulation)
-        return {"loss": total.detach(), **parts}, attacked
-
-    def _check_finite(self, value: Tensor | None, what: str, step: int, batch: Batch, attacked: Tensor) -> None:
-        about = {"data": self.train.name, "rank": self.rank, **self.identity["defence"], **self.settings.to_dict()}
-        check_finite(value, what, step, batch, attacked, out=self.out, about=about)
-
-    def _validated(self, position: Position) -> Position:
+    def _validate_and_save(self, position: Position) -> Position:
         """Validate, keep the weights if they are the best so far, write a checkpoint."""
         best_step, best = position.best_step, position.best
         if self.validation is None:
             best_step, best = position.step, None
         else:
-            figures = self._validate(self.validation)
-            self._record({"step": position.step, "validation": figures.to_dict()})
+            metrics = self._validate(self.validation)
+            self._log({"step": position.step, "validation": metrics.to_dict()})
             before = None if best is None else Validation.from_dict(best).score(self.settings.selection)
-            score = figures.score(self.settings.selection)
+            score = metrics.score(self.settings.selection)
             if before is None or score > before or self.settings.selection == "last":
-                best_step, best = position.step, figures.to_dict()
+                best_step, best = position.step, metrics.to_dict()
         if best_step == position.step and self.accelerator.is_main_process:
             save_best(self.out, self.student, position.step)
         position = Position(position.step, best_step, best, position.seconds)
@@ -281,14 +173,14 @@ class _Run:
         return position
 
     def _validate(self, data: LabelledImages) -> Validation:
-        settings = self.settings
+        settings, defence = self.settings, self.trainer.defence
         epsilon = settings.validation_epsilon
-        view = self.defence.selection_view(self.student)
+        view = defence.selection_view(self.student)
         return validate(
             self.student,
             data,
             self.accelerator,
-            epsilon=self.defence.epsilon if epsilon is None else epsilon,
+            epsilon=defence.epsilon if epsilon is None else epsilon,
             attack_steps=settings.validation_attack_steps,
             batch_size=settings.validation_batch_size,
             view=None if view == self.student.logits else view,
@@ -296,15 +188,15 @@ class _Run:
 
     def _save(self, position: Position) -> None:
         if self.accelerator.is_main_process:
-            save_checkpoint(self.out, self.student, self.optimizer, position, self.identity)
+            save_checkpoint(self.out, self.student, self.trainer.optimizer, position, self.identity)
         self.accelerator.wait_for_everyone()
 
-    def _show(self, step: int) -> None:
-        images, attacked = (pictures[: self.settings.samples] for pictures in self.latest)
+    def _write_samples(self, step: int) -> None:
+        images, attacked = (part[: self.settings.samples] for part in self.trainer.latest)
         if self.accelerator.is_main_process and len(images) and attacked.shape == images.shape:
             write_samples(self.accelerator, self.out, step, images, attacked)
 
-    def _record(self, line: dict[str, Any]) -> None:
+    def _log(self, line: dict[str, Any]) -> None:
         track(self.accelerator, line)
         if self.accelerator.is_main_process:
             with (self.out / METRICS).open("a", encoding="utf-8") as file:
@@ -316,12 +208,186 @@ class _Run:
         self.student.eval()
         if best_step == 0 and self.accelerator.is_main_process:
             log.warning("no tuned weights beat the untuned ones on validation: %s keeps the untuned ones", self.out)
-        figures = None if position.best is None else Validation.from_dict(position.best)
-        return FitResult(position.step, best_step, figures, position.seconds)
+        metrics = None if position.best is None else Validation.from_dict(position.best)
+        return FitResult(position.step, best_step, metrics, position.seconds)
+
+
+class Trainer:
+    """The steps of a run: what :func:`fit` and the cost estimate repeat.
+
+    Args: as of :func:`fit`, checked by :func:`check_run`.
+
+    Attributes:
+        total, per_epoch: optimiser steps of the run, and of an epoch.
+        latest: images of the latest batch, clean and attacked.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        train: TrainData,
+        defence: Defence,
+        settings: TrainSettings,
+        *,
+        out: Path,
+        accelerator: Accelerator,
+    ) -> None:
+        self.student, self.train, self.defence, self.settings = student, train, defence, settings
+        self.out, self.accelerator = out, accelerator
+        self.rank, self.world, self.device = accelerator.process_index, accelerator.num_processes, accelerator.device
+        self.total, self.per_epoch = steps_of(train, settings)
+        student.to(self.device)
+        if not defence.trains_head:
+            student.head.requires_grad_(False)
+        self.teacher = copy.deepcopy(student.encoder).eval().requires_grad_(False) if defence.needs_original else None
+        self.targets: Tensor | None = None
+        apply_performance_settings(student, settings)
+        self.objective, self.optimizer = accelerator.prepare(
+            Objective(student, defence), make_optimizer(student, settings)
+        )
+        self.latest = (torch.empty(0), torch.empty(0))
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+
+    def encode_clean_targets(self) -> None:
+        """Encode the training images by the untuned encoder, each once, and free that encoder.
+
+        With augmentation no image occurs twice, and a set that is not in memory is not read twice: then the untuned
+        encoder runs in every step. A run shorter than an epoch encodes only the images it will see.
+        """
+        if self.teacher is None or self.settings.augment != "none" or not isinstance(self.train, LabelledImages):
+            return
+        indices = torch.arange(len(self.train))
+        if self.total < self.per_epoch:
+            indices = order_of(self.train, self.settings, 0)[: self.total * self.settings.batch_size]
+        size, accelerator = self.settings.validation_batch_size, self.accelerator
+        self.targets = clean_targets(self.teacher, self.train, indices, size, accelerator, self.settings.cache_dir)
+        self.teacher = None
+
+    def batches(self, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
+        """(step, this process's share of its batch) for the steps from ``start`` to ``stop``."""
+        pin = self.device.type == "cuda"
+        loader = shares(self.train, self.settings, self.rank, self.world, start, stop, pin)
+        for step, share in zip(range(start, stop), loader, strict=True):
+            yield step, self._batch(step, share)
+
+    def _batch(self, step: int, share: Share) -> Batch:
+        """A share on the device of this process, augmented, with its clean targets."""
+        images, labels, indices = share
+        images = images.to(self.device, non_blocking=True)
+        rows = slice(self.rank, self.settings.batch_size, self.world)
+        images = augment(images, self.settings.augment, derived_generator(self.settings.seed, "augment", step), rows)
+        original = None
+        if self.targets is not None:
+            original = self.targets[indices.to(self.device)]
+        elif self.teacher is not None:
+            with torch.no_grad(), self.accelerator.autocast():
+                original = self.teacher(images).float()
+        return Batch(images, labels.to(self.device), indices, original)
+
+    def step(self, step: int, batch: Batch) -> dict[str, Any]:
+        """One optimiser step; its metrics, means over the processes in the steps that are logged."""
+        settings, optimizer = self.settings, self.optimizer
+        factor = settings.lr_factor(step, self.total, self.per_epoch)
+        for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        epsilon = self.defence.epsilon * settings.epsilon_factor(step)
+        # cleared before the attack and not after it: gen_af_released leaves gradients on purpose
+        optimizer.zero_grad()
+        sums: dict[str, Tensor] = {}
+        generator = derived_generator(settings.seed, "attack", step, self.rank)
+        for number, part in enumerate(split_batch(batch, settings.accumulation)):
+            last = number == settings.accumulation - 1
+            # gradients of all parts are reduced over the processes once, with the last
+            with nullcontext() if last else self.accelerator.no_sync(self.objective):
+                losses = self._attack_and_backward(step, number, part, epsilon, generator)
+            sums = {name: sums.get(name, 0) + value / settings.accumulation for name, value in losses.items()}
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = self.accelerator.clip_grad_norm_(parameters, settings.grad_clip or math.inf)
+        if self.accelerator.scaler is None:  # the fp16 scaler skips steps of infinite gradients by itself
+            self._check_finite(norm, "gradient", step, part, self.latest[1])
+        optimizer.step()
+        self.student.eval()
+        if self.world > 1 and ((step + 1) % settings.log_every == 0 or step + 1 == self.total):
+            sums = self.accelerator.reduce(sums, "mean")  # type: ignore[assignment]
+        metrics = {name: float(value) for name, value in sums.items()}
+        return {**metrics, "gradient_norm": float(norm), "lr": settings.lr_encoder * factor, "epsilon": epsilon}
+
+    def _attack_and_backward(
+        self, step: int, number: int, part: Batch, epsilon: float, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Attack one part of a batch and back-propagate its loss; the loss and its summands."""
+        settings = self.settings
+        self.student.eval()
+        with self.accelerator.autocast():
+            attacked = self.defence.craft(self.student, part, epsilon, generator)
+        set_training_mode(self.student, settings.bn_mode)
+        with seeded(self.device, settings.seed, "forward", step, self.rank, *([number] if number else [])):
+            total, summands = self.objective(part.images, part.labels, part.indices, part.original, attacked)
+        self._check_finite(total.detach(), "loss", step, part, attacked)
+        self.latest = (part.images, attacked)
+        self.accelerator.backward(total / settings.accumulation)
+        return {"loss": total.detach(), **summands}
+
+    def _check_finite(self, value: Tensor | None, what: str, step: int, batch: Batch, attacked: Tensor) -> None:
+        defence = {"name": self.defence.name, **self.defence.to_dict()}
+        about = {"data": self.train.name, "rank": self.rank, **defence, **self.settings.to_dict()}
+        check_finite(value, what, step, batch, attacked, out=self.out, about=about)
+
+
+class Objective(nn.Module):
+    """Student and defence as one module: whatever forwards the defence makes, the distributed wrapper sees one."""
+
+    def __init__(self, student: Student, defence: Defence) -> None:
+        super().__init__()
+        self.student = student
+        self.defence = defence
+
+    def forward(
+        self, images: Tensor, labels: Tensor, indices: Tensor, original: Tensor | None, attacked: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one share of a batch, and its parts."""
+        loss = self.defence.loss(self.student, Batch(images, labels, indices, original), attacked)
+        return loss.total, loss.parts
+
+
+def make_optimizer(student: Student, settings: TrainSettings) -> torch.optim.Optimizer:
+    """One optimiser over what requires a gradient, with a rate for the encoder and one for the head."""
+    groups = [
+        {"params": [p for p in module.parameters() if p.requires_grad], "lr": rate}
+        for module, rate in ((student.encoder, settings.lr_encoder), (student.head, settings.lr_head))
+    ]
+    kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
+    return kind([group for group in groups if group["params"]], weight_decay=settings.weight_decay)
+
+
+def apply_performance_settings(student: Student, settings: TrainSettings) -> None:
+    """Set what changes speed and memory but not the function: attention, layout, recomputation, compilation.
+
+    Raises ValueError for an encoder that cannot recompute.
+    """
+    use_fast_attention(student.encoder)
+    if settings.channels_last:
+        student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if settings.gradient_checkpointing:
+        set_gradient_checkpointing(student.encoder)
+    if settings.compile != "no":
+        student.encoder.backbone.compile(backend=settings.compile)
+
+
+def set_training_mode(student: Student, bn_mode: str) -> None:
+    """Set train mode on what trains; BN keeps its running statistics unless ``bn_mode`` is "train"."""
+    student.train()
+    for module in (student.encoder, student.head):
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            module.eval()
+    if bn_mode == "eval":
+        for module in student.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
 
 
 def _cut_metrics(path: Path, position: Position) -> None:
-    """Drop lines written after the checkpoint: the resumed run writes them again."""
+    """Drop the lines after the checkpoint, which the resumed run writes again."""
     if not path.exists():
         return
     kept = []

@@ -1,4 +1,4 @@
-"""How a run is made: everything that is no part of the objective."""
+"""Settings of a tuning run, all but the objective, and of its data."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
+from zepad_mm.data import LabelledImages, StoredImages, StreamedImages, load_data, open_images, stream_images
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.validation import check_epsilon
+
+TrainData = LabelledImages | StoredImages | StreamedImages
 
 # settings that change neither the weights nor which of them are kept, and may differ when a run is resumed
 UNIDENTIFYING = ("checkpoint_every", "log_every", "resume", "num_workers", "cache_dir", "samples")
@@ -85,3 +90,46 @@ class TrainSettings(Config):
     def epsilon_factor(self, step: int) -> float:
         """What the budget is multiplied by at ``step`` (from 0)."""
         return min(1.0, (step + 1) / self.epsilon_warmup_steps) if self.epsilon_warmup_steps else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(Config):
+    """Data sets for tuning and validation. Validation images are always held in memory."""
+
+    source: str = "embedded"  # "embedded", a folder of parquet files or class folders, or a name on the Hub
+    train_split: str = "train"
+    validation_split: str | None = "validation"  # None: a tenth of the training split is held out by the seed
+    image_size: int = 64  # side in pixels that images are stored and attacked at; the encoder resizes inside
+    n_train: int | None = None  # None: all
+    n_validation: int | None = 512  # None: all; validation runs PGD, so this is what it costs
+    storage: Literal["memory", "disk", "stream"] = "memory"  # disk, stream: for ImageNet; see settings.num_workers
+    shuffle_buffer: int = 1000  # rows of a stream that the next one is drawn from
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.storage == "stream" and (self.validation_split is None or self.n_train is not None):
+            raise ValueError(
+                "storage: a stream is read whole, from its own split; give a validation_split and leave n_train out"
+            )
+
+    def load(self, seed: int) -> tuple[TrainData, LabelledImages]:
+        """Training and validation images, disjoint. Errors as of :func:`zepad_mm.data.load_data`."""
+        if self.storage == "stream":
+            stream = stream_images(self.source, self.train_split, self.image_size, self.shuffle_buffer)
+            return stream, self._validation(seed)
+        if self.storage == "memory":
+            train: LabelledImages | StoredImages = load_data(
+                self.source, self.train_split, self.image_size, self.n_train, seed
+            )
+        else:
+            train = open_images(self.source, self.train_split, self.image_size).sample(self.n_train, seed)
+        if self.validation_split is not None:
+            return train, self._validation(seed)
+        rest, held = train.split(0.1, seed)
+        held = held.sample(self.n_validation, seed)
+        images = held.fetch(torch.arange(len(held)))
+        return rest, LabelledImages(images, held.labels, held.class_names, held.name)
+
+    def _validation(self, seed: int) -> LabelledImages:
+        assert self.validation_split is not None
+        return load_data(self.source, self.validation_split, self.image_size, self.n_validation, seed)

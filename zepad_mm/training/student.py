@@ -11,9 +11,9 @@ from zepad_mm.defences.base import Student
 from zepad_mm.encoders import Encoder, LoraSettings, add_lora, is_clip, load_clip, load_encoder
 from zepad_mm.models.heads import ZeroShotHead
 from zepad_mm.training.artifacts import TUNED_RECORD, load_tuned
-from zepad_mm.training.dataloader import TrainData
 from zepad_mm.training.feature_cache import class_embeddings
 from zepad_mm.training.heads import HeadSettings, fresh_head, train_head
+from zepad_mm.training.settings import TrainData
 from zepad_mm.utils.registry import check_choice
 from zepad_mm.utils.seeding import derived_seed, seeded
 

@@ -14,9 +14,9 @@ from zepad_mm.data import LabelledImages
 from zepad_mm.defences import Defence, Student, make_defence
 from zepad_mm.encoders import Encoder, LoraSettings, is_clip
 from zepad_mm.training.artifacts import TUNED_RECORD, load_tuned, write_head, write_tuned
-from zepad_mm.training.dataloader import TrainData, size_of
+from zepad_mm.training.dataloader import size_of
 from zepad_mm.training.loop import FitResult, fit
-from zepad_mm.training.settings import UNIDENTIFYING, TrainSettings
+from zepad_mm.training.settings import UNIDENTIFYING, TrainData, TrainSettings
 from zepad_mm.training.student import build_student
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.distributed import make_accelerator
