@@ -1,7 +1,7 @@
-"""Train one head per frozen encoder on the clean images of a task: all that a new task costs.
+"""Train one head per frozen encoder on the clean images of a task: the only training a new task needs.
 
-What it is: the downstream stage of ZePAD. Every encoder is frozen, sees each image once, and gets its own head
-(the paper's MLP, or a linear one). The undefended baseline is the public encoder with such a head: list it too.
+Every encoder is frozen, encodes each image once, and gets its own head (the paper's MLP, or a linear one). List the
+public encoder too: with such a head it is the undefended baseline.
 
 Run first: recipes/tune.py, whose --out folders are named under encoders; source strings
 such as open_clip:embedded or timm:resnet18.a1_in1k do as well, untuned.
@@ -46,7 +46,7 @@ class Data(Config):
     source: str = "embedded"  # "embedded", a folder of parquet files or class folders, or a name on the Hub
     train_split: str = "train"
     validation_split: str = "validation"
-    image_size: int = 64  # side in pixels that pictures are stored at; the encoder resizes inside
+    image_size: int = 64  # side in pixels that images are stored at; the encoder resizes inside
     n_train: int | None = None  # None: all
     n_validation: int | None = None  # None: all
 
@@ -75,17 +75,17 @@ def main(recipe: Recipe) -> None:
         encoder = load_encoder_or_tuned(source).to(accelerator.device)
         head = fresh_head(recipe.head, encoder.feature_dim, len(train.class_names), seed)
         result = train_head(encoder, head, train, recipe.settings, accelerator)
-        figures = validate(Student(encoder, head), validation, accelerator, epsilon=0.0)
+        metrics = validate(Student(encoder, head), validation, accelerator, epsilon=0.0)
         rows[name] = {
             "source": source,
             "train_accuracy": result.train_accuracy,
-            "validation_accuracy": figures.clean,
-            "n_validation": figures.n,
+            "validation_accuracy": metrics.clean,
+            "n_validation": metrics.n,
             "losses": list(result.losses),
         }
         if accelerator.is_main_process:
             write_head(out / f"{name}.safetensors", head, train.class_names)
-            print(f"{name}: {figures.clean:.1%} of {figures.n} validation images")
+            print(f"{name}: {metrics.clean:.1%} of {metrics.n} validation images")
     if accelerator.is_main_process:
         about = {"recipe": recipe.to_dict(), **origin(), "heads": rows}
         write_json(out / "heads.json", about)

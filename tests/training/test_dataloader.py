@@ -158,9 +158,9 @@ def test_impossible_runs_are_named(folder: Path, tmp_path: Path) -> None:
         fit(tiny_student(), stream, None, QUICK, quick(steps=None), out=tmp_path)
     with pytest.raises(ValueError, match="4 classes for a head of 3"):
         fit(tiny_student(), replace(stream, class_names=("a", "b", "c", "d")), None, QUICK, quick(), out=tmp_path)
-    with pytest.raises(ValueError, match="num_workers: pictures in memory"):
+    with pytest.raises(ValueError, match="num_workers: images in memory"):
         fit(tiny_student(), colours(), None, QUICK, quick(num_workers=1), out=tmp_path)
-    with pytest.raises(ValueError, match="probe is fitted to pictures in memory"):
+    with pytest.raises(ValueError, match="probe is fitted to images in memory"):
         build_student("open_clip:embedded", stream, head="probe")
     for wrong in (
         {"storage": "tape"},

@@ -195,9 +195,9 @@ def test_parts_of_a_batch_give_what_the_batch_gives(name: str, tmp_path: Path) -
         run(tmp_path / str(parts), defence, settings, tiny_student("linear"))  # without dropout
         figures.append([line["loss"] for line in lines(tmp_path / str(parts)) if "loss" in line])
     assert figures[0] == pytest.approx(figures[1], rel=1e-4)
-    with pytest.raises(ValueError, match=r"gen_af compares the pictures of a batch"):
+    with pytest.raises(ValueError, match=r"gen_af compares the images of a batch"):
         run(tmp_path / "a", make_defence("gen_af"), quick(accumulation=2))
-    with pytest.raises(ValueError, match=r"bn_mode='train' normalises over the pictures"):
+    with pytest.raises(ValueError, match=r"bn_mode='train' normalises over the images"):
         run(tmp_path / "b", QUICK, quick(accumulation=2, bn_mode="train"))
     with pytest.raises(ValueError, match="a batch of 16 has no 3 equal parts"):
         quick(accumulation=3)

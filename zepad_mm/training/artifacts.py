@@ -1,4 +1,4 @@
-"""What a recipe leaves on disk: a tuned encoder with the record of how it came about, and heads."""
+"""Tuned encoders and heads on disk: weights or adapter, with the record of the tuning."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write_tuned(folder: str | Path, encoder: Encoder, record: dict[str, Any]) ->
     Args:
         folder: made if absent.
         encoder: from ``load_encoder``, tuned.
-        record: JSON-able: defence, settings, data, figures. Source, adaptation and provenance are added.
+        record: JSON-able: defence, settings, data, metrics. Source, adaptation and provenance are added.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def load_tuned(folder: str | Path) -> Encoder:
 
     Raises:
         FileNotFoundError: no such folder or file. ValueError: damaged, missing or unknown weights, or an encoder whose
-            features differ from those on the day it was written (another base, preprocessing or activation).
+            features differ from those when it was written (another base, preprocessing or activation).
     """
     folder = Path(folder)
     if not (folder / TUNED_RECORD).is_file():

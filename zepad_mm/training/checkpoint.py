@@ -1,7 +1,7 @@
 """Checkpoints of a run: one safetensors file that is either the old one or the new one, JSON in its metadata.
 
-Only what training changes is kept: trainable parameters, buffers, the optimiser's tensors. There is no state of random
-generators or schedules, because both follow from the settings and the step.
+Stored is what training changes: trainable parameters, buffers, the optimiser's tensors. Random generators and schedules
+have no state, because both follow from the settings and the step.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def load_state(student: nn.Module, state: dict[str, Tensor], path: Path) -> None
 
 
 def best_path(out: Path, step: int) -> Path:
-    """Where the weights selected at ``step`` are: a name per step, so that a checkpoint never points at newer ones."""
+    """The file of the weights selected at ``step``: one name per step, so that no checkpoint names newer weights."""
     return out / f"best-{step}.safetensors"
 
 
@@ -90,7 +90,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(out: Path, student: nn.Module, optimizer: Any, identity: dict[str, Any]) -> Position:
-    """Put the checkpoint of ``out`` into student and optimiser.
+    """Load the checkpoint of ``out`` into student and optimiser.
 
     Raises:
         ValueError: damaged, of another format, or of a run with other settings; the message names the first one.

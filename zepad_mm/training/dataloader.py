@@ -1,4 +1,4 @@
-"""The share of each global batch that a process gets: from memory, from disk or from a stream, decoded by workers."""
+"""Dataloader: the share of each global batch for one process, from memory, disk or a stream, decoded by workers."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ Share = tuple[Tensor, Tensor, Tensor]  # images (b, 3, S, S), labels (b,), rows 
 
 
 def steps_of(train: TrainData, settings: TrainSettings) -> tuple[int, int]:
-    """(steps in all, steps per epoch); a stream has one epoch, which is as long as the run.
+    """(all steps, steps per epoch); a stream has one epoch, as long as the run.
 
     Raises ValueError for a stream without ``steps``.
     """
     if isinstance(train, StreamedImages):
         if settings.steps is None:
-            raise ValueError("steps: a stream has no length; say how many optimiser steps to take")
+            raise ValueError("steps: a stream has no length; give the number of optimiser steps")
         return settings.steps, settings.steps
     per_epoch = len(train) // settings.batch_size
     return settings.steps or settings.epochs * per_epoch, per_epoch
 
 
 def size_of(train: TrainData) -> int | None:
-    """How many pictures there are; None for a stream."""
+    """The number of images; None for a stream."""
     return None if isinstance(train, StreamedImages) else len(train)
 
 
@@ -46,14 +46,14 @@ def shares(
 ) -> Iterator[Share]:
     """This process's shares of the batches of steps ``start`` to ``total``, every ``world``-th row of each.
 
-    Which pictures a step sees follows from the seed and the step; with a stream also from the numbers of processes and
+    Which images a step sees follows from the seed and the step; with a stream also from the numbers of processes and
     workers, since each of them has its own part of it.
 
     Args:
-        pin: whether the tensors shall be in pinned memory, for a GPU.
+        pin: whether to place the tensors in pinned memory, for a GPU.
     """
     if isinstance(train, StreamedImages):
-        first = start - start % max(1, settings.num_workers)  # the first worker's turn
+        first = start - start % max(1, settings.num_workers)  # the first worker comes next
         dataset: Dataset = _Stream(train, settings, rank, world, first)
         loader: DataLoader = DataLoader(dataset, None, num_workers=settings.num_workers, pin_memory=pin)
         return islice(loader, start - first, total - first)
@@ -62,7 +62,7 @@ def shares(
         batch_sampler=_Order(train, settings, rank, world, start, total),
         num_workers=settings.num_workers,
         pin_memory=pin,
-        collate_fn=_as_it_is,  # a batch is fetched whole
+        collate_fn=_identity,  # a batch is fetched whole
         generator=torch.Generator(),  # or it draws from the global one
     )
     return iter(loader)
@@ -112,14 +112,14 @@ class _Stream(IterableDataset):
             step += workers
 
 
-def _as_it_is(fetched: Any) -> Any:
+def _identity(fetched: Any) -> Any:
     return fetched
 
 
 def augment(images: Tensor, kind: str, generator: torch.Generator, share: slice) -> Tensor:
     """Random flips and shifts of the rows ``share`` of a global batch, of which ``images`` (B, 3, H, W) are that share.
 
-    Drawn for the whole global batch, so that every number of processes gives an image the same fate.
+    Drawn for the whole global batch, so that an image is augmented alike for every number of processes.
     """
     if kind == "none":
         return images

@@ -1,4 +1,4 @@
-"""What the untuned model says, computed once and kept on disk: clean targets, and embeddings of class names."""
+"""Outputs of the untuned model, computed once and cached on disk: clean targets, and embeddings of class names."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def clean_targets(
     accelerator: Accelerator,
     cache_dir: str | None,
 ) -> Tensor:
-    """(N, D) features of the pictures at ``indices``, zeros elsewhere, on the accelerator's device.
+    """(N, D) features of the images at ``indices``, zeros elsewhere, on the accelerator's device.
 
     Args:
         teacher: the untuned encoder.
         indices: rows that the run will see.
         batch_size: of the forward passes.
         cache_dir: folder, seen by all processes, that keeps them for other runs by the encoder's weights and the
-            pictures' pixels; None keeps nothing. A damaged file is computed anew.
+            images' pixels; None keeps nothing. A damaged file is recomputed.
     """
     images = train.images[indices]
     path = _path(cache_dir, teacher, str(teacher.preprocess), images.split(1024)) if cache_dir else None
-    features = _kept(path, (len(images), teacher.feature_dim))
+    features = _read_cached(path, (len(images), teacher.feature_dim))
     if features is None:
         features = encode_images(teacher, images, batch_size, accelerator)
         if path is not None and accelerator.is_main_process:
@@ -57,7 +57,7 @@ def class_embeddings(
     """:meth:`TextEncoder.class_embeddings` (C, D), kept in ``cache_dir`` by the tower's weights and its tokens.
 
     Args:
-        feature_dim: D, which a file must have to be read; it is computed anew otherwise.
+        feature_dim: D, which a file must have to be read; it is recomputed otherwise.
         cache_dir: as of :func:`clean_targets`. Each process reads or computes for itself: they may start at any time.
     """
     if not cache_dir:
@@ -65,7 +65,7 @@ def class_embeddings(
     templates = templates_of(prompts)
     tokens = text.tokenizer([template.format(clean_name(name)) for name in class_names for template in templates])
     path = _path(cache_dir, text, str(templates), tokens.values() if isinstance(tokens, Mapping) else (tokens,))
-    embeddings = _kept(path, (len(class_names), feature_dim))
+    embeddings = _read_cached(path, (len(class_names), feature_dim))
     if embeddings is None:
         embeddings = text.class_embeddings(class_names, prompts).float()
         write_tensors(path, {"features": embeddings}, {"source": text.source})
@@ -73,7 +73,7 @@ def class_embeddings(
 
 
 def _path(cache_dir: str, module: nn.Module, about: str, tensors: Iterable[Tensor]) -> Path:
-    """Named after what features depend on: weights, kinds of layers (QuickGELU has no weight), and what is encoded."""
+    """A file named after what features depend on: weights, layer types (QuickGELU has no weight), and the input."""
     kinds = sorted({type(layer).__name__ for layer in module.modules()})
     digest = hashlib.blake2b(f"{crc_of(module)} {kinds} {about}".encode(), digest_size=16)
     for tensor in tensors:
@@ -82,8 +82,8 @@ def _path(cache_dir: str, module: nn.Module, about: str, tensors: Iterable[Tenso
     return Path(cache_dir) / f"{digest.hexdigest()}.safetensors"
 
 
-def _kept(path: Path | None, shape: tuple[int, int]) -> Tensor | None:
-    """What an earlier run left there; None where that is nothing, cut off, or anything but float32 of this shape."""
+def _read_cached(path: Path | None, shape: tuple[int, int]) -> Tensor | None:
+    """Features that an earlier run stored; None if there are none, or they are damaged or not float32 of this shape."""
     if path is None or not path.is_file():
         return None
     try:
@@ -91,7 +91,7 @@ def _kept(path: Path | None, shape: tuple[int, int]) -> Tensor | None:
         if features.shape != shape or features.dtype != torch.float32:
             raise ValueError(f"features {tuple(features.shape)} {features.dtype}, expected {shape} torch.float32")
     except (ValueError, KeyError) as error:
-        log.warning("%s cannot be used and is written anew: %s", path, error)
+        log.warning("%s cannot be used and is recomputed: %s", path, error)
         return None
     log.info("features of %d from %s", len(features), path)
     return features

@@ -1,4 +1,4 @@
-"""Heads on frozen encoders: the only thing that is trained for a new task (method, section 4)."""
+"""Train heads on frozen encoders: all that is trained for a new task (method, section 4)."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def train_head_on_features(
     """Train ``head`` in place on features (N, D) and labels (N,).
 
     Raises:
-        ValueError: a head without parameters, or labels beyond its classes. FloatingPointError: the loss is no number.
+        ValueError: a head without parameters, or labels beyond its classes. FloatingPointError: a non-finite loss.
     """
     settings = settings or HeadSettings()
     device = features.device

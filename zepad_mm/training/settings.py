@@ -25,7 +25,7 @@ class TrainSettings(Config):
     epochs: int = 20  # passes over the training images; ignored when steps is given
     steps: int | None = None  # optimiser steps in all
     batch_size: int = 128  # images per optimiser step over all processes together
-    optimizer: Literal["adam", "adamw"] = "adamw"  # adam adds weight decay to the gradient, as the released code
+    optimizer: Literal["adam", "adamw"] = "adamw"  # adam adds weight decay to the gradient, as the released code does
     lr_encoder: float = 1e-4  # highest learning rate of the encoder, or of its adapter
     lr_head: float = 5e-3  # highest learning rate of a head that trains along
     weight_decay: float = 1e-4
@@ -36,7 +36,7 @@ class TrainSettings(Config):
     augment: Literal["none", "flip", "flip_shift"] = "none"  # flip_shift: also moved by up to an eighth of the side
     bn_mode: Literal["eval", "train"] = "eval"  # eval keeps the running statistics as they are
     grad_clip: float | None = 1.0  # largest norm of the gradient; None: no clipping
-    num_workers: int = 0  # processes that decode the pictures of a stored or streamed set; 0: this one does
+    num_workers: int = 0  # processes that decode the images of a stored or streamed set; 0: the main one does
     accumulation: int = 1  # parts of equal size that a batch is crafted and back-propagated in, for less memory
     gradient_checkpointing: bool = False  # activations are computed again in the backward pass, for less memory
     compile: Literal["no", "inductor", "aot_eager", "cudagraphs"] = "no"  # torch.compile of the encoder, by backend
@@ -50,7 +50,7 @@ class TrainSettings(Config):
     selection: Literal["mean", "clean", "robust", "last"] = "mean"  # of clean and robust accuracy on validation
     checkpoint_every: int = 200  # steps
     log_every: int = 10  # steps
-    samples: int = 8  # attacked training pictures shown in samples/STEP.png at each validation; 0: none
+    samples: int = 8  # attacked training images shown in samples/STEP.png at each validation; 0: none
     resume: Literal["auto", "never"] = "auto"  # never refuses a folder that holds a run
 
     def __post_init__(self) -> None:
@@ -77,7 +77,7 @@ class TrainSettings(Config):
             check_epsilon(self.validation_epsilon)
 
     def lr_factor(self, step: int, total: int, per_epoch: int) -> float:
-        """What the highest rate is multiplied by at ``step`` (from 0): a pure function, so nothing to save."""
+        """Factor of the learning rate at ``step`` (from 0); a pure function, so that checkpoints need no scheduler."""
         if step < self.lr_warmup_steps:
             return (step + 1) / self.lr_warmup_steps
         if self.schedule == "exponential":
@@ -88,7 +88,7 @@ class TrainSettings(Config):
         return 1.0
 
     def epsilon_factor(self, step: int) -> float:
-        """What the budget is multiplied by at ``step`` (from 0)."""
+        """Factor of epsilon at ``step`` (from 0)."""
         return min(1.0, (step + 1) / self.epsilon_warmup_steps) if self.epsilon_warmup_steps else 1.0
 
 

@@ -1,4 +1,4 @@
-"""From names in a recipe's configuration to a student."""
+"""Build a student, an encoder with a head, from the names in a configuration."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def build_student(
     seed: int = 0,
     cache_dir: str | None = None,
 ) -> Student:
-    """An encoder to be tuned and the head it is tuned under.
+    """A student: the encoder to tune and the head it is tuned under.
 
     Args:
         source: as for ``load_encoder``.
@@ -69,7 +69,7 @@ def _with_head(
     encoder = load_encoder(source)
     if kind == "probe":
         if not isinstance(train, LabelledImages):
-            raise ValueError("head: a probe is fitted to pictures in memory; use data.storage='memory' or head='mlp'")
+            raise ValueError("head: a probe is fitted to images in memory; use data.storage='memory' or head='mlp'")
         probe = fresh_head("linear", encoder.feature_dim, classes, seed)
         train_head(encoder, probe, train, HeadSettings(seed=seed))
         return encoder, probe.requires_grad_(False)

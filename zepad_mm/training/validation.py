@@ -1,4 +1,4 @@
-"""Accuracy on held-out images, clean and under PGD, exact whatever the number of processes."""
+"""Accuracy on held-out images, clean and under PGD, exact for every number of processes."""
 
 from __future__ import annotations
 
@@ -65,15 +65,15 @@ def validate(
     with frozen(student):
         for number, index in enumerate(torch.arange(len(data))[rank::world].split(batch_size)):
             images, labels = data.images[index].to(device), data.labels[index].to(device)
-            right = _right(student, images, labels)
-            counts[0] += right.sum()
-            if epsilon > 0 and bool(right.any()):
+            correct = _correct(student, images, labels)
+            counts[0] += correct.sum()
+            if epsilon > 0 and bool(correct.any()):
                 # an image that is wrong already counts as wrong: no step is spent on it
-                images, labels = images[right], labels[right]
+                images, labels = images[correct], labels[correct]
                 generator = seeded_generator(rank + world * number)
                 attacked = attack(view or student.logits, images, labels, generator=generator)
-                right = _right(student, attacked, labels)
-            counts[1] += right.sum()
+                correct = _correct(student, attacked, labels)
+            counts[1] += correct.sum()
     if accelerator is not None and world > 1:
         counts = accelerator.reduce(counts, "sum")  # type: ignore[assignment]
     clean, robust = (float(count) / len(data) for count in counts)
@@ -81,5 +81,5 @@ def validate(
 
 
 @torch.no_grad()
-def _right(student: Student, images: Tensor, labels: Tensor) -> Tensor:
+def _correct(student: Student, images: Tensor, labels: Tensor) -> Tensor:
     return student.logits(images).argmax(-1) == labels
