@@ -123,7 +123,7 @@ def test_every_defence_trains_and_reports(name: str, augmentation: str, tmp_path
     assert all(check["n"] == 24 and 0 <= check["robust"] <= check["clean"] <= 1 for check in checks)
 
 
-def test_learning_works_and_the_warm_ups_are_what_was_asked_for(tmp_path: Path) -> None:
+def test_fit_learns_and_follows_the_warm_ups(tmp_path: Path) -> None:
     _, result = run(tmp_path, settings=quick(steps=30, schedule="cosine"))
     assert result.validation.clean > 0.9
     assert result.validation.robust > 0.8
@@ -133,7 +133,7 @@ def test_learning_works_and_the_warm_ups_are_what_was_asked_for(tmp_path: Path) 
     assert steps[-1]["lr"] < 1e-4
 
 
-def test_the_best_weights_are_kept_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_keeps_the_best_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rate that ruins the network: the selected weights are the untuned ones, and the result says so."""
     student = tiny_student("zero_shot")
     untuned = tiny_student("zero_shot")
@@ -158,9 +158,7 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, call: int, error: Exception) -> No
 
 @pytest.mark.parametrize("call", [1, 3, 6, 9])
 @pytest.mark.parametrize("bn_mode", ["eval", "train"])
-def test_a_stopped_run_ends_with_the_same_bits(
-    call: int, bn_mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fit_resumes_bit_for_bit(call: int, bn_mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = quick(bn_mode=bn_mode, selection="last")
     whole, expected = run(tmp_path / "whole", settings=settings)
     with monkeypatch.context() as patch:
@@ -187,7 +185,7 @@ def test_a_stopped_run_ends_with_the_same_bits(
 
 
 @pytest.mark.parametrize("name", ["tecoa", "fare"])
-def test_parts_of_a_batch_give_what_the_batch_gives(name: str, tmp_path: Path) -> None:
+def test_accumulation_gives_the_same_step(name: str, tmp_path: Path) -> None:
     defence = make_defence(name, {"attack_steps": 2, "random_start": False})
     figures = []
     for parts in (1, 4):
@@ -204,7 +202,7 @@ def test_parts_of_a_batch_give_what_the_batch_gives(name: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"compile": "aot_eager"}])
-def test_what_saves_memory_or_time_changes_no_result(changes: dict[str, Any], timm_source: str, tmp_path: Path) -> None:
+def test_performance_settings_change_no_result(changes: dict[str, Any], timm_source: str, tmp_path: Path) -> None:
     defence, settings, losses = make_defence("fare", {"attack_steps": 1}), {"steps": 2, "augment": "none"}, []
     for out, more in (("plain", {}), ("changed", changes)):
         student = build_student(timm_source, colours(), "full", "probe")
@@ -213,7 +211,7 @@ def test_what_saves_memory_or_time_changes_no_result(changes: dict[str, Any], ti
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_clean_targets_are_kept_for_other_runs(
+def test_clean_targets_are_cached_for_other_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
 
@@ -245,7 +243,7 @@ def test_clean_targets_are_kept_for_other_runs(
         run(tmp_path / "augmented", defence, quick(cache_dir=str(kept)))
 
 
-def test_text_embeddings_are_kept_for_other_runs(
+def test_text_embeddings_are_cached_for_other_runs(
     clip_source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     data, kept = colours(8), tmp_path / "kept"
@@ -282,7 +280,7 @@ def test_text_embeddings_are_kept_for_other_runs(
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "trackio"])
-def test_trackers_get_the_figures(tracker: str, tmp_path: Path) -> None:
+def test_trackers_receive_the_metrics(tracker: str, tmp_path: Path) -> None:
     pytest.importorskip(tracker)
     script = f"""
 import sys
@@ -346,7 +344,7 @@ def test_fare_encodes_each_image_once_with_the_original_and_resumes_exactly(
     assert same(whole, again)
 
 
-def test_what_cannot_work_is_refused_before_the_first_step(tmp_path: Path) -> None:
+def test_fit_rejects_impossible_runs_before_the_first_step(tmp_path: Path) -> None:
     data = colours()
     with pytest.raises(ValueError, match="more than the 48 training images"):
         run(tmp_path, settings=quick(batch_size=64))
@@ -370,14 +368,14 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
-def test_without_validation_the_last_weights_stay(tmp_path: Path) -> None:
+def test_fit_keeps_the_last_weights_without_validation(tmp_path: Path) -> None:
     student = tiny_student()
     result = fit(student, colours(), None, QUICK, quick(), out=tmp_path)
     assert result.validation is None
     assert result.best_step == 9
 
 
-def test_lora_trains_the_adapter_alone(tmp_path: Path) -> None:
+def test_lora_trains_only_the_adapter(tmp_path: Path) -> None:
     encoder = add_lora(tiny_encoder(), LoraSettings(rank=2))
     base = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     _, result = run(
@@ -389,7 +387,7 @@ def test_lora_trains_the_adapter_alone(tmp_path: Path) -> None:
     assert all("lora_" in name for name in changed)
 
 
-def test_modes_while_training() -> None:
+def test_set_training_mode() -> None:
     student = tiny_student()
     set_training_mode(student, "eval")
     assert not student.encoder.backbone[1].training
@@ -437,7 +435,7 @@ one_of_two(Path(sys.argv[1]), make_accelerator(2))
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("both_cores")
-def test_two_processes_give_the_curve_and_the_figures_of_one(tmp_path: Path) -> None:
+def test_two_processes_give_the_curve_and_metrics_of_one(tmp_path: Path) -> None:
     script = tmp_path / "two.py"
     script.write_text(TWO_RANKS.format(root=str(ROOT), tests=str(ROOT / "tests")))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -479,7 +477,7 @@ def test_head_on_cached_features(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("adaptation", ["full", "lora"])
-def test_tuned_encoders_come_back(adaptation: str, timm_source: str, tmp_path: Path) -> None:
+def test_load_tuned_restores_the_encoder(adaptation: str, timm_source: str, tmp_path: Path) -> None:
     data = colours(16)
     student = build_student(timm_source, data, adaptation, "linear")
     settings = quick(steps=2, batch_size=8, lr_encoder=1e-3, selection="last")
@@ -497,7 +495,7 @@ def test_tuned_encoders_come_back(adaptation: str, timm_source: str, tmp_path: P
     assert {"commit", "versions", "hardware"} <= about.keys()
 
 
-def test_damaged_tuned_folders_say_what_is_wrong(timm_source: str, tmp_path: Path) -> None:
+def test_load_tuned_names_what_is_damaged(timm_source: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"tuned\.json"):
         load_tuned(tmp_path)
     encoder = load_encoder(timm_source)
@@ -512,7 +510,7 @@ def test_damaged_tuned_folders_say_what_is_wrong(timm_source: str, tmp_path: Pat
         load_tuned(tmp_path)
 
 
-def test_build_student_refuses_what_does_not_exist(timm_source: str) -> None:
+def test_build_student_rejects_unknown_names(timm_source: str) -> None:
     with pytest.raises(ValueError, match="full, lora, got 'dora'"):
         build_student(timm_source, colours(8), "dora")
     with pytest.raises(ValueError, match="kind open_clip"):
@@ -535,7 +533,7 @@ RECIPES = ("defend", "train_heads", "tune")
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_an_unknown_key_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_cli_rejects_an_unknown_key(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text((ROOT / "recipes" / "configs" / "smoke" / f"{name}.yaml").read_text() + "\nlerning_rate: 1\n")
     with pytest.raises(SystemExit):
