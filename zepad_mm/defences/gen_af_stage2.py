@@ -41,7 +41,7 @@ def robustness_contributions(
         ValueError: no images, or an encoder without such layers.
     """
     if len(adversarial) == 0:
-        raise ValueError("attacked: expected at least one image, got none")
+        raise ValueError("adversarial: expected at least one image, got none")
     layers = {name: layer for name, layer in student.encoder.named_modules() if isinstance(layer, LAYERS)}
     if not layers:
         raise ValueError("the encoder has no convolution and no linear layer to measure")
