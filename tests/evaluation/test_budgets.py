@@ -1,4 +1,4 @@
-"""Budgets beside L-inf in the evaluation: L2 for the white box, areas for patches, files that others made."""
+"""Budgets beside L-inf: L2 for the white-box attack, areas for patches, files of published perturbations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers.toy_defence import SETTINGS, SIZE, defended, pictures
+from tests.helpers.toy_defence import SETTINGS, SIZE, defended, eval_data
 from zepad_mm.attacks import Perturbation
 from zepad_mm.evaluation import PRESETS, EvalData, EvalSettings, Records, Report, evaluate
 from zepad_mm.evaluation.plots import write_figures
@@ -25,14 +25,14 @@ def model() -> ZePAD:
 
 @pytest.fixture(scope="module")
 def data() -> EvalData:
-    return pictures()
+    return eval_data()
 
 
 @pytest.fixture(scope="module")
 def finished(model: ZePAD, data: EvalData, tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path]:
     out = tmp_path_factory.mktemp("evaluation")
     stripes = 0.5 * (2 * torch.rand(3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) - 1)
-    np.save(out.parent / "theirs.npy", stripes.numpy())
+    np.save(out.parent / "published.npy", stripes.numpy())
     settings = replace(
         SETTINGS,
         threats=("clean", "T1", "T1p", "T2", "T3"),
@@ -41,7 +41,7 @@ def finished(model: ZePAD, data: EvalData, tmp_path_factory: pytest.TempPathFact
         area=0.15,
         patches=("adv_clip",),
         universal_steps={"feature_uap": 20, "adv_clip": 5},
-        published=(str(out.parent / "theirs.npy"),),
+        published=(str(out.parent / "published.npy"),),
         own_attacks=("pgd", "pgd_from_t1", "apgd_targeted", "square"),
         rules=("rfdm",),
         detector_steps=2,
@@ -50,7 +50,7 @@ def finished(model: ZePAD, data: EvalData, tmp_path_factory: pytest.TempPathFact
     return evaluate(model, data=data, settings=settings, out=out), out
 
 
-def test_every_row_states_its_own_budget(finished: tuple[Report, Path]) -> None:
+def test_rows_hold_the_budget_of_their_threat_model(finished: tuple[Report, Path]) -> None:
     report, out = finished
     budgets = {
         threat: {(row["norm"], row["epsilon"]) for row in report.rows if row["threat"] == threat}
@@ -66,7 +66,7 @@ def test_every_row_states_its_own_budget(finished: tuple[Report, Path]) -> None:
     assert {attempt.norm for attempt in Records.load(out).attempts} == {"linf", "patch", "l2"}
 
 
-def test_an_l2_attacker_stays_on_his_ball_and_bites(finished: tuple[Report, Path], data: EvalData) -> None:
+def test_l2_attack_lowers_accuracy_within_its_budget(finished: tuple[Report, Path], data: EvalData) -> None:
     report, _ = finished
     assert report.accuracy("undefended", "T2") < 0.2
     assert report.accuracy("zepad", "T2") < report.accuracy("zepad") - 0.1
@@ -75,7 +75,7 @@ def test_an_l2_attacker_stays_on_his_ball_and_bites(finished: tuple[Report, Path
     assert "square@zepad" not in {row["attack"] for row in report.rows}
 
 
-def test_patches_stand_beside_a_random_one(finished: tuple[Report, Path]) -> None:
+def test_patches_have_a_random_patch_as_control(finished: tuple[Report, Path]) -> None:
     report, out = finished
     rows = {row["attack"]: row for row in report.rows if row["threat"] == "T1p" and row["model"] == "undefended"}
     assert set(rows) == {"random_patch", "adv_clip@undefended", "worst"}
@@ -85,23 +85,23 @@ def test_patches_stand_beside_a_random_one(finished: tuple[Report, Path]) -> Non
     assert made.norm == "patch"
 
 
-def test_what_others_made_is_replayed_at_t1s_budget(
+def test_published_perturbation_is_clipped_to_the_budget_of_t1(
     finished: tuple[Report, Path], model: ZePAD, data: EvalData
 ) -> None:
     report, out = finished
-    raw = torch.from_numpy(np.load(out.parent / "theirs.npy"))
+    raw = torch.from_numpy(np.load(out.parent / "published.npy"))
     attacked = (data.test.images + raw.clamp(-10 / 255, 10 / 255)).clamp(0, 1)
     with torch.no_grad():
         right = (model(attacked).argmax(-1) == data.test.labels).float().mean()
-    assert report.accuracy("zepad", "T1", "published:theirs") == pytest.approx(float(right))
+    assert report.accuracy("zepad", "T1", "published:published") == pytest.approx(float(right))
 
 
-def test_figures_show_the_budgets(finished: tuple[Report, Path], model: ZePAD, data: EvalData) -> None:
+def test_write_figures_draws_an_l2_evaluation(finished: tuple[Report, Path], model: ZePAD, data: EvalData) -> None:
     report, out = finished
     assert {path.name for path in write_figures(report, out, model, data)} >= {"accuracy.png", "budget.png"}
 
 
-def test_budgets_are_checked() -> None:
+def test_settings_reject_wrong_budgets() -> None:
     for bad, message in (
         ({"norm": "l1"}, "norm: expected one of linf, l2"),
         ({"norm": "l2", "epsilon": -1.0}, "L2 length"),
@@ -111,5 +111,5 @@ def test_budgets_are_checked() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             EvalSettings(**bad)  # type: ignore[arg-type]
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.npy"):
-        evaluate("embedded", settings=replace(PRESETS.get("smoke"), n=2, published=("nowhere.npy",), threats=("T1",)))
+    with pytest.raises(FileNotFoundError, match=r"missing\.npy"):
+        evaluate("embedded", settings=replace(PRESETS.get("smoke"), n=2, published=("missing.npy",), threats=("T1",)))

@@ -1,4 +1,4 @@
-"""Pictures that nobody attacked: every corruption and every stranger in the registries, and what detectors flag."""
+"""Unattacked images: every registered corruption and out-of-distribution image, and what detectors flag."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 @pytest.fixture(scope="module")
 def photos() -> Tensor:
-    """Smooth pictures with an edge, and some that are black, white and grey."""
+    """Smooth images with an edge, and some that are black, white and grey."""
     coarse = torch.rand(6, 3, 6, 6, generator=seeded(1))
     smooth = torch.nn.functional.interpolate(coarse, size=32, mode="bilinear")
     smooth[:, :, :, 20:] *= 0.5
@@ -42,7 +42,7 @@ def photos() -> Tensor:
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_every_corruption_keeps_its_word(name: str, photos: Tensor) -> None:
+def test_corruption_is_deterministic_in_range_and_grows_with_severity(name: str, photos: Tensor) -> None:
     before = photos.clone()
     distances = []
     for severity in SEVERITIES:
@@ -54,17 +54,17 @@ def test_every_corruption_keeps_its_word(name: str, photos: Tensor) -> None:
         distances.append(float((changed - photos)[:6].square().mean().sqrt()))
     assert torch.equal(photos, before)
     assert distances[0] > 1e-3
-    assert distances == sorted(set(distances))  # each severity takes the picture further away
+    assert distances == sorted(set(distances))  # each severity changes the image more
     assert corrupt(photos[:0], name, 3, seeded()).shape == (0, 3, 32, 32)
     assert corrupt(photos[:1, :, :5, :3], name, 5, seeded()).shape == (1, 3, 5, 3)
 
 
-def test_only_the_noise_draws(photos: Tensor) -> None:
+def test_only_gaussian_noise_depends_on_the_generator(photos: Tensor) -> None:
     drawing = {name for name in CORRUPTIONS if not torch.equal(*(corrupt(photos, name, 3, seeded(s)) for s in (0, 1)))}
     assert drawing == {"gaussian_noise"}
 
 
-def test_corruptions_are_what_they_are_called(photos: Tensor) -> None:
+def test_corruptions_have_the_properties_of_their_names(photos: Tensor) -> None:
     grey = torch.full((4, 3, 32, 32), 0.5)
     assert float(corrupt(grey, "gaussian_noise", 1, seeded()).std()) == pytest.approx(0.04, rel=0.05)
     for name in ("gaussian_blur", "contrast", "jpeg"):
@@ -80,25 +80,25 @@ def test_corruptions_are_what_they_are_called(photos: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", OUT_OF_DISTRIBUTION)
-def test_every_stranger_keeps_its_word(name: str, photos: Tensor) -> None:
+def test_out_of_distribution_images_are_deterministic_and_in_range(name: str, photos: Tensor) -> None:
     make = OUT_OF_DISTRIBUTION.get(name)
-    strange = make(photos, seeded())
-    assert strange.shape == photos.shape
-    assert 0 <= float(strange.min()) <= float(strange.max()) <= 1
-    assert torch.equal(strange, make(photos, seeded()))
-    assert not torch.equal(strange, make(photos, seeded(1)))
+    image_batch = make(photos, seeded())
+    assert image_batch.shape == photos.shape
+    assert 0 <= float(image_batch.min()) <= float(image_batch.max()) <= 1
+    assert torch.equal(image_batch, make(photos, seeded()))
+    assert not torch.equal(image_batch, make(photos, seeded(1)))
     assert make(photos[..., :31], seeded()).shape == (9, 3, 32, 31)
 
 
-def test_scrambling_keeps_the_spectrum_and_loses_the_picture(photos: Tensor) -> None:
-    calm = 0.5 + 0.1 * (photos[:6] - 0.5)  # so faint that nothing is clipped
+def test_phase_scrambling_keeps_the_spectrum_and_loses_the_shapes(photos: Tensor) -> None:
+    faint = 0.5 + 0.1 * (photos[:6] - 0.5)  # so faint that nothing is clipped
     scramble = OUT_OF_DISTRIBUTION.get("phase_scrambled")
-    centred = calm - calm.mean((2, 3), keepdim=True)
+    centred = faint - faint.mean((2, 3), keepdim=True)
     likeness = []
     for seed in range(50):
-        scrambled = scramble(calm, seeded(seed))
-        assert torch.allclose(torch.fft.rfft2(scrambled).abs(), torch.fft.rfft2(calm).abs(), atol=1e-3)
-        assert torch.allclose(scrambled.mean((2, 3)), calm.mean((2, 3)), atol=1e-5)
+        scrambled = scramble(faint, seeded(seed))
+        assert torch.allclose(torch.fft.rfft2(scrambled).abs(), torch.fft.rfft2(faint).abs(), atol=1e-3)
+        assert torch.allclose(scrambled.mean((2, 3)), faint.mean((2, 3)), atol=1e-5)
         likeness.append(float((scrambled * centred).sum() / centred.square().sum()))
     assert abs(sum(likeness) / 50) < 0.1
 
@@ -113,14 +113,16 @@ def test_scrambling_keeps_the_spectrum_and_loses_the_picture(photos: Tensor) -> 
         ({"corruptions": ("jpeg",), "severities": ()}, "severities: expected at least one"),
     ],
 )
-def test_settings_that_cannot_be_meant(bad: dict[str, object], message: str, photos: Tensor) -> None:
+def test_settings_reject_unknown_corruptions_and_severities(
+    bad: dict[str, object], message: str, photos: Tensor
+) -> None:
     with pytest.raises(ValueError, match=message):
         EvalSettings(**bad)
     with pytest.raises(ValueError, match="write images / 255"):
         corrupt(255 * photos, "jpeg", 1, seeded())
 
 
-def test_presets_ask_for_none_one_and_all() -> None:
+def test_presets_name_none_one_and_all_corruptions() -> None:
     assert PRESETS.get("demo").corruptions == PRESETS.get("demo").out_of_distribution == ()
     assert len(PRESETS.get("smoke").corruptions) == len(PRESETS.get("smoke").severities) == 1
     assert set(PRESETS.get("full").corruptions) == set(CORRUPTIONS)
@@ -128,16 +130,16 @@ def test_presets_ask_for_none_one_and_all() -> None:
     assert PRESETS.get("full").severities == SEVERITIES
 
 
-def test_false_alarms_are_those_of_the_model_itself(
+def test_false_alarms_match_the_scores_of_the_model(
     zepad: ZePAD, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     generator = seeded(5)
 
-    def pictures(n: int) -> LabelledImages:
+    def labelled(n: int) -> LabelledImages:
         labels = torch.randint(3, (n,), generator=generator)
         return LabelledImages(torch.rand(n, 3, 32, 32, generator=generator), labels, zepad.class_names, "noise")
 
-    data = EvalData(pictures(30), pictures(40), pictures(5))
+    data = EvalData(labelled(30), labelled(40), labelled(5))
     report = evaluate(zepad, data=data, settings=SETTINGS, out=tmp_path)
     rows = report.meta["false_alarms"]
     assert Report.load(tmp_path).meta["false_alarms"] == rows
@@ -150,8 +152,8 @@ def test_false_alarms_are_those_of_the_model_itself(
     assert len(rows) == len(conditions) * len(SCORES.names())
     zepad.eval()
     with torch.no_grad():
-        calm = zepad.branch_logits(data.validation.images)
-        dull = zepad.branch_logits(corrupt(data.test.images, "contrast", 5, seeded()))  # draws nothing
+        clean = zepad.branch_logits(data.validation.images)
+        contrast = zepad.branch_logits(corrupt(data.test.images, "contrast", 5, seeded()))  # draws nothing
     for row in rows:
         assert row["n"] == 30
         assert (row["accuracy"] is None) == (row["kind"] == "out_of_distribution")
@@ -159,10 +161,10 @@ def test_false_alarms_are_those_of_the_model_itself(
         assert row["flagged_at_fpr5_ci"] == list(wilson(round(30 * row["flagged_at_fpr5"]), 30))
         if (row["name"], row["severity"]) == ("contrast", 5):
             score = SCORES.get(row["score"])
-            threshold = threshold_at(score(calm, zepad.benign), 0.05)
-            flagged = score(dull, zepad.benign) > threshold
+            threshold = threshold_at(score(clean, zepad.benign), 0.05)
+            flagged = score(contrast, zepad.benign) > threshold
             assert row["flagged_at_fpr5"] == pytest.approx(float(flagged.float().mean()), abs=1 / 30)
-            right = zepad.fusion(dull).logits.argmax(-1) == data.test.labels
+            right = zepad.fusion(contrast).logits.argmax(-1) == data.test.labels
             assert row["accuracy"] == pytest.approx(float(right.float().mean()), abs=1 / 30)
     text = (tmp_path / "report.md").read_text()
     assert "## False alarms" in text

@@ -1,4 +1,4 @@
-"""Two processes share the batches of an evaluation and come to the report of one."""
+"""Two processes share the batches of an evaluation and give the report of one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.toy_defence import SETTINGS, defended, pictures
+from tests.helpers.toy_defence import SETTINGS, defended, eval_data
 from zepad_mm.evaluation import Records, Report, evaluate
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ from pathlib import Path
 from tests.evaluation.test_distributed_evaluation import *
 from zepad_mm.training import make_accelerator
 out, accelerator = Path(sys.argv[1]), make_accelerator(2)
-evaluate(defended(), data=pictures(), settings=FEW, out=out, accelerator=accelerator)
+evaluate(defended(), data=eval_data(), settings=FEW, out=out, accelerator=accelerator)
 (out / f"process-{accelerator.process_index}").touch()
 accelerator.end_training()
 """
@@ -57,7 +57,7 @@ def test_two_processes_give_the_report_of_one(tmp_path: Path) -> None:
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(list((tmp_path / "two").glob("process-*"))) == 2
-    one = evaluate(defended(), data=pictures(), settings=FEW, out=tmp_path / "one")
+    one = evaluate(defended(), data=eval_data(), settings=FEW, out=tmp_path / "one")
     assert (
         without_clock(Report.load(tmp_path / "two"))
         == without_clock(Report.load(tmp_path / "one"))

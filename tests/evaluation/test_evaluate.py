@@ -1,4 +1,4 @@
-"""The protocol, end to end, on small networks that were really trained: one of them adversarially."""
+"""The evaluation end to end, on small networks after a real training, some of it adversarial."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers.toy_defence import CLASSES, SETTINGS, defended, pictures
+from tests.helpers.toy_defence import CLASSES, SETTINGS, defended, eval_data
 from zepad_mm.attacks import PGD, Perturbation
 from zepad_mm.encoders import Encoder
 from zepad_mm.evaluation import (
@@ -44,7 +44,7 @@ def model() -> ZePAD:
 
 @pytest.fixture(scope="module")
 def data() -> EvalData:
-    return pictures()
+    return eval_data()
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def finished(model: ZePAD, data: EvalData, tmp_path_factory: pytest.TempPathFact
     return evaluate(model, data=data, settings=SETTINGS, out=out), out
 
 
-def test_the_report_has_the_form_that_stands(finished: tuple[Report, Path], model: ZePAD) -> None:
+def test_report_has_the_documented_keys_rows_and_order(finished: tuple[Report, Path], model: ZePAD) -> None:
     report, out = finished
     written = json.loads((out / "report.json").read_text())
     assert set(written) == {"meta", "rows", "detection"}
@@ -77,7 +77,7 @@ def test_the_report_has_the_form_that_stands(finished: tuple[Report, Path], mode
     assert {row["threat"] for row in written["detection"]} == {"T1", "T1b", "T2", "T3"}
 
 
-def test_the_figures_are_what_such_models_must_show(finished: tuple[Report, Path]) -> None:
+def test_accuracies_order_models_as_expected(finished: tuple[Report, Path]) -> None:
     report, _ = finished
     assert report.accuracy("undefended") > 0.9
     assert report.accuracy("branch:benign", "T2") < 0.2
@@ -97,7 +97,7 @@ def test_the_figures_are_what_such_models_must_show(finished: tuple[Report, Path
     assert report.accuracy("zepad", "T2") == report.accuracy("zepad:bounded_benign", "T2")
 
 
-def test_the_table_can_be_recomputed_from_the_records(finished: tuple[Report, Path]) -> None:
+def test_rows_can_be_recomputed_from_the_records(finished: tuple[Report, Path]) -> None:
     report, out = finished
     records = Records.load(out)
     again = {(row["model"], row["threat"], row["attack"]): row for row in records.rows()}
@@ -122,10 +122,8 @@ def test_the_table_can_be_recomputed_from_the_records(finished: tuple[Report, Pa
     assert len(set(table["image"])) == len(label)
 
 
-def test_branch_and_fused_predictions_are_those_of_the_model(
-    finished: tuple[Report, Path], model: ZePAD, data: EvalData
-) -> None:
-    """The cached logits must be what the modules say on the very pictures."""
+def test_recorded_predictions_match_the_model(finished: tuple[Report, Path], model: ZePAD, data: EvalData) -> None:
+    """The cached logits are those of the modules on the same images."""
     _, out = finished
     records = Records.load(out)
     with torch.no_grad():
@@ -140,7 +138,7 @@ def test_branch_and_fused_predictions_are_those_of_the_model(
     assert read_stage(out, "T1", "feature_uap@undefended")["logits"].shape == (4, 96, 3)
 
 
-def test_the_detector_faces_an_attacker_who_knows_it(finished: tuple[Report, Path]) -> None:
+def test_t3_attacks_lower_detection(finished: tuple[Report, Path]) -> None:
     report, out = finished
     records = Records.load(out)
     assert [row["model"] for row in report.rows if row["threat"] == "T3"] == ["zepad"] * 4
@@ -160,7 +158,7 @@ def test_the_detector_faces_an_attacker_who_knows_it(finished: tuple[Report, Pat
     assert adaptive["jensen_shannon"]["adaptive"]
 
 
-def test_a_killed_run_redoes_only_what_is_unfinished(
+def test_resume_repeats_only_unfinished_stages(
     finished: tuple[Report, Path], model: ZePAD, data: EvalData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report, out = finished
@@ -184,19 +182,19 @@ def test_a_killed_run_redoes_only_what_is_unfinished(
     assert sorted(path.stem for path in (again / "cache").glob("*.safetensors")) == ["clean_none", "validation"]
 
 
-def test_a_folder_of_somebody_elses_is_left_alone(model: ZePAD, data: EvalData, tmp_path: Path) -> None:
+def test_cache_folder_with_other_files_is_refused(model: ZePAD, data: EvalData, tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "theirs.safetensors").write_bytes(b"precious")
+    (tmp_path / "cache" / "other.safetensors").write_bytes(b"precious")
     with pytest.raises(ValueError, match="something else than stages"):
         evaluate(model, data=data, settings=SETTINGS, threats="clean", out=tmp_path)
-    assert (tmp_path / "cache" / "theirs.safetensors").read_bytes() == b"precious"
+    assert (tmp_path / "cache" / "other.safetensors").read_bytes() == b"precious"
 
 
 def _killed(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_seeds_fix_everything(model: ZePAD, data: EvalData) -> None:
+def test_same_seed_gives_the_same_report_and_leaves_no_trace(model: ZePAD, data: EvalData) -> None:
     settings = replace(SETTINGS, threats=("T1", "T2"), n=32, rules=("equal",), diagnostics_n=0)
     state = torch.get_rng_state()
     modes = [module.training for module in model.modules()]
@@ -209,7 +207,7 @@ def test_seeds_fix_everything(model: ZePAD, data: EvalData) -> None:
 
 
 class Broken(nn.Module):
-    """A backbone behind a step that makes naive attacks fail."""
+    """A backbone behind a step that masks gradients."""
 
     def __init__(self, inner: nn.Module, step: Callable[[nn.Module, Tensor], Tensor]) -> None:
         super().__init__()
@@ -236,7 +234,7 @@ BROKEN: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], float, str | None
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_defence_that_only_looks_robust_is_broken_or_flagged(
+def test_masked_gradients_are_broken_or_flagged(
     name: str, model: ZePAD, data: EvalData, finished: tuple[Report, Path]
 ) -> None:
     step, factor, check = BROKEN[name]
@@ -257,7 +255,9 @@ def test_a_defence_that_only_looks_robust_is_broken_or_flagged(
     if check is None:
         naive = PGD(loss="ce", epsilon=SETTINGS.epsilon, steps=SETTINGS.steps, random_start=False)
         attacked = naive(branch, data.test.images, data.test.labels)
-        assert float((branch(attacked).argmax(-1) == data.test.labels).float().mean()) > 0.5  # what the naive one says
+        assert (
+            float((branch(attacked).argmax(-1) == data.test.labels).float().mean()) > 0.5
+        )  # as the naive attack claims
         at_most = finished[0].accuracy("branch:benign", "T2") + 0.03
         assert report.accuracy("zepad", "T2") <= at_most or not found["more_steps"]
         assert report.accuracy("zepad", "T2") < 0.3
@@ -270,7 +270,7 @@ def test_a_defence_that_only_looks_robust_is_broken_or_flagged(
 
 @dataclass(frozen=True)
 class Leaking(Fusion):
-    """A detector that peeks at the true labels of the test pictures, by their place in the batch."""
+    """A detector that reads the true labels of the test images, by their place in the batch."""
 
     labels: Tensor = field(default_factory=lambda: torch.empty(0), compare=False)
 
@@ -280,7 +280,7 @@ class Leaking(Fusion):
         return replace(decision, score=wrong.float())
 
 
-def test_a_detector_that_peeks_at_the_labels_is_flagged(data: EvalData) -> None:
+def test_detector_that_leaks_labels_is_flagged(data: EvalData) -> None:
     model = defended().set_detector(DetectorConfig(threshold=0.5))
     model.fusion = Leaking(model.fusion.rule, model.fusion.benign, labels=data.test.labels)
     settings = replace(SETTINGS, threats=("T2", "T3"), rules=("equal",), diagnostics_n=0)
@@ -292,10 +292,10 @@ def test_a_detector_that_peeks_at_the_labels_is_flagged(data: EvalData) -> None:
 
 
 class Killed(BaseException):
-    """As sudden as a kill: nobody catches it."""
+    """As sudden as a kill: no handler catches it."""
 
 
-def test_killed_at_twenty_moments_and_resumed_it_is_the_same(
+def test_killed_twenty_times_and_resumed_gives_the_same_report(
     finished: tuple[Report, Path], model: ZePAD, data: EvalData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, out = finished
@@ -315,14 +315,14 @@ def test_killed_at_twenty_moments_and_resumed_it_is_the_same(
     for _ in range(20):
         left = int(torch.randint(40, 160, (), generator=moments))
 
-        def mortal(self: Branch, images: torch.Tensor) -> torch.Tensor:
+        def killing(self: Branch, images: torch.Tensor) -> torch.Tensor:
             nonlocal left
             left -= 1
             if left < 0:
                 raise Killed
             return forward(self, images)
 
-        monkeypatch.setattr(Branch, "forward", mortal)
+        monkeypatch.setattr(Branch, "forward", killing)
         with contextlib.suppress(Killed):
             evaluate(model, data=data, settings=SETTINGS, out=tmp_path, resume=True)
     monkeypatch.setattr(Branch, "forward", forward)
@@ -339,7 +339,7 @@ def test_killed_at_twenty_moments_and_resumed_it_is_the_same(
     assert all(redone[key] == 1 for key in stages)  # no finished batch was done twice
 
 
-def test_honest_models_pass_the_checks(finished: tuple[Report, Path]) -> None:
+def test_diagnostics_pass_without_masked_gradients(finished: tuple[Report, Path]) -> None:
     report, _ = finished
     found = {check["name"]: check for check in report.meta["diagnostics"]}
     assert set(found) == {
@@ -360,7 +360,7 @@ def test_honest_models_pass_the_checks(finished: tuple[Report, Path]) -> None:
         assert found[name]["passed"], found[name]
 
 
-def test_a_rule_that_is_behind_already_gets_an_upper_bound(
+def test_skipped_rules_have_an_upper_bound(
     finished: tuple[Report, Path], model: ZePAD, data: EvalData, tmp_path: Path
 ) -> None:
     full, _ = finished
@@ -378,7 +378,7 @@ def test_a_rule_that_is_behind_already_gets_an_upper_bound(
     assert set(Records.load(tmp_path).skipped) == {name for name, bounded in bounds.items() if bounded}
 
 
-def test_the_full_preset_runs_every_attack_there_is(model: ZePAD, data: EvalData) -> None:
+def test_full_preset_runs_every_attack(model: ZePAD, data: EvalData) -> None:
     full = PRESETS.get("full")
     few = dict.fromkeys(full.universal, 2)
     settings = replace(
@@ -392,7 +392,7 @@ def test_the_full_preset_runs_every_attack_there_is(model: ZePAD, data: EvalData
     assert {check["name"] for check in report.meta["diagnostics"]} >= {"square_not_stronger", "no_randomness"}
 
 
-def test_more_baselines_and_fewer_threats(model: ZePAD, data: EvalData) -> None:
+def test_baselines_and_a_choice_of_threat_models(model: ZePAD, data: EvalData) -> None:
     settings = replace(SETTINGS, diagnostics_n=0, rules=("equal",))
     report = evaluate(
         model, data=data, settings=settings, threats=["T2"], n=20, baselines={"public_twin": model.undefended}
@@ -407,7 +407,7 @@ def test_more_baselines_and_fewer_threats(model: ZePAD, data: EvalData) -> None:
     assert "No white-box attack was run" in clean.markdown()
 
 
-def test_the_report_for_people(finished: tuple[Report, Path]) -> None:
+def test_report_text_has_a_table_per_threat_model_and_a_summary(finished: tuple[Report, Path]) -> None:
     report, out = finished
     text = (out / "report.md").read_text()
     for heading in ("T1: ", "T1b: ", "T2: ", "Detection", "In plain words"):
@@ -418,7 +418,7 @@ def test_the_report_for_people(finished: tuple[Report, Path]) -> None:
     assert "its best branch `branch:robust" in words
     assert "nan" not in text.lower().replace("nano", "")
     with pytest.raises(KeyError, match="models: undefended, zepad"):
-        report.accuracy("nobody")
+        report.accuracy("missing")
 
 
 def _report(**accuracies: float) -> Report:
@@ -432,7 +432,7 @@ def _report(**accuracies: float) -> Report:
     return Report({"warnings": []}, rows)
 
 
-def test_acceptance_names_what_is_missed() -> None:
+def test_acceptance_names_missed_criteria() -> None:
     good = {
         "undefended__clean": 0.7,
         "zepad__clean": 0.695,
@@ -452,7 +452,9 @@ def test_acceptance_names_what_is_missed() -> None:
         assert message in failure
 
 
-def test_figures(finished: tuple[Report, Path], model: ZePAD, data: EvalData, tmp_path: Path) -> None:
+def test_write_figures_draws_every_plot(
+    finished: tuple[Report, Path], model: ZePAD, data: EvalData, tmp_path: Path
+) -> None:
     report, out = finished
     shutil.copytree(out, tmp_path / "out")
     paths = write_figures(report, tmp_path / "out", model, data, count=3)
@@ -468,7 +470,7 @@ def test_figures(finished: tuple[Report, Path], model: ZePAD, data: EvalData, tm
         contact_sheet(images, images[:1], ("x", "y"), {})
 
 
-def test_settings_and_data_are_checked(model: ZePAD, data: EvalData) -> None:
+def test_settings_and_data_reject_mistakes(model: ZePAD, data: EvalData) -> None:
     for preset in PRESETS:
         assert EvalSettings.from_dict(PRESETS.get(preset).to_dict()) == PRESETS.get(preset)
     for bad, message in (
@@ -491,7 +493,7 @@ def test_settings_and_data_are_checked(model: ZePAD, data: EvalData) -> None:
         evaluate(model, data=data, settings="fast")
 
 
-def test_embedded_and_foreign_splits(tmp_path: Path) -> None:
+def test_load_takes_embedded_splits_and_halves_of_train(tmp_path: Path) -> None:
     settings = replace(SETTINGS, n=5, n_validation=6, n_surrogate=7)
     embedded = EvalData.load("embedded", settings)
     assert (len(embedded.test), len(embedded.validation), len(embedded.surrogate)) == (5, 6, 7)

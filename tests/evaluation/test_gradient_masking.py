@@ -20,7 +20,7 @@ Model = Callable[[Tensor], Tensor]
 
 
 def soft_gate(images: Tensor) -> Tensor:
-    """What an attacker puts in the place of the hard threshold."""
+    """The differentiable surrogate that an attacker uses for the hard threshold."""
     return torch.tanh(20 * (images - 0.5))
 
 
@@ -37,38 +37,38 @@ CASES: dict[str, tuple[Model, Model, Attack]] = {
 }
 
 
-def standing(defence: Model, images: Tensor, labels: Tensor) -> float:
+def robust_accuracy(defence: Model, images: Tensor, labels: Tensor) -> float:
     with torch.no_grad():
         return float((defence(images).argmax(-1) == labels).float().mean())
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_masked_gradients(name: str) -> None:
+def test_strong_attack_breaks_masked_gradients(name: str) -> None:
     images, labels = zoo.make_images()
     defence, rebuilt, attack = CASES[name]
-    assert standing(defence, images, labels) > 0.9
-    assert standing(defence, NAIVE(defence, images, labels), labels) > 0.7
-    assert standing(defence, attack(rebuilt, images, labels), labels) < 0.2
+    assert robust_accuracy(defence, images, labels) > 0.9
+    assert robust_accuracy(defence, NAIVE(defence, images, labels), labels) > 0.7
+    assert robust_accuracy(defence, attack(rebuilt, images, labels), labels) < 0.2
 
 
-def test_a_detached_branch() -> None:
+def test_adaptive_losses_break_a_detached_branch() -> None:
     images, labels = zoo.make_images()
-    assert standing(zoo.detached_branch, NAIVE(zoo.detached_branch, images, labels), labels) > 0.7
+    assert robust_accuracy(zoo.detached_branch, NAIVE(zoo.detached_branch, images, labels), labels) > 0.7
     for loss in ("branch", "sum_margin"):
         attacked = FusedAttack(fuse=zoo.mean_of, loss=loss, epsilon=EPSILON, steps=20)(
             zoo.detached_parts, images, labels
         )
-        assert standing(zoo.detached_branch, attacked, labels) < 0.2, loss
+        assert robust_accuracy(zoo.detached_branch, attacked, labels) < 0.2, loss
 
 
-def test_random_resizing() -> None:
+def test_eot_breaks_random_resizing() -> None:
     images, labels = zoo.make_images()
     budget = 6 / 255
 
     def rate(attacked: Tensor) -> float:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return sum(standing(zoo.random_resizing, attacked, labels) for _ in range(20)) / 20
+            return sum(robust_accuracy(zoo.random_resizing, attacked, labels) for _ in range(20)) / 20
 
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -81,8 +81,8 @@ def test_random_resizing() -> None:
     assert rates["through"] < 0.3, rates
 
 
-def test_a_detector_that_peeks_at_the_labels() -> None:
-    """No input evades it, which is what gives it away: also when the labels it is asked about are not the true ones."""
+def test_detector_that_leaks_labels_depends_on_them() -> None:
+    """No input evades it, also when its labels are not the true ones, which shows that it reads them."""
     images, labels = zoo.make_images()
     wrong = NAIVE(zoo.undefended, images, labels)
     leaking = zoo.leaking_detector(labels)
@@ -91,12 +91,12 @@ def test_a_detector_that_peeks_at_the_labels() -> None:
     towards = PGD(loss="margin", epsilon=EPSILON, steps=20)(zoo.undefended, wrong, labels)
     answers = zoo.undefended(towards).argmax(-1)
     assert (answers != labels).all()
-    honest = zoo.leaking_detector(answers)  # deployed, nobody knows the labels: the answer is all it can be given
+    honest = zoo.leaking_detector(answers)  # deployed, the labels are unknown: the answer takes their place
     assert not (honest(zoo.undefended(towards)[None]) > 0.5).any()
-    assert standing(zoo.undefended, images, other) == 0
+    assert robust_accuracy(zoo.undefended, images, other) == 0
 
 
-def test_a_detector_of_disagreement_is_talked_out_of_it() -> None:
+def test_detector_aware_attack_evades_a_disagreement_score() -> None:
     images, labels = zoo.make_images()
     threshold = float(zoo.disagreement(zoo.detached_parts(images)).max())
 

@@ -1,4 +1,4 @@
-"""Figures checked against hand counts and known values."""
+"""Metrics against hand counts and published values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from zepad_mm.evaluation.metrics import (
 )
 
 
-def test_wilson_against_published_values() -> None:
+def test_wilson_matches_published_values() -> None:
     # Newcombe 1998, table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29
     for count, n, low, high in (
         (81, 263, 0.2553, 0.3662),
@@ -31,7 +31,7 @@ def test_wilson_against_published_values() -> None:
             wilson(count, n)
 
 
-def test_both_definitions_of_attack_success() -> None:
+def test_fooling_rate_and_flipped_when_right() -> None:
     labels = torch.tensor([0, 0, 1, 1, 2])
     clean = torch.tensor([0, 1, 1, 1, 2])  # one wrong already
     attacked = torch.tensor([1, 2, 1, 0, 2])
@@ -43,9 +43,9 @@ def test_both_definitions_of_attack_success() -> None:
         share(torch.empty(0, dtype=torch.bool))
 
 
-def test_detection_thresholds_come_from_validation() -> None:
+def test_detect_takes_thresholds_from_validation_scores() -> None:
     validation = torch.arange(100) / 100
-    clean = torch.tensor([0.0, 0.5, 0.97, 0.99])  # test pictures: more false alarms than promised, and it says so
+    clean = torch.tensor([0.0, 0.5, 0.97, 0.99])  # test images: more false alarms than the thresholds promise
     attacked = torch.tensor([0.2, 0.96, 0.97, 2.0])
     found = detect(validation, clean, attacked)
     assert found.tpr_at_fpr1 == pytest.approx(1 / 4)
@@ -58,6 +58,6 @@ def test_detection_thresholds_come_from_validation() -> None:
     assert auroc(torch.zeros(2), torch.tensor([torch.nan, torch.inf])) == pytest.approx(0.5)
 
 
-def test_the_papers_rule_weighs_both_kinds_alike() -> None:
+def test_paper_rule_accuracy_weights_clean_and_attacked_equally() -> None:
     clean, attacked = torch.tensor([0.0, 0.2, -0.4, 0.1]), torch.tensor([0.3, 0.0])
     assert paper_rule_accuracy(clean, attacked) == pytest.approx((3 / 4 + 1 / 2) / 2)

@@ -1,4 +1,4 @@
-"""The model card: every figure is the report's, doubts come first, and another model's report is refused."""
+"""The model card: numbers are the report's, doubts come first, and another model's report is refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def changed(report: Report, **meta: Any) -> Report:
     return Report({**report.meta, **meta}, report.rows, report.detection)
 
 
-def test_figures_are_those_of_the_report(config: ZePADConfig, report: Report) -> None:
+def test_card_shows_the_numbers_of_the_report(config: ZePADConfig, report: Report) -> None:
     text = model_card(config, report)
     for threat in report.threats:
         row = report.row("zepad", threat)
@@ -47,7 +47,7 @@ def test_figures_are_those_of_the_report(config: ZePADConfig, report: Report) ->
     assert report.meta["commit"] in text
 
 
-def test_the_metadata_is_what_the_hub_reads(config: ZePADConfig, report: Report) -> None:
+def test_card_metadata_has_the_results_for_the_hub(config: ZePADConfig, report: Report) -> None:
     data = ModelCard(model_card(config, report)).data
     assert data.library_name == "zepad-mm"
     assert data.pipeline_tag == "zero-shot-image-classification"
@@ -60,7 +60,7 @@ def test_the_metadata_is_what_the_hub_reads(config: ZePADConfig, report: Report)
     assert white_box.metric_args["ci_low"] < white_box.metric_value < white_box.metric_args["ci_high"]
 
 
-def test_base_models_are_named_as_the_hub_names_them(config: ZePADConfig) -> None:
+def test_card_names_base_models_by_hub_repository(config: ZePADConfig) -> None:
     branches = tuple(
         replace(branch, source=source)
         for branch, source in zip(
@@ -73,7 +73,7 @@ def test_base_models_are_named_as_the_hub_names_them(config: ZePADConfig) -> Non
     assert data.base_model == ["acme/clip", "laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "timm/resnet18.a1_in1k"]
 
 
-def test_doubts_come_before_everything_else(config: ZePADConfig, report: Report) -> None:
+def test_card_starts_with_failed_diagnostics(config: ZePADConfig, report: Report) -> None:
     text = model_card(config, report)
     banner = text.index("likely overestimated.**")
     assert banner < text.index("## Use") < text.index("## Robustness")
@@ -84,7 +84,7 @@ def test_doubts_come_before_everything_else(config: ZePADConfig, report: Report)
     assert "overestimated" not in sure
 
 
-def test_what_was_not_measured_is_said(config: ZePADConfig, report: Report) -> None:
+def test_card_lists_what_was_not_measured(config: ZePADConfig, report: Report) -> None:
     kept = Report(report.meta, [row for row in report.rows if row["threat"] in ("clean", "T1")])
     text = model_card(config, kept)
     assert "**No white-box attack was run.**" in text
@@ -99,7 +99,7 @@ def test_what_was_not_measured_is_said(config: ZePADConfig, report: Report) -> N
     assert "Not evaluated yet" in model_card(config, None)
 
 
-def test_the_report_of_another_model_is_refused(config: ZePADConfig, report: Report) -> None:
+def test_card_refuses_the_report_of_another_model(config: ZePADConfig, report: Report) -> None:
     with pytest.raises(ValueError, match="another model than the card: fusion, fusion_params differ"):
         model_card(replace(config, fusion="rfdm", fusion_params={}), report)
     moved = tuple(value + 1 for value in config.fingerprint)
@@ -109,7 +109,7 @@ def test_the_report_of_another_model_is_refused(config: ZePADConfig, report: Rep
         model_card(config, changed(report, config={}))
 
 
-def test_a_card_is_written_into_the_folder_of_a_model(clip_source: str, tmp_path: Path) -> None:
+def test_write_card_writes_into_a_model_folder(clip_source: str, tmp_path: Path) -> None:
     model = make_zepad(clip_source)
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         write_card(tmp_path, None)
@@ -118,14 +118,14 @@ def test_a_card_is_written_into_the_folder_of_a_model(clip_source: str, tmp_path
     card.unlink()
     write_card(tmp_path, None)
     assert "others cannot load" not in card.read_text()
-    card.write_text("my own words")
+    card.write_text("written by hand")
     with pytest.raises(FileExistsError, match="move it away"):
         write_card(tmp_path, None)
-    assert card.read_text() == "my own words"
+    assert card.read_text() == "written by hand"
 
 
-def test_the_card_of_an_evaluation_just_made(clip_source: str, tmp_path: Path, images: Any) -> None:
-    """Not the shipped report alone: what ``evaluate`` writes today has all that the card asks for."""
+def test_write_card_takes_a_new_report(clip_source: str, tmp_path: Path, images: Any) -> None:
+    """Beside the shipped report: what ``evaluate`` writes today has everything that the card needs."""
     import torch
 
     from zepad_mm.data import LabelledImages
@@ -142,6 +142,6 @@ def test_the_card_of_an_evaluation_just_made(clip_source: str, tmp_path: Path, i
     assert "is a local path: others cannot load this model" in text
     write_card(tmp_path, Report.load(tmp_path / "report"))
     assert (tmp_path / "README.md").read_text() == text
-    # a model that is saved again is another model: the figures go
+    # a model that is saved again is another model: its numbers are removed
     model.set_fusion("equal").save_pretrained(tmp_path)
     assert "Not evaluated yet" in (tmp_path / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""Tables over several reports: what is compared, what is bold, and what each format makes of it."""
+"""Tables over several reports: what is compared, what is bold, and each format."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from zepad_mm.evaluation.plots import budget_figure, budget_sweep
 from zepad_mm.evaluation.tables import FORMATS, as_csv, as_json, as_latex, as_markdown, entries, latex
 from zepad_mm.utils.markdown import interval_text
 
-FIGURES = {
+CORRECT = {
     "undefended": {"clean": 700, "T1": 200, "T2": 0},
     "zepad": {"clean": 720, "T1": 650, "T2": 500},
     "branch:a_b": {"clean": 710, "T1": 640, "T2": 380},
@@ -50,14 +50,14 @@ def row(model: str, threat: str, right: int, n: int = 1000, attack: str = "", **
 
 
 def report(
-    figures: dict[str, dict[str, int]] = FIGURES, dataset: str = "clothing", seed: int = 0, failed: Sequence[str] = ()
+    correct: dict[str, dict[str, int]] = CORRECT, dataset: str = "clothing", seed: int = 0, failed: Sequence[str] = ()
 ) -> Report:
     rows = [
         row(model, threat, right, dataset=dataset)
-        for model, threats in figures.items()
+        for model, threats in correct.items()
         for threat, right in threats.items()
     ]
-    if "T2" in figures["zepad"]:  # a single attack beside a worst case is no column of its own
+    if "T2" in correct["zepad"]:  # a single attack beside a worst case is no column of its own
         rows.append(row("zepad", "T2", 651, attack="pgd@zepad", dataset=dataset))
     meta = {"seed": seed, "wall_s": 61.4, "commit": "abc", "warnings": []}
     meta["diagnostics"] = [{"name": name, "passed": False, "detail": "", "values": {}} for name in failed]
@@ -66,12 +66,12 @@ def report(
 
 @pytest.fixture
 def two() -> dict[str, Report]:
-    """Two data sets; the second was attacked less, and doubts itself."""
-    few = {model: {"clean": threats["clean"], "T2": threats["T2"]} for model, threats in FIGURES.items()}
+    """Two data sets; the second was attacked less, and a diagnostic of it failed."""
+    few = {model: {"clean": threats["clean"], "T2": threats["T2"]} for model, threats in CORRECT.items()}
     return {"a": report(), "b": report(few, "flowers_50%", 3, ["gradients"])}
 
 
-def test_two_data_sets_in_one_table(two: dict[str, Report]) -> None:
+def test_as_markdown_shows_two_data_sets(two: dict[str, Report]) -> None:
     lines = [
         [part.strip() for part in line.split("|")[1:-1]]
         for line in as_markdown(entries(two)).split("\n\n")[0].split("\n")
@@ -90,14 +90,14 @@ def test_two_data_sets_in_one_table(two: dict[str, Report]) -> None:
     assert "<=: not attacked" not in text
 
 
-def test_columns_stand_from_weak_to_strong() -> None:
+def test_columns_are_ordered_from_weak_to_strong() -> None:
     strong = {"zepad": {"clean": 7, "T2": 1}}
     weak = {"zepad": {"clean": 7, "T1": 3}}
     head = as_markdown(entries({"a": report(strong), "b": report(weak, "flowers")})).split("\n")[0]
     assert head.index("T1 worst") < head.index("T2 worst")
 
 
-def test_reports_alike_are_told_apart_by_name() -> None:
+def test_reports_on_the_same_data_are_named() -> None:
     found = entries({"first": report(), "second": report()})
     assert as_markdown(found).startswith("| report ")
     assert {entry.best for entry in found if entry.threat == "T2" and entry.model == "zepad"} == {True}
@@ -110,17 +110,15 @@ def test_reports_alike_are_told_apart_by_name() -> None:
         ({"a": 500, "b": 380}, {}, ["a"]),
         ({"a": 500, "b": 480}, {}, []),  # the intervals overlap
         ({"a": 500, "b": 500}, {}, []),
-        ({"a": 500, "b": 380, "c": 490}, {}, []),  # the runner-up decides, wherever it stands
-        ({"a": 500}, {}, []),  # nobody to be better than
-        ({"a": 500, "b": 380}, {"a": {"upper_bound": True}}, []),  # may be lower in truth
+        ({"a": 500, "b": 380, "c": 490}, {}, []),  # the second best decides, wherever it is
+        ({"a": 500}, {}, []),  # no other model
+        ({"a": 500, "b": 380}, {"a": {"upper_bound": True}}, []),  # may be lower
         ({"a": 500, "b": 380}, {"b": {"upper_bound": True}}, ["a"]),
-        ({"a": 500, "b": 380}, {"b": {"dataset": "flowers"}}, []),  # other pictures
+        ({"a": 500, "b": 380}, {"b": {"dataset": "flowers"}}, []),  # other images
         ({"a": 500, "b": 380}, {"b": {"epsilon": 1 / 255}}, []),  # another budget
     ],
 )
-def test_bold_only_where_the_intervals_separate(
-    right: dict[str, int], more: dict[str, dict[str, Any]], bold: list[str]
-) -> None:
+def test_bold_needs_separate_intervals(right: dict[str, int], more: dict[str, dict[str, Any]], bold: list[str]) -> None:
     rows = [row(model, "T2", count, **more.get(model, {})) for model, count in right.items()]
     found = entries({"r": Report(report().meta, rows)})
     assert [entry.model for entry in found if entry.best] == bold
@@ -132,26 +130,26 @@ def test_bold_only_where_the_intervals_separate(
     assert as_latex(found).count(r"\textbf{") == len(bold)
 
 
-def test_the_rule_that_ships_is_no_rival_of_itself() -> None:
-    echo = {**FIGURES, "zepad:rfdm": FIGURES["zepad"]}
+def test_entries_drop_the_row_of_the_rule_that_ships() -> None:
+    echo = {**CORRECT, "zepad:rfdm": CORRECT["zepad"]}
     found = entries({"r": report(echo)})
-    assert {entry.model for entry in found} == set(FIGURES)
+    assert {entry.model for entry in found} == set(CORRECT)
     assert any(entry.best for entry in found)
-    differs = {**FIGURES, "zepad:rfdm": {**FIGURES["zepad"], "T2": 499}}  # other parameters: another model
+    differs = {**CORRECT, "zepad:rfdm": {**CORRECT["zepad"], "T2": 499}}  # other parameters: another model
     assert "zepad:rfdm" in {entry.model for entry in entries({"r": report(differs)})}
 
 
-def test_attacks_without_a_worst_case_are_shown_one_by_one() -> None:
+def test_attacks_without_a_worst_case_have_a_column_each() -> None:
     rows = [row(model, "T1", 400, n, attack) for model in ("a", "b") for attack, n in (("uap", 1000), ("ssp", 500))]
     rows.append(row("a", "T1", 600, attack="random_noise", control=True))
     text = as_markdown(entries({"r": Report(report().meta, rows)}))
     assert "T1 uap, 10/255" in text
     assert "T1 ssp, 10/255" in text
     assert "random_noise" not in text
-    assert text.count(", n = 500") == 2  # fewer pictures than the line says
+    assert text.count(", n = 500") == 2  # fewer images than the line says
 
 
-def test_csv_and_json_round_trip(two: dict[str, Report]) -> None:
+def test_csv_and_json_hold_every_entry(two: dict[str, Report]) -> None:
     found = entries(two)
     assert json.loads(as_json(found)) == [asdict(entry) for entry in found]
     lines = list(csv.DictReader(io.StringIO(as_csv(found))))
@@ -171,11 +169,11 @@ def test_csv_and_json_round_trip(two: dict[str, Report]) -> None:
         ("plain (1.0-2.0)", "plain (1.0-2.0)"),
     ],
 )
-def test_latex_escapes(text: str, escaped: str) -> None:
+def test_latex_escapes_special_characters(text: str, escaped: str) -> None:
     assert latex(text) == escaped
 
 
-def test_latex_is_whole(two: dict[str, Report]) -> None:
+def test_as_latex_is_complete(two: dict[str, Report]) -> None:
     text = as_latex(entries(two))
     assert "branch:a\\_b" in text
     assert "flowers\\_50\\% (!)" in text
@@ -192,7 +190,7 @@ def test_latex_is_whole(two: dict[str, Report]) -> None:
     assert text.count("{") == text.count("}")
 
 
-def test_reports_that_cannot_be_used() -> None:
+def test_entries_reject_incomplete_reports() -> None:
     with pytest.raises(ValueError, match="at least one report"):
         entries({})
     with pytest.raises(ValueError, match="r: the report holds no rows"):
@@ -218,7 +216,7 @@ def folders(two: dict[str, Report], tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_command(
+def test_report_command_writes_every_format(
     name: str, folders: list[str], two: dict[str, Report], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["report", *folders, "--format", name]) == 0
@@ -234,7 +232,7 @@ def test_the_command(
     ("words", "message"),
     [
         (["report"], "reports"),
-        (["report", "nowhere"], "nowhere does not exist; expected the report of an evaluation"),
+        (["report", "missing"], "missing does not exist; expected the report of an evaluation"),
         (["report", "{a}", "--format", "tex"], "unknown table format 'tex'"),
         (["report", "{a}", "{a}/report.json"], "is given twice"),
         (["report", "{a}", "--out", "{a}"], "Is a directory"),
@@ -242,7 +240,7 @@ def test_the_command(
         (["report", __file__], "is not a complete JSON file"),
     ],
 )
-def test_the_commands_errors_are_one_line(
+def test_report_command_errors_are_one_line(
     words: list[str], message: str, folders: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([word.format(a=folders[0]) for word in words]) == 2
@@ -253,7 +251,7 @@ def test_the_commands_errors_are_one_line(
     assert said.err.count("\n") == 1
 
 
-def test_accuracy_against_the_budget() -> None:
+def test_budget_figure_shows_the_sweep() -> None:
     found = report()
     assert budget_sweep(found) == {}
     with pytest.raises(ValueError, match="diagnostics_n of at least 1"):

@@ -1,4 +1,4 @@
-"""A small defence that was really trained, and pictures of two cues, for tests of the evaluation."""
+"""A small defence after a real training, and images with two cues, for tests of the evaluation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SETTINGS = EvalSettings(
 
 
 def toy(n: int, seed: int) -> LabelledImages:
-    """Two cues: a faint pattern, always right and easily erased; a tint that often misleads but is hard to erase."""
+    """Labelled images with two cues: a faint pattern, always right and easy to erase; a noisy, lasting tint."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(3, (n,), generator=generator)
     line = ((torch.arange(SIZE) // 2) % 2).float() * 2 - 1
@@ -43,7 +43,7 @@ def toy(n: int, seed: int) -> LabelledImages:
 
 
 def trained(name: str, role: str, seed: int, epsilon: float) -> Branch:
-    """A small network after a second of training, on PGD examples where epsilon is positive."""
+    """A small network trained for a second, on PGD examples where epsilon is positive."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         backbone = nn.Sequential(
@@ -83,6 +83,6 @@ def defended() -> ZePAD:
     return model
 
 
-def pictures() -> EvalData:
+def eval_data() -> EvalData:
     """Test, validation and surrogate."""
     return EvalData(toy(96, 7), toy(80, 8), toy(64, 9))

@@ -150,15 +150,9 @@ class Report:
         values = read_json(path)
         if not isinstance(values, dict) or not {"meta", "rows", "detection"} <= set(values):
             raise ValueError(f"{path} is no report of zepad-mm: expected the keys meta, rows and detection")
-        rows = [row if "kind" in row else {**row, "kind": _kind_in_old_report(row["model"])} for row in values["rows"]]
-        return cls(values["meta"], rows, values["detection"])
-
-
-def _kind_in_old_report(model: str) -> str:
-    """The kind of a row in a report from before rows had one, from its name."""
-    kinds = {"undefended": RowKind.UNDEFENDED, "zepad": RowKind.DEFAULT, "branch": RowKind.BRANCH}
-    kind = RowKind.RULE if model.startswith("zepad:") else kinds.get(model.partition(":")[0], RowKind.BASELINE)
-    return str(kind)
+        if not all("kind" in row for row in values["rows"]):
+            raise ValueError(f"{path}: expected rows with a kind, which older versions did not write; evaluate again")
+        return cls(values["meta"], values["rows"], values["detection"])
 
 
 def merged(evaluations: Mapping[tuple[str, str], Report], meta: dict[str, Any]) -> Report:
