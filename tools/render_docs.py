@@ -83,7 +83,8 @@ def explanation(report: Report) -> list[str]:
         "one seed, the small embedded CLIP; every cell is the worst case per image over all attacks of its column.",
         f"**A white-box attack still succeeds often**: changing no pixel by more than {budget_of(white_box)}, it "
         f"breaks {100 * lost:.0f} % of the answers that ZePAD gets right on clean images "
-        f"({percent(clean['accuracy'])} to {percent(white_box['accuracy'])} %). Under one perturbation made on the public encoder the undefended CLIP "
+        f"({percent(clean['accuracy'])} to {percent(white_box['accuracy'])} %). Under one perturbation made on the "
+        "public encoder the undefended CLIP "
         f"falls from {percent(report.accuracy(undefended))} to {percent(report.accuracy(undefended, T1.key))} %, ZePAD "
         f"to {percent(report.accuracy(default, T1.key))} %. The default rule is not the paper's: under the same "
         f"white-box attack the paper's rule has {at_most}{percent(paper['accuracy'])} %. The rule was selected on "
