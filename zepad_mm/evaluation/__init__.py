@@ -1,13 +1,22 @@
 """Evaluation under threat models: attacks on shared images, per-sample records, diagnostics, reports.
 
-engine.py      evaluate(): models x tasks -> report          threats.py     what each attacker knows
-subjects.py    any model as networks and rows                settings.py    budgets, strengths, presets
-universal.py   T1, T1p, T1b                                  white_box.py   T2, T3
-session.py     one evaluation in progress                    stage_cache.py its finished stages on disk
-detection.py   suspicion scores under attack                 false_alarms.py, corruptions.py: without an attack
-diagnostics.py was the attack too weak?                      metrics.py     shares, intervals, ASR, AUROC
-records.py     answers per image -> rows                     report.py, report_text.py: report.json, report.md
-tables.py      several reports in one table                  plots.py, model_card.py, publishing.py
+Where to find what::
+
+    engine.py        evaluate(): models x tasks -> report
+    threats.py       threat models: what each attacker knows, which examples count
+    subjects.py      any model as networks and rows
+    settings.py      budgets, strengths of attacks, presets
+    universal.py     T1, T1p and T1b: one perturbation for all images
+    white_box.py     T2 and T3: each image is attacked
+    session.py       one evaluation in progress; stage_cache.py keeps its finished stages
+    detection.py     suspicion scores under attack (the scores are in models/detection.py)
+    false_alarms.py  suspicion scores without an attack; corruptions.py makes the images
+    diagnostics.py   whether the attacks were too weak
+    metrics.py       shares with intervals, attack success rates, AUROC
+    records.py       answers per image, and the rows that follow from them
+    report.py        report.json; report_text.py writes report.md
+    tables.py        several reports in one table
+    plots.py, model_card.py, publishing.py
 """
 
 from zepad_mm.evaluation.data import EvalData

@@ -1,4 +1,4 @@
-"""False alarms: what a detector makes of images that nobody attacked, such as noisy, dark or compressed ones."""
+"""False alarms: unattacked images that a detector flags, such as noisy, dark or compressed ones."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Share:
         return wilson(self.count, self.n)
 
 
-@lru_cache(maxsize=4096)  # rows share their counts, and binomtest also runs a test that nobody needs
+@lru_cache(maxsize=4096)  # rows share their counts, and binomtest also computes a p-value
 def wilson(count: int, n: int) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of ``count`` of ``n``. Raises ValueError for n < 1 or a count beyond n."""
     if n < 1 or not 0 <= count <= n:

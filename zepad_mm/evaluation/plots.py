@@ -56,7 +56,7 @@ def contact_sheet(
     Args:
         clean, attacked: (k, 3, H, W) in [0, 1].
         truth: (k,) true class names.
-        answers: model -> its (k,) answers on the attacked pictures; green when right.
+        answers: model -> its (k,) answers on the attacked images; green when right.
         title: of the figure.
 
     Raises:

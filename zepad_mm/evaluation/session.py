@@ -144,7 +144,7 @@ class Session:
         self.cache = None if out is None else StageCache(out)
         if self.cache is not None and self.processes.first:
             self.cache.open(self._identity(), resume)
-        self.processes.broadcast(None)  # nobody begins before old stages are gone
+        self.processes.broadcast(None)  # no process starts before old stages are deleted
 
     # ---- rows and members --------------------------------------------------------------------------------------
 

@@ -29,8 +29,8 @@ class ThreatModel:
         attacker: the same as the subject of a sentence.
         budget: settings to the size and norm of the perturbation; None without an attack.
         attacks: settings to the names of the attacks that it runs.
-        counts: threat models whose examples count for the worst case of a row, beside the clean images. Whoever knows
-            more may still do less.
+        counts: threat models whose examples count for the worst case of a row, beside the clean images. An
+            attacker who knows more can still do less.
         universal: one perturbation for all images; otherwise each image is attacked by itself.
         needs: what a model must have for this threat model to apply.
         requires: the setting that must name at least one attack.

@@ -22,7 +22,7 @@ FAMILY = "family"  # target of a perturbation made on all branches at once
 
 def run_clean(session: Session) -> None:
     """Score the clean images."""
-    found = session.stage("clean none", lambda: {"logits": session.score(session.images)})
+    found = session.stage(f"{CLEAN} none", lambda: {"logits": session.score(session.images)})
     nothing = torch.zeros(len(session.labels), dtype=torch.bool)
     session.add(Example(CLEAN.key, "none", 0.0, found["logits"], nothing, float(found["seconds"]), algorithm="none"))
 
@@ -104,7 +104,7 @@ def _score_noise(session: Session) -> None:
         signs = torch.randint(2, shape, generator=session.generator("noise")) * 2.0 - 1
         return {"logits": session.score((session.images + epsilon * signs).clamp(0, 1))}
 
-    found = session.stage("T1 random_noise", work)
+    found = session.stage(f"{T1} random_noise", work)
     session.add(on_all_images(session, T1, "random_noise", "", found, control=True))
 
 
@@ -116,7 +116,7 @@ def _score_published(session: Session, path: str) -> None:
         perturbation = load_published(path, epsilon=epsilon, image_size=session.images.shape[-1])
         return {"delta": perturbation.delta, "logits": session.score(perturbation(session.images))}
 
-    found = session.stage(f"T1 {algorithm}", work)
+    found = session.stage(f"{T1} {algorithm}", work)
     session.deltas[algorithm, ""] = found["delta"]
     session.add(on_all_images(session, T1, algorithm, "", found))
 
@@ -125,7 +125,7 @@ def _score_patch(
     session: Session, algorithm: str, target: str, make: Callable[[], Perturbation], control: bool = False
 ) -> None:
     name = attack_name(algorithm, target)
-    found = session.stage(f"T1p {name}", lambda: {"logits": session.score(make()(session.images))})
+    found = session.stage(f"{T1P} {name}", lambda: {"logits": session.score(make()(session.images))})
     session.add(on_all_images(session, T1P, algorithm, target, found, control))
 
 

@@ -209,7 +209,7 @@ def _attack_fusion(session: Session, loss: str) -> None:
 def _score_rescaled(session: Session, algorithm: str, target: str, delta: Tensor) -> None:
     """A universal perturbation at T2's budget, in the pool: transfer must not beat the white-box attack."""
     perturbation, name = _at_white_box_budget(session, delta), attack_name(algorithm, target)
-    found = session.stage(f"T2 {name}", lambda: {"logits": session.score(perturbation(session.images))})
+    found = session.stage(f"{T2} {name}", lambda: {"logits": session.score(perturbation(session.images))})
     session.add(on_all_images(session, T2, algorithm, target, found))
 
 
