@@ -237,7 +237,7 @@ def test_clean_targets_are_cached_for_other_runs(
         caplog.clear()
         third, _ = run(tmp_path / f"third-{number}", defence, settings)
         assert same(first, third)
-        assert "is written anew" in caplog.text
+        assert "is recomputed" in caplog.text
         assert torch.equal(read_tensors(file)[0]["features"], features)
     with pytest.raises(ValueError, match="set augment='none'"):
         run(tmp_path / "augmented", defence, quick(cache_dir=str(kept)))
@@ -265,7 +265,7 @@ def test_text_embeddings_are_cached_for_other_runs(
             write_tensors(file, {"features": wrong})
         caplog.clear()
         assert torch.equal(head(), expected)
-        assert "is written anew" in caplog.text
+        assert "is recomputed" in caplog.text
         torch.testing.assert_close(read_tensors(file)[0]["features"], expected)
     (tmp_path / "other").mkdir()
     other = write_clip(tmp_path / "other", seed=1)
