@@ -143,7 +143,7 @@ def test_what_cannot_be_read_is_named(folder: Path, tmp_path: Path) -> None:
         open_images(str(tmp_path), "train", 12).fetch(torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="of process 0: the image cannot be read"):
         list(shares(stream_images(str(tmp_path), "train", 12), quick(batch_size=2), 0, 1, 0, 1, False))
-    with pytest.raises(ValueError, match="no row left for a worker of process 95"):
+    with pytest.raises(ValueError, match="no rows for a worker of process 95"):
         list(shares(opened(folder, "stream"), quick(batch_size=96), 95, 96, 0, 1, False))
     with pytest.raises(FileNotFoundError, match="has no split 'validation'"):
         stream_images(str(folder), "validation")
