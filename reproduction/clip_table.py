@@ -1,109 +1,91 @@
 #!/usr/bin/env python
-"""Table 9: the embedded CLIP and the shipped defences, zero-shot: names and styles seen or not, prompts, baselines.
+"""Table 9 b: the embedded CLIP and the shipped defences, zero-shot, on seen and unseen class names, styles and prompts.
 
-    python -m reproduction.clip_table --out results --data DIR/imagenet20 --data DIR/tinyimagenet80 \\
-        --data DIR/pacs:photo --data DIR/pacs:sketch --tune-on outputs/embedded/pool
-    python -m reproduction.clip_table --small --out DIR      # seconds: shows that it runs
+    python -m reproduction.clip_table --config reproduction/configs/clip.yaml --tune_on outputs/embedded/pool \\
+        --data "[DIR/imagenet20, DIR/tinyimagenet80, DIR/pacs:photo, DIR/pacs:sketch]"
+    python -m reproduction.clip_table --config reproduction/configs/clip_smoke.yaml      # seconds
 
-Writes clip.json and clip.md after every piece, and goes on where it was killed; perturbations and tuned adapters are
-kept in --work. --data takes folders of parquet files or Hub names, with the split behind a colon (test without one); a
-set with names that the text tower never read is split into the two halves. The baselines (TeCoA, FARE, PMG-AFT; all
-weights, and LoRA of several ranks) are tuned on --tune-on, e.g. what tools/build_zepad.py joined. T1
-perturbations are made once, on the public encoder from clothing pictures, whatever the task: the attacker does not know
-it. T2 is one white-box PGD through the whole model, so its column is an upper bound; scripts/demo attacks harder.
+One study of ``evaluate``: models with every prompt set, then baselines (TeCoA, FARE, PMG-AFT; all weights, and LoRA of
+several ranks) tuned on ``tune_on``, e.g. the output of tools/joint_validation_pool.py; a second start resumes in --out.
+T1 perturbations are crafted once, on the public encoder from clothing images: the attacker does not know the task.
+``data`` takes folders of parquet files or Hub names, with the split after a colon (test without one); a data set with
+class names that the text tower was not trained on is split in two. Writes clip.json and clip.md into --result.
 """
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from reproduction.universal_attacks_table import SOURCE, crafted
+from reproduction.command_line import parse
 from tools.clip_names import UNSEEN, Names
 from tools.clip_record import restrict
-from zepad_mm import ZePAD
-from zepad_mm.attacks import PGD, Perturbation
+from zepad_mm import ZePAD, evaluate
 from zepad_mm.data import LabelledImages, load_data
-from zepad_mm.encoders import Encoder, LoraSettings, load_clip, optimize_for_inference
-from zepad_mm.evaluation.metrics import share
+from zepad_mm.encoders import Encoder, LoraSettings, load_clip
+from zepad_mm.evaluation import EvalData, EvalSettings, Report, Subject, subject_of
 from zepad_mm.models.heads import zero_shot_head
-from zepad_mm.training import TrainSettings, TuneSettings, load_tuned, tune
-from zepad_mm.utils.io import read_json, write_json, write_text
+from zepad_mm.training import TrainSettings, Tuned, TuneSettings, tune
+from zepad_mm.utils.config import Config
+from zepad_mm.utils.io import write_json, write_text
+from zepad_mm.utils.markdown import interval_text, markdown_table
 from zepad_mm.utils.provenance import provenance
 
 NAME = "clip"
-PROMPT_SETS = ("single", "photo", "style")
+SOURCE = "open_clip:embedded"
 THREATS = ("clean", "T1", "T2")
-MODELS = {"embedded": "embedded", "general": Path(__file__).parents[1] / "recipes" / "models" / "general"}
-BASELINES = {  # with two attack steps, as the shipped branches
+DEFENCES = {"embedded": "embedded", "general": Path(__file__).parents[1] / "recipes" / "models" / "general"}
+BASELINES: dict[str, dict[str, Any]] = {  # with two attack steps, as the shipped branches
     "tecoa": {"attack_steps": 2, "clean_fraction": 0.25},
     "fare": {"attack_steps": 2, "clean_weight": 0.5},
     "pmg_aft": {"attack_steps": 2, "attack_step_size": None},
 }
-RANKS_OF = "tecoa"  # the defence that all ranks are tried with; the others are tuned in full and by COMMON_RANK
+SWEPT = "tecoa"  # the defence of the rank sweep; the others are tuned in full and with COMMON_RANK
 COMMON_RANK = 8
-TRAINED_ON = ("clothing", "imagenet20", "tinyimagenet80")  # sets that the embedded CLIP saw training pictures of
-DEFAULTS = {"n": 200, "n_surrogate": 1000, "attack_steps": 10, "tune_steps": 100, "batch_size": 32}
-DEFAULTS |= {"n_validation": 128, "craft_steps": None}
-SMALL = {"n": 4, "n_surrogate": 8, "attack_steps": 1, "tune_steps": 1, "batch_size": 4}
-SMALL |= {"n_validation": 4, "craft_steps": 1}
+TRAINED_ON = ("clothing", "imagenet20", "tinyimagenet80")  # data sets in the training of the embedded CLIP
 
 
-def parse(args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the two result files")
-    parser.add_argument("--work", type=Path, default=Path("outputs/clip"), help="folder of what was crafted and tuned")
-    parser.add_argument("--data", action="append", default=[], metavar="SET[:SPLIT]", help="beside the embedded set")
-    parser.add_argument("--prompts", default=",".join(PROMPT_SETS), help="prompt sets, by comma")
-    parser.add_argument("--attacks", default="uapgd,feature_uap,adv_encoder", help="universal attacks of T1, by comma")
-    parser.add_argument("--ranks", default="0,2,4,8,16", help="of the LoRA sweep, by comma; 0: all weights")
-    parser.add_argument("--tune-on", default="embedded", metavar="SET", help="what baselines are tuned on")
-    parser.add_argument("--epsilon-t1", type=float, default=10 / 255, help="L-inf budget of T1")
-    parser.add_argument("--epsilon-t2", type=float, default=4 / 255, help="L-inf budget of T2 and of the tuning")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--small", action="store_true", help="few pictures and steps: shows that it runs")
-    for name in DEFAULTS:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"default: {DEFAULTS[name]}")
-    options = parser.parse_args(args)
-    for name, value in (SMALL if options.small else DEFAULTS).items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    return options
+@dataclass(frozen=True, kw_only=True)
+class ClipTable(Config):
+    """Settings of the table."""
+
+    data: tuple[str, ...] = ()  # SET or SET:SPLIT, in addition to the embedded one
+    prompts: tuple[str, ...] = ("photo", "single", "style")  # prompt sets, the main one first
+    ranks: tuple[int, ...] = (0, 2, 4, 8, 16)  # of the LoRA sweep; 0: all weights
+    tune_on: str = "embedded"  # data set of the baselines
+    tune_steps: int = 100
+    batch_size: int = 32
+    n_validation: int = 128
+    evaluation: EvalSettings = field(default_factory=EvalSettings)
+    out: str = "outputs/clip"  # folder of the study and of the tuned encoders
+    result: str = "results"  # folder of the two result files
 
 
 @dataclass(frozen=True)
 class Task:
-    """Test pictures under their names, and what of them the embedded CLIP has seen."""
+    """Test images with their class names, and what the embedded CLIP was trained on of them."""
 
-    name: str
     data: LabelledImages
-    names_read: int  # class names that stand in a text of its training
-    pictures: str  # "seen set" or "unseen set"
+    names_in_training: int  # class names in the texts of its training
+    images: str  # "seen set" or "unseen set"
 
-    @property
-    def about(self) -> dict[str, Any]:
-        return {"task": self.name, "n_classes": len(self.data.class_names)} | {
-            "names_in_training": self.names_read,
-            "images": self.pictures,
-            "n": len(self.data),
-        }
+    def about(self, name: str) -> dict[str, Any]:
+        """The columns of the table that describe the task."""
+        seen = {"names_in_training": self.names_in_training, "images": self.images}
+        return {"task": name, "n_classes": len(self.data.class_names), **seen, "n": len(self.data)}
 
 
-def tasks(options: argparse.Namespace) -> list[Task]:
-    """The embedded set and those of --data; a set with held-out names as two tasks."""
+def load_tasks(config: ClipTable) -> dict[str, Task]:
+    """The embedded data set and those of the configuration; one with held-out class names as two tasks."""
     clothes = load_data("embedded", "validation", n=1).class_names
-    read = {word.lower() for words in Names(clothes, clothes).synonyms for word in words}
-    found = []
-    for source in ("embedded:test", *options.data):
+    trained = {word.lower() for words in Names(clothes, clothes).synonyms for word in words}
+    tasks = {}
+    for source in ("embedded:test", *config.data):
         folder, _, split = source.partition(":")
         data = load_data(folder, split or "test", 64)
         title = data.name if split in ("", "test") else f"{data.name} {split}"
@@ -111,182 +93,158 @@ def tasks(options: argparse.Namespace) -> list[Task]:
         parts = [(title, torch.ones_like(unseen))]
         if bool(unseen.any()):
             parts = [(f"{title}, names read", ~unseen), (f"{title}, names never read", unseen)]
-        pictures = "seen set" if data.name in TRAINED_ON else "unseen set"
         for name, keep in parts:
-            part = restrict(data, keep).sample(options.n, options.seed)
-            found.append(Task(name, part, sum(word.lower() in read for word in part.class_names), pictures))
-    return found
+            part = restrict(data, keep).sample(config.evaluation.n, config.evaluation.seed)
+            in_training = sum(word.lower() in trained for word in part.class_names)
+            tasks[name] = Task(part, in_training, "seen set" if data.name in TRAINED_ON else "unseen set")
+    return tasks
 
 
-def figures(mask: Tensor) -> dict[str, Any]:
-    held = share(mask)
-    return {"accuracy": held.value, "ci_low": held.interval[0], "ci_high": held.interval[1]}
-
-
-@torch.no_grad()
-def right(model: Callable[[Tensor], Tensor], data: LabelledImages, images: Tensor) -> Tensor:
-    return torch.cat([model(part).argmax(-1) for part in images.split(100)]) == data.labels
-
-
-def score(
-    model: Callable[[Tensor], Tensor],
-    task: Task,
-    perturbations: dict[str, Perturbation],
-    options: argparse.Namespace,
-) -> dict[str, Any]:
-    """Accuracies of one model: clean, each T1 attack and their worst per picture, PGD. What is wrong clean stays so."""
-    data = task.data
-    clean = right(model, data, data.images)
-    attacked = {name: clean & right(model, data, made(data.images)) for name, made in perturbations.items()}
-    pgd = PGD(epsilon=options.epsilon_t2, steps=options.attack_steps)
-    generator = torch.Generator().manual_seed(options.seed)
-    parts = zip(data.images.split(64), data.labels.split(64), strict=True)
-    found = torch.cat([pgd(model, images, labels, generator=generator) for images, labels in parts])
-    worst = torch.stack([clean, *attacked.values()]).all(0)
-    row = {"clean": figures(clean), "T1": figures(worst), "T2": figures(clean & right(model, data, found))}
-    return row | {"T1_each": {name: figures(mask) for name, mask in attacked.items()}}
-
-
-def tuned(name: str, rank: int, options: argparse.Namespace) -> tuple[Encoder, dict[str, Any]]:
-    """The embedded CLIP by a defence, through a LoRA adapter of this rank or, for 0, all of it; the last weights."""
-    split = "train+surrogate" if options.tune_on == "embedded" else "train"
-    train = load_data(options.tune_on, split, 64)
-    validation = load_data(options.tune_on, "validation", 64, options.n_validation, options.seed)
-    lora = LoraSettings(rank=max(1, rank), alpha=2.0 * max(1, rank))
-    steps = options.tune_steps
+def tune_baseline(config: ClipTable, defence: str, rank: int) -> Tuned:
+    """The embedded CLIP tuned by a defence, with LoRA of this rank or, for 0, in full; tuned once, then loaded."""
+    seed, steps = config.evaluation.seed, config.tune_steps
+    train = load_data(config.tune_on, "train+surrogate" if config.tune_on == "embedded" else "train", 64)
+    validation = load_data(config.tune_on, "validation", 64, config.n_validation, seed)
     settings = TrainSettings(
         steps=steps,
-        batch_size=options.batch_size,
+        batch_size=config.batch_size,
         lr_encoder=1e-3 if rank else 3e-4,
         lr_warmup_steps=steps // 20,
         epsilon_warmup_steps=steps // 4,
         validation_every=steps,
-        selection="last",  # FARE's first hundreds of steps lose to the untuned weights by the mean of both accuracies
+        selection="last",  # the mean accuracy of FARE's first hundreds of steps is below that of the untuned weights
         augment="flip_shift",
         channels_last=True,
         samples=0,
-        seed=options.seed,
+        seed=seed,
     )
     tuning = TuneSettings(
         source=SOURCE,
         adaptation="lora" if rank else "full",
-        lora=lora,
-        defence=name,
-        defence_options={"epsilon": options.epsilon_t2, **BASELINES[name]},
+        lora=LoraSettings(rank=max(1, rank), alpha=2.0 * max(1, rank)),
+        defence=defence,
+        defence_options={"epsilon": config.evaluation.epsilon, **BASELINES[defence]},
         settings=settings,
     )
-    out = options.work / f"{name}-{rank}"
-    result = tune(tuning, train, validation, out=out)
-    adapter = [parameter for key, parameter in result.encoder.named_parameters() if "lora_" in key]
-    trained = adapter if rank else list(result.encoder.parameters())
-    record = {"defence": name, "rank": rank, "parameters": sum(parameter.numel() for parameter in trained)}
-    record |= {key: result.record[key] for key in ("steps", "seconds", "validation")}
-    return optimize_for_inference(load_tuned(out)), record
+    return tune(tuning, train, validation, out=Path(config.out) / "tuned" / f"{defence}-{rank}")
 
 
-class Table:
-    """The result files: pieces that are there already are not made again."""
+def build_models(config: ClipTable) -> tuple[dict[str, Callable[..., Any]], dict[str, dict[str, Any]]]:
+    """Name -> function of a task that returns the model; and name -> its columns in the table."""
+    encoder, text = load_clip(SOURCE)
+    defences = {name: ZePAD.from_pretrained(folder) for name, folder in DEFENCES.items()}
 
-    def __init__(self, options: argparse.Namespace, found: list[Task]) -> None:
-        self.path = options.out / f"{NAME}.json"
-        kept = {key: value for key, value in vars(options).items() if key not in ("out", "work", "data")}
-        kept["tune_on"] = Path(options.tune_on).name
-        config = {**kept, "source": SOURCE, "tasks": [task.about for task in found]}
-        self.record: dict[str, Any] = {"zero_shot": [], "baselines": []}
-        if self.path.is_file() and read_json(self.path)["meta"]["config"] == config:
-            self.record = read_json(self.path)
-        else:
-            self.record["meta"] = provenance(seed=options.seed, config=config)
+    def undefended(prompts: str, task: str, data: EvalData) -> Any:
+        return encoder, zero_shot_head(text, data.test.class_names, prompts)
 
-    def piece(self, part: str, key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> None:
-        """Add the row of ``key`` to ``part`` and write both files, unless it is there."""
-        if any(key.items() <= row.items() for row in self.record[part]):
-            return
-        began = time.perf_counter()
-        self.record[part].append({**key, **make(), "seed": self.record["meta"]["seed"]})
-        self.record[part][-1]["wall_s"] = round(time.perf_counter() - began, 1)
-        write_json(self.path, self.record)
-        write_text(self.path.with_suffix(".md"), markdown(self.record))
+    def defended(defence: ZePAD, prompts: str, task: str, data: EvalData) -> Subject:
+        subject = subject_of(defence.set_classes(data.test.class_names, prompts))
+        return replace(subject, rows=subject.rows[:1])
+
+    @cache
+    def tuned(defence: str, rank: int) -> Encoder:
+        return tune_baseline(config, defence, rank).encoder
+
+    def baseline(defence: str, rank: int, task: str, data: EvalData) -> Subject:
+        head = zero_shot_head(text, data.test.class_names)
+        return subject_of((tuned(defence, rank), head), public_encoder=encoder)
+
+    models: dict[str, Callable[..., Any]] = {}
+    columns: dict[str, dict[str, Any]] = {}
+    for prompts in config.prompts:
+        models[f"undefended, {prompts}"] = partial(undefended, prompts)
+        columns[f"undefended, {prompts}"] = {"prompts": prompts, "model": "undefended"}
+        for name, defence in defences.items():
+            models[f"{name}, {prompts}"] = partial(defended, defence, prompts)
+            columns[f"{name}, {prompts}"] = {"prompts": prompts, "model": name}
+    for defence in BASELINES:
+        for rank in config.ranks:
+            if defence == SWEPT or rank in (0, COMMON_RANK):
+                models[f"{defence}, rank {rank}"] = partial(baseline, defence, rank)
+                columns[f"{defence}, rank {rank}"] = {"defence": defence, "rank": rank}
+    return models, columns
+
+
+def main(config: ClipTable) -> dict[str, Any]:
+    """Craft, tune, evaluate and write both files; returns the record."""
+    settings = replace(config.evaluation, threats=("T1", "T2"), pools=(), adaptive=(), diagnostics_n=0)
+    surrogate = load_data("embedded", "surrogate", 64, settings.n_surrogate, settings.seed)
+    validation = load_data("embedded", "validation", 64, settings.n_validation, settings.seed)
+    tasks = load_tasks(config)
+    data = {name: EvalData(task.data, validation, surrogate) for name, task in tasks.items()}
+    models, columns = build_models(config)
+    report = evaluate(models=models, tasks=data, settings=settings, out=config.out, resume=True)
+    record: dict[str, Any] = {"zero_shot": [], "baselines": []}
+    for name, about in columns.items():
+        part = "zero_shot"
+        if "defence" in about:
+            part, tuned = "baselines", tune_baseline(config, about["defence"], about["rank"])
+            about |= {"parameters": _count_trained(tuned.encoder, about["rank"])}
+            about |= {key: tuned.record[key] for key in ("steps", "seconds", "validation")}
+        for task, described in tasks.items():
+            record[part].append({**described.about(task), **about, **_accuracies(report, name, task)})
+    about_tasks = [task.about(name) for name, task in tasks.items()]
+    kept = {key: value for key, value in config.to_dict().items() if key not in ("out", "result", "data")}
+    kept |= {"tune_on": Path(config.tune_on).name, "source": SOURCE, "tasks": about_tasks}
+    record["meta"] = provenance(seed=settings.seed, config=kept)
+    path = Path(config.result) / f"{NAME}.json"
+    write_json(path, record)
+    write_text(path.with_suffix(".md"), markdown(record))
+    return record
+
+
+def _count_trained(encoder: Encoder, rank: int) -> int:
+    return sum(tensor.numel() for name, tensor in encoder.named_parameters() if not rank or "lora_" in name)
+
+
+def _accuracies(report: Report, model: str, task: str) -> dict[str, Any]:
+    """Accuracy of a model on a task without an attack and in the worst case of each threat model, with intervals."""
+
+    def interval(row: dict[str, Any]) -> dict[str, float]:
+        return {key: row[key] for key in ("accuracy", "ci_low", "ci_high")}
+
+    attacks = [row for row in report.rows if (row["model"], row["threat"], row["dataset"]) == (model, "T1", task)]
+    each = {row["algorithm"]: interval(row) for row in attacks if row["attack"] != "worst" and not row["control"]}
+    found: dict[str, Any] = {key: interval(report.row(model, key, dataset=task)) for key in THREATS}
+    return found | {"T1_each": each}
 
 
 def markdown(record: dict[str, Any]) -> str:
     """Both tables."""
-    config, meta = record["meta"]["config"], record["meta"]
-    t1, t2 = (f"{255 * config[name]:.3g}/255" for name in ("epsilon_t1", "epsilon_t2"))
-    head = f"clean | T1, {t1} | T2, {t2} |"
-    lines = [
-        "# The embedded CLIP, zero-shot",
-        "",
-        f"Accuracy in % with 95 % Wilson intervals, seed {meta['seed']}. T1: the worst per picture of "
-        f"{config['attacks'].replace(',', ', ')}, made on the public encoder from {config['n_surrogate']} clothing "
-        f"pictures. T2: one white-box PGD through the whole model, {config['attack_steps']} steps, so an upper bound. "
-        "Names read: how many of the class names stand in a text that the CLIP was trained on.",
-        "",
-        f"| pictures | names read | prompts | model | n | {head}",
-        "|---|---|---|---|---|---|---|---|",
+    meta, config = record["meta"], record["meta"]["config"]
+    settings = config["evaluation"]
+    t1, t2 = (f"{255 * settings[name]:.3g}/255" for name in ("epsilon_universal", "epsilon"))
+    columns = ["clean", f"T1, {t1}", f"T2, {t2}"]
+    zero_shot = [
+        [f"{row['task']} ({row['images']})", f"{row['names_in_training']} of {row['n_classes']}", row["prompts"]]
+        + [row["model"], str(row["n"]), *_cells(row)]
+        for row in record["zero_shot"]
     ]
-    for row in record["zero_shot"]:
-        where = f"{row['task']} ({row['images']}) | {row['names_in_training']} of {row['n_classes']}"
-        lines.append(f"| {where} | {row['prompts']} | {row['model']} | {row['n']} | {_cells(row)} |")
-    if record["baselines"]:
-        lines += [
-            "",
-            f"Baselines at {t2}, {config['tune_steps']} steps of {config['batch_size']}, tuned on "
-            f"{Path(config['tune_on']).name}, prompts `photo`: one tuned encoder alone, without a fusion; alpha is "
-            "twice the rank. Short tunings: they order defences and ranks, and are no match for the shipped branches.",
-            "",
-            f"| defence | LoRA rank | trained parameters | tuning, s | pictures | n | {head}",
-            "|---|---|---|---|---|---|---|---|---|",
-        ]
-    for row in record["baselines"]:
-        how = f"{row['defence']} | {row['rank'] or 'all weights'}"
-        about = f"{how} | {row['parameters']:,} | {row['seconds']:.0f} | {row['task']}"
-        lines.append(f"| {about} | {row['n']} | {_cells(row)} |")
-    foot = f"Commit {meta['commit']}, {meta['hardware']}; torch {meta['versions']['torch']}."
-    return "\n".join([*lines, "", f"Written by reproduction/clip_table.py. {foot}", ""])
+    tuned = [
+        [row["defence"], str(row["rank"] or "all weights"), f"{row['parameters']:,}", f"{row['seconds']:.0f}"]
+        + [row["task"], str(row["n"]), *_cells(row)]
+        for row in record["baselines"]
+    ]
+    parts = [
+        "# The embedded CLIP, zero-shot",
+        f"Accuracy in % with 95 % Wilson intervals, seed {meta['seed']}. T1: worst case per image of "
+        f"{', '.join(settings['universal'])}, crafted on the public encoder from {settings['n_surrogate']} clothing "
+        f"images. T2: one white-box PGD through the whole model, {settings['steps']} steps, so an upper bound.",
+        markdown_table(["images", "class names in training texts", "prompts", "model", "n", *columns], zero_shot),
+        f"Baselines at {t2}, {config['tune_steps']} steps of {config['batch_size']}, tuned on {config['tune_on']}, "
+        "prompts `photo`: one tuned encoder alone, without a fusion; alpha is twice the rank. These tunings are short: "
+        "they rank defences and LoRA ranks, and are weaker than the shipped branches.",
+        markdown_table(["defence", "LoRA rank", "trained parameters", "tuning, s", "images", "n", *columns], tuned),
+        f"Written by `reproduction/clip_table.py`, commit {meta['commit']}, {meta['hardware']}, torch "
+        f"{meta['versions']['torch']}.",
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
-def _cells(row: dict[str, Any]) -> str:
-    return " | ".join(
-        f"{100 * row[threat]['accuracy']:.1f} ({100 * row[threat]['ci_low']:.1f}-{100 * row[threat]['ci_high']:.1f})"
-        for threat in THREATS
-    )
-
-
-def main(options: argparse.Namespace) -> Path:
-    """Craft, score, tune and write; returns the path of the JSON file."""
-    found = tasks(options)
-    table = Table(options, found)
-    encoder, text = load_clip(SOURCE)
-    surrogate = load_data("embedded", "surrogate", 64, options.n_surrogate, options.seed).images
-    crafting = argparse.Namespace(
-        work=options.work, epsilon=options.epsilon_t1, seed=options.seed, steps=options.craft_steps
-    )
-    names = options.attacks.split(",")
-    perturbations = {name: crafted(name, crafting, encoder, surrogate) for name in tqdm(names, desc="crafting")}
-    plain = optimize_for_inference(encoder)
-    defences = {name: optimize_for_inference(ZePAD.from_pretrained(where)) for name, where in MODELS.items()}
-    prompt_sets = sorted(options.prompts.split(","), key=lambda prompts: prompts != "photo")  # the main column first
-    for prompts, task in tqdm([(prompts, task) for prompts in prompt_sets for task in found], desc="zero-shot"):
-        names = task.data.class_names
-        models = {"undefended": nn.Sequential(plain, zero_shot_head(text, names, prompts))}
-        models |= {name: defence.set_classes(names, prompts) for name, defence in defences.items()}
-        for name, model in models.items():
-            key = {**task.about, "prompts": prompts, "model": name}
-            table.piece("zero_shot", key, partial(score, model, task, perturbations, options))
-    ranks = [int(rank) for rank in options.ranks.split(",")]
-    wanted = [(name, rank) for name in BASELINES for rank in ranks if name == RANKS_OF or rank in (0, COMMON_RANK)]
-    for name, rank in tqdm(wanted, desc="baselines"):
-        keys = [{"defence": name, "rank": rank, **task.about} for task in found]
-        if all(any(key.items() <= row.items() for row in table.record["baselines"]) for key in keys):
-            continue
-        adapted, record = tuned(name, rank, options)
-        for task in found:
-            model = nn.Sequential(adapted, zero_shot_head(text, task.data.class_names))
-            table.piece("baselines", {**record, **task.about}, partial(score, model, task, perturbations, options))
-    return table.path
+def _cells(row: dict[str, Any]) -> list[str]:
+    return [interval_text(*(row[threat][key] for key in ("accuracy", "ci_low", "ci_high"))) for threat in THREATS]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(main(parse()))
+    print(markdown(main(parse(ClipTable, __doc__))))

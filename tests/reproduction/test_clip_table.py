@@ -1,4 +1,4 @@
-"""reproduction/clip_table.py in small: every piece is there, a second start makes none again."""
+"""The joint validation pool and the table of CLIP models, on a few images."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from torchvision.transforms.functional import to_pil_image
 
+from reproduction import clip_table
+from reproduction.command_line import parse
+from tools.joint_validation_pool import join
 from zepad_mm.data import load_data
 
 ROOT = Path(__file__).parents[2]
 
 
 def few(folder: Path, names: list[str]) -> Path:
-    """Two random pictures of each name, as the split ``odd``."""
+    """Two random images of each class name, as the split ``odd``."""
     generator = torch.Generator().manual_seed(len(names))
-    pictures = [to_pil_image(torch.rand(3, 64, 64, generator=generator)) for _ in range(2 * len(names))]
+    images = [to_pil_image(torch.rand(3, 64, 64, generator=generator)) for _ in range(2 * len(names))]
     features = Features({"image": Image(), "label": ClassLabel(names=names)})
     folder.mkdir()
     labels = [*range(len(names)), *range(len(names))]
-    Dataset.from_dict({"image": pictures, "label": labels}, features=features).to_parquet(folder / "odd-0.parquet")
+    Dataset.from_dict({"image": images, "label": labels}, features=features).to_parquet(folder / "odd-0.parquet")
     return folder
 
 
-def test_sets_are_joined_under_the_union_of_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    from tools.joint_validation_pool import join
-
+def test_join_uses_the_union_of_the_class_names(tmp_path: Path) -> None:
     sources = [f"{few(tmp_path / 'a', ['hat', 'cat', 'acorn'])}:odd", f"{few(tmp_path / 'b', ['dog', 'hat'])}:odd"]
     out = join([sources[0], *sources], tmp_path / "pool", leave_out=["acorn"])
     train, validation = load_data(str(out), "train"), load_data(str(out), "validation")
@@ -52,15 +52,14 @@ def test_sets_are_joined_under_the_union_of_their_names(tmp_path: Path, monkeypa
 
 
 @pytest.mark.slow
-def test_the_clip_table_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    from reproduction import clip_table
-
+def test_clip_table_evaluates_every_model_and_baseline(tmp_path: Path) -> None:
     names = ["goldfish", "school bus", "teapot", "acorn"]  # the last two were held out of the text training
     folder = few(tmp_path / "few", names)
-    small = ["--small", "--out", str(tmp_path), "--work", str(tmp_path / "work"), "--data", f"{folder}:odd"]
-    small += ["--prompts", "photo", "--attacks", "uapgd", "--ranks", "0,2"]
-    record = json.loads(clip_table.main(clip_table.parse(small)).read_text())
+    words = ["--config", str(ROOT / "reproduction" / "configs" / "clip_smoke.yaml"), "--data", f"[{folder}:odd]"]
+    words += ["--out", str(tmp_path / "out"), "--result", str(tmp_path)]
+    config = parse(clip_table.ClipTable, "", words)
+    record = clip_table.main(config)
+    assert json.loads((tmp_path / "clip.json").read_text())["zero_shot"] == record["zero_shot"]
     tasks = {row["task"]: row for row in record["zero_shot"]}
     assert set(tasks) == {"clothing", "few odd, names read", "few odd, names never read"}
     assert [row["names_in_training"] for row in tasks.values()] == [10, 2, 0]
@@ -71,8 +70,13 @@ def test_the_clip_table_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     tuned = [(row["defence"], row["rank"]) for row in record["baselines"]]
     assert list(dict.fromkeys(tuned)) == [("tecoa", 0), ("tecoa", 2), ("fare", 0), ("pmg_aft", 0)]
     assert len(tuned) == 4 * len(tasks)
-    text = (tmp_path / "clip.md").read_text()
-    assert "few odd, names never read (unseen set) | 0 of 2 | photo | embedded |" in text
-    assert str(tmp_path) not in text + json.dumps(record)
-    monkeypatch.setattr(clip_table, "score", lambda *_: pytest.fail("made again"))
-    assert json.loads(clip_table.main(clip_table.parse(small)).read_text()) == record
+    assert len(list((tmp_path / "out" / "perturbations").glob("uapgd*"))) == 1  # crafted once for all tasks
+    assert str(tmp_path) not in (tmp_path / "clip.md").read_text() + json.dumps(record)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
+    assert clip_table.main(config)["baselines"] == record["baselines"]
+    assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
+
+
+def test_committed_clip_markdown_is_that_of_the_committed_record() -> None:
+    record = json.loads((ROOT / "results" / "clip.json").read_text())
+    assert (ROOT / "results" / "clip.md").read_text() == clip_table.markdown(record)
