@@ -215,16 +215,13 @@ def markdown(record: dict[str, Any]) -> str:
     settings = config["evaluation"]
     t1, t2 = (f"{255 * settings[name]:.3g}/255" for name in ("epsilon_universal", "epsilon"))
     columns = ["clean", f"T1, {t1}", f"T2, {t2}"]
-    zero_shot = [
-        [f"{row['task']} ({row['images']})", f"{row['names_in_training']} of {row['n_classes']}", row["prompts"]]
-        + [row["model"], str(row["n"]), *_cells(row)]
-        for row in record["zero_shot"]
-    ]
-    tuned = [
-        [row["defence"], str(row["rank"] or "all weights"), f"{row['parameters']:,}", f"{row['seconds']:.0f}"]
-        + [row["task"], str(row["n"]), *_cells(row)]
-        for row in record["baselines"]
-    ]
+    zero_shot, tuned = [], []
+    for row in record["zero_shot"]:
+        images = [f"{row['task']} ({row['images']})", f"{row['names_in_training']} of {row['n_classes']}"]
+        zero_shot.append([*images, row["prompts"], row["model"], str(row["n"]), *_cells(row)])
+    for row in record["baselines"]:
+        tuning = [row["defence"], str(row["rank"] or "all weights"), f"{row['parameters']:,}", f"{row['seconds']:.0f}"]
+        tuned.append([*tuning, row["task"], str(row["n"]), *_cells(row)])
     parts = [
         "# The embedded CLIP, zero-shot",
         f"Accuracy in % with 95 % Wilson intervals, seed {meta['seed']}. T1: worst case per image of "

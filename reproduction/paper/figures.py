@@ -12,9 +12,9 @@ from sklearn.manifold import TSNE
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from reproduction.paper.lines import adversarial
-from reproduction.paper.study import Study
-from reproduction.paper.tables import TABLES
+from reproduction.paper.study import Study, adversarial
+from reproduction.paper.tables import TABLES, main_lines, rows_of
+from zepad_mm.encoders import optimize_for_inference
 from zepad_mm.evaluation.plots import confidence_figure, save
 from zepad_mm.models.fusion import rfdm_weights
 from zepad_mm.training import encode_images
@@ -24,13 +24,13 @@ from zepad_mm.training import encode_images
 def confidence(study: Study) -> dict[str, Any]:
     """Fig. 2: largest softmax of each branch, clean and attacked, where the tuning set is the task and where not."""
     victim, rows = study.config.studied[0], []
-    members, attacked = study.defended(victim), study.public(victim)[0]
+    members, attack = study.defended(victim), study.config.evaluation.universal[0]
     home, away = next(iter(study.tasks)), list(study.tasks)[-1]  # one task alone is both
     panels = {}
     for case, task in (("C-C", home), ("C-S", away)):
-        for condition in ("clean", attacked):
-            stacked = torch.stack([study.logits(task, name, condition) for name in members])
-            title = "clean" if condition == "clean" else condition.partition("@")[0]
+        for condition, images in _clean_and_attacked(study, victim, task).items():
+            stacked = branch_logits(study, task, members, images)
+            title = "clean" if condition == "clean" else attack
             panels[f"{case} ({task}), {title}"] = stacked
             means = stacked.softmax(-1).amax(-1).mean(1).tolist()
             rows.append(
@@ -48,10 +48,9 @@ def features(study: Study) -> dict[str, Any]:
     A scatter plot proves little, so the record holds a number: the share of the 10 nearest clean points of an attacked
     one, in the full space, that are of its class.
     """
-    config, victim = study.config, study.config.studied[0]
-    home, condition = next(iter(study.tasks)), study.public(victim)[0]
-    test = study.data(home)[2].sample(min(400, config.n_test), config.seed)
-    images = {"clean": test.images, "attacked": study.perturbation(condition)(test.images)}
+    config, victim, home = study.config, study.config.studied[0], next(iter(study.tasks))
+    test = study.data(home)[2].sample(400, config.seed)
+    images = _clean_and_attacked(study, victim, home, test.images)
     spaces = {
         "undefended": {kind: encode_images(study.encoder(victim), found) for kind, found in images.items()},
         "ZePAD": {kind: _weighted(study, victim, home, found) for kind, found in images.items()},
@@ -72,12 +71,27 @@ def features(study: Study) -> dict[str, Any]:
         panel.set_yticks([])
         panel.legend(fontsize=7)
     save(drawn, Path(config.result) / "features.png")
-    return {"rows": rows, "victim": victim, "condition": condition}
+    return {"rows": rows, "victim": victim}
+
+
+def _clean_and_attacked(study: Study, victim: str, task: str, images: Tensor | None = None) -> dict[str, Tensor]:
+    """Test images of a task, as they are and under the first T1 perturbation of the main table."""
+    images = study.data(task)[2].images if images is None else images
+    rows_of(study, "main", victim, main_lines(study, victim), threats=("T1", "T1b"))  # read where it exists
+    return {"clean": images, "attacked": study.perturbation("main", victim, task)(images)}
+
+
+@torch.no_grad()
+def branch_logits(study: Study, task: str, members: tuple[str, ...], images: Tensor) -> Tensor:
+    """(N, n, C) of encoders with their heads, on the CPU."""
+    fast = [optimize_for_inference(study.branch(task, name), study.config.image_size) for name in members]
+    batches = [batch.to(study.device) for batch in images.split(250)]
+    return torch.stack([torch.cat([branch(batch).cpu() for batch in batches]) for branch in fast])
 
 
 def _weighted(study: Study, victim: str, task: str, images: Tensor) -> Tensor:
-    """(n, sum of D): the three encoders' features of length one, weighted as RFDM weights their logits."""
+    """(n, sum of D): the three encoders' normalised features, weighted as RFDM weights their logits."""
     members = study.defended(victim)
-    logits = torch.stack([study.answers(study.branch(task, name), images) for name in members])
+    logits = branch_logits(study, task, members, images)
     spaces = [torch.nn.functional.normalize(encode_images(study.encoder(name), images), dim=-1) for name in members]
     return torch.cat([w[:, None] * space for w, space in zip(rfdm_weights(logits, 3.0), spaces, strict=True)], dim=1)

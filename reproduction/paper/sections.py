@@ -254,11 +254,7 @@ def detection(record: dict[str, Any]) -> str:
     for task in distinct(rows, "task"):
         for condition in ("T1", "T1b"):
             for score in distinct(rows, "score"):
-                found = [
-                    row
-                    for row in pick(rows, task=task, score=score)
-                    if ("," in row["condition"] or row["condition"].endswith("@bmp")) == (condition == "T1b")
-                ]
+                found = pick(rows, task=task, score=score, threat=condition)
                 rule = [row["accuracy_paper_rule"] for row in found if row["accuracy_paper_rule"] is not None]
                 known = (
                     published.DETECTION["C-C" if task == home else "C-S"]

@@ -1,10 +1,9 @@
-"""A zoo under the paper's protocol: tunings, heads, perturbations and logits, each made once and kept on disk.
+"""A zoo of encoders under the paper's protocol: tunings, heads, models for ``evaluate``; each made once, kept on disk.
 
-An encoder has a name: that of the zoo (``simclr``), ``bmp`` for the benign one, and ``ENCODER+TUNING`` for what a
-tuning of :attr:`Settings.tunings` made of it (``simclr+gen_af``); with ``=`` behind it, its head is the one that was
-tuned along, not a clean one trained for the task. A condition is ``clean`` or ``ATTACK@ENCODERS``: made on those
-encoders. From the logits of (task, encoder, condition) nearly every table is arithmetic; several processes may fill the
-store side by side, all files are written atomically.
+An encoder has a name: that of the zoo (``simclr``), ``bmp`` for the benign one, and ``ENCODER+TUNING`` for the result
+of a tuning of :attr:`Settings.tunings` (``simclr+gen_af``); with ``=`` appended, its head is the one that was tuned
+with it, not a clean one trained for the task. A table is a set of lines, each an encoder or a fusion of encoders,
+evaluated for every victim on every task.
 """
 
 from __future__ import annotations
@@ -12,40 +11,32 @@ from __future__ import annotations
 import copy
 import functools
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-ROOT = Path(__file__).parents[2]
-
-from reproduction import ssl_study as ssl_story  # noqa: E402
-from zepad_mm.attacks import PGD, UNIVERSAL_ATTACKS, Perturbation  # noqa: E402
-from zepad_mm.data import LabelledImages  # noqa: E402
-from zepad_mm.defences import Student, robustness_contributions, unfreeze_redundant  # noqa: E402
-from zepad_mm.encoders import Encoder, load_encoder, optimize_for_inference  # noqa: E402
-from zepad_mm.models.branch import Branch, BranchConfig  # noqa: E402
-from zepad_mm.training import (  # noqa: E402
-    TuneSettings,
-    encode_images,
-    fresh_head,
-    load_head,
-    load_tuned,
-    make_accelerator,
-    train_head_on_features,
-    tune,
-    write_head,
-)
-from zepad_mm.training.artifacts import TUNED_RECORD  # noqa: E402
-from zepad_mm.utils.io import read_json, read_tensors, write_tensors  # noqa: E402
-
-Line, without_folders = ssl_story.Line, ssl_story.without_folders  # behind the path that they are found by
+from reproduction import ssl_study
+from zepad_mm.attacks import PGD, Perturbation
+from zepad_mm.data import LabelledImages
+from zepad_mm.defences import Student, robustness_contributions, unfreeze_redundant
+from zepad_mm.encoders import Encoder, load_encoder, optimize_for_inference
+from zepad_mm.evaluation import EvalData, EvalSettings, Report, Row, RowKind, Subject, evaluate
+from zepad_mm.evaluation.subjects import UNDEFENDED, FusedAnswer, first_logits
+from zepad_mm.models import fusion
+from zepad_mm.models.branch import Branch, BranchConfig
+from zepad_mm.models.serialization import DetectorConfig
+from zepad_mm.models.zepad import ZePAD
+from zepad_mm.training import TuneSettings, encode_images, load_head, make_accelerator, tune, write_head
+from zepad_mm.training.artifacts import TUNED_RECORD
+from zepad_mm.training.heads import fresh_head, train_head_on_features
+from zepad_mm.utils.io import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(ssl_story.Settings):
-    """What the story has for one victim, for a zoo of them. ``downstream`` are the tasks, ``data`` is tuned on."""
+class Settings(ssl_study.Protocol):
+    """The study of a zoo. ``downstream`` are the tasks, ``data`` is tuned on."""
 
     zoo: str = "outputs/ssl_zoo"  # folder of reproduction/build_ssl_zoo.py
     victims: list[str] = field(default_factory=lambda: ["w_mse", "byol", "simclr", "dino"])  # names in the zoo
@@ -54,161 +45,148 @@ class Settings(ssl_story.Settings):
     more_adv_au: list[str] = field(default_factory=list)  # further ones, for the table of their number
     # name -> defence, options, head, train, half (public or own), after (a tuning: this is Gen-AF's second stage of it)
     tunings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    n_critical: int = 1000  # tuning pictures that the second stage ranks layers by
+    n_critical: int = 1000  # tuning images on which the second stage ranks layers
     tuning: str = "gen_af"  # the paper's
     our_tuning: str = "fare"  # ours
     other_tuning: str = "half_clean"  # of the auxiliary encoder where the two differ
     labelled_tuning: str = "fare_labels"  # a candidate for ours
     our_bmp: str = "bmp+clean_own"  # the benign encoder of ours
-    attacks: dict[str, int] = field(default_factory=lambda: {"adv_encoder": 60, "uapgd": 150})  # T1: name -> steps
-    family_steps: int = 100  # of T1b's feature_uap
     studied: list[str] = field(default_factory=lambda: ["simclr"])  # victims of every table but the main one
-    n_selection: int = 200  # validation pictures that the fusion rule is chosen on
-    evaluation: dict[str, Any] = field(default_factory=dict)  # EvalSettings of the white-box table
+    n_selection: int = 200  # validation images for the selection of the fusion rule
+    white_box: EvalSettings = field(default_factory=EvalSettings)  # of the white-box tables
 
 
-def name_of(source: str) -> str:
-    """The short name of a task."""
-    return Path(source).name
+@dataclass(frozen=True)
+class Line:
+    """A row of a table: encoders by name, and the rule that fuses them; one encoder alone has none."""
+
+    members: tuple[str, ...]
+    rule: str = ""
+    params: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def fusion(self) -> fusion.Fusion:
+        """The fusion rule; encoders that no attack tuned are the benign ones."""
+        return fusion.build(self.rule, [not adversarial(name) for name in self.members], params=dict(self.params))
+
+
+def single(name: str) -> Line:
+    """One encoder alone."""
+    return Line((name,))
+
+
+def fused(rule: str, members: tuple[str, ...], **params: float) -> Line:
+    """A fusion of encoders."""
+    return Line(members, rule, tuple(params.items()))
+
+
+def adversarial(name: str) -> bool:
+    """Whether an encoder was tuned on adversarial images."""
+    tuning = name.partition("+")[2]
+    return bool(tuning) and not tuning.startswith("clean")
 
 
 class Study:
-    """Everything that the tables are made of."""
+    """Encoders, heads and evaluations of a configuration."""
 
     def __init__(self, config: Settings) -> None:
         self.config, self.out = config, Path(config.out)
         self.accelerator = make_accelerator()
         self.device = self.accelerator.device
-        self.tasks = {name_of(source): source for source in config.downstream}
+        self.tasks = {Path(source).name: source for source in config.downstream}
+
+    # ---- encoders ------------------------------------------------------------------------------------------------
 
     def partner(self, victim: str) -> str:
-        """The auxiliary encoder that stands beside a victim."""
+        """The auxiliary encoder next to a victim."""
         return self.config.adv_au_for_itself if victim == self.config.adv_au else self.config.adv_au
 
     def defended(self, victim: str) -> tuple[str, str, str]:
         """The three encoders of the paper's defence of a victim."""
-        how = self.config.tuning
-        return f"{victim}+{how}", f"{self.partner(victim)}+{how}", "bmp"
+        return self._pair(victim, self.config.tuning, "bmp")
 
     def ours(self, victim: str) -> tuple[str, str, str]:
-        """The three encoders of ours: another tuning, beside a benign encoder with local labels."""
-        how = self.config.our_tuning
-        return f"{victim}+{how}", f"{self.partner(victim)}+{how}", self.config.our_bmp
+        """The three encoders of ours: another tuning, and a benign encoder tuned with labels."""
+        return self._pair(victim, self.config.our_tuning, self.config.our_bmp)
 
     def labelled(self, victim: str) -> tuple[str, str, str]:
-        """Ours, tuned by FARE with labels beside the distance."""
-        how = self.config.labelled_tuning
-        return f"{victim}+{how}", f"{self.partner(victim)}+{how}", self.config.our_bmp
+        """Ours, tuned by FARE with labels in addition to the distance."""
+        return self._pair(victim, self.config.labelled_tuning, self.config.our_bmp)
 
     def mixed(self, victim: str) -> tuple[str, str, str]:
-        """Ours, with the auxiliary encoder tuned by another objective: two robust encoders that fail differently."""
+        """Ours, with the auxiliary encoder tuned by another objective."""
         return (self.ours(victim)[0], f"{self.partner(victim)}+{self.config.other_tuning}", self.config.our_bmp)
+
+    def _pair(self, victim: str, tuning: str, benign: str) -> tuple[str, str, str]:
+        return f"{victim}+{tuning}", f"{self.partner(victim)}+{tuning}", benign
 
     def source(self, base: str) -> str:
         """The source string of an untuned encoder."""
         if base == "bmp":
-            return ssl_story.source_of(self.config, "bmp", self.accelerator)
+            return ssl_study.pretrained_source(self.config, "bmp", self.config.bmp, self.accelerator)
         folder = Path(self.config.zoo) / base / "encoder"
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"{folder} is not there; first: python -m reproduction.build_ssl_zoo --methods {base}"
+                f"{folder} not found; first run python -m reproduction.build_ssl_zoo --methods {base}"
             )
         return f"timm:local-dir:{folder}"
 
     @functools.cache  # noqa: B019 - one study lives as long as its process
     def encoder(self, name: str) -> Encoder:
-        """A frozen encoder by name, tuned first where it is not there yet."""
+        """A frozen encoder by name, tuned first where needed."""
         base, _, tuning = name.partition("+")
-        if not tuning:
-            encoder = load_encoder(self.source(base))
-        else:
-            folder = self.out / "tuned" / name
-            if not (folder / TUNED_RECORD).is_file():
-                self._tune(base, tuning, folder)
-            encoder = load_tuned(folder)
+        encoder = self._tune(name, base, tuning) if tuning else load_encoder(self.source(base))
         return encoder.to(self.device).eval().requires_grad_(False)
 
-    def _tune(self, base: str, tuning: str, folder: Path) -> None:
-        """One tuning of one encoder on ``data`` under a fresh MLP head, which stays beside it."""
-        config, about = self.config, dict(self.config.tunings[tuning])
-        pool = ssl_story.whole(config.data, "train", config.image_size)
-        public, validation_rows = ssl_story.public_rows(config)
-        own = torch.arange(len(pool) // 2, len(pool))
-        train = pool.subset(own if about.get("half") == "own" else public).sample(config.n_tune, config.seed)
-        validation = pool.subset(validation_rows).sample(config.n_validation, config.seed)
-        settings = replace(config.train, **about.get("train", {}))
-        student, thawed = None, None
-        if "after" in about:
-            student, thawed = self._second_stage(f"{base}+{about['after']}", train, settings.batch_size)
-        tuning = TuneSettings(
+    def _tune(self, name: str, base: str, tuning: str) -> Encoder:
+        """One tuning of one encoder on ``data`` under a fresh head, which is stored with it."""
+        config, options = self.config, self.config.tunings[tuning]
+        images = ssl_study.whole(config.data, "train", config.image_size)
+        public, validation_rows = ssl_study.public_rows(config)
+        own = torch.arange(len(images) // 2, len(images))
+        train = images.subset(own if options.get("half") == "own" else public).sample(config.n_tune, config.seed)
+        validation = images.subset(validation_rows).sample(config.n_validation, config.seed)
+        settings = TuneSettings(
             source=self.source(base),
-            head=about.get("head", "mlp"),
-            defence=about["defence"],
-            defence_options=about.get("options", {}),
-            settings=replace(settings, seed=config.seed),
+            head=options.get("head", "mlp"),
+            defence=options["defence"],
+            defence_options=options.get("options", {}),
+            settings=replace(config.train, seed=config.seed, **options.get("train", {})),
         )
-        extra = {"thawed": thawed}
-        tune(tuning, train, validation, out=folder, accelerator=self.accelerator, student=student, extra=extra)
+        student, extra, folder = None, None, self.out / "tuned" / name
+        if "after" in options and not (folder / TUNED_RECORD).is_file():
+            student, thawed = self._second_stage(f"{base}+{options['after']}", train, settings.settings.batch_size)
+            extra = {"thawed": thawed}
+        return tune(
+            settings, train, validation, out=folder, accelerator=self.accelerator, student=student, extra=extra
+        ).encoder
 
     def _second_stage(self, stage_one: str, train: LabelledImages, batch_size: int) -> tuple[Student, list[str]]:
-        """What stage one left, all but its least robust-critical layers frozen, and the names of those (Gen-AF)."""
+        """The result of stage one with all but its least robust-critical layers frozen, and their names (Gen-AF)."""
         encoder = self.encoder(stage_one)
         head = load_head(self.out / "tuned" / stage_one / "head.safetensors")[0]
         student = Student(copy.deepcopy(encoder), head).to(self.device)
-        pictures = train.sample(self.config.n_critical, self.config.seed)
-        pgd, parts = PGD(epsilon=8 / 255, steps=10, step_size=2 / 255), pictures.batches(batch_size)
-        attacked = torch.cat([pgd(student.logits, images.to(self.device), labels) for images, labels in parts])
-        labels = pictures.labels.to(self.device)
+        critical = train.sample(self.config.n_critical, self.config.seed)
+        pgd = PGD(epsilon=8 / 255, steps=10, step_size=2 / 255)
+        batches = critical.batches(batch_size)
+        attacked = torch.cat([pgd(student.logits, images.to(self.device), labels) for images, labels in batches])
+        labels = critical.labels.to(self.device)
         thawed = unfreeze_redundant(student, robustness_contributions(student, attacked, labels, batch_size=batch_size))
         return student, thawed
 
     def tuning_record(self, name: str) -> dict[str, Any]:
-        """What the tuning of an encoder left: seconds, validation and so on."""
-        return read_json(self.out / "tuned" / name / TUNED_RECORD)
+        """The record of a tuning: seconds, validation and so on."""
+        record = read_json(self.out / "tuned" / name / TUNED_RECORD)
+        return {**record, **{key: record["identity"][key] for key in ("defence", "data")}}
+
+    # ---- data and heads ------------------------------------------------------------------------------------------
 
     @functools.cache  # noqa: B019
     def data(self, task: str) -> tuple[LabelledImages, LabelledImages, LabelledImages]:
         """(train, validation, test) of a task."""
-        return ssl_story.task_data(self.config, self.tasks[task])
+        return ssl_study.task_data(self.config, self.tasks[task])
 
-    def pictures(self, task: str, split: str) -> LabelledImages:
-        """The test or the validation pictures of a task."""
-        return self.data(task)[("train", "validation", "test").index(split)]
-
-    def surrogate(self) -> LabelledImages:
-        """The attacker's pictures, from the public half; their labels are not used."""
-        config = self.config
-        pictures = ssl_story.whole(config.data, "train", config.image_size).subset(ssl_story.public_rows(config)[0])
-        return pictures.sample(config.n_surrogate, config.seed + 1)
-
-    def perturbation(self, condition: str) -> Perturbation:
-        """The perturbation of a condition, crafted once."""
-        path = self.out / "perturbations" / f"{condition}.safetensors"
-        config = self.config
-        if not path.is_file():
-            name, _, known = condition.partition("@")
-            encoders = {key: optimize_for_inference(self.encoder(key), config.image_size) for key in known.split(",")}
-            attack = UNIVERSAL_ATTACKS.get(name)(
-                epsilon=config.universal_epsilon,
-                steps=config.attacks.get(name, config.family_steps),
-                image_size=config.image_size,
-                seed=config.seed,
-            )
-            attack.fit(encoders, self.surrogate().images.to(self.device)).save(path)
-        return Perturbation.load(path, config.universal_epsilon)
-
-    def public(self, victim: str) -> list[str]:
-        """The conditions of T1: every attack on the untouched victim."""
-        return [f"{attack}@{victim}" for attack in self.config.attacks]
-
-    def family(self, victim: str) -> list[str]:
-        """The conditions of T1b: made on the benign encoder, and on all three of the paper's defence and of ours."""
-        return [
-            "feature_uap@bmp",
-            *(f"feature_uap@{','.join(trio)}" for trio in (self.defended(victim), self.ours(victim))),
-        ]
-
-    @functools.lru_cache(maxsize=24)  # noqa: B019
+    @functools.lru_cache(maxsize=64)  # noqa: B019
     def branch(self, task: str, name: str) -> Branch:
         """An encoder with a clean head for a task, trained once."""
         config, encoder = self.config, self.encoder(name.removesuffix("="))
@@ -217,33 +195,79 @@ class Study:
             path = self.out / "tuned" / name.removesuffix("=") / "head.safetensors"
         elif not path.is_file():
             features = encode_images(optimize_for_inference(encoder, config.image_size), train.images, 500)
-            fresh = fresh_head("mlp", encoder.feature_dim, len(train.class_names), config.head.seed)
-            train_head_on_features(fresh, features, train.labels, config.head)
-            write_head(path, fresh, train.class_names)
-        head = load_head(path)[0]
+            head = fresh_head("mlp", encoder.feature_dim, len(train.class_names), config.head.seed)
+            train_head_on_features(head, features, train.labels, config.head)
+            write_head(path, head, train.class_names)
         base, _, tuning = name.removesuffix("=").partition("+")
         about = BranchConfig(
             name=name.replace("+", "_").replace("=", "_own_head"),
-            role="benign" if base == "bmp" or not tuning else "robust",
+            role="robust" if adversarial(name.removesuffix("=")) else "benign",
             source=self.source(base),
             adaptation="full" if tuning else "none",
             head="mlp",
-            objective=self.config.tunings[tuning]["defence"] if tuning else "",
+            objective=config.tunings[tuning]["defence"] if tuning else "",
         )
-        return Branch(about, encoder, head).to(self.device).eval().requires_grad_(False)
+        return Branch(about, encoder, load_head(path)[0]).to(self.device).eval().requires_grad_(False)
 
-    def logits(self, task: str, name: str, condition: str = "clean", split: str = "test") -> Tensor:
-        """(n, C) of the task's test pictures, or of its validation pictures, under a condition."""
-        path = self.out / "logits" / task / name / f"{split}-{condition}.safetensors"
-        if not path.is_file():
-            pictures = self.pictures(task, split).images
-            if condition != "clean":
-                pictures = self.perturbation(condition)(pictures)
-            write_tensors(path, {"logits": self.answers(self.branch(task, name), pictures)})
-        return read_tensors(path)[0]["logits"]
+    def assembled(self, victim: str, members: tuple[str, ...], task: str) -> ZePAD:
+        """The defence of a victim for a task as a model, next to the undefended victim."""
+        branches = [self.branch(task, name) for name in members]
+        names = self.data(task)[2].class_names
+        return ssl_study.assemble(self.config, branches, self.branch(task, victim), names)
 
-    @torch.no_grad()
-    def answers(self, branch: Branch, pictures: Tensor) -> Tensor:
-        """(n, C) in batches, on the CPU."""
-        fast = optimize_for_inference(branch, self.config.image_size)
-        return torch.cat([fast(batch.to(self.device)).cpu() for batch in pictures.split(250)])
+    # ---- evaluations ---------------------------------------------------------------------------------------------
+
+    def eval_data(self, task: str, split: str = "test") -> EvalData:
+        """The images of a task; with ``split`` "validation" those are reported on."""
+        _, validation, test = self.data(task)
+        return EvalData(
+            validation if split == "validation" else test, validation, ssl_study.surrogate_images(self.config)
+        )
+
+    def subject(self, victim: str, lines: dict[str, Line], task: str, data: EvalData) -> Subject:
+        """The lines of a table over shared encoders; the last one is the default, whose members are its branches."""
+        names = dict.fromkeys(name for line in lines.values() for name in line.members if name != victim)
+        members = {UNDEFENDED: self.branch(task, victim), **{name: self.branch(task, name) for name in names}}
+        place = {victim: 0, **{name: index for index, name in enumerate(members)}}
+        title, default = list(lines.items())[-1]
+        rows = [_row(title, default, place, RowKind.DEFAULT)]
+        rows += [
+            _row(name, line, place, RowKind.BASELINE) for name, line in lines.items() if name not in (title, UNDEFENDED)
+        ]
+        rows.append(Row(UNDEFENDED, (0,), first_logits, RowKind.UNDEFENDED))
+        if default.rule:
+            rows += [Row(name, (place[name],), first_logits, RowKind.BRANCH) for name in default.members]
+        return Subject(
+            members=members,
+            rows=tuple(rows),
+            class_names=data.test.class_names,
+            fusion=default.fusion if default.rule else None,
+            detector=DetectorConfig() if default.rule else None,
+            public_encoder=self.encoder(victim),
+        )
+
+    def evaluate(
+        self, title: str, victim: str, lines: dict[str, Line], tasks: list[str], split: str = "test", **changes: Any
+    ) -> Report:
+        """Evaluate the lines of a table for a victim; perturbations are shared by all tables."""
+        settings = replace(self.config.evaluation, **changes)
+        return evaluate(
+            models={f"{title}-{victim}": partial(self.subject, victim, lines)},
+            tasks={task: self.eval_data(task, split) for task in tasks},
+            settings=settings,
+            out=self.out / "evaluations" / split,
+            resume=True,
+        )
+
+    def perturbation(self, title: str, victim: str, task: str) -> Perturbation:
+        """The first T1 perturbation of an evaluation."""
+        attack = self.config.evaluation.universal[0]
+        folder = self.out / "evaluations" / "test" / f"{title}-{victim}" / task / "perturbations"
+        return Perturbation.load(
+            folder / f"{attack}@{UNDEFENDED}.safetensors", self.config.evaluation.epsilon_universal
+        )
+
+
+def _row(name: str, line: Line, place: dict[str, int], kind: RowKind) -> Row:
+    answer = FusedAnswer(line.fusion) if line.rule else first_logits
+    return Row(name, tuple(place[member] for member in line.members), answer, kind)

@@ -1,21 +1,17 @@
-"""The tables of the paper and those it lacks. Each function fills what it needs of the study and returns a record."""
+"""The tables of the paper and further ones. Each function evaluates its lines and returns a record."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from reproduction.paper.lines import detection_rows, fused, main_lines, rows_of, single
-from reproduction.paper.study import Line, Study
-from zepad_mm.attacks import PGD
-from zepad_mm.data import LabelledImages
+from reproduction.paper.study import Line, Study, fused, single
 from zepad_mm.encoders import optimize_for_inference
-from zepad_mm.evaluation import EvalData, EvalSettings, evaluate
-from zepad_mm.evaluation.metrics import share
-from zepad_mm.models.branch import Branch
-from zepad_mm.models.zepad import ZePAD, ZePADConfig
+from zepad_mm.evaluation import EvalData, Report, evaluate
+from zepad_mm.models.zepad import ZePAD
 from zepad_mm.selection import select_fusion
 from zepad_mm.utils.registry import Registry
 
@@ -23,43 +19,105 @@ from zepad_mm.utils.registry import Registry
 TABLES: Registry[Any] = Registry("table")
 BASELINES = {"pgd_at": "PGD-AT", "trades": "TRADES", "mart": "MART", "gen_af": "Gen-AF, stage 1"}
 BASELINES |= {"gen_af_stage_2": "Gen-AF, both stages"}
+SCORES = ("confidence_gap", "jensen_shannon")
+
+
+def main_lines(study: Study, victim: str) -> dict[str, Line]:
+    """The rows of the main table; the last is ours."""
+    config, members = study.config, study.defended(victim)
+    return {
+        "undefended": single(victim),
+        "paper's": fused("rfdm", members),
+        "paper's tuning, our rule": fused(config.rule, members, **config.rule_options),
+        "ours": fused(config.rule, study.ours(victim), **config.rule_options),
+    }
+
+
+def rows_of(
+    study: Study, title: str, victim: str, lines: dict[str, Line], tasks: list[str] | None = None, **changes: Any
+) -> tuple[list[dict[str, Any]], Report]:
+    """The rows of a table for a victim on every task, without an attack and under each one; and the report."""
+    report = study.evaluate(title, victim, lines, tasks or list(study.tasks), **{"threats": ("T1",), **changes})
+    names = {f"{title}-{victim}": list(lines)[-1]}
+    names |= {f"{title}-{victim}/{name}": name for name in lines}
+    rows = []
+    for row in report.rows:
+        name = names.get(row["model"])
+        if name is None or row["control"] or (row["attack"] == "worst") != (row["threat"] == "T2"):
+            continue
+        rows.append(
+            {
+                "victim": victim,
+                "task": row["dataset"],
+                "model": name,
+                "members": list(lines[name].members),
+                "threat": row["threat"],
+                "condition": row["attack"],
+                **{key: row[key] for key in ("epsilon", "accuracy", "ci_low", "ci_high", "n", "asr")},
+            }
+        )
+    order = list(lines)
+    return sorted(rows, key=lambda row: order.index(row["model"])), report
+
+
+def white_box_rows(study: Study, title: str, victim: str, lines: dict[str, Line]) -> list[dict[str, Any]]:
+    """Single encoders under a PGD attack on the task that was tuned on."""
+    white = study.config.white_box
+    changes = {key: getattr(white, key) for key in ("epsilon", "steps", "n")}
+    changes |= {"threats": ("T2",), "own_attacks": ("pgd",), "pools": (), "restarts": 1}
+    rows, _ = rows_of(study, f"{title}-white-box", victim, lines, [next(iter(study.tasks))], **changes)
+    return [{**row, "condition": f"pgd-{white.steps} margin"} for row in rows if row["threat"] == "T2"]
+
+
+def detection_rows(report: Report, victim: str, title: str, model: str) -> list[dict[str, Any]]:
+    """How well the suspicion scores of a default line separate clean from attacked images."""
+    keys = ("score", "threat", "auroc", "tpr_at_fpr1", "tpr_at_fpr5", "accuracy_paper_rule", "n")
+    return [
+        {"victim": victim, "task": row["dataset"], "model": model, "condition": row["attack"]}
+        | {key: row[key] for key in keys}
+        for row in report.detection
+        if row["score"] in SCORES and row["model"] == f"{title}-{victim}"
+    ]
 
 
 @TABLES.register("choice")
 def choice(study: Study) -> dict[str, Any]:
-    """What ours is made of, decided on validation pictures of the first studied victim: the tuning, then the rule."""
-    config, victim, rows = study.config, study.config.studied[0], []
+    """Our tuning and rule, selected on validation images of the first studied victim."""
+    config, victim = study.config, study.config.studied[0]
     tunings = [name for name in config.tunings if not name.startswith(("clean", "released", "lambda", "gen_af_"))]
     lines = {"undefended": single(victim)}
     for name in tunings:
         lines[f"{name} alone"] = single(f"{victim}+{name}")
         lines[f"{name} and BMP"] = fused(config.rule, (f"{victim}+{name}", config.our_bmp), **config.rule_options)
-    for task in study.tasks:
-        rows += rows_of(study, victim, task, lines, split="validation")
+    rows, _ = rows_of(study, "choice", victim, lines, split="validation")
     home = next(iter(study.tasks))
-    model, pictures = assembled(study, victim, study.ours(victim), home), study.pictures(home, "validation")
-    budget = EvalSettings.from_dict(config.evaluation).epsilon
-    rule = select_fusion(model, pictures.sample(config.n_selection, config.seed), epsilon=budget, seed=config.seed)
+    model, images = study.assembled(victim, study.ours(victim), home), study.data(home)[1]
+    budget = config.white_box.epsilon
+    rule = select_fusion(model, images.sample(config.n_selection, config.seed), epsilon=budget, seed=config.seed)
     return {"rows": rows, "selection": rule.to_dict(), "tuning": _tunings(study, rows)}
 
 
 @TABLES.register("main")
 def main(study: Study) -> dict[str, Any]:
-    """BA and RA of every victim on every task, T1 and T1b, and how well the attacks are detected."""
-    rows, detection = [], []
+    """BA and RA of every victim on every task under T1 and T1b, and how well the attacks are detected."""
+    rows: list[dict[str, Any]] = []
+    detection: list[dict[str, Any]] = []
     for victim in study.config.victims:
-        for task in study.tasks:
-            rows += rows_of(study, victim, task, main_lines(study, victim), family=True)
-            detection += detection_rows(study, victim, task, study.defended(victim), "paper's")
-            detection += detection_rows(study, victim, task, study.ours(victim), "ours")
-            print(f"main: {victim} on {task} done", flush=True)
+        lines = main_lines(study, victim)
+        papers = {name: lines[name] for name in ("paper's tuning, our rule", "paper's")}
+        first, report = rows_of(study, "paper", victim, papers, threats=("T1", "T1b"))
+        detection += detection_rows(report, victim, "paper", "paper's")
+        second, report = rows_of(study, "main", victim, lines, threats=("T1", "T1b"))
+        detection += detection_rows(report, victim, "main", "ours")
+        rows += [row for row in second if row["threat"] != "T1b" or row["model"] not in papers]
+        rows += [row for row in first if row["threat"] == "T1b"]
     return {"rows": rows, "detection": detection, "tuning": _tunings(study, rows)}
 
 
 @TABLES.register("ablation")
 def ablation(study: Study) -> dict[str, Any]:
-    """What each part is worth, and the controls that the paper lacks."""
-    rows = []
+    """The contribution of each part, and controls that the paper does not report."""
+    rows: list[dict[str, Any]] = []
     for victim in study.config.studied:
         partner, members = study.partner(victim), study.defended(victim)
         lines = {
@@ -78,47 +136,47 @@ def ablation(study: Study) -> dict[str, Any]:
             "control: tuned victim alone": single(members[0]),
             "control: tuned auxiliary encoder alone": single(members[1]),
             "control: BMP alone": single("bmp"),
-            "control: victim tuned on clean pictures": single(f"{victim}+clean"),
+            "control: victim tuned on clean images": single(f"{victim}+clean"),
             "control: three untuned, equal weights": fused("equal", (victim, partner, "bmp")),
             "control: full, equal weights": fused("equal", members),
         }
         if "gen_af_longer" in study.config.tunings and victim == study.config.studied[0]:
             lines["control: one robust encoder, tuned as long as both"] = single(f"{victim}+gen_af_longer")
-        for task in study.tasks:
-            rows += rows_of(study, victim, task, lines)
+        rows += rows_of(study, "ablation", victim, lines)[0]
     return {"rows": rows, "tuning": _tunings(study, rows)}
 
 
 @TABLES.register("baselines")
 def baselines(study: Study) -> dict[str, Any]:
     """Other defences of one victim: tuned once with new clean heads, and with the head they were tuned with."""
-    victim, rows, home = study.config.studied[0], [], next(iter(study.tasks))
-    lines = {title: single(f"{victim}+{name}") for name, title in BASELINES.items() if name in study.config.tunings}
-    own = {f"{t}, its own head": single(f"{victim}+{n}=") for n, t in BASELINES.items() if n in study.config.tunings}
-    for task in study.tasks:
-        there = {**lines, **own} if task == home else lines
-        rows += rows_of(study, victim, task, {**there, **main_lines(study, victim)})
-    white = [_white_box(study, victim, home, model, line) for model, line in {**lines, **own}.items()]
+    victim, home = study.config.studied[0], next(iter(study.tasks))
+    known = {name: title for name, title in BASELINES.items() if name in study.config.tunings}
+    lines = {title: single(f"{victim}+{name}") for name, title in known.items()}
+    own = {f"{title}, its own head": single(f"{victim}+{name}=") for name, title in known.items()}
+    references = main_lines(study, victim)
+    others = [task for task in study.tasks if task != home]
+    rows, _ = rows_of(study, "baselines", victim, {**lines, **own, **references}, [home])
+    if others:
+        rows += rows_of(study, "baselines", victim, {**lines, **references}, others)[0]
+    white = white_box_rows(study, "baselines", victim, {**lines, **own})
     return {"rows": rows, "white_box": white, "tuning": _tunings(study, rows)}
 
 
 @TABLES.register("released")
 def released(study: Study) -> dict[str, Any]:
-    """Tuning as the authors' code does it, and each of its quirks alone, against the corrected one."""
-    victim, rows, white, home = study.config.studied[0], [], [], next(iter(study.tasks))
+    """Tuning as in the authors' code, and each of its deviations alone, against the corrected one."""
+    victim = study.config.studied[0]
     names = [study.config.tuning, *(name for name in study.config.tunings if name.startswith("released"))]
-    lines = {name: single(f"{victim}+{name}") for name in names}
-    for task in study.tasks:
-        rows += rows_of(study, victim, task, lines)
-    for name in names:
-        white.append(_white_box(study, victim, home, name, single(f"{victim}+{name}=")))
+    rows, _ = rows_of(study, "released", victim, {name: single(f"{victim}+{name}") for name in names})
+    white = white_box_rows(study, "released", victim, {name: single(f"{victim}+{name}=") for name in names})
     return {"rows": rows, "white_box": white, "tuning": _tunings(study, rows)}
 
 
 @TABLES.register("fusion")
 def fusion(study: Study) -> dict[str, Any]:
     """RFDM's k, the rules, the topology term's weight, and the number of auxiliary encoders (Fig. S2)."""
-    rows, config = [], study.config
+    rows: list[dict[str, Any]] = []
+    config = study.config
     for victim in config.studied:
         members = study.defended(victim)
         extra = [name for name in config.more_adv_au if name not in (victim, study.partner(victim))]
@@ -133,19 +191,16 @@ def fusion(study: Study) -> dict[str, Any]:
             for name in [name for name in config.tunings if name.startswith("lambda")]:
                 lines[name] = single(f"{victim}+{name}")
             lines["lambda as shipped"] = single(members[0])
-        for task in study.tasks:
-            rows += rows_of(study, victim, task, lines)
+        rows += rows_of(study, "fusion", victim, lines)[0]
     return {"rows": rows, "tuning": _tunings(study, rows)}
 
 
 @TABLES.register("white_box")
 def white_box(study: Study) -> dict[str, Any]:
-    """T1, T1b, T2 and T3 side by side by ``evaluate``, on the task that was tuned on."""
-    config, home, reports = study.config, next(iter(study.tasks)), {}
-    _, validation, test = study.data(home)
-    settings = EvalSettings.from_dict({**config.evaluation, "image_size": config.image_size, "seed": config.seed})
-    data = EvalData(test, validation, study.surrogate())
-    first, selections = config.studied[0], {}
+    """All threat models on the task that was tuned on."""
+    config, home = study.config, next(iter(study.tasks))
+    first, selections, reports = config.studied[0], {}, {}
+    settings = replace(config.white_box, image_size=config.image_size, seed=config.seed)
     chosen = {
         f"{first}, ours": study.ours(first),
         f"{first}, the paper's tuning": study.defended(first),
@@ -155,35 +210,40 @@ def white_box(study: Study) -> dict[str, Any]:
         **{f"{victim}, ours, rule selected": study.ours(victim) for victim in config.studied},
         **{f"{victim}, FARE with labels, rule selected": study.labelled(victim) for victim in config.studied},
     }
+
+    def build(title: str, members: tuple[str, ...], task: str, data: EvalData) -> ZePAD:
+        model = study.assembled(members[0].partition("+")[0], members, task)
+        if title.endswith("selected"):  # as ``defend`` does
+            images = study.data(task)[1].sample(config.n_selection, config.seed)
+            found = select_fusion(model, images, epsilon=settings.epsilon, seed=config.seed)
+            selections[title] = found.to_dict()
+        return model
+
     for title, members in chosen.items():
         out = study.out / "white_box" / title.replace(", ", "-").replace(" ", "-").replace("'", "")
-        model = assembled(study, members[0].partition("+")[0], members, home)
-        if title.endswith("selected"):  # as ``defend`` does it
-            pictures = validation.sample(config.n_selection, config.seed)
-            found = select_fusion(model, pictures, epsilon=settings.epsilon, seed=config.seed)
-            selections[title] = found.to_dict()
-        report = evaluate(model, data=data, settings=settings, out=out, resume=True)
+        data = study.eval_data(home)
+        report = evaluate(build(title, members, home, data), data=data, settings=settings, out=out, resume=True)
         reports[title] = report.to_dict()
-        print(f"white box: {title} done", flush=True)
     return {"reports": reports, "selections": selections}
 
 
 @TABLES.register("cost")
 def cost(study: Study) -> dict[str, Any]:
-    """Parameters, seconds of tuning and of answers for each row; the memory that weights take."""
+    """Parameters, size of the weights, seconds of tuning and inference time of each row."""
     victim, home = study.config.studied[0], next(iter(study.tasks))
-    pictures, rows = study.data(home)[2].images[:250], []
+    images, rows = study.data(home)[2].images[:250], []
     lines = {**main_lines(study, victim), "tuned victim alone": single(f"{victim}+{study.config.tuning}")}
     for model, line in lines.items():
-        parts = [study.branch(home, name) for name in line.members]
-        fast = [optimize_for_inference(part, study.config.image_size) for part in parts]
+        branches = [study.branch(home, name) for name in line.members]
+        fast = [optimize_for_inference(branch, study.config.image_size) for branch in branches]
         taken = []
         for _ in range(5):
             began = time.perf_counter()
             with torch.no_grad():
-                line.fuse(torch.stack([part(pictures.to(study.device)) for part in fast]))
+                logits = torch.stack([branch(images.to(study.device)) for branch in fast])
+                line.fusion(logits) if line.rule else logits[0]
             taken.append(time.perf_counter() - began)
-        count = sum(parameter.numel() for part in parts for parameter in part.parameters())
+        count = sum(parameter.numel() for branch in branches for parameter in branch.parameters())
         tuned = [study.tuning_record(name)["seconds"] for name in line.members if "+" in name]
         rows.append(
             {
@@ -191,50 +251,10 @@ def cost(study: Study) -> dict[str, Any]:
                 "parameters": count,
                 "weights_mib": round(4 * count / 2**20, 2),
                 "tuning_s": round(sum(tuned), 1),
-                "ms_per_image": round(1000 * min(taken) / len(pictures), 3),
+                "ms_per_image": round(1000 * min(taken) / len(images), 3),
             }
         )
     return {"rows": rows, "victim": victim}
-
-
-def assembled(study: Study, victim: str, members: tuple[str, ...], task: str) -> ZePAD:
-    """The defence of a victim for a task as a model, with the undefended victim beside it."""
-    parts: list[Branch] = [study.branch(task, name) for name in members]
-    test: LabelledImages = study.data(task)[2]
-    about = ZePADConfig(
-        public_source=study.source(victim),
-        branches=tuple(part.config for part in parts),
-        class_names=test.class_names,
-        fusion=study.config.rule,
-        fusion_params=study.config.rule_options,
-    )
-    return ZePAD(about, parts).set_undefended(study.branch(task, victim))
-
-
-def _white_box(study: Study, victim: str, task: str, model: str, line: Line) -> dict[str, Any]:
-    """One encoder under PGD-20 on the margin: does robustness to one perturbation for all mean robustness?"""
-    config, (name,) = study.config, line.members
-    test = study.data(task)[2].sample(config.n_white_box, config.seed)
-    branch = optimize_for_inference(study.branch(task, name), config.image_size)
-    attack = PGD(epsilon=config.epsilon, steps=config.pgd_steps, loss="margin")
-    right = []
-    for images, labels in test.batches(100):
-        attacked = attack(branch, images, labels, generator=torch.Generator().manual_seed(config.seed))
-        with torch.no_grad():
-            right.append(branch(attacked).argmax(-1) == labels)
-    found = share(torch.cat(right))
-    return {
-        "victim": victim,
-        "task": task,
-        "model": model,
-        "threat": "T2",
-        "condition": f"pgd-{attack.steps} margin",
-        "epsilon": attack.epsilon,
-        "accuracy": found.value,
-        "ci_low": found.interval[0],
-        "ci_high": found.interval[1],
-        "n": found.n,
-    }
 
 
 def _tunings(study: Study, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 
+from reproduction.command_line import parse
 from reproduction.paper import (
     document,
     run,
@@ -37,11 +38,10 @@ image_size: 32
 n_tune: 32
 n_validation: 16
 n_head: 32
-n_test: 16
-n_white_box: 8
-n_surrogate: 16
 n_selection: 4
-attacks: {feature_uap: 1, l4a_base: 1}
+evaluation:
+  {n: 16, n_validation: 16, n_surrogate: 16, universal: [feature_uap, l4a_base], diagnostics_n: 0,
+   universal_steps: {feature_uap: 1, l4a_base: 1}, family_steps: {feature_uap: 1}}
 tunings:
   gen_af: {defence: gen_af, options: {attack_steps: 1}}
   gen_af_stage_2: {defence: clean, after: gen_af}
@@ -54,8 +54,7 @@ tunings:
   released: {defence: gen_af_released, options: {attack_steps: 1}}
 train: {steps: 1, batch_size: 16, validation_attack_steps: 1, bn_mode: train, samples: 0}
 head: {epochs: 1}
-pgd_steps: 1
-evaluation:
+white_box:
   {threats: [clean, T1, T1b, T2, T3], n: 8, n_validation: 8, n_surrogate: 16, universal: [feature_uap],
    universal_steps: {feature_uap: 1}, family_steps: {feature_uap: 1}, steps: 1, restarts: 1, diagnostics_n: 0,
    adaptive: [], evasion: [selective], detector_steps: 1, pools: [branch]}
@@ -74,7 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_encoder(network, folder / name / "encoder", TINY)
         write_json(folder / name / "pretrain.json", {})
     (folder / "small.yaml").write_text(SMALL)
-    run.main(arguments(folder))
+    run.main(parse(run.PaperSettings, "", arguments(folder)))
     return folder
 
 
@@ -95,7 +94,7 @@ def test_every_table_is_made_once(folder: Path) -> None:
     assert {row["victim"] for row in main["rows"]} == {"first", "second"}
     assert str(folder) not in json.dumps(main)
     kept = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*.safetensors")}
-    run.main([*arguments(folder), "--tables", "[main, fusion]"])
+    run.main(parse(run.PaperSettings, "", [*arguments(folder), "--tables", "[main, fusion]"]))
     again = read_compact(folder / "results" / "paper" / "main.json")
     assert again["rows"] == main["rows"]
     assert kept == {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*.safetensors")}
@@ -126,7 +125,7 @@ def test_the_committed_document_is_what_the_results_say() -> None:
 
 @pytest.mark.parametrize("name", ["small", "full"])
 def test_the_configs_parse(name: str) -> None:
-    config, _, _ = run.parse(["--config", str(ROOT / "reproduction" / "paper" / f"{name}.yaml")])
+    config = parse(run.PaperSettings, "", ["--config", str(ROOT / "reproduction" / "paper" / f"{name}.yaml")])
     assert config.tuning in config.tunings
     assert {config.adv_au, config.adv_au_for_itself, *config.more_adv_au, *config.studied} <= {
         *config.victims, config.adv_au_for_itself
@@ -134,7 +133,7 @@ def test_the_configs_parse(name: str) -> None:
 
 
 def test_an_encoder_that_is_not_there_is_named(folder: Path) -> None:
-    config, _, _ = run.parse(arguments(folder))
+    config = parse(run.PaperSettings, "", arguments(folder))
     with pytest.raises(FileNotFoundError, match="--methods third"):
         study.Study(config).encoder("third")
 
