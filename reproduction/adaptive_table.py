@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from reproduction.command_line import parse
 from zepad_mm import ZePAD, evaluate
 from zepad_mm.attacks import FUSED_LOSSES
 from zepad_mm.evaluation import EvalSettings, Records, subject_of
@@ -97,4 +96,4 @@ def _cell(row: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    print(markdown(main(parse(AdaptiveTable, __doc__))))
+    print(markdown(main(AdaptiveTable.from_cli())))

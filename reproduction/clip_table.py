@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-from reproduction.command_line import parse
 from tools.clip_names import UNSEEN, Names
 from tools.clip_record import restrict
 from zepad_mm import ZePAD, evaluate
@@ -244,4 +243,4 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(markdown(main(parse(ClipTable, __doc__))))
+    print(markdown(main(ClipTable.from_cli())))

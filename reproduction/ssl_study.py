@@ -29,7 +29,6 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from recipes import pretrain
-from reproduction.command_line import parse
 from zepad_mm.data import LabelledImages, load_data
 from zepad_mm.encoders import Encoder, load_encoder
 from zepad_mm.evaluation import EvalData, EvalSettings, Report, Subject, evaluate, subject_of
@@ -254,4 +253,4 @@ def without_folders(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    print(main(parse(StudySettings, __doc__)).markdown())
+    print(main(StudySettings.from_cli()).markdown())

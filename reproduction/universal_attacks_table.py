@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from reproduction.command_line import parse
 from zepad_mm import ZePAD, evaluate
 from zepad_mm.attacks import UNIVERSAL_ATTACKS
 from zepad_mm.evaluation import EvalSettings, Report, RowKind, subject_of
@@ -92,4 +91,4 @@ def _cell(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    print(markdown(main(parse(UniversalTable, __doc__))))
+    print(markdown(main(UniversalTable.from_cli())))

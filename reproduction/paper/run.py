@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from reproduction.command_line import parse
 from reproduction.paper import figures  # noqa: F401 - registers its tables
 from reproduction.paper.records import write_compact
 from reproduction.paper.study import Settings, Study
@@ -49,4 +48,4 @@ def main(config: PaperSettings) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(PaperSettings, __doc__))
+    main(PaperSettings.from_cli())

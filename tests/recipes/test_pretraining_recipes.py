@@ -15,7 +15,6 @@ import torch
 
 from recipes import pretrain
 from reproduction import build_ssl_zoo, ssl_study
-from reproduction.command_line import parse
 from zepad_mm import pretraining
 from zepad_mm.encoders import load_encoder
 from zepad_mm.models.zepad import ZePAD
@@ -42,7 +41,7 @@ def _configs(name: str) -> list[Path]:
 
 @pytest.mark.parametrize("name", ["ssl_study", "ssl_study_smoke"])
 def test_ssl_study_config_parses(name: str):
-    config = parse(ssl_study.StudySettings, "", ["--config", str(ROOT / "reproduction" / "configs" / f"{name}.yaml")])
+    config = ssl_study.StudySettings.from_cli(["--config", str(ROOT / "reproduction" / "configs" / f"{name}.yaml")])
     assert set(config.evaluation.threats) == {"T1", "T1b", "T2"}
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from reproduction import adaptive_table, universal_attacks_table
-from reproduction.command_line import parse
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ["--evaluation.n", "6", "--evaluation.n_validation", "8", "--evaluation.n_surrogate", "16"]
@@ -18,7 +17,7 @@ IMAGES = ["--evaluation.n", "6", "--evaluation.n_validation", "8", "--evaluation
 def test_adaptive_table_has_every_attack_and_the_worst_case(tmp_path: Path) -> None:
     config = ["--config", str(ROOT / "reproduction" / "configs" / "adaptive.yaml"), *IMAGES, "--evaluation.steps", "1"]
     config += ["--out", str(tmp_path / "out"), "--result", str(tmp_path)]
-    settings = parse(adaptive_table.AdaptiveTable, "", config)
+    settings = adaptive_table.AdaptiveTable.from_cli(config)
     record = adaptive_table.main(settings)
     assert json.loads((tmp_path / "adaptive_on_rfdm.json").read_text())["attacks"] == record["attacks"]
     assert set(record["attacks"]) == {adaptive_table.GENERIC, *adaptive_table.FUSED_LOSSES}
@@ -33,7 +32,7 @@ def test_universal_attacks_table_scores_clip_and_defence(tmp_path: Path) -> None
     config = ["--config", str(ROOT / "reproduction" / "configs" / "universal_attacks.yaml"), *IMAGES]
     config += ["--attacks", "[feature_uap, adv_clip]", "--out", str(tmp_path / "out"), "--result", str(tmp_path)]
     config += ["--evaluation.universal_steps", "{feature_uap: 1, adv_clip: 1}"]
-    settings = parse(universal_attacks_table.UniversalTable, "", config)
+    settings = universal_attacks_table.UniversalTable.from_cli(config)
     report = universal_attacks_table.main(settings)
     assert {row["algorithm"] for row in report.rows} == {
         "none", "random_noise", "random_patch", "feature_uap", "adv_clip"

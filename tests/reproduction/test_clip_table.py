@@ -11,7 +11,6 @@ from datasets import ClassLabel, Dataset, Features, Image
 from torchvision.transforms.functional import to_pil_image
 
 from reproduction import clip_table
-from reproduction.command_line import parse
 from tools.joint_validation_pool import join
 from zepad_mm.data import load_data
 
@@ -57,7 +56,7 @@ def test_clip_table_evaluates_every_model_and_baseline(tmp_path: Path) -> None:
     folder = few(tmp_path / "few", names)
     words = ["--config", str(ROOT / "reproduction" / "configs" / "clip_smoke.yaml"), "--data", f"[{folder}:odd]"]
     words += ["--out", str(tmp_path / "out"), "--result", str(tmp_path)]
-    config = parse(clip_table.ClipTable, "", words)
+    config = clip_table.ClipTable.from_cli(words)
     record = clip_table.main(config)
     assert json.loads((tmp_path / "clip.json").read_text())["zero_shot"] == record["zero_shot"]
     tasks = {row["task"]: row for row in record["zero_shot"]}

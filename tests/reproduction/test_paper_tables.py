@@ -10,7 +10,6 @@ import pytest
 import timm
 import torch
 
-from reproduction.command_line import parse
 from reproduction.paper import (
     document,
     run,
@@ -73,7 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_encoder(network, folder / name / "encoder", TINY)
         write_json(folder / name / "pretrain.json", {})
     (folder / "small.yaml").write_text(SMALL)
-    run.main(parse(run.PaperSettings, "", arguments(folder)))
+    run.main(run.PaperSettings.from_cli(arguments(folder)))
     return folder
 
 
@@ -94,7 +93,7 @@ def test_every_table_is_made_once(folder: Path) -> None:
     assert {row["victim"] for row in main["rows"]} == {"first", "second"}
     assert str(folder) not in json.dumps(main)
     kept = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*.safetensors")}
-    run.main(parse(run.PaperSettings, "", [*arguments(folder), "--tables", "[main, fusion]"]))
+    run.main(run.PaperSettings.from_cli([*arguments(folder), "--tables", "[main, fusion]"]))
     again = read_compact(folder / "results" / "paper" / "main.json")
     assert again["rows"] == main["rows"]
     assert kept == {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*.safetensors")}
@@ -125,7 +124,7 @@ def test_the_committed_document_is_what_the_results_say() -> None:
 
 @pytest.mark.parametrize("name", ["small", "full"])
 def test_the_configs_parse(name: str) -> None:
-    config = parse(run.PaperSettings, "", ["--config", str(ROOT / "reproduction" / "paper" / f"{name}.yaml")])
+    config = run.PaperSettings.from_cli(["--config", str(ROOT / "reproduction" / "paper" / f"{name}.yaml")])
     assert config.tuning in config.tunings
     assert {config.adv_au, config.adv_au_for_itself, *config.more_adv_au, *config.studied} <= {
         *config.victims, config.adv_au_for_itself
@@ -133,7 +132,7 @@ def test_the_configs_parse(name: str) -> None:
 
 
 def test_an_encoder_that_is_not_there_is_named(folder: Path) -> None:
-    config = parse(run.PaperSettings, "", arguments(folder))
+    config = run.PaperSettings.from_cli(arguments(folder))
     with pytest.raises(FileNotFoundError, match="--methods third"):
         study.Study(config).encoder("third")
 
