@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Kill -9 an evaluation, and a crafting run, at random moments; what is resumed must end as if nothing had happened.
+"""Kill an evaluation and a crafting run with SIGKILL at random moments; resumed runs must give the same result.
 
     python -m benchmarks.kill_evaluate --kills 20 --out results/kill.json
 
-The model, the pictures and the attacks are those of ``zepad evaluate embedded --preset smoke``; crafting is
-``zepad attack``, which has no half-way state: it is killed, and started again.
+The model, images and attacks are those of ``zepad evaluate embedded --preset smoke``; crafting is
+``zepad attack``, which saves no intermediate state: it is killed and restarted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.kill_and_resume import torment
+from tests.helpers.kill_and_resume import kill_and_resume_repeatedly
 from zepad_mm.evaluation import Records, Report
 from zepad_mm.utils.io import read_tensors, write_json
 from zepad_mm.utils.provenance import provenance
@@ -28,7 +28,7 @@ ATTACK = ["attack", "open_clip:embedded", "--attack", "feature_uap", "--steps", 
 
 
 def outcome(folder: Path) -> tuple[Any, ...]:
-    """All of an evaluation that must not change: rows and detection but for seconds, and every single answer."""
+    """Return all that must not change: rows without seconds, detection, and every prediction."""
     report, records = Report.load(folder), Records.load(folder)
     rows = [{key: value for key, value in row.items() if key != "seconds"} for row in report.rows]
     answers = {key: classes.tolist() for key, classes in records.predictions.items()}
@@ -41,16 +41,18 @@ def perturbation(path: Path) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="of the evaluation, and as many of crafting")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--kills", type=int, default=20, help="number of kills of the evaluation, and of crafting")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     parser.add_argument("--out", type=Path, default=Path("outputs/kill.json"), help="file of the result")
     options = parser.parse_args()
     moments = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
-        evaluation = torment(
+        evaluation = kill_and_resume_repeatedly(
             [*ZEPAD, *EVALUATE], Path(name) / "evaluation", options.kills, moments, outcome, "evaluate"
         )
-        crafting = torment([*ZEPAD, *ATTACK], Path(name) / "crafting", options.kills, moments, perturbation, "attack")
+        crafting = kill_and_resume_repeatedly(
+            [*ZEPAD, *ATTACK], Path(name) / "crafting", options.kills, moments, perturbation, "attack"
+        )
     config = {"kills": options.kills, "evaluation": " ".join(EVALUATE), "crafting": " ".join(ATTACK)}
     found = {"evaluation": evaluation, "crafting": crafting}
     write_json(options.out, {"meta": provenance(seed=options.seed, config=config), **found})

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Kill -9 a tuning run at random moments, on one process and on two; it must end as if nothing had happened.
+"""Kill a tuning run with SIGKILL at random moments, on one process and on two; resumed runs must give the same result.
 
     python -m benchmarks.kill_tune --kills 20 --out results/kill_tune.json
 
-The run is that of ``recipes/configs/smoke/tune.yaml`` with more steps and checkpoints. Compared are the tuned
-weights and every line of the metrics but for the speed: bit for bit, on both numbers of processes. Exits with the
-number of runs that ended otherwise.
+The run is that of ``recipes/configs/smoke/tune.yaml`` with more steps and checkpoints. Compared bit for bit: the tuned
+weights and every logged metric except the speed. Exits with the
+number of runs that differed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.kill_and_resume import torment
+from tests.helpers.kill_and_resume import kill_and_resume_repeatedly
 from zepad_mm.training.checkpoint import CHECKPOINT
 from zepad_mm.utils.io import read_tensors, write_json
 from zepad_mm.utils.provenance import provenance
@@ -30,19 +30,19 @@ TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def outcome(folder: Path) -> tuple[Any, ...]:
-    """All of a run that must not change: the figures but for the speed, and every weight."""
+    """Return all that must not change: logged metrics except the speed, and every weight."""
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    figures = [{key: value for key, value in line.items() if key != "images_per_s"} for line in lines]
+    metrics = [{key: value for key, value in line.items() if key != "images_per_s"} for line in lines]
     weights = read_tensors(folder / "encoder.safetensors")[0]
-    return figures, {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
+    return metrics, {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="on one process, and as many on two")
-    parser.add_argument("--steps", type=int, default=24, help="of the run that is killed")
+    parser.add_argument("--kills", type=int, default=20, help="number of kills for each number of processes")
+    parser.add_argument("--steps", type=int, default=24, help="steps of the killed run")
     parser.add_argument("--processes", type=int, nargs="+", choices=(1, 2), default=[1, 2])
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     parser.add_argument("--out", type=Path, default=Path("outputs/kill_tune.json"), help="file of the result")
     options = parser.parse_args()
     moments, found = random.Random(options.seed), {}
@@ -52,7 +52,9 @@ def main() -> None:
             words = [sys.executable, *(TWO if count == 2 else []), *run, "--processes", str(count)]
             title = f"{count} process(es)"
             folder = Path(name) / str(count)
-            found[title] = torment(words, folder, options.kills, moments, outcome, title, f"run/{CHECKPOINT}")
+            found[title] = kill_and_resume_repeatedly(
+                words, folder, options.kills, moments, outcome, title, f"run/{CHECKPOINT}"
+            )
     config = {"kills": options.kills, "command": " ".join(run)}
     write_json(options.out, {"meta": provenance(seed=options.seed, config=config), **found})
     print(found)

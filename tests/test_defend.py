@@ -1,4 +1,4 @@
-"""From a public CLIP to a defended one: with ready robust weights, and tuned on the spot (two steps)."""
+"""defend(): a defended CLIP from published robust weights, and from branches tuned here in two steps."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ SMALL = DefendSettings(
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
+def image_folders(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Class folders with a training split alone."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("image_folders")
     generator = torch.Generator().manual_seed(0)
     for name in ("cat", "dog"):
         (folder / "train" / name).mkdir(parents=True)
@@ -39,12 +39,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def test_ready_branches(
+def test_defend_takes_published_robust_weights(
     clip_source: str, tmp_path: Path, images: torch.Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Two lines: sources of robust weights, no pictures, nothing is tuned."""
-    ready = write_clip(tmp_path, seed=5)
-    classify = RobustZeroShotClassifier.defend(clip_source, robust=[ready])
+    """Without images nothing is tuned, and no threshold is chosen."""
+    robust = write_clip(tmp_path, seed=5)
+    classify = RobustZeroShotClassifier.defend(clip_source, robust=[robust])
     assert len(classify(images, ["cat", "dog"])) == 4
     assert "nothing will be flagged" in caplog.text
     model = classify.model
@@ -59,38 +59,41 @@ def test_ready_branches(
         classify(images[0], ["cat", "dog"], on_adversarial="flag")
 
 
-def test_the_rule_and_the_threshold_are_chosen_where_there_are_pictures(
-    clip_source: str, pictures: str, tmp_path: Path
-) -> None:
+def test_defend_selects_rule_and_threshold_on_images(clip_source: str, image_folders: str, tmp_path: Path) -> None:
     (tmp_path / "clip").mkdir()
-    ready = write_clip(tmp_path / "clip", seed=5)
+    robust = write_clip(tmp_path / "clip", seed=5)
     model = defend(
-        clip_source, robust=[ready], data=pictures, out=tmp_path / "out", class_names=["a", "b", "c"], settings=SMALL
+        clip_source,
+        robust=[robust],
+        data=image_folders,
+        out=tmp_path / "out",
+        class_names=["a", "b", "c"],
+        settings=SMALL,
     )
     assert model.config.detector.threshold is not None
     assert model.class_names == ("a", "b", "c")
     assert ZePAD.from_pretrained(tmp_path / "out").config.fusion == model.config.fusion
 
 
-def test_tuned_branches_and_taking_up_again(clip_source: str, pictures: str, tmp_path: Path) -> None:
+def test_defend_tunes_branches_and_resumes(clip_source: str, image_folders: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    classify = RobustZeroShotClassifier.defend(clip_source, data=pictures, out=out, settings=SMALL)
+    classify = RobustZeroShotClassifier.defend(clip_source, data=image_folders, out=out, settings=SMALL)
     branches = {branch.name: branch for branch in classify.model.config.branches}
     assert {name: branch.adaptation for name, branch in branches.items()} == {"tecoa": "lora", "benign": "lora"}
     assert branches["tecoa"].objective == "tecoa at 4/255"
     assert classify.model.class_names == ("cat", "dog")
     assert all((out / "tuned" / name / "tuned.json").is_file() for name in branches)
-    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(ZePAD.from_pretrained(out)(picture), classify.model(picture))
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(ZePAD.from_pretrained(out)(image), classify.model(image))
     before = (out / "tuned" / "tecoa" / "tuned.json").stat().st_mtime_ns
-    defend(clip_source, data=pictures, out=out, settings=SMALL)
+    defend(clip_source, data=image_folders, out=out, settings=SMALL)
     assert (out / "tuned" / "tecoa" / "tuned.json").stat().st_mtime_ns == before
     other = replace(SMALL, epsilon=1 / 255)
     with pytest.raises(ValueError, match=r"epsilon.*tuned with other settings"):
-        defend(clip_source, data=pictures, out=out, settings=other)
+        defend(clip_source, data=image_folders, out=out, settings=other)
 
 
-def test_errors(clip_source: str, tmp_path: Path) -> None:
+def test_defend_rejects_impossible_input(clip_source: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="out='defended'"):
         defend(clip_source)
     with pytest.raises(ValueError, match=r"robust: expected a list"):

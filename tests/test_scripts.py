@@ -1,4 +1,4 @@
-"""Third-party attack libraries run on the whole defence as on any classifier; and the scripts, in small."""
+"""The examples for third-party attack libraries and the benchmarks run, at a small size."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ NEEDS = {
 }
 
 
-def test_every_example_is_tested() -> None:
+def test_examples_are_all_listed_here() -> None:
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(NEEDS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(NEEDS))
-def test_example(name: str) -> None:
+def test_example_prints_an_accuracy(name: str) -> None:
     try:
         importlib.import_module(NEEDS[name])
     except ImportError as error:
@@ -45,13 +45,13 @@ def test_example(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_attack_parity_runs(tmp_path: Path) -> None:
+def test_attack_parity_writes_its_record(tmp_path: Path) -> None:
     for module in ("torchattacks", "adv_lib.attacks.auto_pgd"):
         pytest.importorskip(module, exc_type=ImportError)
     small = ["--n", "8", "--few", "4", "--steps", "2", "--queries", "2", "--stages", "4"]
     small += ["--out", str(tmp_path / "parity.json")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    for _ in range(2):  # the second finds everything done
+    for _ in range(2):  # the second run finds everything done
         done = subprocess.run(
             [sys.executable, "benchmarks/attack_parity.py", *small],
             cwd=ROOT,
@@ -73,19 +73,21 @@ out.mkdir(parents=True, exist_ok=True)
 begun = (out / "begun").exists()
 (out / "begun").touch()
 time.sleep({seconds})
-(out / "count").write_text("other" if begun and {forgets} else "same")
+(out / "count").write_text("other" if begun and {differs} else "same")
 """
 
 
-@pytest.mark.parametrize("forgets", [False, True])
-def test_killing_tells_who_ends_otherwise(forgets: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.helpers import kill_and_resume as _killing
+@pytest.mark.parametrize("differs", [False, True])
+def test_kill_and_resume_counts_different_results(
+    differs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.helpers.kill_and_resume import kill_and_resume_repeatedly
 
-    words = [sys.executable, "-c", COUNTING.format(seconds=0.3, forgets=forgets)]
+    words = [sys.executable, "-c", COUNTING.format(seconds=0.3, differs=differs)]
     moments = random.Random(0)
-    found = _killing.torment(words, tmp_path, 2, moments, lambda out: (out / "count").read_text(), "counting")
+    found = kill_and_resume_repeatedly(words, tmp_path, 2, moments, lambda out: (out / "count").read_text(), "counting")
     assert found["kills"] == 2
-    assert (found["different"] > 0) == forgets
+    assert (found["different"] > 0) == differs
 
 
 LAUNCHER = """
@@ -98,19 +100,19 @@ time.sleep(60)
 """
 
 
-def test_a_kill_reaches_the_workers_of_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun gives each worker a session of its own: one that goes on would finish what another resumes."""
-    from tests.helpers import kill_and_resume as _killing
+def test_kill_reaches_the_workers_of_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun gives each worker its own session; a surviving worker would finish what another resumes."""
+    from tests.helpers.kill_and_resume import kill
 
     late, pid = tmp_path / "late", tmp_path / "pid"
-    assert _killing.kill([sys.executable, "-c", LAUNCHER.format(late=str(late), pid=str(pid))], 2)
+    assert kill([sys.executable, "-c", LAUNCHER.format(late=str(late), pid=str(pid))], 2)
     worker = int(pid.read_text())
     assert not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE
     assert not late.exists()
 
 
 @pytest.mark.slow
-def test_the_killing_script_in_small(tmp_path: Path) -> None:
+def test_kill_tune_runs(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "benchmarks/kill_tune.py", "--kills", "0", "--steps", "2", "--processes", "1"]
     command += ["--out", str(tmp_path / "tune.json")]

@@ -1,4 +1,4 @@
-"""Kill -9 a command at random moments, start it again the same way, and compare what it ends with."""
+"""Kills a command with SIGKILL at random moments, resumes it, and compares its results with an undisturbed run."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tqdm import tqdm
 
 
 def start(words: list[str]) -> subprocess.Popen[bytes]:
-    """A session of its own, so that nothing but :func:`kill` reaches it."""
+    """Start the command in its own session, so that only :func:`kill` reaches it."""
     return subprocess.Popen(
         words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ, start_new_session=True
     )
 
 
 def run(words: list[str]) -> float:
-    """Seconds of a run to its end."""
+    """Run the command to its end and return the seconds it took."""
     began = time.perf_counter()
     if code := start(words).wait():
         raise SystemExit(f"{' '.join(words)} ended with {code}")
@@ -31,10 +31,10 @@ def run(words: list[str]) -> float:
 
 
 def kill(words: list[str], seconds: float) -> bool:
-    """Start, wait, kill -9 it and all that it started; was it still running?
+    """Start the command and after ``seconds`` kill it and its children; return whether it was still running.
 
-    Not by process group: torchrun gives each worker a session of its own, and workers that outlive their launcher
-    would end the run behind the back of the one that resumes it.
+    The children are listed, not the process group: torchrun gives each worker its own session, and surviving workers
+    would finish the run that another process resumes.
     """
     process = start(words)
     try:
@@ -42,7 +42,7 @@ def kill(words: list[str], seconds: float) -> bool:
         return False
     except subprocess.TimeoutExpired:
         launcher = psutil.Process(process.pid)
-        launcher.suspend()  # it starts nothing more while its children are listed
+        launcher.suspend()  # it starts no more children while they are listed
         family = [launcher, *launcher.children(recursive=True)]
         for member in family:
             with suppress(psutil.NoSuchProcess):
@@ -54,7 +54,7 @@ def kill(words: list[str], seconds: float) -> bool:
         return True
 
 
-def torment(
+def kill_and_resume_repeatedly(
     words: list[str],
     folder: Path,
     kills: int,
@@ -63,14 +63,14 @@ def torment(
     title: str,
     checkpoint: str | None = None,
 ) -> dict[str, int]:
-    """Runs killed again and again until they end by themselves, as many as it takes for so many kills.
+    """Kill and resume runs until ``kills`` kills have hit; return the counts of kills, runs and different results.
 
     Args:
         words: the command; ``--out FOLDER`` is added.
         folder: where the runs go.
-        moments: when to kill: between a fifth of the time that a run takes and its end.
-        result: everything of a finished run's folder that must not change.
-        checkpoint: a file in a run's folder; counted are the kills that found it, and so were no mere restarts.
+        moments: draws when to kill: between a fifth of the duration of a run and its end.
+        result: returns everything in a finished run's folder that must not change.
+        checkpoint: a file in a run's folder; kills after it was written are counted as ``after_a_checkpoint``.
     """
     seconds = run([*words, "--out", str(folder / "whole")])
     whole, landed, different, runs, resumed = result(folder / "whole"), 0, 0, 0, 0

@@ -1,4 +1,4 @@
-"""--plan: what a run will cost, on the embedded model, and nothing left behind."""
+"""Cost estimates of tuning runs (--plan), on the embedded model."""
 
 from __future__ import annotations
 
@@ -32,29 +32,29 @@ def data() -> tuple[LabelledImages, LabelledImages]:
     return load_data("embedded", "train", 64, 32), load_data("embedded", "validation", 64, 16)
 
 
-def test_the_reckoning_is_the_sum_of_its_parts() -> None:
-    few = CostEstimate(
+def test_cost_estimate_adds_up() -> None:
+    estimate = CostEstimate(
         steps=100, batch_size=8, step_s=2.0, shared_s=40.0, alone_s=3.0, step_flops=1e9, flops=1e11, peak_mb=500.0,
         gradient_bytes=4_000_000,
     )  # fmt: skip
-    assert few.wall_s() == 243.0
-    assert few.wall_s(8) == 33.0
-    assert few.sent_bytes(1) == 0
-    assert few.sent_bytes(8) == 7_000_000
-    text = str(few)
+    assert estimate.wall_s() == 243.0
+    assert estimate.wall_s(8) == 33.0
+    assert estimate.sent_bytes(1) == 0
+    assert estimate.sent_bytes(8) == 7_000_000
+    text = str(estimate)
     assert "0:04:03" in text
     assert "500 MB" in text
     assert "7.00 MB" in text
 
 
-def test_flops_are_counted_through_gradients_to_the_input() -> None:
+def test_count_flops_includes_input_gradients() -> None:
     weight, x = torch.rand(16, 32), torch.rand(4, 16, requires_grad=True)
     assert count_flops(lambda: torch.autograd.grad((x @ weight).sum(), x)) == 2 * 2 * 4 * 16 * 32
     depthwise, images = torch.nn.Conv2d(8, 8, 3, padding=1, groups=8), torch.rand(2, 8, 5, 5, requires_grad=True)
     assert count_flops(lambda: depthwise(images).sum().backward()) == 3 * 2 * images.numel() * 9
 
 
-def test_a_plan_counts_what_the_run_computes(data: tuple[LabelledImages, LabelledImages], tmp_path: Path) -> None:
+def test_estimate_cost_matches_the_run(data: tuple[LabelledImages, LabelledImages], tmp_path: Path) -> None:
     defence, (train, validation) = FARE(attack_steps=2), data
     found = estimate_cost(student(lora=True), train, validation, defence, SETTINGS)
     began = time.perf_counter()
@@ -74,7 +74,7 @@ def test_a_plan_counts_what_the_run_computes(data: tuple[LabelledImages, Labelle
 
 
 @pytest.mark.parametrize("defence", ["tecoa", "clean"])
-def test_the_flag_prints_the_plan_and_writes_nothing(
+def test_plan_option_prints_the_estimate_and_writes_nothing(
     defence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = ["--data.n_train=64", "--data.n_validation=16", "--settings.steps=4", "--settings.batch_size=8"]

@@ -1,4 +1,4 @@
-"""What each process gets of each batch: from memory, disk or a stream, with and without workers, whole and resumed."""
+"""Batches of each process: from memory, disk or a stream, with and without workers, from the start and resumed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image
-from PIL import Image as Picture
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
+from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
 from recipes import tune
@@ -27,22 +28,22 @@ N, FILES = 48, 4
 
 
 @pytest.fixture(autouse=True)
-def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``datasets`` sleeps five seconds whenever a stream of parquet files is left before its end."""
+def _no_sleep_on_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorten the five seconds that ``datasets`` sleeps when a stream of parquet files is left before its end."""
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.05)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The coloured pictures as four parquet files; the first pixel of a picture is its number."""
+    """The coloured images as four parquet files; the first pixel of an image is its index."""
     data, out = colours(N), tmp_path_factory.mktemp("colours")
-    features = Features({"image": Image(), "label": ClassLabel(names=list(data.class_names))})
-    pictures = [to_pil_image(image) for image in data.images]
-    for number, picture in enumerate(pictures):
-        picture.putpixel((0, 0), (number, 0, 0))
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=list(data.class_names))})
+    pil_images = [to_pil_image(image) for image in data.images]
+    for number, pil_image in enumerate(pil_images):
+        pil_image.putpixel((0, 0), (number, 0, 0))
     for part in range(FILES):
         rows = slice(part * N // FILES, (part + 1) * N // FILES)
-        table = {"image": pictures[rows], "label": data.labels[rows].tolist()}
+        table = {"image": pil_images[rows], "label": data.labels[rows].tolist()}
         Dataset.from_dict(table, features).to_parquet(out / f"train-{part}-of-{FILES}.parquet")
     return out
 
@@ -65,7 +66,7 @@ def seen(data: TrainData, rank: int = 0, world: int = 1, start: int = 0, total: 
     ("storage", "workers"), [("memory", 0), ("disk", 0), ("disk", 2), ("stream", 0), ("stream", 2)]
 )
 @pytest.mark.parametrize("world", [1, 2])
-def test_every_picture_as_often_whoever_reads(folder: Path, storage: str, workers: int, world: int) -> None:
+def test_shares_cover_every_image_equally(folder: Path, storage: str, workers: int, world: int) -> None:
     data = opened(folder, storage)
     read = [np.array(seen(data, rank, world, num_workers=workers)) for rank in range(world)]
     assert sorted(np.concatenate(read).ravel()) == sorted([*range(N)] * 2)
@@ -77,7 +78,7 @@ def test_every_picture_as_often_whoever_reads(folder: Path, storage: str, worker
 
 
 @pytest.mark.parametrize("storage", ["disk", "stream"])
-def test_workers_and_a_late_start_change_nothing(folder: Path, storage: str) -> None:
+def test_shares_do_not_depend_on_workers_or_start(folder: Path, storage: str) -> None:
     data = opened(folder, storage)
     for workers in (0, 2):
         whole = seen(data, 1, 2, num_workers=workers)
@@ -87,7 +88,7 @@ def test_workers_and_a_late_start_change_nothing(folder: Path, storage: str) -> 
         assert seen(data, num_workers=2) == seen(opened(folder, "memory"))
 
 
-def test_labels_and_rows_belong_to_the_pictures(folder: Path) -> None:
+def test_shares_keep_images_labels_and_rows_together(folder: Path) -> None:
     truth = load_data(str(folder), "train", 12)
     for storage in ("memory", "disk", "stream"):
         for images, labels, rows in shares(opened(folder, storage), quick(), 0, 1, 0, 3, False):
@@ -97,12 +98,14 @@ def test_labels_and_rows_belong_to_the_pictures(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("storage", ["disk", "stream"])
-def test_fit_resumes_to_the_bit(folder: Path, storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_resumes_to_the_same_weights(
+    folder: Path, storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data, weights = opened(folder, storage), {}
     for name in ("whole", "killed"):
         if name == "killed":
             with monkeypatch.context() as patch:
-                patch.setattr("zepad_mm.training.loop._Run._validate_and_save", _killer(5))
+                patch.setattr("zepad_mm.training.loop._Run._validate_and_save", _interrupt_at(5))
                 with pytest.raises(KeyboardInterrupt):
                     fit(tiny_student(), data, None, QUICK, quick(num_workers=1), out=tmp_path / name)
         student = tiny_student()
@@ -118,7 +121,7 @@ def test_fit_resumes_to_the_bit(folder: Path, storage: str, tmp_path: Path, monk
             fit(tiny_student(), data, None, QUICK, quick(steps=9), out=tmp_path / "whole")
 
 
-def _killer(step: int) -> Any:
+def _interrupt_at(step: int) -> Any:
     from zepad_mm.training.loop import _Run
 
     whole = _Run._validate_and_save
@@ -131,12 +134,12 @@ def _killer(step: int) -> Any:
     return validated
 
 
-def test_what_cannot_be_read_is_named(folder: Path, tmp_path: Path) -> None:
+def test_shares_name_the_unreadable_image(folder: Path, tmp_path: Path) -> None:
     file = io.BytesIO()
-    Picture.new("RGB", (12, 12)).save(file, "PNG")
+    Image.new("RGB", (12, 12)).save(file, "PNG")
     rows = [{"bytes": file.getvalue(), "path": None}, {"bytes": file.getvalue()[:40], "path": None}]
-    features = Features({"image": Image(decode=False), "label": ClassLabel(names=["a", "b"])})
-    Dataset.from_dict({"image": rows, "label": [0, 1]}, features).cast_column("image", Image()).to_parquet(
+    features = Features({"image": ImageFeature(decode=False), "label": ClassLabel(names=["a", "b"])})
+    Dataset.from_dict({"image": rows, "label": [0, 1]}, features).cast_column("image", ImageFeature()).to_parquet(
         tmp_path / "train.parquet"
     )
     with pytest.raises(ValueError, match="row 1: the image cannot be read"):
@@ -151,7 +154,7 @@ def test_what_cannot_be_read_is_named(folder: Path, tmp_path: Path) -> None:
         stream_images(str(folder), "train", shuffle_buffer=0)
 
 
-def test_impossible_runs_are_named(folder: Path, tmp_path: Path) -> None:
+def test_fit_rejects_impossible_data_settings(folder: Path, tmp_path: Path) -> None:
     stream = opened(folder, "stream")
     assert isinstance(stream, StreamedImages)
     with pytest.raises(ValueError, match="a stream has no length"):
@@ -171,7 +174,7 @@ def test_impossible_runs_are_named(folder: Path, tmp_path: Path) -> None:
             DataSettings(**wrong)
 
 
-def test_the_recipe_reads_from_where_it_is_told(tmp_path: Path) -> None:
+def test_recipe_reads_a_stream(tmp_path: Path) -> None:
     smoke = ["--config", str(ROOT / "recipes" / "configs" / "smoke" / "tune.yaml"), "--out", str(tmp_path)]
     stream = ["--data.storage", "stream", "--data.n_train", "null", "--settings.num_workers", "1"]
     tune.main(tune.Recipe.from_cli([*smoke, *stream, "--settings.steps", "2"]))

@@ -1,4 +1,4 @@
-"""Whatever goes wrong in a tuning run: a clear error, and the last good checkpoint intact."""
+"""Failures of a tuning run: a clear error, and an intact last checkpoint."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image as Picture
+from PIL import Image
 from torch import Tensor
 
 from tests.training.test_fit import (
     QUICK,
-    ROOT,
     colours,
     fresh_head,
     quick,
@@ -47,13 +46,13 @@ def _killed(out: Path) -> None:
     run(out)
 
 
-def test_a_run_killed_by_signal_9_ends_with_the_same_bits(tmp_path: Path) -> None:
+def test_fit_killed_by_sigkill_resumes_to_the_same_weights(tmp_path: Path) -> None:
     whole, _ = run(tmp_path / "whole")
-    process = multiprocessing.get_context("fork").Process(target=_killed, args=(tmp_path / "parts",))
+    process = multiprocessing.get_context("fork").Process(target=_killed, args=(tmp_path / "killed",))
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
-    resumed, _ = run(tmp_path / "parts")
+    resumed, _ = run(tmp_path / "killed")
     assert same(whole, resumed)
 
 
@@ -66,7 +65,7 @@ def test_a_run_killed_by_signal_9_ends_with_the_same_bits(tmp_path: Path) -> Non
         (make_defence("clean"), {}, "defence.attack_steps|defence.clean_fraction|defence.epsilon|defence.name"),
     ],
 )
-def test_another_configuration_on_resume_is_named(
+def test_fit_names_the_changed_setting_on_resume(
     defence: Defence, settings: dict[str, Any], key: str, tmp_path: Path
 ) -> None:
     run(tmp_path)
@@ -74,16 +73,16 @@ def test_another_configuration_on_resume_is_named(
         run(tmp_path, defence, quick(**settings))
     with pytest.raises(ValueError, match="resume='auto'"):
         run(tmp_path, settings=quick(resume="never"))
-    run(tmp_path, settings=quick(checkpoint_every=100, log_every=5))  # these may change
+    run(tmp_path, settings=quick(checkpoint_every=100, log_every=5))  # these settings may change
 
 
-def test_other_starting_weights_on_resume_are_refused(tmp_path: Path) -> None:
+def test_fit_refuses_other_starting_weights_on_resume(tmp_path: Path) -> None:
     run(tmp_path)
     with pytest.raises(ValueError, match="encoder_checksum"):
         run(tmp_path, student=Student(tiny_encoder(1), fresh_head("mlp", 32, 3)))
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+def test_fit_names_a_damaged_checkpoint(tmp_path: Path) -> None:
     run(tmp_path)
     path = tmp_path / "checkpoint.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
@@ -92,9 +91,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_nan_names_step_and_rows_leaves_the_batch_and_the_last_checkpoint(
-    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fit_saves_the_batch_of_a_non_finite_loss(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, calls = TeCoA.loss, [0]
 
     def loss(self: TeCoA, student: Student, batch: Any, attacked: Tensor) -> LossParts:
@@ -114,15 +111,15 @@ def test_nan_names_step_and_rows_leaves_the_batch_and_the_last_checkpoint(
     data = colours()
     assert torch.equal(batch["labels"], data.labels[batch["indices"]])
     assert float((batch["attacked"] - batch["images"]).abs().max()) <= QUICK.epsilon + 1e-6
-    told = json.loads(about["about"])
-    assert (told["step"], told["what"], told["name"], told["seed"]) == (5, what, "tecoa", 0)
+    saved = json.loads(about["about"])
+    assert (saved["step"], saved["what"], saved["name"], saved["seed"]) == (5, what, "tecoa", 0)
     resumed, _ = run(tmp_path)
     whole, _ = run(tmp_path / "whole")
     assert same(whole, resumed)
 
 
-def _with_little_room(out: Path, room: int) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+def _run_with_limited_files(out: Path, limit: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         run(out)
@@ -131,15 +128,15 @@ def _with_little_room(out: Path, room: int) -> None:
         os._exit(3)
 
 
-def test_a_full_disk_is_named_and_the_last_checkpoint_intact(tmp_path: Path) -> None:
-    """The room ends while a checkpoint is written, as a quota does: the file before it stays."""
+def test_fit_keeps_the_last_checkpoint_when_the_disk_is_full(tmp_path: Path) -> None:
+    """A file size limit ends the write of a checkpoint, as a disk quota does: the previous file stays."""
     out = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TeCoA, "loss", _raising(5, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             run(out)
     before = (out / "checkpoint.safetensors").read_bytes()
-    process = multiprocessing.get_context("fork").Process(target=_with_little_room, args=(out, len(before) // 2))
+    process = multiprocessing.get_context("fork").Process(target=_run_with_limited_files, args=(out, len(before) // 2))
     process.start()
     process.join(60)
     assert process.exitcode == 3
@@ -165,27 +162,27 @@ def _raising(call: int, error: BaseException) -> Any:
     return loss
 
 
-def test_a_vanished_picture_is_named_and_the_last_checkpoint_intact(tmp_path: Path) -> None:
+def test_fit_names_a_missing_image_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     data = colours()
     for number, (image, label) in enumerate(zip(data.images, data.labels, strict=True)):
         folder = tmp_path / "data" / "train" / data.class_names[label]
         folder.mkdir(parents=True, exist_ok=True)
         levels = (image * 255).round().byte().permute(1, 2, 0).numpy()
-        Picture.fromarray(levels).save(folder / f"{number}.png")
+        Image.fromarray(levels).save(folder / f"{number}.png")
     stored = open_images(str(tmp_path / "data"), "train", 12)
-    vanishing, hidden = tmp_path / "data" / "train" / "red" / "0.png", tmp_path / "0.png"
+    missing, hidden = tmp_path / "data" / "train" / "red" / "0.png", tmp_path / "0.png"
     settings, out = quick(), tmp_path / "run"
 
-    class Vanishing(type(stored)):  # type: ignore[misc]
+    class LosesImage(type(stored)):  # type: ignore[misc]
         def fetch(self, indices: Tensor) -> Tensor:
-            if (out / "checkpoint.safetensors").is_file() and vanishing.exists():
-                vanishing.rename(hidden)
+            if (out / "checkpoint.safetensors").is_file() and missing.exists():
+                missing.rename(hidden)
             return super().fetch(indices)
 
-    lost = Vanishing(**vars(stored))
+    lost = LosesImage(**vars(stored))
     with pytest.raises(ValueError, match=r"row \d+: the image cannot be read \(FileNotFoundError"):
         fit(tiny_student(), lost, None, QUICK, settings, out=out)
-    hidden.rename(vanishing)
+    hidden.rename(missing)
     resumed, whole = tiny_student(), tiny_student()
     fit(resumed, stored, None, QUICK, settings, out=out)
     fit(whole, stored, None, QUICK, settings, out=tmp_path / "whole")
@@ -209,17 +206,17 @@ run(__import__("pathlib").Path(sys.argv[1]))
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("both_cores")
-def test_a_dead_process_ends_the_others_and_the_last_checkpoint_is_intact(tmp_path: Path) -> None:
+def test_fit_ends_when_another_process_dies(tmp_path: Path) -> None:
     script = tmp_path / "dead.py"
-    script.write_text(DEAD_RANK.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    script.write_text(DEAD_RANK)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     command = [*launch, str(tmp_path / "run"), "--die"]
-    # left alone, the other process would wait for the dead one for gloo's half an hour; torchrun gives it 30 s to end
+    # alone, the other process would wait half an hour (gloo's timeout); torchrun ends it after 30 s
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode != 0
     assert "SIGKILL" in done.stderr
     _, about = read_tensors(tmp_path / "run" / "checkpoint.safetensors")
     assert json.loads(about["about"])["position"]["step"] == 6
-    _, result = run(tmp_path / "run")  # goes on, here with one process
+    _, result = run(tmp_path / "run")  # resumes, here with one process
     assert result.steps == 9

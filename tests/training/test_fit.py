@@ -65,7 +65,7 @@ def tiny_student(head: str = "mlp") -> Student:
 
 
 def colours(n: int = 48, seed: int = 0) -> LabelledImages:
-    """Pictures whose class is their brightest channel."""
+    """Images whose class is their brightest channel."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % 3
     images = torch.rand(n, 3, 12, 12, generator=generator) * 0.5
@@ -187,12 +187,12 @@ def test_fit_resumes_bit_for_bit(call: int, bn_mode: str, tmp_path: Path, monkey
 @pytest.mark.parametrize("name", ["tecoa", "fare"])
 def test_accumulation_gives_the_same_step(name: str, tmp_path: Path) -> None:
     defence = make_defence(name, {"attack_steps": 2, "random_start": False})
-    figures = []
-    for parts in (1, 4):
-        settings = quick(steps=4, accumulation=parts, augment="none")
-        run(tmp_path / str(parts), defence, settings, tiny_student("linear"))  # without dropout
-        figures.append([line["loss"] for line in lines(tmp_path / str(parts)) if "loss" in line])
-    assert figures[0] == pytest.approx(figures[1], rel=1e-4)
+    losses = []
+    for count in (1, 4):
+        settings = quick(steps=4, accumulation=count, augment="none")
+        run(tmp_path / str(count), defence, settings, tiny_student("linear"))  # without dropout
+        losses.append([line["loss"] for line in lines(tmp_path / str(count)) if "loss" in line])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     with pytest.raises(ValueError, match=r"gen_af compares the images of a batch"):
         run(tmp_path / "a", make_defence("gen_af"), quick(accumulation=2))
     with pytest.raises(ValueError, match=r"bn_mode='train' normalises over the images"):
@@ -313,8 +313,8 @@ def test_samples_show_clean_and_attacked(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == ["4.png", "8.png", "9.png"]
     from PIL import Image
 
-    with Image.open(tmp_path / "run" / "samples" / "9.png") as picture:
-        assert picture.size == (3 * 13 + 1, 3 * 13 + 1)
+    with Image.open(tmp_path / "run" / "samples" / "9.png") as sheet:
+        assert sheet.size == (3 * 13 + 1, 3 * 13 + 1)
     run(tmp_path / "none", settings=quick(samples=0))
     assert not (tmp_path / "none" / "samples").exists()
     with pytest.raises(ValueError, match="none, tensorboard, trackio, got 'wandb'"):

@@ -1,4 +1,4 @@
-"""Settings check their choices when they are made, and are read from files and command lines strictly."""
+"""Settings: strict dictionaries, checked choices, files and command lines."""
 
 from __future__ import annotations
 
@@ -27,6 +27,38 @@ class Settings(Config):
     part: Part = field(default_factory=Part)
     sizes: tuple[int, ...] = ()
     dry: bool = field(default=False, metadata={"flag": "write nothing"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner(Config):
+    rate: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer(Config):
+    name: str
+    sizes: tuple[int, ...] = (1,)
+    inner: Inner = field(default_factory=Inner)
+    limit: float | None = None
+    layers: int | str | None = None
+
+
+def test_config_is_strict() -> None:
+    config = Outer(name="a", sizes=(1, 2), inner=Inner(rate=1.0), limit=3.0)
+    assert Outer.from_dict(config.to_dict()) == config
+    assert Outer.from_dict({"name": "a", "inner": {"rate": 1}}).inner.rate == 1.0
+    assert [Outer.from_dict({"name": "a", "layers": v}).layers for v in (3, "last", None)] == [3, "last", None]
+    for bad, message in (
+        ({"name": "a", "inner": {"raet": 1}}, "Inner has no key 'raet'; did you mean 'rate'"),
+        ({}, "lacks the keys 'name'"),
+        ({"name": 3}, "wants str"),
+        ({"name": "a", "layers": 1.5}, "wants int"),
+        ({"name": "a", "sizes": "12"}, "wants a list"),
+        ({"name": "a", "inner": {"rate": "1e-3"}}, "wants float"),
+        ({"name": "a", "inner": 3}, "wants a dictionary"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Outer.from_dict(bad)
 
 
 def test_config_names_key_value_choices_and_nearest_spelling() -> None:
