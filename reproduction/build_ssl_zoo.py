@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Pre-train the zoo: one small encoder for each of the paper's eleven SSL methods, all on the same public pictures.
+"""Pre-train the zoo: one small encoder for each of the paper's eleven SSL methods, all on the same public images.
 
     python -m reproduction.build_ssl_zoo --data uoft-cs/cifar10             # two to three hours on one CPU thread
-    python -m reproduction.build_ssl_zoo --methods simclr byol --epochs 4   # some of it
+    python -m reproduction.build_ssl_zoo --methods simclr byol --epochs 4   # part of it
     python -m reproduction.build_ssl_zoo --half reproduction/ssl_zoo                 # and copies in half precision
 
 Each is one run of ``recipes/pretrain.py`` with ``reproduction/configs/ssl_zoo.yaml`` and the method's own constants
-below; methods that are there already are kept, and a killed run goes on from its last whole epoch. Writes
+below; finished methods are kept, and a killed run resumes from its last complete epoch. Writes
 ``OUT/METHOD/encoder`` (for ``load_encoder("timm:local-dir:OUT/METHOD/encoder")``), and the table
 ``results/ssl_zoo.json`` and ``.md`` with the accuracy of a kNN and of a linear probe for each.
 """
@@ -34,7 +34,7 @@ METHODS: dict[str, list[str]] = {
     "supcon": ["--temperature", "0.1"],
     "ressl": [],
     "dino": [],
-    "swav": ["--prototypes", "128"],  # about as many as pictures in a batch, or most stay empty
+    "swav": ["--prototypes", "128"],  # about one per image of a batch, or most stay empty
     "vibcreg": [],
 }
 PAPER_LINEAR = {
@@ -45,10 +45,10 @@ PAPER_LINEAR = {
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=ROOT / "recipes" / "configs" / "ssl_zoo.yaml")
-    parser.add_argument("--data", help="Hub name or folder; that of the config where left out")
+    parser.add_argument("--config", type=Path, default=ROOT / "reproduction" / "configs" / "ssl_zoo.yaml")
+    parser.add_argument("--data", help="Hub name or folder; default: that of the config")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
-    parser.add_argument("--epochs", type=int, help="in place of the config's")
+    parser.add_argument("--epochs", type=int, help="overrides the config's")
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "ssl_zoo")
     parser.add_argument("--result", type=Path, default=ROOT / "results" / "ssl_zoo", help="without suffix")
     parser.add_argument("--half", type=Path, help="folder for copies of all encoders in half precision, 2.4 MiB each")
@@ -88,10 +88,10 @@ def markdown(rows: dict[str, Any]) -> str:
     lines = [
         "# The zoo of SSL encoders\n",
         f"{one['parameters'] / 1e6:.2f} M parameters, {config['image_size']} px, {config['epochs']} epochs of "
-        f"{one['n_train']} pictures of {config['data']} ({config['part']}), {one['hardware']}; accuracy in % on "
-        f"{one['n_held_out']} held-out pictures of the same half. Written by `reproduction/build_ssl_zoo.py`. The last "
-        "column is solo-learn's ResNet-18 after 1000 epochs of all 50,000, on the test pictures.\n",
-        "| method | kNN | linear probe | seconds of its last start, on shared cores | published linear |",
+        f"{one['n_train']} images of {config['data']} ({config['part']}), {one['hardware']}; accuracy in % on "
+        f"{one['n_held_out']} held-out images of the same half. Written by `reproduction/build_ssl_zoo.py`. The last "
+        "column is solo-learn's ResNet-18 after 1000 epochs of all 50,000, on the test images.\n",
+        "| method | kNN | linear probe | seconds of the last start, on shared cores | published linear |",
         "|---|---|---|---|---|",
     ]
     for name, row in rows.items():

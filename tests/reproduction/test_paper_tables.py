@@ -1,4 +1,4 @@
-"""The paper's tables in small: every one is made from random encoders, made once, and written into the document."""
+"""The paper's tables on random encoders and a few images, and the document written from them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ threads: 1
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Untrained encoders in the place of the zoo's, and every table of them."""
+    """Every table, made from untrained encoders instead of the zoo's."""
     folder = tmp_path_factory.mktemp("paper")
     for seed, name in enumerate(("zoo/first", "zoo/second", "out/bmp")):
         torch.manual_seed(seed)
@@ -82,7 +82,7 @@ def arguments(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_every_table_is_made_once(folder: Path) -> None:
+def test_run_makes_every_table_once(folder: Path) -> None:
     written = {path.stem for path in (folder / "results" / "paper").glob("*.json")}
     assert written == set(TABLES)
     main = read_compact(folder / "results" / "paper" / "main.json")
@@ -99,7 +99,7 @@ def test_every_table_is_made_once(folder: Path) -> None:
     assert kept == {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*.safetensors")}
 
 
-def test_the_document_has_all_of_them(folder: Path) -> None:
+def test_document_contains_every_table(folder: Path) -> None:
     text = document.document(folder / "results")
     assert text.count("Not measured yet") == sum(not path.startswith("paper/") for _, path, _ in SECTIONS)
     assert "| without BMP | 84.5 / 72.5 |" in text
@@ -118,12 +118,12 @@ def test_tracked_files_are_small() -> None:
     assert not {name for name, size in sizes.items() if name.startswith("results/") and size > 300_000}
 
 
-def test_the_committed_document_is_what_the_results_say() -> None:
+def test_committed_document_matches_the_results() -> None:
     assert document.DOCUMENT.read_text(encoding="utf-8") == document.document(document.RESULTS)
 
 
 @pytest.mark.parametrize("name", ["small", "full"])
-def test_the_configs_parse(name: str) -> None:
+def test_paper_config_parses(name: str) -> None:
     config = run.PaperSettings.from_cli(["--config", str(ROOT / "reproduction" / "paper" / f"{name}.yaml")])
     assert config.tuning in config.tunings
     assert {config.adv_au, config.adv_au_for_itself, *config.more_adv_au, *config.studied} <= {
@@ -131,13 +131,13 @@ def test_the_configs_parse(name: str) -> None:
     }  # fmt: skip
 
 
-def test_an_encoder_that_is_not_there_is_named(folder: Path) -> None:
+def test_encoder_missing_from_the_zoo_is_named(folder: Path) -> None:
     config = run.PaperSettings.from_cli(arguments(folder))
     with pytest.raises(FileNotFoundError, match="--methods third"):
         study.Study(config).encoder("third")
 
 
-def test_the_verdict_wants_both_robustness_and_clean_accuracy() -> None:
+def test_verdict_requires_robustness_and_clean_accuracy() -> None:
     def row(model: str, threat: str, accuracy: float) -> dict:
         return {
             "model": model,
