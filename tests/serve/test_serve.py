@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,11 @@ from tests.helpers.models import make_zepad
 from zepad_mm.attacks import Perturbation
 from zepad_mm.classifier import RobustZeroShotClassifier, pixels_of
 from zepad_mm.serve import BusyError, ServeSettings, Service, create_app
+from zepad_mm.serve.run import server_config
 
 LABELS = ["cat", "dog", "a red car"]
 SMALL = ServeSettings(upload_mb=1, max_pixels=200 * 200, max_labels=5, max_label_length=20, attack_steps=2, page=False)
+LOCAL = "http://localhost"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -43,7 +46,7 @@ def service(clip_source: str) -> Service:
 
 @pytest.fixture(scope="module")
 def client(service: Service) -> Iterator[TestClient]:
-    with TestClient(create_app(service), raise_server_exceptions=True) as client:
+    with TestClient(create_app(service), base_url=LOCAL) as client:
         yield client
 
 
@@ -156,7 +159,7 @@ def test_full_queue_answers_503(clip_source: str) -> None:
             begun.set()
             assert release.wait(60)
 
-    with TestClient(create_app(service)) as client, ThreadPoolExecutor(2) as pool:
+    with TestClient(create_app(service), base_url=LOCAL) as client, ThreadPoolExecutor(2) as pool:
         first = pool.submit(occupy)
         assert begun.wait(60)
         second = pool.submit(post, client, "/v1/classify")
@@ -211,7 +214,8 @@ def test_settings_reject_values_below_the_minimum(name: str) -> None:
 
 def test_endpoint_withstands_schemathesis(service: Service) -> None:
     """A few examples; benchmarks/serve_fuzz.py runs more."""
-    schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(service))
+    named = Service(service.classifier, replace(SMALL, allowed_hosts=("testserver",)), service.perturbation)
+    schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(named))
     wanted = [checks.not_a_server_error, checks.status_code_conformance, checks.content_type_conformance]
     asked = []
 
@@ -233,7 +237,7 @@ def address(clip_source: str) -> Iterator[str]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="warning"))
+        server = uvicorn.Server(server_config(create_app(service), service.settings))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -8,7 +8,15 @@ from zepad_mm.cli.common import MODEL, Command, UsageError, print_result
 from zepad_mm.cli.settings_options import SettingsOptions
 
 SERVE_OPTIONS = SettingsOptions(
-    "serve/settings.py:ServeSettings", {"--workers": "workers", "--queue": "queue", "--no-page": "page"}
+    "serve/settings.py:ServeSettings",
+    {
+        "--workers": "workers",
+        "--queue": "queue",
+        "--upload-mb": "upload_mb",
+        "--uploads-mb": "uploads_mb",
+        "--allowed-hosts": "allowed_hosts",
+        "--no-page": "page",
+    },
 )
 
 

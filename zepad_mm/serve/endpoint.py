@@ -4,19 +4,20 @@ Without ``from __future__ import annotations``, because FastAPI cannot resolve a
 """
 
 import base64
-import logging
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, File, Form, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field, StringConstraints
 
 from zepad_mm import __version__
-from zepad_mm.serve.limits import BusyError, ExplainTooLarge
-from zepad_mm.serve.service import ATTACKS, Service, png
+from zepad_mm.serve.gateway import Gateway, PageGuard
+from zepad_mm.serve.limits import BusyError
+from zepad_mm.serve.service import ATTACKS, Service, error_text, png
 from zepad_mm.serve.settings import MAX_LEVELS, ServeSettings
 
-log = logging.getLogger(__name__)
+MOST_ERRORS = 5  # fields that one answer explains
 
 
 class Problem(BaseModel):
@@ -82,21 +83,32 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 
 
-class _App(FastAPI):
-    """FastAPI sends its 413 from outside the middleware that users add, so the explanation wraps the whole stack."""
+class App(FastAPI):
+    """The application inside the :class:`Gateway`, which wraps what FastAPI sends from outside all middleware too."""
+
+    def __init__(self, service: Service, host: str, **about: Any) -> None:
+        super().__init__(**about)
+        self.service = service
+        self.bound = host
+        self.page_guard: PageGuard | None = None
 
     def build_middleware_stack(self) -> Any:
-        return ExplainTooLarge(super().build_middleware_stack(), self.max_body_size or 0)
+        return Gateway(super().build_middleware_stack(), self.service.settings, self.bound, self.page_guard)
 
 
-def create_app(service: Service) -> FastAPI:
-    """The application, with the page if the settings enable it."""
-    settings = service.settings
-    app: FastAPI = _App(
+def create_app(service: Service, host: str = "127.0.0.1") -> App:
+    """The application, with the page if the settings enable it.
+
+    Args:
+        service: what answers.
+        host: address that the server listens on, which says under which names clients may reach it.
+    """
+    app = App(
+        service,
+        host,
         title="zepad",
         version=__version__,
         summary="Zero-shot classification that is robust to downstream-agnostic adversarial examples.",
-        max_body_size=settings.upload_mb * 2**20,  # applies to every route, the mounted page included
     )
 
     @app.exception_handler(BusyError)
@@ -105,13 +117,18 @@ def create_app(service: Service) -> FastAPI:
 
     @app.exception_handler(ValueError)
     def bad(request: Request, error: ValueError) -> JSONResponse:
-        return JSONResponse({"detail": str(error)}, 400)
+        return JSONResponse({"detail": error_text(error)}, 400)
 
-    _add_routes(app, service, settings)
-    if settings.page:
+    @app.exception_handler(RequestValidationError)
+    def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        fields = [{key: item[key] for key in ("loc", "msg", "type")} for item in error.errors()[:MOST_ERRORS]]
+        return JSONResponse({"detail": fields}, 422)  # without the values: they may be large
+
+    _add_routes(app, service, service.settings)
+    if service.settings.page:
         from zepad_mm.serve.page import mount
 
-        app = mount(app, service)
+        app.page_guard = mount(app, service)
     return app
 
 
@@ -133,7 +150,6 @@ def _add_routes(app: FastAPI, service: Service, settings: ServeSettings) -> None
     def model() -> ModelAnswer:
         """The served model and its limits."""
         config = service.classifier.model.config
-        limits = {name: value for name, value in settings.to_dict().items() if name != "page"}
         return ModelAnswer(
             version=__version__,
             public_source=config.public_source,
@@ -142,7 +158,7 @@ def _add_routes(app: FastAPI, service: Service, settings: ServeSettings) -> None
             detector=config.detector.score,
             threshold=config.detector.threshold,
             attacks=ATTACKS,
-            limits=limits,
+            limits=settings.limits(),
         )
 
     @app.post("/v1/classify", responses=REFUSALS)

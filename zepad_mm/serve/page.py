@@ -18,8 +18,10 @@ from PIL import Image
 from zepad_mm.data import load_data
 from zepad_mm.encoders.prompts import PROMPTS
 from zepad_mm.serve.limits import BusyError
-from zepad_mm.serve.service import ATTACKS, Attacked, Service, png
+from zepad_mm.serve.page_requests import PageRequests
+from zepad_mm.serve.service import ATTACKS, Attacked, Service, error_text, png
 from zepad_mm.serve.settings import MAX_LEVELS
+from zepad_mm.serve.uploads import Uploads, upload_folder
 
 UPLOAD_LIFETIME_S = 3600  # uploads are deleted after an hour
 GAIN = 8  # factor by which the shown perturbation is amplified
@@ -40,22 +42,28 @@ footer {display: none !important}
 """
 
 
-def mount(app: FastAPI, service: Service) -> FastAPI:
-    """The application with the page at ``/``."""
+def mount(app: FastAPI, service: Service) -> PageRequests:
+    """Add the page at ``/`` to an application. Returns the checks of requests for it."""
+    folder = upload_folder()  # before gradio asks for it
     theme = gr.themes.Default(font=list(FONTS), font_mono=["ui-monospace", "monospace"]).set(
         block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300"
     )
-    return gr.mount_gradio_app(
+    page = build(service)
+    gr.mount_gradio_app(
         app,
-        build(service),
+        page,
         path="/",
         css=CSS,
         theme=theme,
         max_file_size=f"{service.settings.upload_mb}mb",
         ssr_mode=False,
-        show_error=True,
+        show_error=False,  # of errors that are not ours; gr.Error is shown
         enable_monitoring=False,
+        run_history=False,
     )
+    functions = {function.name: index for index, function in page.fns.items()}
+    uploads = Uploads(folder, service.settings.uploads_mb * 2**20)
+    return PageRequests(page, functions["run"], functions["load_example"], service.settings, uploads)
 
 
 def build(service: Service) -> gr.Blocks:
@@ -71,7 +79,9 @@ def build(service: Service) -> gr.Blocks:
                 Path(path), candidate_labels, template, attack=attack, levels=int(levels), label=label.strip() or None
             )
         except (ValueError, BusyError) as error:
-            raise gr.Error(str(error).replace(path, Path(path).name), print_exception=False) from error
+            # messages are shown as HTML
+            reason = html.escape(error_text(error).replace(path, Path(path).name))
+            raise gr.Error(reason, print_exception=False) from error
         return _outputs(service, result)
 
     with gr.Blocks(title="zepad", analytics_enabled=False, delete_cache=(UPLOAD_LIFETIME_S, UPLOAD_LIFETIME_S)) as page:
@@ -130,6 +140,7 @@ def build(service: Service) -> gr.Blocks:
             show_progress="minimal",
             scroll_to_output=True,  # on a phone the answer is below the fold
         )
+    page.state_session_capacity = service.settings.sessions
     return page.queue(max_size=service.settings.queue + service.settings.workers, api_open=False)
 
 
@@ -172,7 +183,7 @@ def _verdict(result: Attacked) -> str:
         True: "Flagged as adversarial",
         False: "Not flagged as adversarial",
     }[evidence["flagged"]]
-    suspicion = f"suspicion {evidence['score']:.3f}, clean {before['score']:.3f}"
+    suspicion = f"suspicion score {evidence['score']:.3f}, clean {before['score']:.3f}"
     kind = "verdict flagged" if evidence["flagged"] else "verdict"
     return f'<div class="{kind}" id="verdict">{"<br>".join(lines)}<br>{flag} ({suspicion}).</div>'
 

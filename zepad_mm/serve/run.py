@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from zepad_mm.attacks import Perturbation
 from zepad_mm.classifier import RobustZeroShotClassifier
+from zepad_mm.serve.connections import TimedProtocol
 from zepad_mm.serve.endpoint import create_app
 from zepad_mm.serve.service import Service
 from zepad_mm.serve.settings import ServeSettings
+
+MAX_HEADERS = 16 * 1024  # bytes of the head of a request
 
 
 def serve(
@@ -43,15 +51,61 @@ def serve(
     given = None if perturbation is None else Perturbation.load(perturbation)
     listener = _listening_socket(host, port)
     with listener:
-        classifier = RobustZeroShotClassifier.from_pretrained(model, device=device)
-        app = create_app(Service(classifier, settings, given))
-        config = uvicorn.Config(
-            app, log_level="warning", limit_concurrency=settings.connections, timeout_keep_alive=60, server_header=False
-        )
+        service = Service(RobustZeroShotClassifier.from_pretrained(model, device=device), settings, given)
+        server = _Server(server_config(create_app(service, host), settings), service)
         if ready is not None:
             shown = "[" + host + "]" if ":" in host else host
             ready(f"http://{shown}:{listener.getsockname()[1]}")
-        uvicorn.Server(config).run(sockets=[listener])
+        try:
+            _run(server, listener)
+        finally:
+            service.limiter.close()
+
+
+def server_config(app: FastAPI, settings: ServeSettings) -> uvicorn.Config:
+    """The configuration of uvicorn for an application with these limits."""
+    return uvicorn.Config(
+        app,
+        http=TimedProtocol,
+        ws="none",
+        log_level="warning",
+        limit_concurrency=settings.connections,
+        h11_max_incomplete_event_size=MAX_HEADERS,
+        timeout_keep_alive=settings.idle_s,
+        timeout_graceful_shutdown=settings.grace_s,
+        server_header=False,
+    )
+
+
+def _run(server: uvicorn.Server, listener: socket.socket) -> None:
+    """Run the server until it is stopped; in a thread of its own where this one runs an event loop, as in Jupyter."""
+    run = partial(server.run, sockets=[listener])
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        run()
+        return
+    with server.capture_signals():
+        thread = threading.Thread(target=run, name="zepad-serve", daemon=True)
+        thread.start()
+        try:
+            while thread.is_alive():
+                thread.join(0.2)
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+class _Server(uvicorn.Server):
+    """A server that refuses waiting requests as soon as a signal asks it to stop."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self.service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.service.limiter.close()
+        super().handle_exit(sig, frame)
 
 
 def _listening_socket(host: str, port: int) -> socket.socket:

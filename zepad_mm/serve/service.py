@@ -19,9 +19,11 @@ from zepad_mm.encoders import Preprocess
 from zepad_mm.serve.limits import RequestLimiter
 from zepad_mm.serve.settings import MAX_LEVELS, ServeSettings
 from zepad_mm.utils.io import ASSETS
+from zepad_mm.utils.text import printable, quoted, without_addresses
 
 SHIPPED = ASSETS / "perturbation" / "embedded.safetensors"
 SHIPPED_FOR = "open_clip:embedded"
+LONGEST_ERROR = 400  # characters
 ATTACKS = {
     "universal": "one perturbation for all images, made on the public encoder (T1)",
     "public": "made for this image, on the public encoder",
@@ -116,14 +118,14 @@ class Service:
             ValueError: bad input; BusyError: the queue is full.
         """
         if attack not in ATTACKS:
-            raise ValueError(f"attack: expected one of {', '.join(ATTACKS)}, got {attack!r}")
+            raise ValueError(f"attack: expected one of {', '.join(ATTACKS)}, got {quoted(attack)}")
         if not 0 <= levels <= MAX_LEVELS:
             raise ValueError(f"epsilon: expected 0 to {MAX_LEVELS} levels of 255, got {levels}")
         names = self._checked(labels, template)
         if len(names) < 2:
             raise ValueError("labels: an attack needs at least two labels")
         if label is not None and label not in names:
-            raise ValueError(f"label: expected one of the labels, got {label!r}")
+            raise ValueError(f"label: expected one of the labels, got {quoted(label)}")
         with self.limiter.slot():
             task = self.classifier.task(names, template)
             pixels = pixels_of(image, self.settings.max_pixels)
@@ -170,6 +172,12 @@ class Service:
             if len(text) > longest:
                 raise ValueError(f"{what}: expected at most {longest} characters, got {len(text)}: {text[:20]!r}...")
         return list(labels)
+
+
+def error_text(error: Exception) -> str:
+    """The message of an error for a client: printable, bounded, without memory addresses."""
+    text = printable(without_addresses(str(error)))
+    return text if len(text) <= LONGEST_ERROR else f"{text[: LONGEST_ERROR - 3]}..."
 
 
 def png(image: Tensor) -> bytes:
