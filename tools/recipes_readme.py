@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tools.gpu_readme import inference_cost, tuning_cost
 from zepad_mm.utils.io import read_json
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -22,7 +23,7 @@ NAMES = {
 def recipes_readme(old: str) -> str:
     """The file with the block between its marks generated again."""
     before, rest = old.split(START)
-    blocks = [block for write in (tuning, half, crafting, scaling, plan, classifier, killed) for block in write()]
+    blocks = [block for write in (tuning, gpu, half, crafting, scaling, plan, classifier, killed) for block in write()]
     return f"{before}{START}\n\n" + "\n".join(blocks).rstrip() + f"\n\n{END}{rest.split(END)[1]}"
 
 
@@ -63,6 +64,14 @@ def tuning() -> Iterator[str]:
             f"{products['bfloat16']:.0f} in bf16); memory above what the process held before. "
             f"{origin(found, 'benchmarks/tuning.py')}\n"
         )
+
+
+def gpu() -> Iterator[str]:
+    yield "### Adversarial tuning on one GPU\n"
+    yield from (f"{block}\n" for block in tuning_cost("####", "eager"))
+    yield "### Inference on one GPU\n"
+    yield from (f"{block}\n" for block in inference_cost(precision="bf16", batch=256))
+    yield "What follows from these, and a study of a ResNet-18: [results/gpu](../results/gpu/README.md).\n"
 
 
 def half() -> Iterator[str]:

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tools.gpu_readme import GPU, gpu_readme
 from tools.recipes_readme import recipes_readme
 from zepad_mm.evaluation import THREATS, Report, RowKind
 from zepad_mm.evaluation.model_card import model_card
@@ -171,6 +172,7 @@ def main() -> None:
     stale = []
     recipes = ROOT / "recipes" / "README.md"
     writers: dict[Path, Callable[[str], str]] = {ROOT / "README.md": readme, recipes: recipes_readme}
+    writers[GPU / "README.md"] = gpu_readme
     writers[EMBEDDED_MODEL / "README.md"] = partial(card, EMBEDDED_MODEL, DEMO, "embedded")
     writers[ROOT / GENERAL / "README.md"] = partial(card, ROOT / GENERAL, GENERAL_RESULTS, GENERAL)
     writers |= {results / MARKDOWN: partial(report_file, results) for results in (DEMO, GENERAL_RESULTS)}
