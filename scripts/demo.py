@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What scripts/demo runs in its virtual environment: ``zepad demo``, after a tuning from scratch where asked."""
+"""The program of scripts/demo: runs ``zepad demo``, with ``--retune`` after tuning the branches from scratch."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ def main() -> int:
 
 
 def retune(out: Path) -> Path:
-    """Tune, assemble and choose anew under ``out``; resumes where it was killed."""
-    command = [sys.executable, str(ROOT / "scripts" / "build_embedded_zepad.py"), "--out", str(out / "model")]
+    """Tune the branches and select the rule again under ``out``; a killed run resumes."""
+    model, tuned = out.resolve() / "model", out.resolve() / "tuned"
+    command = [sys.executable, "-m", "tools.build_zepad", "--out", str(model), "--work", str(tuned)]
     print("tuning the branches from scratch: about 70 minutes on two cores, resumable", flush=True)
-    subprocess.run([*command, "--work", str(out / "tuned")], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    return out / "model"
+    subprocess.run(command, check=True, cwd=ROOT)
+    return model
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import random
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -119,3 +120,15 @@ def test_kill_tune_runs(tmp_path: Path) -> None:
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=280)
     found = json.loads((tmp_path / "tune.json").read_text())
     assert found["1 process(es)"] == {"kills": 0, "runs": 0, "different": 0, "after_a_checkpoint": 0}
+
+
+def test_demo_retune_calls_a_program_that_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    demo = runpy.run_path(str(ROOT / "scripts" / "demo.py"))
+    calls: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: calls.append(command))
+    assert demo["retune"](tmp_path) == tmp_path / "model"
+    ((_, flag, module, *options),) = calls
+    assert flag == "-m"
+    monkeypatch.setattr(sys, "argv", [module, *options])
+    parsed = importlib.import_module(module).parse_options()
+    assert (parsed.out, parsed.work) == (tmp_path / "model", tmp_path / "tuned")

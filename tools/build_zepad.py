@@ -90,7 +90,8 @@ BUILDS = {
 }
 
 
-def main() -> None:
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=tuple(BUILDS), default="embedded", help="which one")
     parser.add_argument(
@@ -98,15 +99,16 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="folder of the model (default: replace the shipped one)")
     parser.add_argument("--work", type=Path, default=Path("outputs/embedded"), help="folder of the tuned branches")
-    args = parser.parse_args()
+    options = parser.parse_args()
+    if BUILDS[options.model].joined and not options.data:
+        parser.error(f"{options.model} is tuned on more than the clothes; give --data, e.g. --data DIR/tinyimagenet80")
+    return options
+
+
+def main() -> None:
+    args = parse_options()
     build = BUILDS[args.model]
-    if build.joined and not args.data:
-        parser.error(f"{args.model} is tuned on more than the clothes; give --data, e.g. --data DIR/tinyimagenet80")
-    sources = [
-        "embedded:train+surrogate",
-        "embedded:train+surrogate",
-        *args.data,
-    ]  # the clothes are few and count twice
+    sources = ["embedded:train+surrogate", "embedded:train+surrogate", *args.data]  # the clothes are few: twice
     pool = str(join(sources, args.work / "pool", UNSEEN)) if build.joined else "embedded"
     validation = load_data(pool, "validation").sample(N_VALIDATION, seed=0)
     surrogate = load_data("embedded", "surrogate")

@@ -8,6 +8,7 @@ from typing import Any
 
 from tools.gpu_readme import inference_cost, tuning_cost
 from zepad_mm.utils.io import read_json
+from zepad_mm.utils.markdown import markdown_table
 
 RESULTS = Path(__file__).parents[1] / "results"
 START = "<!-- tables: written by tools/render_docs.py from results/*.json -->"
@@ -21,7 +22,7 @@ NAMES = {
 
 
 def recipes_readme(old: str) -> str:
-    """The file with the block between its marks generated again."""
+    """Return the file with the block between its marks generated again."""
     before, rest = old.split(START)
     blocks = [block for write in (tuning, gpu, half, crafting, scaling, plan, classifier, killed) for block in write()]
     return f"{before}{START}\n\n" + "\n".join(blocks).rstrip() + f"\n\n{END}{rest.split(END)[1]}"
@@ -46,17 +47,18 @@ def tuning() -> Iterator[str]:
         found = read_json(path)
         config = found["meta"]["config"]
         yield f"### Adversarial tuning of {config['arch']}, FARE with PGD-{config['attack_steps']}\n"
-        yield "| | images per second | speed | peak memory | utilisation | attack | rest of the step |"
-        yield "|---|---|---|---|---|---|---|"
+        head = ["", "images per second", "speed", "peak memory", "utilisation", "attack", "rest of the step"]
+        lines = []
         for name, title in NAMES.items():
             speed = "1x" if name == "textbook" else span(found["speed_over_textbook"][name])
             memory = f"{found['peak_mb'][name]:.0f} MB"
             if name != "textbook":
                 memory += f", {found['memory_over_textbook'][name]:.2f}x"
-            parts = found["seconds_of_a_step"].get(name)
-            seconds = f"{parts['attack']:.2f} s | {parts['forward_backward_update']:.2f} s" if parts else "- | -"
+            step = found["seconds_of_a_step"].get(name)
+            seconds = [f"{step[key]:.2f} s" if step else "-" for key in ("attack", "forward_backward_update")]
             share = f"{100 * found['utilisation'][name]:.0f} %"
-            yield f"| {title} | {found['images_per_second'][name]:.3g} | {speed} | {memory} | {share} | {seconds} |"
+            lines.append([title, f"{found['images_per_second'][name]:.3g}", speed, memory, share, *seconds])
+        yield markdown_table(head, lines)
         products = {kind: value / 1e9 for kind, value in found["product_flops_per_second"].items()}
         yield (
             f"\nBatch {config['batch']}; medians of {config['rounds']} rounds in turns, with their range; utilisation "
@@ -79,14 +81,15 @@ def half() -> Iterator[str]:
         return
     config = found["meta"]["config"]
     yield "### Attacks in bf16\n"
-    yield "| robust accuracy of | attacked in fp32 | attacked in bf16 | between | images that differ |"
-    yield "|---|---|---|---|---|"
+    lines = []
     for row in found["rows"]:
         cells = [
             f"{100 * row[kind]['accuracy']:.1f} % ({100 * row[kind]['ci_low']:.1f}-{100 * row[kind]['ci_high']:.1f})"
             for kind in ("fp32", "bf16")
         ]
-        yield f"| {row['model']} | {' | '.join(cells)} | {row['points_between']:+} | {row['pictures_that_differ']} |"
+        lines.append([row["model"], *cells, f"{row['points_between']:+}", str(row["pictures_that_differ"])])
+    head = ["robust accuracy of", "attacked in fp32", "attacked in bf16", "between", "images that differ"]
+    yield markdown_table(head, lines)
     yield (
         f"\nPGD-{config['steps']} on the margin, {255 * config['epsilon']:.0f}/255, n = {found['rows'][0]['n']}, "
         f"judged in fp32. {origin(found, 'benchmarks/bf16_attacks.py')}\n"
@@ -98,14 +101,13 @@ def crafting() -> Iterator[str]:
         return
     config = found["meta"]["config"]
     yield f"### Crafting universal perturbations on {config['source'].removeprefix('open_clip:')}\n"
-    yield "| attack | straightforward, images per second | ours | speed | loss at the end, straightforward / ours |"
-    yield "|---|---|---|---|---|"
+    lines = []
     for row in found["rows"]:
         pace, loss = row["images_per_second"], row["final_loss"]
-        yield (
-            f"| {row['attack']} | {pace['straightforward']} | {pace['ours']} | {span(row['speed'])} | "
-            f"{loss['straightforward']:.4g} / {loss['ours']:.4g} |"
-        )
+        losses = f"{loss['straightforward']:.4g} / {loss['ours']:.4g}"
+        lines.append([row["attack"], str(pace["straightforward"]), str(pace["ours"]), span(row["speed"]), losses])
+    head = ["attack", "straightforward, images per second", "ours", "speed", "loss at the end, straightforward / ours"]
+    yield markdown_table(head, lines)
     yield (
         f"\n{config['steps']} steps of {config['batch']} images; medians of {config['rounds']} rounds in turns. "
         f"{origin(found, 'benchmarks/crafting.py')}\n"
@@ -122,13 +124,12 @@ def scaling() -> Iterator[str]:
         f"{span(found['two_over_one'], 'min', 'max')} of the images per second of one. "
         f"{origin(found, 'benchmarks/scaling.py')}\n"
     )
-    yield "| gradients of | GPUs | to average | each sends per step | estimated |"
-    yield "|---|---|---|---|---|"
+    lines = []
     for row in found["communication"]:
-        yield (
-            f"| {row['source'].removeprefix('open_clip:')}, {row['adaptation']} | {row['gpus']} | "
-            f"{row['gradient_mb']} MB | {row['sent_by_each_mb']} MB | {row['milliseconds']} ms |"
-        )
+        name = f"{row['source'].removeprefix('open_clip:')}, {row['adaptation']}"
+        sizes = [f"{row['gradient_mb']} MB", f"{row['sent_by_each_mb']} MB"]
+        lines.append([name, str(row["gpus"]), *sizes, f"{row['milliseconds']} ms"])
+    yield markdown_table(["gradients of", "GPUs", "to average", "each sends per step", "estimated"], lines)
     yield "\nRing all-reduce, fp32, at 450 GB/s within a node of 8 and 50 GB/s between nodes: not measured.\n"
 
 
@@ -136,11 +137,11 @@ def plan() -> Iterator[str]:
     if not (found := result("bench_plan")):
         return
     yield "### Accuracy of `--plan`\n"
-    yield "| run | estimated | measured | estimated / measured |"
-    yield "|---|---|---|---|"
-    for row in found["rows"]:
-        title = f"{row['defence']}, {row['adaptation']}"
-        yield f"| {title} | {row['plan_s']} s | {row['run_s']} s | {row['ratio']:.2f} |"
+    lines = [
+        [f"{row['defence']}, {row['adaptation']}", f"{row['plan_s']} s", f"{row['run_s']} s", f"{row['ratio']:.2f}"]
+        for row in found["rows"]
+    ]
+    yield markdown_table(["run", "estimated", "measured", "estimated / measured"], lines)
     yield f"\n{origin(found, 'benchmarks/cost.py')}\n"
 
 
@@ -148,12 +149,9 @@ def classifier() -> Iterator[str]:
     if not (found := result("classifier_speed")):
         return
     yield f"### The classifier, {found['model']}, batch {found['meta']['config']['batch']}\n"
-    yield "| time of | ratio (range) |"
-    yield "|---|---|"
-    for name, ratio in found["ratios"].items():
-        yield f"| {name.removeprefix('time of ')} | {span(ratio)} |"
-    for name, ratio in found["weights"].items():
-        yield f"| (weights) {name} | {ratio:.2f}x |"
+    lines = [[name.removeprefix("time of "), span(ratio)] for name, ratio in found["ratios"].items()]
+    lines += [[f"(weights) {name}", f"{ratio:.2f}x"] for name, ratio in found["weights"].items()]
+    yield markdown_table(["time of", "ratio (range)"], lines)
     yield f"\n{origin(found, 'benchmarks/classifier.py')}\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import nn
 from tests.helpers.toy_defence import CLASSES, SETTINGS, defended, eval_data, toy
 from zepad_mm.attacks.universal import feature_uap
 from zepad_mm.evaluation import EvalData, Report, RowKind, evaluate, subject_of
+from zepad_mm.evaluation.report_text import summary
 from zepad_mm.evaluation.subjects import Row, Subject, first_logits
 from zepad_mm.models.zepad import ZePAD
 
@@ -123,7 +125,9 @@ def test_single_models_get_what_applies(model: ZePAD, data: EvalData) -> None:
     assert report.models == ["model"]
     assert set(report.meta["not_applicable"]) == {"T1", "T1b", "T3"}
     assert report.detection == []
-    assert "of the answers are right" in report.markdown()
+    first, attacked, *_ = summary(report)
+    assert re.fullmatch(r"Without an attack: \d+\.\d % of the answers are right\.", first)
+    assert re.search(r"\) leaves \d+\.\d % of the answers right: \d+\.\d % of the right answers are lost\.$", attacked)
 
 
 def test_plain_clip_by_source_has_zero_shot_heads() -> None:

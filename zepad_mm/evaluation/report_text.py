@@ -121,13 +121,10 @@ def _false_alarm_table(report: Report) -> Iterator[str]:
 
 def summary(report: Report) -> list[str]:
     """Return short sentences written from the rows alone: what the defence gains, and what an attacker still does."""
-    default, undefended = report.default, report.undefended
-    without = "" if undefended is None else f", {percent(report.accuracy(undefended))} % without it"
-    model = "with the defence" if undefended is not None else "of the answers are right"
-    lines = [f"Without an attack: {percent(report.accuracy(default))} % {model}{without}."]
-    for threat in by_strength(report):
-        if not THREATS[threat].default_only:
-            lines.append(_under_attack(report, threat, model))
+    default = report.default
+    compared = _with_and_without(report) or f"{percent(report.accuracy(default))} % of the answers are right"
+    lines = [f"Without an attack: {compared}."]
+    lines += [_under_attack(report, threat) for threat in by_strength(report) if not THREATS[threat].default_only]
     if T2.key in report.threats:
         lines += _against_best_branch(report)
     if report.meta.get("certificate"):
@@ -147,12 +144,20 @@ def summary(report: Report) -> list[str]:
     return lines
 
 
-def _under_attack(report: Report, threat: str, model: str) -> str:
-    row, undefended = report.row(report.default, threat), report.undefended
-    without = "" if undefended is None else f", {percent(report.accuracy(undefended, threat))} % without it"
+def _under_attack(report: Report, threat: str) -> str:
+    row = report.row(report.default, threat)
+    compared = _with_and_without(report, threat) or f"{percent(row['accuracy'])} % of the answers right"
     lost = row["asr_correct"]
     end = "." if lost is None else f": {percent(lost)} % of the right answers are lost."
-    return f"{THREATS[threat].attacker} (at {budget_of(row)}) leaves {percent(row['accuracy'])} % {model}{without}{end}"
+    return f"{THREATS[threat].attacker} (at {budget_of(row)}) leaves {compared}{end}"
+
+
+def _with_and_without(report: Report, threat: str = CLEAN.key) -> str:
+    """Return the accuracy with the defence and without it; empty for a model without an undefended row."""
+    if report.undefended is None:
+        return ""
+    accuracies = report.accuracy(report.default, threat), report.accuracy(report.undefended, threat)
+    return "{} % with the defence, {} % without it".format(*map(percent, accuracies))
 
 
 def _against_best_branch(report: Report) -> Iterator[str]:
