@@ -1,4 +1,8 @@
-"""Detection: how well each suspicion score separates attacked from clean images; thresholds from validation images."""
+"""Detection: how well each suspicion score separates attacked from clean images, and its false alarms.
+
+A false alarm is an unattacked image that is flagged, such as a noisy, dark or compressed one. Thresholds come from
+clean validation images.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zepad_mm.evaluation.metrics import detect, paper_rule_accuracy
+from zepad_mm.evaluation.corruptions import OUT_OF_DISTRIBUTION, corrupt
+from zepad_mm.evaluation.metrics import FALSE_POSITIVE_RATES, Share, detect, paper_rule_accuracy, share
 from zepad_mm.evaluation.session import Session
+from zepad_mm.evaluation.settings import EvalSettings
 from zepad_mm.evaluation.threats import T2, T3, UNIVERSAL
 from zepad_mm.models.detection import SCORES, threshold_at
 
@@ -89,3 +95,74 @@ def _one_success_per_image(scores: Sequence[Tensor], wrong: Sequence[Tensor], *,
         take = mask & (score < best) if least_suspicious else mask & best.isinf()
         best = torch.where(take, score, best)
     return best[best.isfinite()]
+
+
+def false_alarm_stages(settings: EvalSettings) -> list[tuple[str, str, int | None]]:
+    """Return (kind, name, severity) of everything that is scored."""
+    corrupted = [("corruption", name, level) for name in settings.corruptions for level in settings.severities]
+    return [*corrupted, *(("out_of_distribution", name, None) for name in settings.out_of_distribution)]
+
+
+def false_alarm_rows(session: Session, validation: Tensor) -> list[dict[str, Any]]:
+    """Return the share of unattacked images that each suspicion score flags; the clean test images come first.
+
+    Args:
+        session: with the clean images scored.
+        validation: branch logits (N, v, C) of the clean validation images, which set the thresholds.
+
+    Returns:
+        A row for each kind of image and score: ``flagged_at_fpr1`` and ``flagged_at_fpr5`` (share above the threshold
+        that 1 % and 5 % of the validation images exceed), the ``accuracy`` of the model as it ships (None where there
+        is no right answer), each with its 95 % Wilson interval as ``..._ci``. Empty when the settings name nothing.
+    """
+    stages = false_alarm_stages(session.settings)
+    rows = _false_alarm_rows(session, validation, session.clean.logits, ("clean", "none", None)) if stages else []
+    for kind, name, severity in stages:
+        rows += _false_alarm_rows(
+            session, validation, _score_unattacked(session, kind, name, severity), (kind, name, severity)
+        )
+    return rows
+
+
+def _score_unattacked(session: Session, kind: str, name: str, severity: int | None) -> Tensor:
+    """Logits (M, n, C) of one kind of image, as a stage that a resumed run need not repeat."""
+    level = [] if severity is None else [severity]
+
+    def work() -> dict[str, Tensor]:
+        generator = session.generator(kind, name, *level)
+        if severity is None:
+            images = OUT_OF_DISTRIBUTION.get(name)(session.images, generator)
+        else:
+            images = corrupt(session.images, name, severity, generator)
+        return {"logits": session.score(images)}
+
+    return session.stage(" ".join(map(str, (kind, name, *level))), work)["logits"]
+
+
+def _false_alarm_rows(
+    session: Session, validation: Tensor, logits: Tensor, condition: tuple[str, str, int | None]
+) -> list[dict[str, Any]]:
+    benign, (kind, name, severity) = session.subject.benign, condition
+    branch_logits = session.branch_logits(logits)
+    rows = []
+    for score_name in SCORES:
+        score = SCORES.get(score_name)
+        reference, scores = score(validation, benign), score(branch_logits, benign)
+        row = {
+            "model": session.default.name,
+            "kind": kind,
+            "name": name,
+            "severity": severity,
+            "score": score_name,
+        }
+        for rate in FALSE_POSITIVE_RATES:
+            row |= _with_interval(f"flagged_at_fpr{100 * rate:.0f}", share(scores > threshold_at(reference, rate)))
+        right = session.default.answer(logits).argmax(-1) == session.labels
+        row |= _with_interval("accuracy", None if kind == "out_of_distribution" else share(right))
+        rows.append({**row, "n": len(scores)})
+    return rows
+
+
+def _with_interval(name: str, found: Share | None) -> dict[str, Any]:
+    value, interval = (None, None) if found is None else (found.value, list(found.interval))
+    return {name: value, f"{name}_ci": interval}

@@ -46,9 +46,14 @@ from torch import Tensor, nn
 
 from zepad_mm.attacks import frozen
 from zepad_mm.evaluation.data import EvalData
-from zepad_mm.evaluation.detection import deployed_threshold, detection_rows, score_validation
+from zepad_mm.evaluation.detection import (
+    deployed_threshold,
+    detection_rows,
+    false_alarm_rows,
+    false_alarm_stages,
+    score_validation,
+)
 from zepad_mm.evaluation.diagnostics import Check, run_checks
-from zepad_mm.evaluation.false_alarms import false_alarm_rows, false_alarm_stages
 from zepad_mm.evaluation.records import Records
 from zepad_mm.evaluation.report import JSON, OVERESTIMATED, Report, acceptance, merged
 from zepad_mm.evaluation.session import PerturbationStore, Session

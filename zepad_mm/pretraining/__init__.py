@@ -1,12 +1,10 @@
 """Self-supervised pre-training: the paper's eleven methods and two more, one class each (extra: ``ssl``)."""
 
 from zepad_mm.pretraining.augmentation import augment
-from zepad_mm.pretraining.base import METHODS, Learner, MethodSettings, make_learner
+from zepad_mm.pretraining.base import METHODS, Learner, MethodSettings, make_learner, probe
 from zepad_mm.pretraining.checkpoint import load_state, save_encoder, save_state
-from zepad_mm.pretraining.clustering import SwAV
-from zepad_mm.pretraining.contrastive import NNCLR, MoCoV2Plus, MoCoV3, SimCLR, SupCon
+from zepad_mm.pretraining.contrastive import NNCLR, MoCoV2Plus, MoCoV3, SimCLR, SupCon, SwAV
 from zepad_mm.pretraining.distillation import BYOL, DINO, ReSSL
-from zepad_mm.pretraining.probes import probe
 from zepad_mm.pretraining.redundancy import WMSE, BarlowTwins, VIbCReg, VICReg
 
 __all__ = [

@@ -1,11 +1,11 @@
-"""Contrastive methods: SimCLR, SupCon, MoCo v2+, MoCo v3, NNCLR."""
+"""Contrastive methods: SimCLR, SupCon, MoCo v2+, MoCo v3, NNCLR, and SwAV, which contrasts cluster assignments."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from lightly.loss import NTXentLoss
-from lightly.models.modules import NNMemoryBankModule, heads
+from lightly.loss import NTXentLoss, SwaVLoss
+from lightly.models.modules import NNMemoryBankModule, SwaVPrototypes, heads
 from lightly.utils import dist
 from torch import Tensor
 
@@ -120,3 +120,22 @@ class NNCLR(Learner):
         near_a = self.neighbours(a.detach(), update=False)
         near_b = self.neighbours(b.detach(), update=True)
         return (self.criterion(near_a, predicted_b) + self.criterion(near_b, predicted_a)) / 2
+
+
+@METHODS.register("swav")
+class SwAV(Learner):
+    """Caron et al. 2020, arXiv 2006.09882, Eq. (1) and (2), with two views and without multi-crop or queue."""
+
+    def build(self) -> None:
+        self.projector = heads.SwaVProjectionHead(self.width, *self.sizes)
+        self.prototypes = SwaVPrototypes(self.settings.projection_dim, self.settings.prototypes)
+        self.prototypes.normalize()
+        self.criterion = SwaVLoss(sinkhorn_gather_distributed=self.gather)
+
+    def loss(self, a: Tensor, b: Tensor, views: Tensor, labels: Tensor) -> Tensor:
+        scores = [self.prototypes(F.normalize(z, dim=1)) for z in (a, b)]
+        return self.criterion(scores, []).squeeze()
+
+    @torch.no_grad()
+    def after_step(self, momentum: float) -> None:
+        self.prototypes.normalize()
