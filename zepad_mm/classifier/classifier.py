@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ from torch import Tensor
 from zepad_mm.classifier.images import MAX_PIXELS, as_iterable, pixels_of
 from zepad_mm.classifier.task import Task, encode
 from zepad_mm.defend import DefendSettings, defend
-from zepad_mm.encoders import Preprocess
 from zepad_mm.encoders.prompts import templates_of
 from zepad_mm.models.fusion import Decision
 from zepad_mm.models.heads import ZeroShotHead
 from zepad_mm.models.zepad import ZePAD
+from zepad_mm.utils.images import Resize
 from zepad_mm.utils.validation import check_names
 
 Labels = list[dict[str, Any]]
@@ -185,7 +184,7 @@ class RobustZeroShotClassifier:
         encoders = {name: self.model.branch(name).encoder for name in self.model.branches}
         if evidence:
             encoders[""] = self.model.undefended.encoder  # no branch has an empty name
-        geometries = {name: _geometry(encoder.preprocess) for name, encoder in encoders.items()}
+        geometries = {name: encoder.preprocess.geometry for name, encoder in encoders.items()}
         for batch in self._batches(stream, set(geometries.values()), single):
             with torch.no_grad(), self.model.shared_blocks_run_once():
                 logits, features = {}, {}
@@ -221,12 +220,12 @@ class RobustZeroShotClassifier:
         }
 
     def _batches(
-        self, stream: Iterable[Any], geometries: set[Preprocess], single: bool
-    ) -> Iterator[dict[Preprocess, Tensor]]:
+        self, stream: Iterable[Any], geometries: set[Resize], single: bool
+    ) -> Iterator[dict[Resize, Tensor]]:
         """Batches by geometry; each image is resized by itself, so that images of all sizes share a batch."""
         numbered = enumerate(stream)
         while chunk := list(islice(numbered, self.batch_size)):
-            rows: dict[Preprocess, list[Tensor]] = {geometry: [] for geometry in geometries}
+            rows: dict[Resize, list[Tensor]] = {geometry: [] for geometry in geometries}
             for number, image in chunk:
                 try:
                     pixels = pixels_of(image, self.max_pixels)
@@ -238,11 +237,6 @@ class RobustZeroShotClassifier:
                 geometry: torch.stack([row.to(resized[0].device) for row in resized]).to(self.model.device)
                 for geometry, resized in rows.items()
             }
-
-
-def _geometry(preprocess: Preprocess) -> Preprocess:
-    """The resize and crop of a preprocess: encoders that differ only in mean and std share the resized image."""
-    return replace(preprocess, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
 def _ranked(scores: Tensor, names: Sequence[str], top_k: int | None) -> Labels:

@@ -12,12 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zepad_mm.data import to_tensor
+from zepad_mm.utils.images import MAX_PIXELS, read_image, to_tensor
 from zepad_mm.utils.validation import check_images
 
-MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs
 MAX_BYTES = 64 * 2**20  # of an image behind a URL
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no format for which Pillow starts another program
 SUPPORTED = "a PIL image, path, URL, bytes, open file, array or tensor"
 
 
@@ -45,8 +43,8 @@ def pixels_of(image: Any, max_pixels: int = MAX_PIXELS) -> Tensor:
         max_pixels: width times height beyond which a file is not decoded.
 
     Raises:
-        ValueError: not an image, a truncated one, too many pixels, NaN, or other channels than grey, RGB, palette or
-            RGB with alpha (which is dropped).
+        ValueError: not an image, a truncated one, too many pixels, NaN, or a mode that
+            :mod:`zepad_mm.utils.images` does not convert.
     """
     if isinstance(image, np.ndarray):
         image = _array_to_tensor(image)
@@ -56,16 +54,23 @@ def pixels_of(image: Any, max_pixels: int = MAX_PIXELS) -> Tensor:
             raise ValueError(f"images: {tuple(pixels.shape)} has no pixels")
         return pixels
     if hasattr(image, "convert"):
-        return _decode_named(image, "the image", max_pixels)
+        return _convert(image, max_pixels)
     if isinstance(image, bytes | bytearray):
-        return _read(io.BytesIO(image), f"{len(image)} bytes", max_pixels)
+        return read_image(io.BytesIO(image), f"{len(image)} bytes", max_pixels=max_pixels)
     if _is_open_file(image):
-        return _read(image, _file_name(image), max_pixels)
+        return read_image(image, _file_name(image), max_pixels=max_pixels)
     if isinstance(image, str) and image.startswith(("http://", "https://")):
-        return _read(io.BytesIO(_fetch(image)), repr(image), max_pixels)
+        return read_image(io.BytesIO(_fetch(image)), repr(image), max_pixels=max_pixels)
     if isinstance(image, str | os.PathLike):
-        return _read(Path(image), repr(str(image)), max_pixels)
+        return read_image(Path(image), repr(str(image)), max_pixels=max_pixels)
     raise ValueError(f"expected {SUPPORTED}, got {type(image).__name__}")
+
+
+def _convert(image: Any, max_pixels: int) -> Tensor:
+    try:
+        return to_tensor(image, max_pixels=max_pixels)
+    except (ValueError, OSError, SyntaxError) as error:  # Pillow decodes late: a truncated file fails here
+        raise ValueError(f"the image could not be read as an image: {error}") from error
 
 
 def _is_open_file(image: Any) -> bool:
@@ -100,51 +105,6 @@ def _array_to_tensor(array: np.ndarray) -> Tensor:
 def _file_name(file: Any) -> str:
     name = getattr(file, "name", None)
     return repr(name) if isinstance(name, str) else "the file"
-
-
-class _RefusedError(ValueError):
-    """An image that can be read and is not accepted."""
-
-
-def _read(file: Any, what: str, max_pixels: int) -> Tensor:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(file, formats=FORMATS) as image:
-            return _decode(image, what, max_pixels)
-    except _RefusedError:
-        raise
-    except UnidentifiedImageError as error:  # its message shows the memory address of the file object
-        formats = ", ".join(FORMATS)
-        raise ValueError(f"{what} could not be read as an image: expected one of the formats {formats}") from error
-    except Exception as error:  # every plugin of Pillow has its own exceptions for damaged files
-        raise ValueError(f"{what} could not be read as an image: {error}") from error
-
-
-def _decode_named(image: Any, what: str, max_pixels: int) -> Tensor:
-    try:
-        return _decode(image, what, max_pixels)
-    except (OSError, SyntaxError) as error:  # Pillow decodes late: a truncated file fails here
-        raise ValueError(f"{what} could not be read as an image: {error}") from error
-
-
-def _decode(image: Any, what: str, max_pixels: int) -> Tensor:
-    from PIL import ImageOps
-
-    width, height = image.size
-    if width * height > max_pixels:
-        raise _RefusedError(
-            f"{what} has {width} x {height} pixels, more than the limit of {max_pixels:,}; shrink it, or raise "
-            "max_pixels if you trust its source"
-        )
-    if width * height == 0:
-        raise _RefusedError(f"{what} has no pixels")
-    if image.mode.startswith(("I", "F")):  # Pillow would clip them to white
-        raise _RefusedError(
-            f"{what} has more than 8 bits per channel (mode {image.mode!r}); convert it to 8 bits, or pass an array "
-            "of floats in [0, 1]"
-        )
-    return to_tensor(ImageOps.exif_transpose(image))
 
 
 def _fetch(url: str) -> bytes:

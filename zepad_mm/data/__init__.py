@@ -2,8 +2,9 @@
 
 from zepad_mm.data.catalogue import CATALOGUE, CatalogueEntry
 from zepad_mm.data.in_memory import LabelledImages, load_data, load_embedded
-from zepad_mm.data.loading import EMBEDDED_DATA, EMBEDDED_SPLITS, find_columns, open_table, to_tensor
+from zepad_mm.data.loading import EMBEDDED_DATA, EMBEDDED_SPLITS, find_columns, open_table
 from zepad_mm.data.on_disk import StoredImages, StreamedImages, open_images, stream_images
+from zepad_mm.utils.images import to_tensor
 
 __all__ = [
     "CATALOGUE",

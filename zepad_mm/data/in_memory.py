@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zepad_mm.data.base import IndexedDataset
-from zepad_mm.data.loading import dataset_name, find_columns, open_table, read_class_names, to_tensor
+from zepad_mm.data.loading import dataset_name, find_columns, open_table, read_class_names
 from zepad_mm.utils.seeding import seeded_generator
 
 

@@ -1,12 +1,9 @@
-"""Tables of images from parquet files, class folders, the Hub or the embedded set; conversion of one to a tensor."""
+"""Tables of images from parquet files, class folders, the Hub or the embedded set."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-
-import torch.nn.functional as F
-from torch import Tensor
 
 import zepad_mm.data.catalogue_entries  # noqa: F401  registers the entries
 from zepad_mm.data.catalogue import CATALOGUE, find_entry, select_split
@@ -15,17 +12,6 @@ from zepad_mm.utils.io import ASSETS
 
 EMBEDDED_DATA = ASSETS / "clothing"
 EMBEDDED_SPLITS = ("surrogate", "train", "validation", "test")
-
-
-def to_tensor(image: Any, image_size: int | None = None) -> Tensor:
-    """A PIL image as (3, H, W) float32 in [0, 1]; resized to a square of ``image_size`` if given."""
-    from torchvision.transforms.functional import pil_to_tensor
-
-    pixels = pil_to_tensor(image.convert("RGB")).float() / 255
-    if image_size is None or pixels.shape[-2:] == (image_size, image_size):
-        return pixels
-    resized = F.interpolate(pixels[None], (image_size, image_size), mode="bicubic", antialias=True)[0]
-    return resized.clamp(0, 1)
 
 
 def open_table(source: str, split: str, streaming: bool = False) -> Any:

@@ -3,64 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zepad_mm.encoders.sources import BACKENDS, at_revision, parse_source
-from zepad_mm.utils.config import Config
 from zepad_mm.utils.hub import Access
+from zepad_mm.utils.images import Interpolation as Interpolation
+from zepad_mm.utils.images import Resize
+from zepad_mm.utils.images import ResizeMode as ResizeMode
 from zepad_mm.utils.validation import check_images
-
-Interpolation = Literal["bilinear", "bicubic"]
-ResizeMode = Literal["squash", "shortest"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preprocess(Config):
-    """Differentiable resize and normalisation, applied inside the encoder so that attacks see the true network.
+class Preprocess(Resize):
+    """Differentiable resize and normalisation, applied inside the encoder so that attacks see the true network."""
 
-    An image that has ``image_size`` already counts as cropped and is only normalised, even where the source
-    library would enlarge it and crop: perturbations are made at that size, and a crop would cut their edge off.
-    """
-
-    image_size: int  # side of the square image the backbone wants, in pixels
     mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
     std: tuple[float, ...]  # per channel, of pixels in [0, 1]
-    interpolation: Interpolation = "bicubic"  # always antialiased
-    resize_mode: ResizeMode = "squash"  # squash changes the aspect; shortest: shorter side, then a centre crop
-    resize_size: int | None = None  # side before the centre is cropped, at least image_size; None: image_size
-    centre: Literal["floor", "round"] = "floor"  # of odd margins: transformers floors, torchvision rounds
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.image_size < 1 or (self.resize_size or self.image_size) < self.image_size:
-            raise ValueError(
-                f"resize_size: expected at least the image_size of {self.image_size} pixels, got {self.resize_size}"
-            )
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(
                 "mean and std: expected three numbers each, of pixels in [0, 1], std above 0; "
                 f"got {self.mean} and {self.std}"
             )
-
-    def resize(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) to (B, 3, image_size, image_size), still in [0, 1]; such an image stays as it is."""
-        height, width = images.shape[-2:]
-        if (height, width) == (self.image_size, self.image_size):
-            return images
-        side = self.resize_size or self.image_size
-        target = (side, side)
-        if self.resize_mode == "shortest":
-            # in whole numbers: side * (height / width) may land just below the integer that the libraries reach
-            target = (side * height // min(height, width), side * width // min(height, width))
-        images = F.interpolate(images, target, mode=self.interpolation, antialias=True, align_corners=False)
-        margins = [size - self.image_size for size in target]
-        top, left = (margin // 2 if self.centre == "floor" else round(margin / 2) for margin in margins)
-        images = images[..., top : top + self.image_size, left : left + self.image_size]
-        return images.clamp(0, 1)  # bicubic overshoots
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to what the backbone was trained on."""
