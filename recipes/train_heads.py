@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zepad_mm.data import load_data
+from zepad_mm.data import LabelledImages, load_data
 from zepad_mm.defences import Student
 from zepad_mm.training import (
     HeadSettings,
@@ -35,6 +35,7 @@ from zepad_mm.training import (
     write_head,
 )
 from zepad_mm.utils.config import Config
+from zepad_mm.utils.images import Resize
 from zepad_mm.utils.io import write_json
 from zepad_mm.utils.provenance import origin
 
@@ -46,7 +47,7 @@ class Data(Config):
     source: str = "embedded"  # "embedded", a folder of parquet files or class folders, or a name on the Hub
     train_split: str = "train"
     validation_split: str = "validation"
-    image_size: int = 64  # side in pixels that images are stored at; the encoder resizes inside
+    image_size: int | None = None  # side in pixels that images are stored at; None: of each encoder
     n_train: int | None = None  # None: all
     n_validation: int | None = None  # None: all
 
@@ -68,11 +69,17 @@ def main(recipe: Recipe) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     accelerator = make_accelerator(recipe.processes)
     data, seed, out = recipe.data, recipe.settings.seed, Path(recipe.out)
-    train = load_data(data.source, data.train_split, data.image_size, data.n_train, seed)
-    validation = load_data(data.source, data.validation_split, data.image_size, data.n_validation, seed)
+    loaded: dict[Resize, tuple[LabelledImages, LabelledImages]] = {}  # most encoders want the same images
     rows: dict[str, Any] = {}
     for name, source in recipe.encoders.items():
         encoder = load_encoder_or_tuned(source).to(accelerator.device)
+        resize = encoder.preprocess.at(data.image_size)
+        if resize not in loaded:
+            loaded[resize] = (
+                load_data(data.source, data.train_split, resize, data.n_train, seed),
+                load_data(data.source, data.validation_split, resize, data.n_validation, seed),
+            )
+        train, validation = loaded[resize]
         head = fresh_head(recipe.head, encoder.feature_dim, len(train.class_names), seed)
         result = train_head(encoder, head, train, recipe.settings, accelerator)
         metrics = validate(Student(encoder, head), validation, accelerator, epsilon=0.0)

@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from zepad_mm.defences import make_defence
+from zepad_mm.encoders import load_encoder
 from zepad_mm.training import DataSettings, TuneSettings, estimate_cost, make_accelerator, make_student, tune
 
 
@@ -51,7 +52,7 @@ def main(recipe: Recipe) -> None:
     """Tune and write."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     accelerator = make_accelerator(recipe.processes, recipe.mixed_precision, recipe.tracker, recipe.out)
-    train, validation = recipe.data.load(recipe.settings.seed)
+    train, validation = recipe.data.load(recipe.settings.seed, load_encoder(recipe.source).preprocess)
     if recipe.plan:
         student = make_student(recipe, train, keep_embeddings=False)
         defence = make_defence(recipe.defence, recipe.defence_options)

@@ -25,6 +25,7 @@ from zepad_mm.models.zepad import ZePAD, ZePADConfig
 from zepad_mm.selection import select_detector, select_fusion
 from zepad_mm.training import TrainSettings, TuneSettings, make_accelerator, tune
 from zepad_mm.utils.config import Config
+from zepad_mm.utils.images import Resize
 from zepad_mm.utils.validation import check_epsilon, check_names
 
 log = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def defend(
     encoder, text = load_clip(source)
     splits = None
     if data is not None or not robust:
-        splits = _load_splits(data or "embedded", settings, encoder.preprocess.image_size)
+        splits = _load_splits(data or "embedded", settings, encoder.preprocess)
     if robust:
         branches = _load_robust_branches(source, robust, encoder)
     else:
@@ -154,7 +155,7 @@ def tune_branches(
     """
     settings = settings or DefendSettings()
     encoder, _ = load_clip(source)
-    splits = _load_splits(data, settings, encoder.preprocess.image_size)
+    splits = _load_splits(data, settings, encoder.preprocess)
     _train_branches(source, encoder, splits, settings, Path(out) / BRANCHES_FOLDER, accelerator or make_accelerator())
 
 
@@ -163,9 +164,9 @@ def _preserves_untuned_classes(settings: DefendSettings) -> bool:
     return any(DEFENCES.get(name).keeps_features for name in settings.defences)
 
 
-def _load_splits(source: str, settings: DefendSettings, image_size: int) -> tuple[LabelledImages, LabelledImages]:
+def _load_splits(source: str, settings: DefendSettings, resize: Resize) -> tuple[LabelledImages, LabelledImages]:
     """Training and validation images, disjoint."""
-    size, seed = settings.image_size or image_size, settings.train.seed
+    size, seed = resize.at(settings.image_size), settings.train.seed
     train = load_data(source, "train", size, settings.n_train, seed)
     try:
         return train, load_data(source, "validation", size, settings.n_validation, seed)

@@ -142,9 +142,9 @@ def test_shares_name_the_unreadable_image(folder: Path, tmp_path: Path) -> None:
     Dataset.from_dict({"image": rows, "label": [0, 1]}, features).cast_column("image", ImageFeature()).to_parquet(
         tmp_path / "train.parquet"
     )
-    with pytest.raises(ValueError, match="row 1: the image cannot be read"):
+    with pytest.raises(ValueError, match="row 1 could not be read as an image"):
         open_images(str(tmp_path), "train", 12).fetch(torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match="of process 0: the image cannot be read"):
+    with pytest.raises(ValueError, match="of process 0 could not be read as an image"):
         list(shares(stream_images(str(tmp_path), "train", 12), quick(batch_size=2), 0, 1, 0, 1, False))
     with pytest.raises(ValueError, match="no rows for a worker of process 95"):
         list(shares(opened(folder, "stream"), quick(batch_size=96), 95, 96, 0, 1, False))

@@ -14,6 +14,7 @@ from torch import Tensor
 from zepad_mm.attacks.base import check_levels
 from zepad_mm.attacks.perturbation import FORMAT as PERTURBATION_FORMAT
 from zepad_mm.attacks.perturbation import Perturbation
+from zepad_mm.utils.images import read_image
 from zepad_mm.utils.io import read_json, read_tensors, replacing, write_json
 from zepad_mm.utils.validation import check_images, check_labels
 
@@ -77,9 +78,6 @@ def load_adversarial(folder: str | Path) -> AdversarialImages:
         FileNotFoundError: the folder is incomplete, or an image is missing. ValueError: an unknown format or a damaged
             image.
     """
-    from PIL import Image, UnidentifiedImageError
-    from torchvision.transforms.functional import pil_to_tensor
-
     folder = Path(folder)
     note_path = folder / ADVERSARIAL_FILE
     if not note_path.is_file():
@@ -87,15 +85,35 @@ def load_adversarial(folder: str | Path) -> AdversarialImages:
     note = read_json(note_path)
     if not isinstance(note, dict) or note.get("format") != ADVERSARIAL_FORMAT:
         raise ValueError(f"{note_path} does not describe adversarial images of zepad-mm: {str(note)[:200]}")
-    images = []
-    for index in range(note["n"]):
-        try:
-            with Image.open(folder / _image_name(index)) as image:
-                images.append(pil_to_tensor(image.convert("RGB")).float() / 255)
-        except (UnidentifiedImageError, SyntaxError) as error:
-            raise ValueError(f"{folder / _image_name(index)} is not a complete PNG; save the images again") from error
-    labels = None if note["labels"] is None else torch.tensor(note["labels"], dtype=torch.long)
-    return AdversarialImages(torch.stack(images) if images else torch.empty(0, 3, 1, 1), labels, note["about"])
+    n, labels, about = _check_note(note, note_path)
+    images: list[Tensor] = []
+    for index in range(n):
+        path = folder / _image_name(index)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; {note_path} announces {n} images")
+        images.append(read_image(path, str(path), formats=("PNG",)))
+        if images[-1].shape != images[0].shape:
+            (height, width), (first_height, first_width) = images[-1].shape[1:], images[0].shape[1:]
+            raise ValueError(
+                f"{path} has {width} x {height} pixels; the first image has {first_width} x {first_height}"
+            )
+    return AdversarialImages(torch.stack(images) if images else torch.empty(0, 3, 1, 1), labels, about)
+
+
+def _check_note(note: dict[str, Any], path: Path) -> tuple[int, Tensor | None, dict[str, Any]]:
+    """Number of images, labels and metadata. Raises ValueError for other types, or labels that are not one for each."""
+    n, labels, about = note.get("n"), note.get("labels"), note.get("about") or {}
+    if type(n) is not int or n < 0 or not isinstance(about, dict):
+        raise ValueError(
+            f"{path}: expected the number of images as 'n' and a dictionary as 'about', got {str(note)[:200]}"
+        )
+    if labels is None:
+        return n, None, about
+    if not isinstance(labels, list) or not all(type(label) is int and 0 <= label < 2**31 for label in labels):
+        raise ValueError(f"{path}: expected 'labels' to be a list of class indices, got {str(labels)[:200]}")
+    if len(labels) != n:
+        raise ValueError(f"{path}: expected a label for each of the {n} images, got {len(labels)} labels")
+    return n, torch.tensor(labels, dtype=torch.long), about
 
 
 def _image_name(index: int) -> str:

@@ -219,9 +219,7 @@ class RobustZeroShotClassifier:
             "flagged": None if self.model.config.detector.threshold is None else flagged,
         }
 
-    def _batches(
-        self, stream: Iterable[Any], geometries: set[Resize], single: bool
-    ) -> Iterator[dict[Resize, Tensor]]:
+    def _batches(self, stream: Iterable[Any], geometries: set[Resize], single: bool) -> Iterator[dict[Resize, Tensor]]:
         """Batches by geometry; each image is resized by itself, so that images of all sizes share a batch."""
         numbered = enumerate(stream)
         while chunk := list(islice(numbered, self.batch_size)):

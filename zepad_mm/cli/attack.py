@@ -30,7 +30,9 @@ class AttackSettings(Config):
     )
     n: int | None = _option(1000, "number of images; null in a config file: all")
     steps: int | None = _option(None, "optimiser steps (default: the attack's)")
-    image_size: int = _option(64, "side of the perturbation in pixels; it is resized to images of another size")
+    image_size: int | None = _option(
+        None, "side of the perturbation in pixels; it is resized to images of another size (default: the encoder's)"
+    )
     seed: int = _option(0, "seed of all randomness")
     out: str = _option("outputs/perturbation.safetensors", "file to write, or a folder for ATTACK.safetensors and .png")
 
@@ -54,7 +56,7 @@ def craft(settings: AttackSettings, progress: bool = True) -> Perturbation:
     from zepad_mm.data import load_data
     from zepad_mm.encoders import load_encoder
 
-    attack = UNIVERSAL_ATTACKS.get(settings.attack)(image_size=settings.image_size, seed=settings.seed)
+    attack = UNIVERSAL_ATTACKS.get(settings.attack)(seed=settings.seed)
     if settings.eps is not None:
         attack = replace(attack, epsilon=budget(str(settings.eps)))
     if settings.steps is not None:
@@ -62,7 +64,9 @@ def craft(settings: AttackSettings, progress: bool = True) -> Perturbation:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoders = {source: load_encoder(source).to(device) for source in settings.encoders}
     split = settings.split or ("surrogate" if settings.data == "embedded" else "train")
-    data = load_data(settings.data, split, settings.image_size, settings.n, settings.seed)
+    resize = next(iter(encoders.values())).preprocess.at(settings.image_size)
+    attack = replace(attack, image_size=resize.image_size)
+    data = load_data(settings.data, split, resize, settings.n, settings.seed)
     perturbation = attack.fit(encoders, data.images.to(device), progress=progress)
     settings.path.parent.mkdir(parents=True, exist_ok=True)
     perturbation.save(settings.path)

@@ -38,12 +38,13 @@ def _evaluate(options: Any) -> int:
 
 
 def _evaluate_and_print(options: Any, settings: Any, source: str, *, resume: bool, figures: bool) -> int:
+    from zepad_mm.data import load_class_names
     from zepad_mm.evaluation import EvalData, evaluate
-    from zepad_mm.evaluation.subjects import load_model
+    from zepad_mm.evaluation.subjects import load_model, resize_of
     from zepad_mm.models.zepad import ZePAD
 
-    data = EvalData.load(source, settings)
-    model = load_model(options.model, data.test.class_names)
+    model = load_model(options.model, load_class_names(source, settings.test_split))
+    data = EvalData.load(source, settings, resize_of(model))
     report = evaluate(model, data=data, settings=settings, out=options.out, resume=resume)
     files = output_paths(options.out, "report.json", "report.md", "records.parquet")
     if figures:

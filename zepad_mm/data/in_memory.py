@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from zepad_mm.data.base import IndexedDataset
-from zepad_mm.data.loading import dataset_name, find_columns, open_table, read_class_names
+from zepad_mm.data.loading import dataset_name, decode, find_columns, open_table, read_class_names, undecoded
+from zepad_mm.utils.images import Resize, as_resize
 from zepad_mm.utils.seeding import seeded_generator
 
 
@@ -39,7 +40,9 @@ class LabelledImages(IndexedDataset):
             yield self.images[index], self.labels[index]
 
 
-def load_data(source: str, split: str, image_size: int = 64, n: int | None = None, seed: int = 0) -> LabelledImages:
+def load_data(
+    source: str, split: str, image_size: int | Resize = 64, n: int | None = None, seed: int = 0
+) -> LabelledImages:
     """A labelled image dataset in memory.
 
     Args:
@@ -48,7 +51,9 @@ def load_data(source: str, split: str, image_size: int = 64, n: int | None = Non
             ``CATALOGUE``, e.g. ``"svhn"``.
         split: ``train``, ``test``, ..., or several as ``train+surrogate``; the embedded dataset has ``surrogate``,
             ``train``, ``validation``, ``test``.
-        image_size: side in pixels that every image is resized to.
+        image_size: an encoder's ``preprocess``: images are resized and cropped as it would do itself, so that it sees
+            the same pixels as of the files; or a side in pixels, which every image is squashed to, as the embedded
+            CLIP does.
         n: number of images, drawn by ``seed``; None: all.
 
     Raises:
@@ -63,9 +68,16 @@ def load_data(source: str, split: str, image_size: int = 64, n: int | None = Non
         order = torch.randperm(len(table), generator=seeded_generator(seed))
         table = table.select(sorted(order[:n].tolist()))
     names = read_class_names(table, label_column)
-    images = torch.stack([to_tensor(row[image_column], image_size) for row in table])
     labels = torch.tensor(table[label_column], dtype=torch.long)
-    return LabelledImages(images, labels, names, dataset_name(source))
+    rows, resize, name = undecoded(table, image_column)[image_column], as_resize(image_size), dataset_name(source)
+    images = torch.stack([decode(row, resize, f"{name}, {split}, row {number}") for number, row in enumerate(rows)])
+    return LabelledImages(images, labels, names, name)
+
+
+def load_class_names(source: str, split: str) -> tuple[str, ...]:
+    """The class names of a dataset, without its images; arguments and errors as :func:`load_data`."""
+    table = open_table(source, split)
+    return read_class_names(table, find_columns(table, source)[1])
 
 
 def load_embedded(split: str, n: int | None = None) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 import zepad_mm.data.catalogue_entries  # noqa: F401  registers the entries
 from zepad_mm.data.catalogue import CATALOGUE, find_entry, select_split
 from zepad_mm.encoders.prompts import clean_name
+from zepad_mm.utils.images import Resize, read_image
 from zepad_mm.utils.io import ASSETS
 
 EMBEDDED_DATA = ASSETS / "clothing"
@@ -86,6 +90,33 @@ def find_columns(table: Any, source: str) -> tuple[str, str]:
 def read_class_names(table: Any, label_column: str) -> tuple[str, ...]:
     """The class names, cleaned for prompts."""
     return tuple(clean_name(name) for name in table.features[label_column].names)
+
+
+def undecoded(table: Any, image_column: str) -> Any:
+    """The table with the encoded images of the column, for :func:`decode`."""
+    from datasets import Image
+
+    return table.cast_column(image_column, Image(decode=False))
+
+
+def decode(row: Any, resize: Resize, where: str) -> Tensor:
+    """The image (3, S, S) in [0, 1] of an undecoded row. Raises ValueError, with ``where``, for what is not one."""
+    path = row.get("path") if isinstance(row, dict) else None
+    what = f"{where} ({path})" if path else where
+    if isinstance(row, dict) and row.get("bytes") is not None:
+        return read_image(io.BytesIO(row["bytes"]), what, resize)
+    if not path:
+        raise ValueError(f"{what}: expected an image, got none")
+    if Path(path).is_file():
+        return read_image(path, what, resize)
+    from datasets.utils.file_utils import xopen  # a member of an archive, or a URL of the Hub
+
+    try:
+        with xopen(path, "rb") as file:
+            content = file.read()
+    except OSError as error:
+        raise ValueError(f"{what} could not be read: {error.strerror or error}") from error
+    return read_image(io.BytesIO(content), what, resize)
 
 
 def dataset_name(source: str) -> str:

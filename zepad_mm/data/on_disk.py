@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from zepad_mm.data.base import IndexedDataset
-from zepad_mm.data.loading import dataset_name, find_columns, open_table, read_class_names
+from zepad_mm.data.loading import dataset_name, decode, find_columns, open_table, read_class_names, undecoded
+from zepad_mm.utils.images import Resize, as_resize
 
 log = logging.getLogger(__name__)
 
@@ -22,12 +23,12 @@ class StoredImages(IndexedDataset):
 
     Attributes:
         table: memory-mapped by ``datasets``, shared by all processes of a machine.
-        image_size: side in pixels that every image is resized to.
+        resize: how every image is made a square.
     """
 
     table: Any
     image_column: str
-    image_size: int
+    resize: Resize
     labels: Tensor
     class_names: tuple[str, ...]
     name: str
@@ -36,12 +37,12 @@ class StoredImages(IndexedDataset):
         """The rows at ``indices``, in that order."""
         index = torch.as_tensor(indices, dtype=torch.long)
         chosen, labels = self.table.select(index.tolist()), self.labels[index]
-        return StoredImages(chosen, self.image_column, self.image_size, labels, self.class_names, self.name)
+        return StoredImages(chosen, self.image_column, self.resize, labels, self.class_names, self.name)
 
     def fetch(self, indices: Tensor) -> Tensor:
         """The images (B, 3, S, S) in [0, 1] at ``indices`` (B,). Raises ValueError with the row of a damaged image."""
         rows = self.table.select_columns([self.image_column])[indices.tolist()][self.image_column]
-        decoded = (_decode(row, self.image_size, f"{self.name}, row {i}") for row, i in zip(rows, indices, strict=True))
+        decoded = (decode(row, self.resize, f"{self.name}, row {i}") for row, i in zip(rows, indices, strict=True))
         return torch.stack(list(decoded))
 
 
@@ -62,7 +63,7 @@ class StreamedImages:
     stream: Any
     image_column: str
     label_column: str
-    image_size: int
+    resize: Resize
     class_names: tuple[str, ...]
     name: str
     shuffle_buffer: int = 1000
@@ -85,7 +86,7 @@ class StreamedImages:
                 number += 1
                 if number > skip:
                     where = f"{self.name}, row {number} of process {rank}"
-                    yield _decode(row[self.image_column], self.image_size, where), int(row[self.label_column])
+                    yield decode(row[self.image_column], self.resize, where), int(row[self.label_column])
             epoch += 1
         raise ValueError(
             f"{self.name}: no rows for a worker of process {rank} of {world}; use fewer workers (at most "
@@ -93,35 +94,22 @@ class StreamedImages:
         )
 
 
-def open_images(source: str, split: str, image_size: int = 64) -> StoredImages:
+def open_images(source: str, split: str, image_size: int | Resize = 64) -> StoredImages:
     """A dataset that stays on disk (a Hub dataset in the ``datasets`` cache); arguments and errors as ``load_data``."""
-    from datasets import Image
-
     table = open_table(source, split)
     image_column, label_column = find_columns(table, source)
     names = read_class_names(table, label_column)
     labels = torch.tensor(table[label_column][:], dtype=torch.long)
-    table = table.cast_column(image_column, Image(decode=False))
-    return StoredImages(table, image_column, image_size, labels, names, dataset_name(source))
+    table, resize = undecoded(table, image_column), as_resize(image_size)
+    return StoredImages(table, image_column, resize, labels, names, dataset_name(source))
 
 
-def stream_images(source: str, split: str, image_size: int = 64, shuffle_buffer: int = 1000) -> StreamedImages:
+def stream_images(source: str, split: str, image_size: int | Resize = 64, shuffle_buffer: int = 1000) -> StreamedImages:
     """A dataset streamed from the Hub or local files; arguments and errors as ``load_data``."""
-    from datasets import Image
-
     if shuffle_buffer < 1:
         raise ValueError(f"shuffle_buffer: expected at least 1 row, got {shuffle_buffer}")
     stream = open_table(source, split, streaming=True)
     image_column, label_column = find_columns(stream, source)
     names = read_class_names(stream, label_column)
-    stream = stream.cast_column(image_column, Image(decode=False))
-    return StreamedImages(stream, image_column, label_column, image_size, names, dataset_name(source), shuffle_buffer)
-
-
-def _decode(row: dict[str, Any], image_size: int, where: str) -> Tensor:
-    from datasets import Image
-
-    try:
-        return to_tensor(Image().decode_example(row), image_size)
-    except Exception as error:  # PIL raises many kinds of errors
-        raise ValueError(f"{where}: the image cannot be read ({type(error).__name__}: {error})") from error
+    stream, resize = undecoded(stream, image_column), as_resize(image_size)
+    return StreamedImages(stream, image_column, label_column, resize, names, dataset_name(source), shuffle_buffer)

@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 from zepad_mm.encoders.sources import BACKENDS, at_revision, parse_source
 from zepad_mm.utils.hub import Access
-from zepad_mm.utils.images import Interpolation as Interpolation
 from zepad_mm.utils.images import Resize
-from zepad_mm.utils.images import ResizeMode as ResizeMode
 from zepad_mm.utils.validation import check_images
 
 

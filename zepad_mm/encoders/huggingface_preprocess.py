@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zepad_mm.encoders.base import Interpolation, Preprocess
+from zepad_mm.encoders.base import Preprocess
+from zepad_mm.utils.images import Interpolation
 
 log = logging.getLogger(__name__)
 

@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qsl
 
-from zepad_mm.encoders.base import Encoder, Interpolation, Preprocess, ResizeMode, feature_dim_of
+from zepad_mm.encoders.base import Encoder, Preprocess, feature_dim_of
 from zepad_mm.encoders.sources import BACKENDS, EncoderBackend, Source
 from zepad_mm.encoders.ssl_networks import MOMENTUM, ONLINE, Network, find_networks
 from zepad_mm.encoders.state_dict import load_state_dict_strict, read_foreign, summary
 from zepad_mm.utils.config import Config
+from zepad_mm.utils.images import Interpolation, ResizeMode
 from zepad_mm.utils.io import read_json
 
 log = logging.getLogger(__name__)

@@ -7,8 +7,9 @@ import math
 from pathlib import Path
 from typing import Any, get_args
 
-from zepad_mm.encoders.base import Encoder, Interpolation, Preprocess, feature_dim_of
+from zepad_mm.encoders.base import Encoder, Preprocess, feature_dim_of
 from zepad_mm.encoders.sources import BACKENDS, FOLDER, HUB, EncoderBackend, HubFiles, Source
+from zepad_mm.utils.images import Interpolation
 
 log = logging.getLogger(__name__)
 

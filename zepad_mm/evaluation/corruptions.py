@@ -11,11 +11,11 @@ import io
 from collections.abc import Callable
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur as blur
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import to_pil_image
 
+from zepad_mm.utils.images import read_image
 from zepad_mm.utils.registry import Registry
 from zepad_mm.utils.validation import check_images
 
@@ -67,8 +67,7 @@ def jpeg(images: Tensor, severity: int, generator: torch.Generator) -> Tensor:
     for image in images.cpu():
         file = io.BytesIO()
         to_pil_image((image * 255).round().byte()).save(file, "JPEG", quality=quality)
-        with Image.open(file) as decoded:
-            read.append(pil_to_tensor(decoded).float() / 255)
+        read.append(read_image(file, "the compressed image"))
     return torch.stack(read).to(images) if read else images
 
 

@@ -9,9 +9,12 @@ import torch
 
 from zepad_mm.data import LabelledImages, load_data
 from zepad_mm.evaluation.settings import EvalSettings
+from zepad_mm.utils.images import Resize
 from zepad_mm.utils.seeding import seeded_generator
 
 log = logging.getLogger(__name__)
+
+DEFAULT_SIZE = 64  # pixels, of images for models without an encoder of ours
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,20 @@ class EvalData:
     surrogate: LabelledImages
 
     @classmethod
-    def load(cls, source: str, settings: EvalSettings) -> EvalData:
-        """Load a data set by name or folder. Raises FileNotFoundError when it is not there."""
-        size, seed = settings.image_size, settings.seed
+    def load(cls, source: str, settings: EvalSettings, resize: Resize | None = None) -> EvalData:
+        """Load a data set by name or folder.
+
+        Args:
+            source: as for ``load_data``.
+            settings: names and sizes of the splits, and the size of the images.
+            resize: the public encoder's ``preprocess``, whose rule makes the images square (see ``resize_of``); None:
+                they are squashed, to 64 pixels where the settings name no size.
+
+        Raises:
+            FileNotFoundError: no such data set or split. ValueError: a damaged one.
+        """
+        size = resize.at(settings.image_size) if resize else settings.image_size or DEFAULT_SIZE
+        seed = settings.seed
         test = load_data(source, settings.test_split, size, settings.n, seed)
         try:
             validation = load_data(source, settings.validation_split, size, settings.n_validation, seed)

@@ -45,6 +45,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from zepad_mm.attacks import frozen
+from zepad_mm.data import load_class_names
 from zepad_mm.evaluation.data import EvalData
 from zepad_mm.evaluation.detection import (
     deployed_threshold,
@@ -58,7 +59,7 @@ from zepad_mm.evaluation.records import Records
 from zepad_mm.evaluation.report import JSON, OVERESTIMATED, Report, acceptance, merged
 from zepad_mm.evaluation.session import PerturbationStore, Session
 from zepad_mm.evaluation.settings import PRESETS, EvalSettings
-from zepad_mm.evaluation.subjects import BranchView, Subject, load_model, subject_of
+from zepad_mm.evaluation.subjects import BranchView, load_model, resize_of, subject_of
 from zepad_mm.evaluation.threats import CLEAN, T1, T1B, T1P, T2, T3, THREATS
 from zepad_mm.evaluation.universal import (
     count_family,
@@ -77,6 +78,7 @@ from zepad_mm.evaluation.white_box import (
     run_white_box,
 )
 from zepad_mm.utils.distributed import Processes
+from zepad_mm.utils.images import Resize
 from zepad_mm.utils.provenance import provenance
 
 log = logging.getLogger(__name__)
@@ -174,12 +176,15 @@ class _Run:
         store = PerturbationStore(None if out is None else out / "perturbations")
         found: dict[tuple[str, str], Report] = {}
         for task, source in tasks.items():
-            data = self._load(source)
+            loaded: dict[Resize | None, EvalData] = {}  # most models want the same images
             for name, model in models.items():
                 log.info("%s on %s", name, task)
                 folder = None if out is None else out / _folder_name(name) / _folder_name(task)
-                built = model(task, data) if callable(model) and not isinstance(model, nn.Module) else model
-                found[name, task] = self.one(built, data, folder, store, keep_finished=True)
+                data, built = source, model
+                if callable(model) and not isinstance(model, nn.Module):
+                    data = self._load(source, None, loaded)
+                    built = model(task, data)
+                found[name, task] = self.one(built, data, folder, store, keep_finished=True, loaded=loaded)
         meta = provenance(seed=self.settings.seed, config={"evaluation": self.settings.to_dict()})
         report = merged(found, {**meta, "wall_s": round(time.perf_counter() - started, 2)})
         if out is not None and self.processes.first:
@@ -193,12 +198,15 @@ class _Run:
         out: Path | None,
         store: PerturbationStore | None = None,
         keep_finished: bool = False,
+        loaded: dict[Resize | None, EvalData] | None = None,
     ) -> Report:
         """One model on one task; with ``keep_finished`` and ``resume``, a report that is there already is read."""
         started, processes = time.perf_counter(), self.processes
-        images = self._load(data)
         source = str(model) if isinstance(model, str | Path) else ""
-        subject = self._subject(model, images)
+        names = self._class_names(data)
+        model = self._model(model, names)
+        images = self._load(data, resize_of(model), {} if loaded is None else loaded)
+        subject = subject_of(model, class_names=names, rules=self.settings.rules, baselines=self.baselines)
         images.check(subject.class_names)
         with torch.inference_mode(False):
             session = Session(subject, images, self.settings, out, self.resume, processes, store)
@@ -219,17 +227,25 @@ class _Run:
             log.warning(warning)
         return report
 
-    def _load(self, data: str | EvalData) -> EvalData:
-        return EvalData.load(data, self.settings) if isinstance(data, str) else data.limited(self.settings)
+    def _class_names(self, data: str | EvalData) -> tuple[str, ...]:
+        return load_class_names(data, self.settings.test_split) if isinstance(data, str) else data.test.class_names
 
-    def _subject(self, model: Any, images: EvalData) -> Subject:
-        names = images.test.class_names
-        if isinstance(model, str | Path):
-            model = load_model(model, names)
-            if self.accelerator is not None:
-                for module in model if isinstance(model, tuple) else (model,):
-                    module.to(self.accelerator.device)
-        return subject_of(model, class_names=names, rules=self.settings.rules, baselines=self.baselines)
+    def _load(self, data: str | EvalData, resize: Resize | None, loaded: dict[Resize | None, EvalData]) -> EvalData:
+        if not isinstance(data, str):
+            return data.limited(self.settings)
+        if resize not in loaded:
+            loaded[resize] = EvalData.load(data, self.settings, resize)
+        return loaded[resize]
+
+    def _model(self, model: Any, names: tuple[str, ...]) -> Any:
+        """The model, loaded where it is given by name."""
+        if not isinstance(model, str | Path):
+            return model
+        model = load_model(model, names)
+        if self.accelerator is not None:
+            for module in model if isinstance(model, tuple) else (model,):
+                module.to(self.accelerator.device)
+        return model
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class EvalSettings(Config):
     seed: int = 0  # of images, attacks and their order
     n_validation: int | None = 400  # clean images that set the detector's threshold; None: all
     n_surrogate: int | None = 2000  # the attacker's own images; None: all
-    image_size: int = 64  # side that images of a named data set are resized to
+    image_size: int | None = None  # side of the images of a named data set; None: of the public encoder
     test_split: str = "test"  # what is reported on
     validation_split: str = "validation"  # falls back to half of "train"
     surrogate_split: str = "surrogate"  # falls back to the other half of "train"

@@ -20,6 +20,7 @@ from zepad_mm.models.branch import Branch
 from zepad_mm.models.fusion import RULES, Fusion, build
 from zepad_mm.models.heads import zero_shot_head
 from zepad_mm.models.zepad import DetectorConfig, ZePAD
+from zepad_mm.utils.images import Resize
 
 DEFENCE = "zepad"  # name of the row of a defended model as it ships
 MODEL = "model"  # name of the row of any other model
@@ -209,6 +210,18 @@ def subject_of(
             f"images to logits, got {type(model).__name__}"
         )
     return _with_baselines(subject, baselines or {})
+
+
+def resize_of(model: Any) -> Resize | None:
+    """The resize rule of a model's public encoder; None where it has no encoder of ours."""
+    if isinstance(model, Subject):
+        model = model.public_encoder
+    elif isinstance(model, ZePAD):
+        model = model.undefended.encoder
+    elif isinstance(model, tuple) and model:
+        model = model[0]
+    preprocess = getattr(getattr(model, "encoder", model), "preprocess", None)
+    return preprocess.geometry if isinstance(preprocess, Resize) else None
 
 
 class EncoderWithHead(nn.Module):

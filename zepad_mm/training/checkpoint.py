@@ -151,8 +151,8 @@ def run_identity(
 
 def _data_identity(data: TrainData, settings: TrainSettings, world: int) -> dict[str, Any]:
     if isinstance(data, StreamedImages):  # the order of rows depends on the readers
-        about = {"name": data.name, "shuffle_buffer": data.shuffle_buffer, "image_size": data.image_size}
+        about = {"name": data.name, "shuffle_buffer": data.shuffle_buffer, "resize": data.resize.to_dict()}
         return about | {"num_workers": settings.num_workers, "processes": world}
     labels = zlib.crc32(data.labels.cpu().contiguous().numpy().data)
-    shape = [3, data.image_size, data.image_size] if isinstance(data, StoredImages) else list(data.images.shape[1:])
+    shape = [3, *[data.resize.image_size] * 2] if isinstance(data, StoredImages) else list(data.images.shape[1:])
     return {"name": data.name, "n": len(data), "shape": shape, "labels_checksum": labels}

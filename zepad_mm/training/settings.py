@@ -10,6 +10,7 @@ import torch
 
 from zepad_mm.data import LabelledImages, StoredImages, StreamedImages, load_data, open_images, stream_images
 from zepad_mm.utils.config import Config
+from zepad_mm.utils.images import Resize
 from zepad_mm.utils.validation import check_epsilon
 
 TrainData = LabelledImages | StoredImages | StreamedImages
@@ -99,7 +100,7 @@ class DataSettings(Config):
     source: str = "embedded"  # "embedded", a folder of parquet files or class folders, or a name on the Hub
     train_split: str = "train"
     validation_split: str | None = "validation"  # None: a tenth of the training split is held out by the seed
-    image_size: int = 64  # side in pixels that images are stored and attacked at; the encoder resizes inside
+    image_size: int | None = None  # side in pixels that images are stored and attacked at; None: of the encoder
     n_train: int | None = None  # None: all
     n_validation: int | None = 512  # None: all; validation runs PGD, so this is what it costs
     storage: Literal["memory", "disk", "stream"] = "memory"  # disk, stream: for ImageNet; see settings.num_workers
@@ -112,24 +113,32 @@ class DataSettings(Config):
                 "storage: a stream is read whole, from its own split; give a validation_split and leave n_train out"
             )
 
-    def load(self, seed: int) -> tuple[TrainData, LabelledImages]:
-        """Training and validation images, disjoint. Errors as of :func:`zepad_mm.data.load_data`."""
+    def load(self, seed: int, resize: Resize | None = None) -> tuple[TrainData, LabelledImages]:
+        """Training and validation images, disjoint.
+
+        Args:
+            seed: of the samples and of the validation images held out.
+            resize: the ``preprocess`` of the encoder, whose rule makes the images square; None: they are squashed, to
+                64 pixels where no size is set.
+
+        Raises:
+            FileNotFoundError, ValueError: as of :func:`zepad_mm.data.load_data`.
+        """
+        size = resize.at(self.image_size) if resize else self.image_size or 64
         if self.storage == "stream":
-            stream = stream_images(self.source, self.train_split, self.image_size, self.shuffle_buffer)
-            return stream, self._validation(seed)
+            stream = stream_images(self.source, self.train_split, size, self.shuffle_buffer)
+            return stream, self._validation(seed, size)
         if self.storage == "memory":
-            train: LabelledImages | StoredImages = load_data(
-                self.source, self.train_split, self.image_size, self.n_train, seed
-            )
+            train: LabelledImages | StoredImages = load_data(self.source, self.train_split, size, self.n_train, seed)
         else:
-            train = open_images(self.source, self.train_split, self.image_size).sample(self.n_train, seed)
+            train = open_images(self.source, self.train_split, size).sample(self.n_train, seed)
         if self.validation_split is not None:
-            return train, self._validation(seed)
+            return train, self._validation(seed, size)
         rest, held = train.split(0.1, seed)
         held = held.sample(self.n_validation, seed)
         images = held.fetch(torch.arange(len(held)))
         return rest, LabelledImages(images, held.labels, held.class_names, held.name)
 
-    def _validation(self, seed: int) -> LabelledImages:
+    def _validation(self, seed: int, size: int | Resize) -> LabelledImages:
         assert self.validation_split is not None
-        return load_data(self.source, self.validation_split, self.image_size, self.n_validation, seed)
+        return load_data(self.source, self.validation_split, size, self.n_validation, seed)

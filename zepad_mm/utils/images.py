@@ -26,7 +26,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
 )  # fmt: skip
-WIDEST = 8  # aspect ratio beyond which an image is cropped before it is resized
+WIDEST = 32  # aspect ratio beyond which an image is cropped before it is resized
 
 Interpolation = Literal["bilinear", "bicubic"]
 ResizeMode = Literal["squash", "shortest"]
@@ -77,8 +77,8 @@ class Resize(Config):
     def _crop_first(self, images: Tensor, starts: list[int]) -> tuple[Tensor, list[int], list[int]]:
         """The part of a thin image that its centre is made of, the size that it is resized to, and the crop's corner.
 
-        The part is a whole number of squares of the shorter side, so that the pixels stay the same; beside the crop
-        there are three squares for the filter.
+        The part is a whole number of squares of the shorter side, so that the crop stays where it was to half a pixel;
+        beside it there are three squares for the filter.
         """
         shorter, side = min(images.shape[-2:]), self.resize_size or self.image_size
         axis = 0 if images.shape[-2] > shorter else 1
@@ -107,6 +107,11 @@ class Resize(Config):
         )
 
 
+def as_resize(size: int | Resize) -> Resize:
+    """A side in pixels as the rule that squashes to a square; a rule as it is."""
+    return Resize(image_size=size) if isinstance(size, int) else size
+
+
 def to_tensor(image: Any, size: int | Resize | None = None, max_pixels: int | None = None) -> Tensor:
     """A PIL image as (3, H, W) float32 in [0, 1].
 
@@ -133,10 +138,7 @@ def to_tensor(image: Any, size: int | Resize | None = None, max_pixels: int | No
         raise ValueError("its format is EPS, which is a program; convert it to PNG")
     sixteen_bit_png = image.format == "PNG" and image.mode == "I"  # of older versions of Pillow
     pixels = _levels(ImageOps.exif_transpose(image), sixteen_bit_png)
-    if size is None:
-        return pixels
-    rule = Resize(image_size=size) if isinstance(size, int) else size
-    return rule.resize(pixels[None])[0]
+    return pixels if size is None else as_resize(size).resize(pixels[None])[0]
 
 
 def _levels(image: Any, sixteen_bit: bool) -> Tensor:
