@@ -172,6 +172,16 @@ def test_topology_loss_equals_the_double_loop_of_the_method(n: int, aware: bool)
     assert float(topology_loss(model, target, labels, hardness)) == pytest.approx(expected, rel=2e-3, abs=2e-5)
 
 
+def test_topology_loss_is_computed_in_float32_under_autocast() -> None:
+    generator = torch.Generator().manual_seed(0)
+    model, target = (torch.randn(32, 10, generator=generator) for _ in range(2))
+    labels = torch.arange(32) % 10
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = topology_loss(model, target, labels)
+    assert under_autocast.dtype == torch.float32
+    assert torch.equal(under_autocast, topology_loss(model, target, labels))
+
+
 def test_topology_loss_is_zero_for_equal_sides_and_for_one_image_and_grows_with_the_batch() -> None:
     logits = torch.randn(128, 10, generator=generator())
     labels = torch.arange(128) % 10

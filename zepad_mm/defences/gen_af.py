@@ -169,7 +169,8 @@ def topology_loss(model: Tensor, target: Tensor, labels: Tensor, hardness: Tenso
 def _local_distances(logits: Tensor) -> Tensor:
     """(n, n) cosine distances minus each row's smallest off the diagonal; the diagonal is 0."""
     unit = F.normalize(logits, dim=-1)
-    distance = 1 - unit @ unit.T
+    with torch.autocast(logits.device.type, enabled=False):  # bf16 is too coarse for differences of cosines
+        distance = 1 - unit @ unit.T
     itself = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
     nearest = distance.masked_fill(itself, torch.inf).amin(dim=1, keepdim=True)
     return (distance - nearest).masked_fill(itself, 0.0)
