@@ -374,4 +374,7 @@ def findings(study: dict[str, Any]) -> Iterator[str]:
         "of 1e-4, most likely since convolutions round to TF32 (not tried without TF32). All crafting "
         "and evaluation ran unfolded."
     )
-    yield ("Under bf16 autocast the topology term of Gen-AF computes cosines in bf16; the study computed them in fp32.")
+    yield (
+        "Under bf16 autocast the topology term of Gen-AF computed its cosines in bf16 at that commit; the study "
+        "computed them in fp32, as the package does since."
+    )
