@@ -21,7 +21,7 @@ from zepad_mm.evaluation.settings import PATCHES
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.io import write_json, write_text
 from zepad_mm.utils.markdown import interval_text, markdown_table
-from zepad_mm.utils.validation import budget_text
+from zepad_mm.utils.text import budget_text
 
 NAME = "dae_attacks"
 

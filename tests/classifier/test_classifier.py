@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import logging
+import os
+import pickle
 import struct
 import threading
 import zlib
@@ -24,7 +28,7 @@ from tests.helpers import encoder_zoo as zoo
 from tests.helpers.models import make_zepad
 from zepad_mm.attacks import PGD
 from zepad_mm.classifier import RobustZeroShotClassifier
-from zepad_mm.encoders import load_clip
+from zepad_mm.encoders import load_clip, load_encoder
 from zepad_mm.models.branch import Branch, BranchConfig
 from zepad_mm.models.heads import zero_shot_head
 from zepad_mm.models.zepad import DetectorConfig, ZePAD, ZePADConfig
@@ -245,6 +249,53 @@ def test_classifier_is_thread_safe(classifier: RobustZeroShotClassifier, images:
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda task: classifier(task[1], task[0], return_evidence=True), tasks))
     assert together == [classifier(image, labels, return_evidence=True) for labels, image in tasks]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_classifier_can_be_copied(classifier: RobustZeroShotClassifier, images: torch.Tensor, copied: Any) -> None:
+    """Before and after the lazy text tower is loaded, and with shared weights; joblib and spawn pickle it."""
+    expected = classifier(images, LABELS, return_evidence=True)
+    assert copied(RobustZeroShotClassifier(classifier.model))(images, LABELS, return_evidence=True) == expected
+    classifier.model.share_trunk()
+    twin = copied(classifier)
+    assert twin(images, LABELS, return_evidence=True) == classifier(images, LABELS, return_evidence=True)
+    assert twin(images, ["bird", "fish"]) == classifier(images, ["bird", "fish"])
+    assert twin._text_lock is not classifier._text_lock
+
+
+def test_classifier_of_transformers_can_be_copied(tmp_path: Path, images: torch.Tensor) -> None:
+    classifier, _ = _hf_clip(tmp_path)
+    assert pickle.loads(pickle.dumps(classifier))(images, LABELS) == classifier(images, LABELS)
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", dtype=torch.bfloat16)]
+)
+def test_classifier_used_in_any_mode_can_be_attacked(clip_source: str, images: torch.Tensor, mode: Any) -> None:
+    """What is kept of the first call, the cached texts among it, is neither inference tensors nor half precision."""
+    expected = RobustZeroShotClassifier(make_zepad(clip_source)).task(LABELS).defended(images)
+    classifier = RobustZeroShotClassifier(make_zepad(clip_source))
+    with mode():
+        classifier(images, LABELS, return_evidence=True)
+        task = classifier.task(LABELS)
+        encoder = load_encoder(clip_source)
+        classifier.model.set_classes(LABELS)
+    assert torch.equal(task.defended(images), expected)
+    for view in (task.defended, classifier.task(LABELS).defended, task.undefended, classifier.model, encoder):
+        pixels = images.clone().requires_grad_()
+        assert torch.autograd.grad(view(pixels).sum(), pixels)[0].abs().sum() > 0
+    assert not any(parameter.is_inference() for parameter in classifier.model.parameters())
+
+
+def test_loading_and_classifying_leave_the_process_as_it_was(clip_source: str, images: torch.Tensor) -> None:
+    model = make_zepad(clip_source)
+    state, variables, handlers = torch.get_rng_state(), dict(os.environ), list(logging.getLogger().handlers)
+    RobustZeroShotClassifier(model)(images, LABELS, return_evidence=True)
+    RobustZeroShotClassifier.from_pretrained("embedded")
+    load_encoder(clip_source)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert dict(os.environ) == variables
+    assert logging.getLogger().handlers == handlers
 
 
 def test_classifier_caches_text_embeddings_with_a_bound(

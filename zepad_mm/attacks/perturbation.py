@@ -16,7 +16,8 @@ from zepad_mm.attacks.base import check_budget, project, resize_delta
 from zepad_mm.attacks.patch import check_place, paste
 from zepad_mm.utils.hub import Access, card_text, fetch, push_folder
 from zepad_mm.utils.io import read_tensors, write_tensors, write_text
-from zepad_mm.utils.validation import budget_text, check_images
+from zepad_mm.utils.text import budget_text
+from zepad_mm.utils.validation import check_images
 
 FORMAT = "zepad-mm perturbation 1"
 FILE = "perturbation.safetensors"  # file name in a Hub repository

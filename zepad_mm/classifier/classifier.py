@@ -19,6 +19,7 @@ from zepad_mm.models.fusion import Decision
 from zepad_mm.models.heads import ZeroShotHead
 from zepad_mm.models.zepad import ZePAD
 from zepad_mm.utils.images import Resize
+from zepad_mm.utils.isolation import preserved_process_state
 from zepad_mm.utils.validation import check_names
 
 Labels = list[dict[str, Any]]
@@ -47,6 +48,13 @@ class RobustZeroShotClassifier:
         self.batch_size = batch_size
         self.max_pixels = max_pixels
         self._text_lock = threading.Lock()  # tokenizers, embedding cache and lazy loading are not thread-safe
+
+    def __getstate__(self) -> dict[str, Any]:
+        # locks cannot be copied, so that a copy, in another process perhaps, gets one of its own
+        return {name: value for name, value in vars(self).items() if name != "_text_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _text_lock=threading.Lock())
 
     @classmethod
     def from_pretrained(
@@ -118,13 +126,13 @@ class RobustZeroShotClassifier:
         names = check_names(candidate_labels, "candidate_labels")
         self.model.config.warn_untuned_classes(names)
         templates = templates_of(hypothesis_template)
-        with self._text_lock:
+        with self._text_lock, preserved_process_state():  # tasks made in inference mode can be attacked later
             text, device = self.model.text, self.model.device
             embeddings = text.to(device).class_embeddings(names, templates).to(device)
             self.model.undefended.encoder.to(device)  # loaded lazily, perhaps before the model was moved
-        scales = {name: self.model.branch(name).head.logit_scale for name in self.model.branches}
-        heads = {name: ZeroShotHead.from_embeddings(embeddings, float(scale)) for name, scale in scales.items()}  # type: ignore[arg-type]
-        return Task(self.model, tuple(names), heads, ZeroShotHead.from_embeddings(embeddings, text.logit_scale))
+            scales = {name: self.model.branch(name).head.logit_scale for name in self.model.branches}
+            heads = {name: ZeroShotHead.from_embeddings(embeddings, float(scale)) for name, scale in scales.items()}  # type: ignore[arg-type]
+            return Task(self.model, tuple(names), heads, ZeroShotHead.from_embeddings(embeddings, text.logit_scale))
 
     def __call__(
         self,

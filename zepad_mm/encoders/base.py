@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from zepad_mm.encoders.sources import BACKENDS, at_revision, parse_source
 from zepad_mm.utils.hub import Access
 from zepad_mm.utils.images import Resize
+from zepad_mm.utils.isolation import preserved_process_state
 from zepad_mm.utils.validation import check_images
 
 
@@ -82,7 +83,7 @@ def load_encoder(
         PermissionError, ConnectionError: see :func:`zepad_mm.utils.hub.fetch`.
     """
     parsed = parse_source(source)
-    with at_revision(parsed, revision, access or Access(), pretrained) as local:
+    with preserved_process_state(pretrained), at_revision(parsed, revision, access or Access(), pretrained) as local:
         encoder = BACKENDS.get(parsed.kind).load(local, pretrained)
     encoder.source = source
     return encoder.eval()

@@ -14,6 +14,7 @@ from zepad_mm.encoders.base import Encoder
 from zepad_mm.encoders.prompts import clean_name, templates_of
 from zepad_mm.encoders.sources import BACKENDS, at_revision, parse_source
 from zepad_mm.utils.hub import Access
+from zepad_mm.utils.isolation import preserved_process_state
 from zepad_mm.utils.validation import check_names
 
 CACHED_SETS = 64  # sets of class names whose embeddings a text tower keeps
@@ -64,9 +65,10 @@ class TextEncoder(nn.Module):
         templates = templates_of(prompts)
         key = (tuple(names), templates)
         if key not in self._cache:
-            embeddings = self([template.format(name) for name in names for template in templates])
-            mean = embeddings.view(len(names), len(templates), -1).mean(dim=1)
-            self._cache[key] = F.normalize(mean, dim=-1)
+            with preserved_process_state(), torch.no_grad():  # kept, so never inference tensors nor of half precision
+                embeddings = self([template.format(name) for name in names for template in templates])
+                mean = embeddings.view(len(names), len(templates), -1).mean(dim=1)
+                self._cache[key] = F.normalize(mean, dim=-1)
             if len(self._cache) > CACHED_SETS:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)
@@ -91,7 +93,7 @@ def load_clip(
     if not backend.has_clips:
         kinds = " or ".join(kind for kind in reversed(BACKENDS.names()) if BACKENDS.get(kind).has_clips)
         raise ValueError(f"zero-shot heads need a CLIP: expected a source of kind {kinds}, got {source!r}")
-    with at_revision(parsed, revision, access or Access(), pretrained) as local:
+    with preserved_process_state(pretrained), at_revision(parsed, revision, access or Access(), pretrained) as local:
         encoder, text = backend.load_clip(local, pretrained)
     encoder.source = text.source = source
     return encoder.eval(), text.eval()

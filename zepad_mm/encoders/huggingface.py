@@ -11,6 +11,7 @@ import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,15 +148,13 @@ def _load_clip(source: Source, pretrained: bool) -> tuple[Encoder, TextEncoder]:
         )
     name, revision = _name_and_revision(source)
     with _clear_errors(source, "its tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
     config = model.config
     # as the zero-shot pipeline of transformers: SigLIP has learnt to read padded texts
     padding = "max_length" if "siglip" in config.model_type else True
     length = config.text_config.max_position_embeddings
-
-    def tokenize(texts: list[str]) -> Any:
-        return tokenizer(texts, padding=padding, max_length=length, truncation=True, return_tensors="pt")
-
+    # no local function, which could not be pickled
+    tokenize: Any = partial(tokenizer, padding=padding, max_length=length, truncation=True, return_tensors="pt")
     text = HFTextTower(_half(model, "vision"), model.logit_scale, getattr(model, "logit_bias", None))
     return _image_tower(_half(model, "text"), source), TextEncoder(text, tokenize, str(source))
 

@@ -21,6 +21,7 @@ from zepad_mm.encoders.clip import TextEncoder
 from zepad_mm.encoders.sources import BACKENDS, FOLDER, HUB, EncoderBackend, HubFiles, Source
 from zepad_mm.encoders.state_dict import SHOWN, load_state_dict_strict, read_foreign, summary
 from zepad_mm.utils.io import ASSETS
+from zepad_mm.utils.isolation import library_logs
 
 log = logging.getLogger(__name__)
 EMBEDDED = "embedded"  # the CLIP that is shipped with this package
@@ -112,7 +113,8 @@ def _create(source: Source, pretrained: bool) -> tuple[Any, Callable[[list[str]]
     import open_clip
 
     name, tag = _name_and_tag(source)
-    with _clear_errors(source), nullcontext() if pretrained else _no_warning_of_random_weights():
+    quiet = nullcontext() if pretrained else _no_warning_of_random_weights()
+    with _clear_errors(source), library_logs("open_clip"), quiet:
         clip = open_clip.create_model(
             name, pretrained=tag, precision="fp32", load_weights=pretrained, weights_only=True
         )

@@ -19,15 +19,41 @@ Where to find what::
     plots.py, model_card.py, publishing.py
 """
 
-from zepad_mm.evaluation.data import EvalData
-from zepad_mm.evaluation.engine import evaluate
-from zepad_mm.evaluation.publishing import fetch_report, push_report
-from zepad_mm.evaluation.records import Records
-from zepad_mm.evaluation.report import Report, acceptance
-from zepad_mm.evaluation.settings import PRESETS, EvalSettings
-from zepad_mm.evaluation.stage_cache import read_stage
-from zepad_mm.evaluation.subjects import Row, RowKind, Subject, subject_of
-from zepad_mm.evaluation.threats import THREATS, ThreatModel
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from zepad_mm.utils.lazy import lazy_attributes
+
+if TYPE_CHECKING:
+    from zepad_mm.evaluation.data import EvalData
+    from zepad_mm.evaluation.engine import evaluate
+    from zepad_mm.evaluation.publishing import fetch_report, push_report
+    from zepad_mm.evaluation.records import Records
+    from zepad_mm.evaluation.report import Report, acceptance
+    from zepad_mm.evaluation.settings import PRESETS, EvalSettings
+    from zepad_mm.evaluation.stage_cache import read_stage
+    from zepad_mm.evaluation.subjects import Row, RowKind, Subject, subject_of
+    from zepad_mm.evaluation.threats import THREATS, ThreatModel
+
+_HOMES = {
+    "EvalData": "data",
+    "EvalSettings": "settings",
+    "PRESETS": "settings",
+    "Records": "records",
+    "Report": "report",
+    "Row": "subjects",
+    "RowKind": "subjects",
+    "Subject": "subjects",
+    "THREATS": "threats",
+    "ThreatModel": "threats",
+    "acceptance": "report",
+    "evaluate": "engine",
+    "fetch_report": "publishing",
+    "push_report": "publishing",
+    "read_stage": "stage_cache",
+    "subject_of": "subjects",
+}
 
 __all__ = [
     "PRESETS",
@@ -47,3 +73,5 @@ __all__ = [
     "read_stage",
     "subject_of",
 ]
+
+__getattr__ = lazy_attributes(__name__, _HOMES)

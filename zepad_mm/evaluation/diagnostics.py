@@ -17,7 +17,7 @@ from zepad_mm.evaluation.records import Attempt, Records
 from zepad_mm.evaluation.session import Session
 from zepad_mm.evaluation.threats import ATTACKS, T1, T1B, T1P, T2, ThreatModel
 from zepad_mm.evaluation.white_box import attack_batches, own_attack
-from zepad_mm.utils.validation import budget_text
+from zepad_mm.utils.text import budget_text
 
 SWEEP = (1, 2, 4, 16)  # times the budget; at the last one no model can be robust
 MOVED = 0.01  # accuracy that more steps may cost before the attack counts as unfinished

@@ -56,7 +56,7 @@ from zepad_mm.evaluation.detection import (
 )
 from zepad_mm.evaluation.diagnostics import Check, run_checks
 from zepad_mm.evaluation.records import Records
-from zepad_mm.evaluation.report import JSON, OVERESTIMATED, Report, acceptance, merged
+from zepad_mm.evaluation.report import JSON, OVERESTIMATED, Report, merged
 from zepad_mm.evaluation.session import PerturbationStore, Session
 from zepad_mm.evaluation.settings import PRESETS, EvalSettings
 from zepad_mm.evaluation.subjects import BranchView, load_model, resize_of, subject_of
@@ -260,16 +260,14 @@ class _Findings:
     not_applicable: dict[str, str]
 
     def report(self, meta: dict[str, Any]) -> Report:
-        """The report, with a warning for each failed check and each criterion that is missed."""
+        """The report, with a warning for each failed check."""
         meta["certificate"] = self.certificate
         meta["false_alarms"] = self.false_alarms
         meta["diagnostics"] = [check.to_dict() for check in self.checks]
         if self.not_applicable:
             meta["not_applicable"] = self.not_applicable
         warnings = [f"{OVERESTIMATED} ({check.name}): {check.detail}" for check in self.checks if not check.passed]
-        report = Report(meta={**meta, "warnings": warnings}, rows=self.records.rows(), detection=self.detection)
-        report.meta["warnings"] += [f"acceptance: {failure}" for failure in acceptance(report)]
-        return report
+        return Report(meta={**meta, "warnings": warnings}, rows=self.records.rows(), detection=self.detection)
 
 
 def _run_stages(session: Session) -> _Findings:

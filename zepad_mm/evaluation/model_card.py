@@ -14,10 +14,9 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from zepad_mm.encoders.sources import is_local
-from zepad_mm.evaluation.records import WORST
 from zepad_mm.evaluation.report import OVERESTIMATED, Report, budget_of, cell
 from zepad_mm.evaluation.report_text import summary
-from zepad_mm.evaluation.subjects import RowKind
+from zepad_mm.evaluation.row_kinds import WORST, RowKind
 from zepad_mm.evaluation.threats import CLEAN, T2, T3, THREATS
 from zepad_mm.models.serialization import (
     CONFIG,

@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zepad_mm.evaluation.records import WORST
-from zepad_mm.evaluation.subjects import RowKind
+from zepad_mm.evaluation.row_kinds import WORST, RowKind
 from zepad_mm.evaluation.threats import CLEAN, T1, T2, strength
 from zepad_mm.utils.io import read_json, write_json, write_text
 from zepad_mm.utils.markdown import interval_text, percent
-from zepad_mm.utils.validation import budget_text
+from zepad_mm.utils.text import budget_text
 
 JSON, MARKDOWN = "report.json", "report.md"
 OVERESTIMATED = "likely overestimated"  # said wherever a diagnostic failed
@@ -179,7 +178,7 @@ def _renamed(row: dict[str, Any], default: str, model: str, task: str) -> dict[s
 
 
 def acceptance(report: Report) -> list[str]:
-    """Return the project's own criteria that this report fails, in words; threat models that did not run are left out.
+    """Return the criteria of this project's demo that a report fails, in words; of the threats that ran.
 
     Criteria compare a defence with the undefended model, so that other reports pass.
     """

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from zepad_mm.evaluation.records import WORST
 from zepad_mm.evaluation.report import OVERESTIMATED, Report, budget_of, by_strength, cell
+from zepad_mm.evaluation.row_kinds import WORST
 from zepad_mm.evaluation.threats import CLEAN, T1B, T2, T3, THREATS
 from zepad_mm.utils.markdown import bullets, interval_text, markdown_table, percent
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zepad_mm.encoders import BACKENDS, Encoder, load_clip
+from zepad_mm.evaluation.row_kinds import RowKind
 from zepad_mm.models.branch import Branch
 from zepad_mm.models.fusion import RULES, Fusion, build
 from zepad_mm.models.heads import zero_shot_head
@@ -27,16 +27,6 @@ MODEL = "model"  # name of the row of any other model
 UNDEFENDED = "undefended"
 ROBUST = "robust"  # role of a robust branch
 Combine = Callable[[Tensor], Tensor]  # logits (N, B, C) of N networks to one answer (B, C)
-
-
-class RowKind(StrEnum):
-    """What a row of the table is, in the order in which tables show them."""
-
-    UNDEFENDED = "undefended"  # the public encoder with its own head
-    DEFAULT = "default"  # the model as it ships
-    BRANCH = "branch"  # one branch alone
-    BASELINE = "baseline"  # a model for comparison
-    RULE = "rule"  # the branches under another fusion rule
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from zepad_mm.models.serialization import (
 )
 from zepad_mm.utils.hub import Access, push_folder
 from zepad_mm.utils.io import write_text
+from zepad_mm.utils.isolation import preserved_process_state
 from zepad_mm.utils.validation import check_images, check_names
 
 log = logging.getLogger(__name__)
@@ -151,6 +152,7 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
     # ---- what it defends -------------------------------------------------------------------------------------
 
     @property
+    @preserved_process_state()
     def undefended(self) -> Branch:
         """The public encoder with its own head, as it was before the defence: what a T1 attacker knows.
 
@@ -171,6 +173,7 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
             self._lazy["undefended"] = Branch(config, encoder, head).eval().to(self.device)
         return self._lazy["undefended"]
 
+    @preserved_process_state()
     def set_undefended(self, branch: Branch) -> ZePAD:
         """Set the undefended model, in place: for models whose heads were trained."""
         self._lazy["undefended"] = branch.eval().to(self.device)
@@ -199,10 +202,11 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
         if names == self.class_names and templates == self.config.prompts:
             return self
         self.config.warn_untuned_classes(names)
-        embeddings = self.text.class_embeddings(names, templates)
-        for branch in self.branches.values():
-            scale = branch.head.logit_scale.item()  # type: ignore[union-attr, operator]
-            branch.head = HEADS.get("zero_shot").from_embeddings(embeddings, scale).to(self.device)  # type: ignore[attr-defined]
+        with preserved_process_state():
+            embeddings = self.text.class_embeddings(names, templates)
+            for branch in self.branches.values():
+                scale = branch.head.logit_scale.item()  # type: ignore[union-attr, operator]
+                branch.head = HEADS.get("zero_shot").from_embeddings(embeddings, scale).to(self.device)  # type: ignore[attr-defined]
         self.config = replace(self.config, class_names=names, prompts=templates, fingerprint=())
         self._lazy.pop("undefended", None)
         return self
@@ -219,6 +223,7 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
         self.config = replace(self.config, detector=detector)
         return self
 
+    @preserved_process_state()
     def _clip(self) -> tuple[Encoder, TextEncoder]:
         if "clip" not in self._lazy:
             source = self.config.public_source
@@ -229,6 +234,7 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
     # ---- on disk and on the Hub ------------------------------------------------------------------------------
 
     @classmethod
+    @preserved_process_state()
     def from_pretrained(  # type: ignore[override]  # our own errors from the first file on, and no other arguments
         cls,
         pretrained_model_name_or_path: str | Path,

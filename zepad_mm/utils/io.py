@@ -8,10 +8,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ASSETS = Path(__file__).parents[1] / "assets"  # what ships with the package
 
@@ -72,6 +72,7 @@ def read_json(path: str | Path) -> Any:
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file atomically. Raises OSError that names the file where there is no room for it."""
+    import torch
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

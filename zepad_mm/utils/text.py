@@ -25,3 +25,10 @@ def printable(text: str) -> str:
 def without_addresses(text: str) -> str:
     """The text without memory addresses, which some libraries write into their errors."""
     return ADDRESS.sub("", OBJECT.sub("the file", text))
+
+
+def budget_text(epsilon: float, norm: str) -> str:
+    """A budget as people read it: "4/255", "L2 0.5" or "3 % of the area"."""
+    if norm == "patch":
+        return f"{100 * epsilon:.3g} % of the area"
+    return f"{epsilon * 255:.4g}/255" if norm == "linf" else f"L2 {epsilon:.4g}"

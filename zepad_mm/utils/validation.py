@@ -88,10 +88,3 @@ def check_epsilon(epsilon: float) -> float:
             f"epsilon: expected a number in [0, 1], in pixels of [0, 1], got {epsilon!r}; write 8/255, not 8"
         )
     return float(epsilon)
-
-
-def budget_text(epsilon: float, norm: str) -> str:
-    """A budget as people read it: "4/255", "L2 0.5" or "3 % of the area"."""
-    if norm == "patch":
-        return f"{100 * epsilon:.3g} % of the area"
-    return f"{epsilon * 255:.4g}/255" if norm == "linf" else f"L2 {epsilon:.4g}"

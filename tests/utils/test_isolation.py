@@ -1,0 +1,54 @@
+"""Contexts that leave the process as it was."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from zepad_mm.utils.isolation import library_logs, preserved_process_state
+
+
+def test_preserved_process_state_restores_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZEPAD_TEST", "before")
+    root, state = logging.getLogger(), torch.get_rng_state()
+    handlers = list(root.handlers)
+    with preserved_process_state():
+        os.environ["ZEPAD_TEST"], os.environ["ZEPAD_NEW"] = "after", "new"
+        root.addHandler(logging.NullHandler())
+        torch.rand(1)
+    assert os.environ["ZEPAD_TEST"] == "before"
+    assert "ZEPAD_NEW" not in os.environ
+    assert root.handlers == handlers
+    assert torch.equal(torch.get_rng_state(), state)
+    with preserved_process_state(random_state=False):
+        torch.rand(1)
+    assert not torch.equal(torch.get_rng_state(), state)
+
+
+def test_preserved_process_state_makes_normal_tensors() -> None:
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        with preserved_process_state():
+            tensor = torch.eye(2) @ torch.eye(2)
+        assert not torch.is_grad_enabled()
+    assert not tensor.is_inference()
+    assert tensor.dtype == torch.float32
+    with torch.no_grad(), preserved_process_state():
+        assert not torch.is_grad_enabled()
+
+
+def test_library_logs_keeps_infos_off_the_root_logger(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    library = ModuleType("noisy.inside")
+    library.logging = logging  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "noisy.inside", library)
+    with caplog.at_level(logging.INFO), library_logs("noisy"):
+        library.logging.info("loading")
+        library.logging.warning("no weights")
+    assert [(record.name, record.getMessage()) for record in caplog.records] == [("zepad_mm.noisy", "no weights")]
+    assert library.logging is logging

@@ -1,0 +1,69 @@
+"""Loading a model leaves the process as it was."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def preserved_process_state(random_state: bool = True) -> Iterator[None]:
+    """Context after which torch's random state, the environment and the handlers of the root logger are as before.
+
+    Libraries initialise weights that are then overwritten, set variables at import, and log on the root logger, which
+    installs a handler. Tensors made inside are normal ones whatever the caller's inference mode and autocast: models
+    are kept, and may need gradients later.
+
+    Args:
+        random_state: False lets the block draw from torch's random state, for weights that stay random.
+    """
+    environment, root = dict(os.environ), logging.getLogger()
+    handlers, state = list(root.handlers), torch.get_rng_state()
+    gradients = torch.is_grad_enabled()
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.set_grad_enabled(gradients),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+        ):
+            yield
+    finally:
+        if random_state:
+            torch.set_rng_state(state)
+        for name in set(os.environ) - set(environment):
+            del os.environ[name]
+        for name, value in environment.items():
+            if os.environ.get(name) != value:
+                os.environ[name] = value
+        for handler in [handler for handler in root.handlers if handler not in handlers]:
+            root.removeHandler(handler)
+
+
+@contextmanager
+def library_logs(library: str) -> Iterator[None]:
+    """Context in which a library that logs on the root logger logs under its own name, warnings and worse alone.
+
+    Args:
+        library: name of its package, which is imported already.
+    """
+    log = logging.getLogger(f"zepad_mm.{library}")
+    log.setLevel(logging.WARNING)
+    prefix = library + "."
+    modules = [
+        module
+        for name, module in list(sys.modules.items())
+        if (name == library or name.startswith(prefix)) and getattr(module, "logging", None) is logging
+    ]
+    for module in modules:
+        module.logging = log  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.logging = logging  # type: ignore[attr-defined]
