@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zepad_mm import ZePAD
 from zepad_mm.attacks import APGD, PGD, Attack, Square
@@ -50,7 +50,12 @@ def ours(attacks: list[Attack]) -> Run:
 
 def on_an_optimized_copy(run: Run) -> Run:
     """Optimise a copy of the model for inference first, as ``zepad evaluate`` does; its time counts."""
-    return lambda model, images, labels: run(optimize_for_inference(model, images.shape[-1]), images, labels)
+
+    def run_on_copy(model: Model, images: Tensor, labels: Tensor) -> Tensor:
+        assert isinstance(model, nn.Module)
+        return run(optimize_for_inference(model, images.shape[-1]), images, labels)
+
+    return run_on_copy
 
 
 def torchattacks_default(settings: dict[str, Any], classes: int) -> Run:

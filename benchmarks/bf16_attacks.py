@@ -45,7 +45,7 @@ def main() -> None:
     for name in robust:
         network = optimize_for_inference(model.branch(name))
         attack = PGD(epsilon=args.epsilon, steps=args.steps, loss="margin")
-        right = {kind: [] for kind in ("fp32", "bf16")}
+        right: dict[str, list[torch.Tensor]] = {kind: [] for kind in ("fp32", "bf16")}
         for images, labels in tqdm(list(data.batches(50)), name):
             x, y = images.to(args.device), labels.to(args.device)
             for kind, view in (("fp32", network), ("bf16", in_bf16(network, args.device))):

@@ -2,19 +2,19 @@
 """Speed of the classifier, compared with plain encoder forwards and with the pipeline of transformers.
 
     python -m benchmarks.classifier              # results/classifier_speed.json
-    python -m benchmarks.classifier --small      # seconds: shows that it runs
+    python -m benchmarks.classifier --small      # seconds, to check that it runs
 
 A CLIP ViT-B/32 of transformers, of random weights (no weights are needed to measure time), defended twice: by two
 branches of other weights beside itself, and by two LoRA branches over one frozen trunk, with adapters on the upper half
-or third of its blocks, so that the blocks below run once. A batch of images of 224 pixels, one template, asked again
-and again:
+or third of its blocks, so that the blocks below run once. A batch of images of 224 pixels, one template, classified
+repeatedly:
 
 - three naive encoders: the three image towers one after the other on tensors that are ready, no text, no fusion;
 - the pipeline: zero-shot-image-classification on one CLIP, which encodes the labels anew for every call;
 - the classifier: from tensors and from PIL images, with and without evidence, with three branches and with one, with
   ten labels and with a hundred.
 
-Every contestant is timed in turn, round after round in one process, so that a busy machine slows all of them alike; the
+Every variant is timed in turn, round after round in one process, so that a busy machine slows all of them alike; the
 ratios are medians over the rounds.
 """
 
@@ -38,7 +38,7 @@ from zepad_mm.classifier import RobustZeroShotClassifier
 from zepad_mm.defend import defend
 from zepad_mm.encoders import LoraSettings, add_lora, load_clip
 from zepad_mm.encoders.shared_trunk import blocks_of
-from zepad_mm.models.branch import Branch, BranchConfig
+from zepad_mm.models.branch import Branch, BranchConfig, Role
 from zepad_mm.models.heads import zero_shot_head
 from zepad_mm.models.zepad import ZePAD, ZePADConfig
 from zepad_mm.utils.io import write_json
@@ -53,7 +53,7 @@ TEMPLATE = "this is a photo of {}."
 def write_clip(folder: Path, small: bool, seed: int) -> str:
     """A CLIP of transformers with random weights and a tokenizer of letters; its source."""
     torch.manual_seed(seed)
-    config = transformers.CLIPConfig()  # ViT-B/32
+    config: Any = transformers.CLIPConfig()  # ViT-B/32
     if small:
         narrow = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
         config = transformers.CLIPConfig(vision_config=narrow, text_config=narrow)
@@ -89,34 +89,33 @@ def main() -> None:
             part: RobustZeroShotClassifier(over_one_trunk(sources[0], part), batch_size=batch).to(args.device)
             for part in (2, 3)
         }
-        what = contestants(classify, lora, theirs, batch)
+        calls = timed_calls(classify, lora, theirs, batch)
         weights = {name: weight_bytes(one) for name, one in [("apart", classify.model), ("lora", lora[2].model)]}
         alone = weight_bytes(classify.model.branch("benign").encoder)
-        times = measure(what, rounds, args.device)
+        times = measure(calls, rounds, args.device)
+    ratios = {
+        "time of the classifier / three naive encoder forwards (tensors)": ratio(times, "tensors", "three_naive"),
+        "time of the classifier / one undefended encoder forward (tensors)": ratio(times, "tensors", "one_naive"),
+        "time of the classifier, LoRA on the upper half of one trunk / one undefended encoder forward": ratio(
+            times, "lora_half", "one_naive"
+        ),
+        "time of the classifier, LoRA on the upper third of one trunk / one undefended encoder forward": ratio(
+            times, "lora_third", "one_naive"
+        ),
+        "time with evidence / without": ratio(times, "tensors_evidence", "tensors"),
+        "time of the pipeline / the classifier, three branches": ratio(times, "pipeline", "pil"),
+        "time of the pipeline / the classifier, LoRA on the upper third": ratio(times, "pipeline", "lora_pil"),
+        "time of the pipeline / the classifier, one branch": ratio(times, "pipeline", "pil_one_branch"),
+        "time of the pipeline / the classifier, three branches, 100 labels": ratio(times, "pipeline_100", "pil_100"),
+        "time of the pipeline / the classifier, one branch, 100 labels": ratio(
+            times, "pipeline_100", "pil_one_branch_100"
+        ),
+    }
     record = {
         "meta": provenance(seed=0, config={"batch": batch, "rounds": rounds, "small": args.small, "labels": LABELS}),
         "model": "CLIP ViT-B/32, random weights" if not args.small else "a narrow CLIP, random weights",
         "images_per_second": {name: round(batch / statistics.median(seconds), 2) for name, seconds in times.items()},
-        "ratios": {
-            "time of the classifier / three naive encoder forwards (tensors)": ratio(times, "tensors", "three_naive"),
-            "time of the classifier / one undefended encoder forward (tensors)": ratio(times, "tensors", "one_naive"),
-            "time of the classifier, LoRA on the upper half of one trunk / one undefended encoder forward": ratio(
-                times, "lora_half", "one_naive"
-            ),
-            "time of the classifier, LoRA on the upper third of one trunk / one undefended encoder forward": ratio(
-                times, "lora_third", "one_naive"
-            ),
-            "time with evidence / without": ratio(times, "tensors_evidence", "tensors"),
-            "time of the pipeline / the classifier, three branches": ratio(times, "pipeline", "pil"),
-            "time of the pipeline / the classifier, LoRA on the upper third": ratio(times, "pipeline", "lora_pil"),
-            "time of the pipeline / the classifier, one branch": ratio(times, "pipeline", "pil_one_branch"),
-            "time of the pipeline / the classifier, three branches, 100 labels": ratio(
-                times, "pipeline_100", "pil_100"
-            ),
-            "time of the pipeline / the classifier, one branch, 100 labels": ratio(
-                times, "pipeline_100", "pil_one_branch_100"
-            ),
-        },
+        "ratios": ratios,
         "weights": {
             "three branches / one undefended encoder": round(weights["apart"] / alone, 3),
             "LoRA branches over one trunk / one undefended encoder": round(weights["lora"] / alone, 3),
@@ -124,7 +123,7 @@ def main() -> None:
         "seconds": {name: [round(second, 4) for second in seconds] for name, seconds in times.items()},
     }
     write_json(args.out, record)
-    for name, value in record["ratios"].items():
+    for name, value in ratios.items():
         print(f"{name}: {value}")
 
 
@@ -132,7 +131,7 @@ def over_one_trunk(source: str, part: int) -> ZePAD:
     """The public encoder and two LoRA branches of rank 8 on the last ``1 / part`` of its blocks, no weight twice."""
     encoder, text = load_clip(source)
     blocks = len(blocks_of(encoder.backbone))
-    roles = {"one": "robust", "two": "robust", "benign": "benign"}
+    roles: dict[str, Role] = {"one": "robust", "two": "robust", "benign": "benign"}
     branches = []
     for name, role in roles.items():
         adapted = copy.deepcopy(encoder)
@@ -148,17 +147,19 @@ def over_one_trunk(source: str, part: int) -> ZePAD:
 
 def weight_bytes(module: torch.nn.Module) -> int:
     """Bytes of the parameters of image encoders, each storage once."""
-    encoders = [each.encoder for each in module.branches.values()] if isinstance(module, ZePAD) else [module]
+    encoders: list[Any] = (
+        [module.branch(name).encoder for name in module.branches] if isinstance(module, ZePAD) else [module]
+    )
     held = {
         p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for each in encoders for p in each.parameters()
     }
     return sum(held.values())
 
 
-def contestants(
+def timed_calls(
     classify: RobustZeroShotClassifier, lora: dict[int, RobustZeroShotClassifier], theirs: Any, batch: int
 ) -> dict[str, Callable[[], Any]]:
-    """Name to the timed call; all classify the same images among the same labels."""
+    """Return the timed calls by name; all classify the same images among the same labels."""
     model = classify.model
     pixels = torch.rand(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(model.device)
     pil_images = [to_pil_image(image.cpu()) for image in pixels]
@@ -166,15 +167,15 @@ def contestants(
     alone = RobustZeroShotClassifier(_one_branch(model), classify.batch_size)
 
     @torch.no_grad()
-    def naive(count: int) -> list[torch.Tensor]:
+    def encode(count: int) -> list[torch.Tensor]:
         return [encoder(pixels) for encoder in encoders[-count:]]
 
     def ours(one: RobustZeroShotClassifier, images: Any, labels: list[str], **options: Any) -> Callable[[], Any]:
         return lambda: one(images, labels, hypothesis_template=TEMPLATE, **options)
 
     return {
-        "one_naive": lambda: naive(1),
-        "three_naive": lambda: naive(3),
+        "one_naive": lambda: encode(1),
+        "three_naive": lambda: encode(3),
         "tensors": ours(classify, pixels, LABELS),
         "tensors_evidence": ours(classify, pixels, LABELS, return_evidence=True),
         "lora_half": ours(lora[2], pixels, LABELS),
@@ -197,11 +198,11 @@ def _one_branch(model: Any) -> Any:
     return single
 
 
-def measure(what: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
+def measure(calls: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
     """Seconds of each, round after round; a first round warms up and does not count."""
-    times: dict[str, list[float]] = {name: [] for name in what}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):
-        for name, run in what.items():
+        for name, run in calls.items():
             began = time.perf_counter()
             run()
             if device.startswith("cuda"):

@@ -1,6 +1,6 @@
-"""Is ``--plan`` right? What it says of a run beside the run itself, on the embedded CLIP.
+"""Accuracy of ``--plan``: estimated and measured wall time of tuning runs on the embedded CLIP.
 
-Plan and run take turns in one process; both are disturbed alike by whatever else the machine does. Writes
+Estimate and run take turns in one process, so that other load on the machine affects both alike. Writes
 ``results/bench_plan.json``; the goal is a wall time within 25 %.
 
     python -m benchmarks.cost [--rounds 2] [--steps 30]
@@ -13,6 +13,7 @@ import logging
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from zepad_mm.data import load_data
 from zepad_mm.defences import make_defence
@@ -35,7 +36,8 @@ def main() -> None:
     about = provenance(seed=0, config={key: value for key, value in vars(options).items() if key != "out"})
     train, validation = load_data("embedded", "train", 64, 256), load_data("embedded", "validation", 64, 64)
     settings = TrainSettings(steps=options.steps, batch_size=options.batch, validation_every=options.steps)
-    accelerator, rows = make_accelerator(), []
+    accelerator = make_accelerator()
+    rows: list[dict[str, Any]] = []
     for _ in range(options.rounds):
         for name, adaptation, attack_steps in CASES:
             defence = make_defence(name, {"attack_steps": attack_steps})
@@ -60,9 +62,8 @@ def main() -> None:
             }
             rows.append({**row, "ratio": round(estimate.wall_s() / wall, 3), "plan": estimate.to_dict()})
             print(rows[-1])
-    write_json(
-        options.out, {"meta": about, "within_25_percent": all(0.75 <= r["ratio"] <= 1.25 for r in rows), "rows": rows}
-    )
+    within = all(0.75 <= row["ratio"] <= 1.25 for row in rows)
+    write_json(options.out, {"meta": about, "within_25_percent": within, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Tuning with one process against two on the same cores, and what many GPUs would have to tell each other.
+"""Tuning with one process against two on the same cores, and the communication of many GPUs.
 
 ``recipes/tune.py`` on the embedded CLIP at the same global batch: one process with all threads, then two with half
-of them each, in turns. The goal is a loss under 10 %. Communication is arithmetic: a ring all-reduce sends
-2 (n - 1) / n times the gradients from each device in each step. Writes ``results/bench_scaling.json``.
+of them each, in turns. The goal is a loss under 10 %. Communication is calculated, not measured: a ring all-reduce
+sends 2 (n - 1) / n times the gradients from each device in each step. Writes ``results/bench_scaling.json``.
 
     python -m benchmarks.scaling [--rounds 3] [--threads 2]
 """
@@ -30,7 +30,7 @@ CONFIG = "recipes/configs/smoke/tune.yaml"
 
 
 def images_per_second(processes: int, options: argparse.Namespace, out: Path) -> float:
-    """Median over the logged steps but the first."""
+    """Return the median over the logged steps except the first."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
     recipe = ["recipes/tune.py", "--config", CONFIG, "--out", str(out), "--processes", str(processes)]
     settings = {"steps": options.steps, "batch_size": options.batch, "log_every": 1, "validation_every": options.steps}
@@ -43,7 +43,7 @@ def images_per_second(processes: int, options: argparse.Namespace, out: Path) ->
 
 
 def communication(source: str) -> list[dict[str, Any]]:
-    """Bytes of fp32 gradients per step, and what each device sends."""
+    """Return the bytes of fp32 gradients per step, and what each device sends."""
     rows = []
     for adaptation in ("full", "lora"):
         encoder = load_encoder(source, pretrained=False).requires_grad_(True)

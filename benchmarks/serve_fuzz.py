@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Throw fuzzed requests at a server; none may crash it.
+"""Send fuzzed requests to a server; none may crash it.
 
     python -m benchmarks.serve_fuzz                          # 10,000 requests: results/serve_fuzz.json
     python -m benchmarks.serve_fuzz --n 200 --examples 5 --out fuzz.json
@@ -29,7 +29,7 @@ from zepad_mm.utils.io import write_json
 from zepad_mm.utils.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
-TEXTS = ("", " ", "cat", "dog", "\x00", "\udfff".encode("utf-8", "surrogatepass").decode("utf-8", "replace"), "🐈" * 30)
+TEXTS = ["", " ", "cat", "dog", "\x00", "\udfff".encode("utf-8", "surrogatepass").decode("utf-8", "replace"), "🐈" * 30]
 TEXTS += ("{}", "{0}", "{} {}", "{x}", "a photo of a {}.", "photo", "../../etc/passwd", "%s%n", "'; --", "x" * 101)
 NUMBERS = ("", "0", "1", "-1", "8", "16", "17", "1e3", "nan", "inf", "9" * 400, "0x10", "true", "None", "4/255")
 
@@ -49,15 +49,15 @@ def damaged(draw: random.Random, images: list[bytes]) -> bytes:
     if kind == 3:
         other = draw.choice(images)
         return bytes(data[: draw.randrange(len(data))] + other[draw.randrange(len(other)) :])
-    if kind == 4:  # the header, where sizes and modes stand
+    if kind == 4:  # the header, which holds sizes and modes
         for _ in range(draw.randint(1, 6)):
             data[draw.randrange(min(64, len(data)))] = draw.randrange(256)
         return bytes(data)
     return draw.randbytes(draw.choice([0, 1, 7, 5000]))
 
 
-def ask(client: httpx.Client, draw: random.Random, images: list[bytes]) -> httpx.Response:
-    """One fuzzed request."""
+def send(client: httpx.Client, draw: random.Random, images: list[bytes]) -> httpx.Response:
+    """Send one fuzzed request."""
     path = draw.choice(["/v1/classify", "/v1/classify", "/v1/attack", "/v1/attack", "/v1/nothing"])
     kind = draw.randrange(10)
     if kind == 0:
@@ -69,7 +69,7 @@ def ask(client: httpx.Client, draw: random.Random, images: list[bytes]) -> httpx
             [b"", b"{", b"--x", b"--x\r\n\r\n--x--", b"--x\r\nContent-Disposition: form-data\r\n\r\n\xff"]
         )
         body += draw.randbytes(draw.choice([0, 50, 2000]))
-        return client.post(path, content=body, headers={"content-type": draw.choice(types).encode()})
+        return client.post(path, content=body, headers={b"content-type": draw.choice(types).encode()})
     texts = draw.choices(TEXTS, k=draw.randint(0, 5))
     form: dict[str, Any] = {"labels": texts if draw.random() < 0.3 else ["cat", "dog", *texts[:1]]}
     if draw.random() < 0.02:
@@ -85,11 +85,11 @@ def ask(client: httpx.Client, draw: random.Random, images: list[bytes]) -> httpx
 
 
 def schemathesis(url: str, examples: int, seed: int) -> dict[str, Any]:
-    """What its own command line finds with ``examples`` for each operation and phase."""
-    command = [Path(sys.executable).with_name("schemathesis"), "run", f"{url}/openapi.json", "--no-color"]
+    """Return what the command line of schemathesis finds with ``examples`` for each operation and phase."""
+    command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{url}/openapi.json", "--no-color"]
     command += ["--checks", "not_a_server_error,status_code_conformance,content_type_conformance"]
     command += ["--max-examples", str(examples), "--seed", str(seed), "--workers", "1", "--request-timeout", "120"]
-    with TemporaryDirectory() as folder:  # it leaves a cache where it runs
+    with TemporaryDirectory() as folder:  # schemathesis leaves a cache in its working directory
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     cases = re.search(r"(\d+) generated", done.stdout)
     summary = done.stdout[done.stdout.rfind("SUMMARY") :]
@@ -116,7 +116,7 @@ def main() -> int:
     with served("--no-page") as (url, process), httpx.Client(base_url=url, timeout=120) as client:
         for number in range(args.n):
             try:
-                response = ask(client, draw, images)
+                response = send(client, draw, images)
             except httpx.TransportError as error:
                 answered[type(error).__name__] += 1
                 wrong.append(f"request {number}: {error!r}")

@@ -5,8 +5,8 @@
     python -m benchmarks.serve_load --minutes 1 --out load.json
 
 More clients than the queue has places ask for classifications and attacks without a pause: new labels every time, so
-that caches have to forget, images of many sizes and formats, and damaged ones. Exits with 1 when the memory of the
-last quarter is more than a twentieth above that of the second, or when anything but 200, 400 or 503 was answered.
+that caches have to evict entries, images of many sizes and formats, and damaged ones. Exits with 1 when the memory of
+the last quarter is more than a twentieth above that of the second, or when anything but 200, 400 or 503 was answered.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EVERY_S = 2.0
 
 
 class Client(threading.Thread):
-    """Asks until it is told to stop."""
+    """Sends requests until ``stop`` is set."""
 
     def __init__(self, url: str, images: list[bytes], seed: int, stop: threading.Event) -> None:
         super().__init__(daemon=True)
@@ -62,7 +62,7 @@ class Client(threading.Thread):
                 if status == "200":
                     self.seconds[kind].append(time.perf_counter() - began)
                 if status == "503":
-                    time.sleep(0.2)  # a client that asks again at once would measure the rejections
+                    time.sleep(0.2)  # a client that retries at once would measure rejections
 
 
 def main() -> int:
@@ -90,7 +90,7 @@ def main() -> int:
     quarters = [memory[len(memory) * q // 4 : len(memory) * (q + 1) // 4] for q in range(4)]
     means = [statistics.fmean(mb for _, mb in quarter) for quarter in quarters]
     flat = means[3] <= GROWTH * means[1]
-    record = {
+    record: dict[str, Any] = {
         "meta": provenance(seed=0, config={"minutes": args.minutes, "clients": args.clients, "model": "embedded"}),
         "answered": dict(sorted(answered.items())),
         "seconds": {kind: _quantiles([s for c in clients for s in c.seconds[kind]]) for kind in ("classify", "attack")},

@@ -16,6 +16,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,6 +47,11 @@ def three(base: Encoder, first_block: int, rank: int) -> list[Encoder]:
     return [*(add_lora(copy.deepcopy(base), settings).eval() for _ in range(2)), copy.deepcopy(base)]
 
 
+def run_each(encoders: list[Encoder], images: Tensor) -> list[Tensor]:
+    """Return the features of each encoder."""
+    return [encoder(images) for encoder in encoders]
+
+
 def seconds(run: Run, images: Tensor, backward: bool) -> float:
     """One forward pass, and where asked for the gradient to the input, as an attack's step takes it."""
     synchronise = torch.cuda.synchronize if images.is_cuda else lambda: None
@@ -56,7 +62,7 @@ def seconds(run: Run, images: Tensor, backward: bool) -> float:
     started = clock()
     if backward:
         x = images.clone().requires_grad_(True)
-        torch.autograd.grad(sum(features.square().sum() for features in run(x)), x)
+        torch.autograd.grad(torch.stack([features.square().sum() for features in run(x)]).sum(), x)
     else:
         with torch.no_grad():
             run(images)
@@ -90,7 +96,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
         if trunk.shared_blocks != first:
             raise RuntimeError(f"{trunk.shared_blocks} blocks are shared, {first} were to be")
         if not first:
-            variants["three separate encoders"] = (apart, lambda x, apart=apart: [each(x) for each in apart])
+            variants["three separate encoders"] = (apart, partial(run_each, apart))
         variants[f"shared trunk, adapters from block {first} of {depth}"] = (tied, trunk)
         with torch.no_grad():
             few = images[:2]

@@ -1,20 +1,20 @@
 #!/usr/bin/env python
-"""How fast adversarial tuning is: a step of ``fit`` against the loop one would write from a paper.
+"""Speed of adversarial tuning: a step of ``fit`` compared with a straightforward loop as in a paper's code.
 
     python -m benchmarks.tuning                           # results/bench_tuning.json: CPU, some minutes
     python -m benchmarks.tuning --device cuda --batch 256 --out results/bench_tuning_h200.json
-    python -m benchmarks.tuning --small                   # seconds: shows that it runs
+    python -m benchmarks.tuning --small                   # seconds, to check that it runs
 
 FARE with PGD-10 on open_clip's ViT-B-32 of random weights (no weights are needed to measure time), the same batch for
 all:
 
 - textbook: ``loss.backward()`` through the trainable model at every step of the attack, which fills gradients that
-  nobody wants; the clean embeddings computed anew by a frozen copy at every step; mean and std taken off in the loop;
+  nobody uses; the clean embeddings computed again by a frozen copy at every step; normalisation in the loop;
 - full, lora, lora_bf16: the step of ``fit`` itself, with clean targets computed once before.
 
-Contestants take turns, round after round in one process, so that a busy machine slows all of them alike; ratios are
-medians over the rounds. Peak memory is that of a process of its own for each, above what it held when the model was
-built. Utilisation is counted operations over time, against the machine's own matrix product.
+The variants take turns, round after round in one process, so that a busy machine slows all of them alike; ratios are
+medians over the rounds. Peak memory is measured in a process per variant, above what it held before the model was
+built. Utilisation is counted operations over time, relative to the machine's own matrix product.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from zepad_mm.utils.io import write_json
 from zepad_mm.utils.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
-CONTESTANTS = ("textbook", "full", "lora", "lora_bf16")
+VARIANTS = ("textbook", "full", "lora", "lora_bf16")
 EPSILON = 4 / 255
 
 
@@ -60,9 +60,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--attack-steps", type=int, default=10)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--compile", default="no", help="backend of torch.compile for the contestants of ours")
+    parser.add_argument("--compile", default="no", help="backend of torch.compile for fit")
     parser.add_argument("--small", action="store_true", help="one round, a batch of 2, 2 attack steps")
-    parser.add_argument("--memory", choices=CONTESTANTS, help="only print the peak memory of this contestant, in MB")
+    parser.add_argument("--memory", choices=VARIANTS, help="only print the peak memory of this variant, in MB")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "bench_tuning.json")
     args = parser.parse_args()
     if args.small:
@@ -71,7 +71,7 @@ def parse() -> argparse.Namespace:
 
 
 def textbook(args: argparse.Namespace, data: LabelledImages) -> Callable[[], None]:
-    """The loop of a paper's script folder."""
+    """Return a step of the straightforward loop."""
     encoder = load_encoder(f"open_clip:{args.arch}", pretrained=False).to(args.device)
     original = copy.deepcopy(encoder).eval().requires_grad_(False)
     model, preprocess = encoder.backbone.train(), encoder.preprocess
@@ -88,6 +88,7 @@ def textbook(args: argparse.Namespace, data: LabelledImages) -> Callable[[], Non
             delta.requires_grad_(True)
             loss = (model((x + delta - mean) / std) - clean).pow(2).sum(1).mean()
             loss.backward()
+            assert delta.grad is not None
             delta = (delta + step_size * delta.grad.sign()).clamp(-EPSILON, EPSILON)
             delta = ((x + delta).clamp(0, 1) - x).detach()
         optimizer.zero_grad()
@@ -98,14 +99,16 @@ def textbook(args: argparse.Namespace, data: LabelledImages) -> Callable[[], Non
     return step
 
 
-def of_ours(name: str, args: argparse.Namespace, data: LabelledImages, out: Path) -> tuple[Callable[[], None], Trainer]:
-    """The step of ``fit``, and the run that it belongs to."""
+def fit_step(
+    name: str, args: argparse.Namespace, data: LabelledImages, out: Path
+) -> tuple[Callable[[], None], Trainer]:
+    """Return a step of ``fit``, and its trainer."""
     encoder = load_encoder(f"open_clip:{args.arch}", pretrained=False)
     if name.startswith("lora"):
         add_lora(encoder, LoraSettings(rank=8))
     head = LinearHead(encoder.feature_dim, len(data.class_names)).requires_grad_(False)
     settings = TrainSettings(steps=10**6, batch_size=args.batch, lr_encoder=1e-5, compile=args.compile)
-    AcceleratorState._reset_state(reset_partial_state=True)  # of one process, the precisions of two runs
+    AcceleratorState._reset_state(reset_partial_state=True)  # one process runs with two precisions
     accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision="bf16" if name.endswith("bf16") else "no")
     defence = FARE(epsilon=EPSILON, attack_steps=args.attack_steps)
     run = Trainer(Student(encoder, head), data, defence, settings, out=out, accelerator=accelerator)
@@ -130,32 +133,32 @@ def main() -> None:
             print(json.dumps(peak_mb(args, data, Path(folder))))
             return
         steps, runs = {"textbook": textbook(args, data)}, {}
-        for name in CONTESTANTS[1:]:
-            steps[name], runs[name] = of_ours(name, args, data, Path(folder) / name)
-        times: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+        for name in VARIANTS[1:]:
+            steps[name], runs[name] = fit_step(name, args, data, Path(folder) / name)
+        times: dict[str, list[float]] = {name: [] for name in VARIANTS}
         for number in range(args.rounds + 1):
             for name, step in steps.items():
                 taken = seconds(step, args.device)
                 if number:  # the first round warms up
                     times[name].append(taken)
-        parts = {name: where_time_goes(run, images, args) for name, run in runs.items()}
+        seconds_of_a_step = {name: time_breakdown(run, images, args) for name, run in runs.items()}
         operations = {name: count_flops(step) for name, step in steps.items()}
     peak = {kind: product_flops(args.device, kind) for kind in ("float32", "bfloat16")}
     medians = {name: statistics.median(taken) for name, taken in times.items()}
-    memory = {name: measured_memory(name) for name in CONTESTANTS}
+    memory = {name: measured_memory(name) for name in VARIANTS}
     config = {key: value for key, value in vars(args).items() if key not in ("out", "memory")}
     record = {
         "meta": {**provenance(seed=0, config=config), "torch_threads": torch.get_num_threads()},
         "images_per_second": {name: round(args.batch / median, 3) for name, median in medians.items()},
-        "speed_over_textbook": {name: ratio(times["textbook"], times[name]) for name in CONTESTANTS[1:]},
+        "speed_over_textbook": {name: ratio(times["textbook"], times[name]) for name in VARIANTS[1:]},
         "peak_mb": memory,
-        "memory_over_textbook": {name: round(memory[name] / memory["textbook"], 3) for name in CONTESTANTS[1:]},
-        "seconds_of_a_step": parts,
+        "memory_over_textbook": {name: round(memory[name] / memory["textbook"], 3) for name in VARIANTS[1:]},
+        "seconds_of_a_step": seconds_of_a_step,
         "flops_of_a_step": operations,
         "product_flops_per_second": {kind: round(value / 1e9, 1) * 1e9 for kind, value in peak.items()},
         "utilisation": {
             name: round(operations[name] / medians[name] / peak["bfloat16" if name.endswith("bf16") else "float32"], 3)
-            for name in CONTESTANTS
+            for name in VARIANTS
         },
         "seconds": {name: [round(value, 4) for value in taken] for name, taken in times.items()},
     }
@@ -176,28 +179,28 @@ def seconds(run: Callable[[], Any], device: str) -> float:
     return synchronised(device) - began
 
 
-def where_time_goes(run: Trainer, images: torch.Tensor, args: argparse.Namespace) -> dict[str, float]:
-    """Seconds of the attack, of one clean target that is no longer paid for, of a whole step, and of fetching data."""
+def time_breakdown(run: Trainer, images: torch.Tensor, args: argparse.Namespace) -> dict[str, float]:
+    """Return the seconds of the attack, of the rest of a step, of fetching data, and of the cached clean target."""
     from zepad_mm.training.dataloader import shares
 
-    device = run.device
+    device, labels = run.device, torch.zeros(len(images), dtype=torch.long)
     with torch.no_grad(), run.accelerator.autocast():
         target = seconds(lambda: run.student.encoder(images.to(device)), args.device)
         targets = run.student.encoder(images.to(device)).float()
-    batch = Batch(images.to(device), run.train.labels.to(device), torch.arange(len(images)), targets)
+    batch = Batch(images.to(device), labels.to(device), torch.arange(len(images)), targets)
     generator = torch.Generator().manual_seed(0)
     run.student.eval()
     with run.accelerator.autocast():
         attack = seconds(lambda: run.defence.craft(run.student, batch, EPSILON, generator), args.device)
     whole = seconds(lambda: run.step(0, batch), args.device)
-    feed = shares(run.train, run.settings, 0, 1, 0, 4, False)
-    data = seconds(lambda: next(feed), args.device)
-    parts = {"attack": attack, "forward_backward_update": whole - attack, "data": data, "clean_target_saved": target}
-    return {name: round(value, 4) for name, value in parts.items()}
+    batches = shares(run.train, run.settings, 0, 1, 0, 4, False)
+    data = seconds(lambda: next(batches), args.device)
+    taken = {"attack": attack, "forward_backward_update": whole - attack, "data": data, "clean_target_saved": target}
+    return {name: round(value, 4) for name, value in taken.items()}
 
 
 def product_flops(device: str, kind: str) -> float:
-    """Operations per second of a large matrix product: the best of five."""
+    """Return the operations per second of a large matrix product, the best of five."""
     size = 8192 if device.startswith("cuda") else 2048
     a, b = (torch.rand(size, size, device=device).to(getattr(torch, kind)) for _ in range(2))
     (a @ b).sum()
@@ -205,16 +208,16 @@ def product_flops(device: str, kind: str) -> float:
 
 
 def measured_memory(name: str) -> float:
-    """Peak MB of one contestant, in a process of its own."""
+    """Return the peak MB of one variant, measured in its own process."""
     command = [sys.executable, *sys.argv, "--memory", name]
     return float(json.loads(subprocess.run(command, check=True, capture_output=True, env=os.environ).stdout))
 
 
 def peak_mb(args: argparse.Namespace, data: LabelledImages, folder: Path) -> float:
-    """What two steps need at most, in MB, above what the process held before the model was built."""
+    """Return the peak memory of two steps in MB, above what the process held before the model was built."""
     cuda = args.device.startswith("cuda")
     before = 0.0 if cuda else peak_process_mb()
-    step = textbook(args, data) if args.memory == "textbook" else of_ours(args.memory, args, data, folder)[0]
+    step = textbook(args, data) if args.memory == "textbook" else fit_step(args.memory, args, data, folder)[0]
     step()
     step()
     if cuda:

@@ -38,7 +38,10 @@ from zepad_mm.utils.provenance import provenance
 NAME = "clip"
 SOURCE = "open_clip:embedded"
 THREATS = ("clean", "T1", "T2")
-DEFENCES = {"embedded": "embedded", "general": Path(__file__).parents[1] / "recipes" / "models" / "general"}
+DEFENCES: dict[str, str | Path] = {
+    "embedded": "embedded",
+    "general": Path(__file__).parents[1] / "recipes" / "models" / "general",
+}
 BASELINES: dict[str, dict[str, Any]] = {  # with two attack steps, as the shipped branches
     "tecoa": {"attack_steps": 2, "clean_fraction": 0.25},
     "fare": {"attack_steps": 2, "clean_weight": 0.5},
@@ -156,11 +159,11 @@ def build_models(config: ClipTable) -> tuple[dict[str, Callable[..., Any]], dict
         for name, defence in defences.items():
             models[f"{name}, {prompts}"] = partial(defended, defence, prompts)
             columns[f"{name}, {prompts}"] = {"prompts": prompts, "model": name}
-    for defence in BASELINES:
+    for objective in BASELINES:
         for rank in config.ranks:
-            if defence == SWEPT or rank in (0, COMMON_RANK):
-                models[f"{defence}, rank {rank}"] = partial(baseline, defence, rank)
-                columns[f"{defence}, rank {rank}"] = {"defence": defence, "rank": rank}
+            if objective == SWEPT or rank in (0, COMMON_RANK):
+                models[f"{objective}, rank {rank}"] = partial(baseline, objective, rank)
+                columns[f"{objective}, rank {rank}"] = {"defence": objective, "rank": rank}
     return models, columns
 
 

@@ -144,7 +144,7 @@ class Build:
         trunk, head = self.clip.visual.trunk, self.clip.visual.head
         tower = [*trunk.blocks[3:].parameters(), *trunk.conv_head.parameters(), *trunk.bn2.parameters()]
         text = [p for name, p in self.clip.named_parameters() if not name.startswith("visual.")]
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": list(head.parameters()), "lr": rate, "weight_decay": 0.05},
             {"params": text, "lr": rate, "weight_decay": 0.01},
         ]

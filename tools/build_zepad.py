@@ -27,7 +27,7 @@ from zepad_mm.attacks import FeatureUAP
 from zepad_mm.data import load_data
 from zepad_mm.encoders import has_lora, load_clip
 from zepad_mm.encoders.prompts import templates_of
-from zepad_mm.models.branch import Branch, BranchConfig
+from zepad_mm.models.branch import Adaptation, Branch, BranchConfig, Role
 from zepad_mm.models.heads import zero_shot_head
 from zepad_mm.models.zepad import EMBEDDED_MODEL, ZePAD, ZePADConfig
 from zepad_mm.selection import select_detector, select_fusion
@@ -46,7 +46,7 @@ class TunedBranch:
     """A tuned branch: its name (also of its folder and its config), its role and its objective."""
 
     name: str
-    role: str
+    role: Role
     objective: str
 
     @property
@@ -154,7 +154,7 @@ def assemble(build: Build, work: Path, names: tuple[str, ...]) -> tuple[ZePAD, d
         encoder = load_tuned(work / tuned.name)
         if has_lora(encoder):
             encoder.backbone.peft_config["default"].base_model_name_or_path = PUBLIC  # type: ignore[index, union-attr]
-        adaptation = "lora" if has_lora(encoder) else "full"
+        adaptation: Adaptation = "lora" if has_lora(encoder) else "full"
         config = BranchConfig(
             name=tuned.name, role=tuned.role, source=PUBLIC, adaptation=adaptation, objective=tuned.objective
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import mean
 from typing import Any
 
@@ -130,7 +130,7 @@ def family(rows: Rows, models: list[str]) -> str:
     return grid(["task, mean over victims", *models], lines)
 
 
-def lines_table(record: dict[str, Any], paper: dict[str, tuple[float, ...]], note: str = "") -> str:
+def lines_table(record: dict[str, Any], paper: Mapping[str, tuple[float, ...]], note: str = "") -> str:
     """Rows by model, averaged over victims, for each task: BA / worst RA; and the paper's next to it."""
     rows = record["rows"]
     tasks, models = distinct(rows, "task"), distinct(rows, "model")
@@ -149,8 +149,8 @@ def lines_table(record: dict[str, Any], paper: dict[str, tuple[float, ...]], not
         lines.append([model, " / ".join(f"{value:.1f}" for value in known[:2]) if known else "-", *cells])
     for model in (name for name in paper if name not in models):  # in the paper, not measured here
         lines.append([model, " / ".join(f"{value:.1f}" for value in paper[model][:2]), *("-" for _ in tasks)])
-    victims = ", ".join(distinct(rows, "victim"))
-    text = f"BA / RA (worst attack of T1), mean over the victims {victims}; intervals are in the JSON. {note}\n"
+    names = ", ".join(distinct(rows, "victim"))
+    text = f"BA / RA (worst attack of T1), mean over the victims {names}; intervals are in the JSON. {note}\n"
     return "\n".join([text, grid(["model", "paper BA / RA", *(f"ours: {task}" for task in tasks)], lines)])
 
 

@@ -6,6 +6,7 @@ import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -26,7 +27,7 @@ from zepad_mm.encoders import (
 from zepad_mm.encoders.attention import unfuse_attention
 from zepad_mm.encoders.huggingface import NaFlexBackbone
 from zepad_mm.encoders.sources import parse_source
-from zepad_mm.models.branch import Branch, BranchConfig
+from zepad_mm.models.branch import Adaptation, Branch, BranchConfig, Role
 from zepad_mm.models.heads import HEADS, zero_shot_head
 from zepad_mm.models.zepad import ZePAD, ZePADConfig
 from zepad_mm.training.artifacts import load_tuned, write_tuned
@@ -111,7 +112,8 @@ def lora(source: str) -> tuple[float, int]:
     perturb_adapter(encoder)
     layers = dict(by_hand.backbone.named_modules())
     adapted_layers = 0
-    for name, module in encoder.backbone.base_model.model.named_modules():
+    backbone: Any = encoder.backbone  # a PeftModel
+    for name, module in backbone.base_model.model.named_modules():
         if hasattr(module, "lora_A"):
             a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
             weight = layers[name].weight
@@ -147,7 +149,7 @@ def saved(source: str, folder: Path) -> str:
         write_tuned(folder / name, encoder.eval(), {})
         with torch.no_grad():
             torch.testing.assert_close(load_tuned(folder / name)(images), encoder(images), atol=0, rtol=0)
-    roles = {"full": "robust", "lora": "robust", "none": "benign"}
+    roles: dict[Adaptation, Role] = {"full": "robust", "lora": "robust", "none": "benign"}
     configs = [
         BranchConfig(name=f"{name}-tuned", role=role, source=source, adaptation=name, head="linear")
         for name, role in roles.items()

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from zepad_mm.encoders import LoraSettings, add_lora, load_clip
-from zepad_mm.models.branch import Branch, BranchConfig
+from zepad_mm.models.branch import Adaptation, Branch, BranchConfig, Role
 from zepad_mm.models.heads import zero_shot_head
 from zepad_mm.models.zepad import DetectorConfig, ZePAD, ZePADConfig
 
 CLASSES = ("dress", "hat", "shoes")
-TINY_CLIP = {
+TINY_CLIP: dict[str, Any] = {
     "model_cfg": {
         "embed_dim": 24,
         "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16},
@@ -47,11 +48,12 @@ def make_zepad(source: str, fusion: str = "bounded_benign") -> ZePAD:
     generator = torch.Generator().manual_seed(1)
     torch.manual_seed(1)  # peft draws lora_A from the global generator
     branches, configs = [], []
-    for name, role, adaptation in (
+    kinds: list[tuple[str, Role, Adaptation]] = [
         ("full", "robust", "full"),
         ("lora", "robust", "lora"),
         ("benign", "benign", "none"),
-    ):
+    ]
+    for name, role, adaptation in kinds:
         encoder, text = load_clip(source)
         if adaptation == "lora":
             add_lora(encoder, LoraSettings(rank=2))
@@ -62,14 +64,14 @@ def make_zepad(source: str, fusion: str = "bounded_benign") -> ZePAD:
         config = BranchConfig(name=name, role=role, source=source, adaptation=adaptation)
         branches.append(Branch(config, encoder, zero_shot_head(text, CLASSES, "single")))
         configs.append(config)
-    config = ZePADConfig(
+    about = ZePADConfig(
         public_source=source,
         branches=tuple(configs),
         class_names=CLASSES,
         fusion=fusion,
         detector=DetectorConfig(threshold=0.1),
     )
-    return ZePAD(config, branches)
+    return ZePAD(about, branches)
 
 
 class ConvNet(nn.Module):

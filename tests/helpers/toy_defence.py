@@ -9,7 +9,7 @@ from zepad_mm.attacks import PGD
 from zepad_mm.data import LabelledImages
 from zepad_mm.encoders import Encoder, Preprocess
 from zepad_mm.evaluation import EvalData, EvalSettings
-from zepad_mm.models.branch import Branch, BranchConfig
+from zepad_mm.models.branch import Branch, BranchConfig, Role
 from zepad_mm.models.heads import LinearHead
 from zepad_mm.models.zepad import ZePAD, ZePADConfig
 
@@ -42,7 +42,7 @@ def toy(n: int, seed: int) -> LabelledImages:
     return LabelledImages(images.clamp(0, 1), labels, CLASSES, "toy")
 
 
-def trained(name: str, role: str, seed: int, epsilon: float) -> Branch:
+def trained(name: str, role: Role, seed: int, epsilon: float) -> Branch:
     """A small network trained for a second, on PGD examples where epsilon is positive."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
