@@ -24,7 +24,8 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
-from zepad_mm.utils.io import replacing, write_json, write_text
+from zepad_mm.utils.atomic import replacing
+from zepad_mm.utils.io import write_json, write_text
 
 OUT = Path(__file__).parents[1] / "zepad_mm" / "assets" / "clothing"
 SEED = 2026

@@ -14,8 +14,9 @@ from torch import Tensor
 from zepad_mm.attacks.base import check_levels
 from zepad_mm.attacks.perturbation import FORMAT as PERTURBATION_FORMAT
 from zepad_mm.attacks.perturbation import Perturbation
+from zepad_mm.utils.atomic import replacing
 from zepad_mm.utils.images import read_image
-from zepad_mm.utils.io import read_json, read_tensors, replacing, write_json
+from zepad_mm.utils.io import read_json, read_tensors, write_json
 from zepad_mm.utils.validation import check_images, check_labels
 
 ADVERSARIAL_FORMAT = "zepad-mm adversarial images 1"

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from zepad_mm.encoders.base import Encoder, Preprocess, feature_dim_of
 from zepad_mm.encoders.sources import BACKENDS, FOLDER, HUB, EncoderBackend, HubFiles, Source
+from zepad_mm.utils.atomic import complete_folder
 from zepad_mm.utils.images import Interpolation
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ def _load(source: Source, pretrained: bool) -> Encoder:
     import timm
 
     if source.place == FOLDER:
+        complete_folder(source.name)
         if not (Path(source.name) / "config.json").is_file():
             raise FileNotFoundError(
                 f"{source.name}/config.json does not exist; expected a folder by timm's save_for_hf"

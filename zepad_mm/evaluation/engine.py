@@ -77,6 +77,7 @@ from zepad_mm.evaluation.white_box import (
     run_detector_aware,
     run_white_box,
 )
+from zepad_mm.utils.atomic import complete_folder, replacing_folder
 from zepad_mm.utils.distributed import Processes
 from zepad_mm.utils.images import Resize
 from zepad_mm.utils.provenance import provenance
@@ -210,7 +211,7 @@ class _Run:
         images.check(subject.class_names)
         with torch.inference_mode(False):
             session = Session(subject, images, self.settings, out, self.resume, processes, store)
-            if out is not None and keep_finished and self.resume and (out / JSON).is_file():
+            if out is not None and keep_finished and self.resume and _is_finished(out):
                 session.finish()
                 log.info("finished already: %s", out / JSON)
                 return Report.load(out)
@@ -221,8 +222,9 @@ class _Run:
         meta["wall_s"] = round(time.perf_counter() - started, 2)
         report = findings.report(meta)
         if out is not None and processes.first:
-            findings.records.save(out)
-            report.save(out)
+            with replacing_folder(out) as staged:
+                findings.records.save(staged)
+                report.save(staged)
         for warning in report.meta["warnings"] if processes.first else ():
             log.warning(warning)
         return report
@@ -322,6 +324,11 @@ def _not_applicable(session: Session) -> dict[str, str]:
     }
     wanted = [THREATS[key] for key in session.settings.threats]
     return {threat.key: f"it has no {threat.needs}" for threat in wanted if not available[threat.needs]}
+
+
+def _is_finished(out: Path) -> bool:
+    complete_folder(out)
+    return (out / JSON).is_file()
 
 
 def _task_name(data: str | EvalData) -> str:

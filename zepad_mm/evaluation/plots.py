@@ -18,7 +18,7 @@ from zepad_mm.evaluation.report import OVERESTIMATED, Report, budget_of
 from zepad_mm.evaluation.stage_cache import read_stage
 from zepad_mm.evaluation.threats import CLEAN, T1, T2, THREATS
 from zepad_mm.models.zepad import ZePAD
-from zepad_mm.utils.io import replacing
+from zepad_mm.utils.atomic import replacing
 from zepad_mm.utils.text import budget_text
 
 COLOURS = ("#3b6fb6", "#c2543d", "#4f9d69", "#8a63a8", "#b08d2e", "#5a5a5a")

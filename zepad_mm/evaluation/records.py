@@ -16,7 +16,7 @@ from zepad_mm.evaluation.metrics import flipped_when_right, fooling_rate, share
 from zepad_mm.evaluation.row_kinds import WORST, RowKind
 from zepad_mm.evaluation.session import Session
 from zepad_mm.evaluation.threats import CLEAN, T2, T3, THREATS
-from zepad_mm.utils.io import replacing
+from zepad_mm.utils.atomic import complete_folder, replacing
 
 FILE = "records.parquet"
 
@@ -213,6 +213,7 @@ class Records:
         import pyarrow
         import pyarrow.parquet
 
+        complete_folder(folder)
         path = Path(folder) / FILE
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; expected the records of an evaluation")

@@ -12,6 +12,7 @@ from typing import Any
 
 from zepad_mm.evaluation.row_kinds import WORST, RowKind
 from zepad_mm.evaluation.threats import CLEAN, T1, T2, strength
+from zepad_mm.utils.atomic import complete_folder, replacing_folder
 from zepad_mm.utils.io import read_json, write_json, write_text
 from zepad_mm.utils.markdown import interval_text, percent
 from zepad_mm.utils.text import budget_text
@@ -136,13 +137,15 @@ class Report:
         return report_text(self)
 
     def save(self, folder: str | Path) -> None:
-        """Write ``report.json`` and ``report.md`` into ``folder``."""
-        write_json(Path(folder) / JSON, self.to_dict())
-        write_text(Path(folder) / MARKDOWN, self.markdown())
+        """Write ``report.json`` and ``report.md`` into ``folder``, which holds both old or both new at any moment."""
+        with replacing_folder(folder) as staged:
+            write_json(staged / JSON, self.to_dict())
+            write_text(staged / MARKDOWN, self.markdown())
 
     @classmethod
     def load(cls, folder: str | Path) -> Report:
         """Read ``report.json``, given itself or its folder. Raises FileNotFoundError or ValueError."""
+        complete_folder(Path(folder) if Path(folder).is_dir() else Path(folder).parent)
         path = Path(folder) / JSON if Path(folder).is_dir() else Path(folder)
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; expected the report of an evaluation")

@@ -22,14 +22,16 @@ from zepad_mm.encoders.sources import repositories
 from zepad_mm.encoders.state_dict import load_state_dict_strict
 from zepad_mm.models.branch import Branch, BranchConfig
 from zepad_mm.models.heads import HEADS
+from zepad_mm.utils.atomic import complete_folder, replacing_folder
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.hub import Access, card_text, fetch
-from zepad_mm.utils.io import ASSETS, read_json, read_tensors, write_json, write_tensors
+from zepad_mm.utils.io import ASSETS, read_json, read_tensors, write_json, write_tensors, write_text
 from zepad_mm.utils.validation import check_names
+from zepad_mm.utils.wrappers import unwrapped
 
 EMBEDDED_MODEL = ASSETS / "zepad"
 FORMAT = 1
-CONFIG, WEIGHTS, ADAPTERS = "config.json", "model.safetensors", "branches"
+CONFIG, WEIGHTS, ADAPTERS, CARD = "config.json", "model.safetensors", "branches", "README.md"
 GENERATED = "<!-- written with the model, and again at each save; remove this line to keep a text of your own -->"
 PLACEHOLDER = "owner/name"  # stands in a card for the name it is published under
 
@@ -110,6 +112,7 @@ def find_model_folder(name: str | Path, revision: str | None, access: Access) ->
         if not (EMBEDDED_MODEL / CONFIG).is_file():
             raise FileNotFoundError(f"{EMBEDDED_MODEL} is empty; rebuild it with tools/build_zepad.py")
         return EMBEDDED_MODEL
+    complete_folder(name)
     if not (Path(name) / CONFIG).is_file():
         raise FileNotFoundError(f"{name}/{CONFIG} does not exist; expected a folder by ZePAD.save_pretrained")
     return Path(name)
@@ -131,19 +134,37 @@ def read_model(folder: Path, access: Access) -> tuple[ZePADConfig, list[Branch]]
     return config, list(branches.values())
 
 
-def write_model(folder: Path, config: ZePADConfig, branches: Mapping[str, Branch]) -> None:
-    """Write what was trained, and last ``config.json``, without which the folder is no model at all."""
+def write_model(folder: Path, config: ZePADConfig, branches: Mapping[str, Branch], card: str | None = None) -> None:
+    """Write what was trained and a card. The folder holds the old model whole or the new one whole at any moment.
+
+    A card that a user wrote is kept. Compiled or parallel modules are written under their plain names.
+    """
+    with unwrapped(*branches.values()):
+        _write_model(folder, config, branches, card)
+
+
+def _write_model(folder: Path, config: ZePADConfig, branches: Mapping[str, Branch], card: str | None) -> None:
     dtype = getattr(torch, config.storage_dtype)
     tensors = {
         key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in _trained_tensors(branches)
     }
-    for branch in branches.values():
-        if branch.config.adaptation == "lora":
-            _save_adapter(branch, folder / ADAPTERS / branch.name, dtype)
-    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     logits = [round(value, 5) for value in _fingerprint_with(branches, dtype)]
     encoders = {name: fingerprint(branch.encoder).to_dict() for name, branch in branches.items()}
-    write_json(folder / CONFIG, {**config.to_dict(), "fingerprint": logits, "encoders": encoders})
+    complete_folder(folder)
+    with replacing_folder(folder) as staged:
+        for branch in branches.values():
+            if branch.config.adaptation == "lora":
+                _save_adapter(branch, staged / ADAPTERS / branch.name, dtype)
+        write_tensors(staged / WEIGHTS, tensors, {"format": "pt"})
+        write_json(staged / CONFIG, {**config.to_dict(), "fingerprint": logits, "encoders": encoders})
+        if not _has_own_card(folder):
+            write_text(staged / CARD, short_card(config) if card is None else card)
+
+
+def _has_own_card(folder: Path) -> bool:
+    """Whether a user wrote the card; one that was generated is replaced with the model that it describes."""
+    card = folder / CARD
+    return card.is_file() and GENERATED not in card.read_text(encoding="utf-8", errors="replace")
 
 
 def short_card(config: ZePADConfig) -> str:

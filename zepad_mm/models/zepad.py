@@ -23,13 +23,11 @@ from zepad_mm.models.heads import HEADS, zero_shot_head
 from zepad_mm.models.serialization import (
     ADAPTERS,
     EMBEDDED_MODEL,
-    GENERATED,
     PLACEHOLDER,
     DetectorConfig,
     ZePADConfig,
     find_model_folder,
     read_model,
-    short_card,
     write_model,
 )
 from zepad_mm.utils.hub import Access, push_folder
@@ -276,8 +274,12 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
             save_directory: made if missing; a card written by a user is kept.
             card: the text of ``README.md``, by :func:`~zepad_mm.evaluation.model_card.model_card` for instance;
                 None: a short one.
+
+        Raises:
+            OSError: no room, or no right to write; the message names the file, and a model that was there is intact.
         """
-        super().save_pretrained(save_directory, model_card_kwargs={"text": card})
+        # not by the mixin, which deletes the old config.json before it writes anything
+        write_model(Path(save_directory), self.config, {name: self.branch(name) for name in self.branches}, card)
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -320,15 +322,3 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
                 message=commit_message,
                 replaces=(f"{ADAPTERS}/*",),
             )
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        card = save_directory / "README.md"
-        if card.is_file() and GENERATED in card.read_text(encoding="utf-8"):
-            card.unlink()  # of the model that was here before; the mixin writes none where one lies
-        write_model(save_directory, self.config, {name: self.branch(name) for name in self.branches})
-
-    def generate_model_card(self, text: str | None = None) -> Any:  # type: ignore[override]
-        """The card that the mixin writes: the given text, or a short one."""
-        from huggingface_hub import ModelCard
-
-        return ModelCard(short_card(self.config) if text is None else text)

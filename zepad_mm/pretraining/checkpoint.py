@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from zepad_mm.pretraining.base import Learner
+from zepad_mm.utils.atomic import replacing_folder
 from zepad_mm.utils.identity import check_identity
 from zepad_mm.utils.io import read_tensors, write_tensors
+from zepad_mm.utils.wrappers import unwrap, unwrapped
 
 
 def save_state(
@@ -44,13 +44,8 @@ def load_state(path: Path, learner: Learner, optimizer: torch.optim.Optimizer, s
 
 
 def save_encoder(encoder: nn.Module, folder: Path, model_args: dict[str, Any]) -> None:
-    """Write the encoder in timm's format, atomically: into a temporary folder that is then renamed."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        fresh = Path(scratch) / "encoder"
+    """Write the encoder in timm's format; the folder holds the old one whole or the new one whole at any moment."""
+    encoder = unwrap(encoder)
+    with unwrapped(encoder), replacing_folder(folder) as staged:
         plain = encoder.to(memory_format=torch.contiguous_format)
-        timm.models.save_for_hf(plain, str(fresh), model_args=model_args, safe_serialization=True)
-        for file in fresh.iterdir():
-            file.chmod(0o644)
-        shutil.rmtree(folder, ignore_errors=True)
-        fresh.rename(folder)
+        timm.models.save_for_hf(plain, str(staged), model_args=model_args, safe_serialization=True)

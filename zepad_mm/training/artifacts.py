@@ -5,51 +5,59 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from zepad_mm.encoders import Encoder, Fingerprint, differences, fingerprint, has_lora, load_encoder, load_lora
 from zepad_mm.encoders.state_dict import load_state_dict_strict
 from zepad_mm.models.heads import HEADS
+from zepad_mm.utils.atomic import complete_folder, replacing_folder
 from zepad_mm.utils.io import read_json, read_tensors, write_json, write_tensors
 from zepad_mm.utils.provenance import origin
+from zepad_mm.utils.wrappers import unwrap, unwrapped
 
 FORMAT = "zepad-mm tuned encoder 2"
 HEAD_FORMAT = "zepad-mm head 1"
 TUNED_RECORD = "tuned.json"
 WEIGHTS = "encoder.safetensors"
+HEAD = "head.safetensors"
 ADAPTER = "adapter"
 
 
-def write_tuned(folder: str | Path, encoder: Encoder, record: dict[str, Any]) -> None:
-    """Write what was trained: ``encoder.safetensors``, or for LoRA ``adapter/`` in peft's own layout.
+def write_tuned(
+    folder: str | Path, encoder: Encoder, record: dict[str, Any], head: tuple[nn.Module, Sequence[str]] | None = None
+) -> None:
+    """Write what was trained: ``encoder.safetensors``, or for LoRA ``adapter/`` in peft's own layout; ``tuned.json``.
 
-    ``tuned.json`` comes last, so that a folder that has one is complete.
+    The folder holds the old encoder whole or the new one whole at any moment.
 
     Args:
         folder: made if absent.
-        encoder: from ``load_encoder``, tuned.
+        encoder: from ``load_encoder``, tuned. Compiled or parallel modules are written under their plain names.
         record: JSON-able: defence, settings, data, metrics. Source, adaptation and provenance are added.
+        head: a head that was trained along and its class names, for ``head.safetensors``.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    adapted = has_lora(encoder)
-    if adapted:
-        backbone: Any = encoder.backbone
-        # save_embedding_layers: "auto" would ask the Hub for a text model's vocabulary
-        backbone.save_pretrained(str(folder / ADAPTER), safe_serialization=True, save_embedding_layers=False)
-    else:
-        write_tensors(folder / WEIGHTS, dict(encoder.state_dict()), {"format": FORMAT, "source": encoder.source})
-    about = {
-        "format": FORMAT,
-        "source": encoder.source,
-        "adaptation": "lora" if adapted else "full",
-        "fingerprint": fingerprint(encoder).to_dict(),
-        **origin(),
-        **record,
-    }
-    write_json(folder / TUNED_RECORD, about)
+    encoder = cast(Encoder, unwrap(encoder))
+    with unwrapped(encoder), replacing_folder(folder) as staged:
+        adapted = has_lora(encoder)
+        if adapted:
+            backbone: Any = encoder.backbone
+            # save_embedding_layers: "auto" would ask the Hub for a text model's vocabulary
+            backbone.save_pretrained(str(staged / ADAPTER), safe_serialization=True, save_embedding_layers=False)
+        else:
+            write_tensors(staged / WEIGHTS, dict(encoder.state_dict()), {"format": FORMAT, "source": encoder.source})
+        if head is not None:
+            write_head(staged / HEAD, *head)
+        about = {
+            "format": FORMAT,
+            "source": encoder.source,
+            "adaptation": "lora" if adapted else "full",
+            "fingerprint": fingerprint(encoder).to_dict(),
+            **origin(),
+            **record,
+        }
+        write_json(staged / TUNED_RECORD, about)
 
 
 def load_tuned(folder: str | Path) -> Encoder:
@@ -60,6 +68,7 @@ def load_tuned(folder: str | Path) -> Encoder:
             features differ from those when it was written (another base, preprocessing or activation).
     """
     folder = Path(folder)
+    complete_folder(folder)
     if not (folder / TUNED_RECORD).is_file():
         raise FileNotFoundError(f"{folder / TUNED_RECORD} does not exist; expected a folder written by recipes/tune.py")
     about = read_json(folder / TUNED_RECORD)
@@ -83,16 +92,19 @@ def load_tuned(folder: str | Path) -> Encoder:
 
 def write_head(path: str | Path, head: nn.Module, class_names: Sequence[str]) -> None:
     """Write a registered head with its kind, size and class names."""
+    head = unwrap(head)
     kinds = [kind for kind in HEADS if type(head) is HEADS.get(kind)]
     if not kinds:
         raise ValueError(f"{type(head).__name__} is not registered in HEADS; known: {', '.join(HEADS)}")
     feature_dim, num_classes = _head_size(head)
     about = {"kind": kinds[0], "feature_dim": feature_dim, "num_classes": num_classes, "class_names": list(class_names)}
-    write_tensors(path, dict(head.state_dict()), {"format": HEAD_FORMAT, "head": json.dumps(about)})
+    with unwrapped(head):
+        write_tensors(path, dict(head.state_dict()), {"format": HEAD_FORMAT, "head": json.dumps(about)})
 
 
 def load_head(path: str | Path) -> tuple[nn.Module, tuple[str, ...]]:
     """A head in eval mode and the names of its classes. Raises ValueError for a damaged or foreign file."""
+    complete_folder(Path(path).parent)
     tensors, metadata = read_tensors(path)
     if metadata.get("format") != HEAD_FORMAT:
         raise ValueError(f"{path} is no {HEAD_FORMAT!r}")

@@ -14,6 +14,7 @@ from zepad_mm.training.artifacts import TUNED_RECORD, load_tuned
 from zepad_mm.training.feature_cache import class_embeddings
 from zepad_mm.training.heads import HeadSettings, fresh_head, train_head
 from zepad_mm.training.settings import TrainData
+from zepad_mm.utils.atomic import complete_folder
 from zepad_mm.utils.registry import check_choice
 from zepad_mm.utils.seeding import derived_seed, seeded
 
@@ -78,4 +79,5 @@ def _with_head(
 
 def load_encoder_or_tuned(source: str) -> Encoder:
     """An encoder from a source string, or from a folder that :func:`write_tuned` wrote."""
+    complete_folder(source)
     return load_tuned(source) if (Path(source) / TUNED_RECORD).is_file() else load_encoder(source)

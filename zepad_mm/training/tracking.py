@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from zepad_mm.defences.base import Batch
-from zepad_mm.utils.io import replacing, write_tensors
+from zepad_mm.utils.atomic import replacing
+from zepad_mm.utils.io import write_tensors
 
 SAMPLES = "samples"
 

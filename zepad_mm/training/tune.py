@@ -13,11 +13,12 @@ from torch import nn
 from zepad_mm.data import LabelledImages
 from zepad_mm.defences import Defence, Student, make_defence
 from zepad_mm.encoders import Encoder, LoraSettings, is_clip
-from zepad_mm.training.artifacts import TUNED_RECORD, load_tuned, write_head, write_tuned
+from zepad_mm.training.artifacts import TUNED_RECORD, load_tuned, write_tuned
 from zepad_mm.training.dataloader import size_of
 from zepad_mm.training.loop import FitResult, fit
 from zepad_mm.training.settings import UNIDENTIFYING, TrainData, TrainSettings
 from zepad_mm.training.student import build_student
+from zepad_mm.utils.atomic import complete_folder
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.distributed import make_accelerator
 from zepad_mm.utils.identity import check_identity
@@ -25,7 +26,6 @@ from zepad_mm.utils.io import read_json
 
 log = logging.getLogger(__name__)
 
-HEAD = "head.safetensors"
 RUN = "run"  # folder of the checkpoint and the metrics, beside the tuned encoder
 
 
@@ -82,6 +82,7 @@ def tune(
     folder, accelerator = Path(out), accelerator or make_accelerator()
     defence = make_defence(tuning.defence, tuning.defence_options)
     identity = _identity(tuning, defence, train, validation)
+    complete_folder(folder)
     if (folder / TUNED_RECORD).is_file():
         record = read_json(folder / TUNED_RECORD)
         ignore = [f"train.{name}" for name in UNIDENTIFYING]
@@ -95,9 +96,8 @@ def tune(
     result = fit(student, train, validation, defence, tuning.settings, out=folder / RUN, accelerator=accelerator)
     record = _record(identity, result, train, accelerator) | (extra or {})
     if accelerator.is_main_process:
-        if _trains(student.head):
-            write_head(folder / HEAD, student.head, train.class_names)
-        write_tuned(folder, student.encoder, record)
+        head = (student.head, train.class_names) if _trains(student.head) else None
+        write_tuned(folder, student.encoder, record, head)
     accelerator.wait_for_everyone()
     return Tuned(student.encoder.eval().requires_grad_(False), record)
 

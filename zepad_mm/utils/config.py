@@ -18,11 +18,17 @@ C = TypeVar("C", bound="Config")
 class Config:
     """Base of every configuration. Sub-classes are frozen, keyword-only dataclasses of JSON-able fields.
 
-    A field annotated ``Literal[...]`` (or ``Literal[...] | None``) accepts only these values. A sub-class that adds
+    A field annotated ``Literal[...]`` (or ``Literal[...] | None``) accepts only these values. Numbers
+    of numpy become Python's own. A sub-class that adds
     checks of its own starts its ``__post_init__`` with ``super().__post_init__()``.
     """
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            plain = _without_numpy(value, f"{type(self).__name__}.{field.name}")
+            if plain is not value:
+                object.__setattr__(self, field.name, plain)
         for name, choices in literal_fields(type(self)).items():
             check_choice(name, getattr(self, name), choices)
 
@@ -91,6 +97,25 @@ def literal_fields(cls: type[Config]) -> dict[str, tuple[Any, ...]]:
                 for value in (get_args(option) if get_origin(option) is Literal else (None,))
             )
     return choices
+
+
+def _without_numpy(value: Any, where: str) -> Any:
+    """``value`` with numbers of numpy and torch, also nested ones, as Python's own; itself where there are none.
+
+    Raises ValueError for arrays and tensors of several numbers, which no JSON can hold.
+    """
+    if isinstance(value, dict):
+        items = {_without_numpy(key, where): _without_numpy(item, where) for key, item in value.items()}
+        same = all(a is b for a, b in zip((*value, *value.values()), (*items, *items.values()), strict=True))
+        return value if same else items
+    if type(value) in (list, tuple):
+        parts = [_without_numpy(item, where) for item in value]
+        return value if all(a is b for a, b in zip(value, parts, strict=True)) else type(value)(parts)
+    if type(value).__module__.partition(".")[0] not in ("numpy", "torch") or not hasattr(value, "tolist"):
+        return value
+    if getattr(value, "ndim", 0):
+        raise ValueError(f"{where}: expected a plain value, got a {type(value).__name__} of shape {tuple(value.shape)}")
+    return value.tolist()
 
 
 def _convert_to_one_of(options: tuple[Any, ...], value: Any, where: str) -> Any:

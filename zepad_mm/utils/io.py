@@ -4,43 +4,32 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+from zepad_mm.utils.atomic import replacing
+
 ASSETS = Path(__file__).parents[1] / "assets"  # what ships with the package
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place once the block ends without an error.
-
-    Written, fsynced, renamed: a kill or a full disk at any moment leaves the old file as it was.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(0o644)  # safetensors and mkstemp write 0600, which breaks shared folders and packages
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def append_line(path: str | Path, text: str) -> None:
+    """Append a line to a text file. Raises OSError that names it, also for a symbolic link, which is not followed."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        with os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+    except OSError as error:
+        reason = "it is a symbolic link" if Path(path).is_symlink() else error.strerror
+        raise type(error)(f"{path} could not be written ({reason}); make room, or give another folder") from error
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -73,7 +62,6 @@ def read_json(path: str | Path) -> Any:
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file atomically. Raises OSError that names the file where there is no room for it."""
     import torch
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with replacing(path) as temporary:
@@ -81,13 +69,7 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
         alone = {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
         }
-        try:
-            save_file(alone, temporary, metadata=metadata)
-        except (SafetensorError, OSError) as error:
-            raise OSError(
-                f"{path} could not be written ({error}); make room, or give another folder; what was there before is "
-                "intact"
-            ) from error
+        save_file(alone, temporary, metadata=metadata)
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
