@@ -14,10 +14,12 @@ Every field is an option too (--steps 600); --print_config shows them all.
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 
 from zepad_mm.cli.attack import AttackSettings as Recipe
 from zepad_mm.cli.attack import craft
+from zepad_mm.utils.stopping import run_program
 
 
 def main(recipe: Recipe) -> Path:
@@ -29,4 +31,4 @@ def main(recipe: Recipe) -> Path:
 
 
 if __name__ == "__main__":
-    main(Recipe.from_cli())
+    sys.exit(run_program(lambda: main(Recipe.from_cli())))

@@ -23,6 +23,7 @@ Every field is an option too (--settings.train.lr_encoder 1e-4); --print_config 
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -32,6 +33,7 @@ from zepad_mm.evaluation import Report, evaluate
 from zepad_mm.evaluation.model_card import write_card
 from zepad_mm.training import make_accelerator
 from zepad_mm.utils.config import Config
+from zepad_mm.utils.stopping import run_program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,4 +82,4 @@ def main(recipe: Recipe) -> Report | None:
 
 
 if __name__ == "__main__":
-    main(Recipe.from_cli())
+    sys.exit(run_program(lambda: main(Recipe.from_cli())))

@@ -22,6 +22,7 @@ Every field is an option too (--n 200); --print_config shows them all.
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from zepad_mm.evaluation import Report, evaluate
 from zepad_mm.evaluation.settings import STANDARD_THREATS
 from zepad_mm.training import make_accelerator
 from zepad_mm.utils.config import Config
+from zepad_mm.utils.stopping import run_program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,4 +72,4 @@ def main(recipe: Recipe) -> Report:
 
 
 if __name__ == "__main__":
-    main(Recipe.from_cli())
+    sys.exit(run_program(lambda: main(Recipe.from_cli())))

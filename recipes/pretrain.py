@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -49,9 +50,11 @@ from zepad_mm.pretraining import (
     save_state,
 )
 from zepad_mm.training import make_accelerator
-from zepad_mm.utils.io import write_json
+from zepad_mm.utils.distributed import claim_together
+from zepad_mm.utils.io import append_line, keep_lines, write_json
 from zepad_mm.utils.provenance import provenance
 from zepad_mm.utils.seeding import seeded, seeded_generator
+from zepad_mm.utils.stopping import run_program
 
 PROBE_EVERY = 4  # epochs
 SMALL_RESNET = {"channels": [32, 64, 128, 256], "layers": [1, 1, 1, 1], "zero_init_last": False}
@@ -92,6 +95,11 @@ def pretrain(config: Settings) -> dict[str, Any]:
     if config.threads:
         torch.set_num_threads(config.threads)
     accelerator = make_accelerator(config.num_processes, config.mixed_precision)
+    with claim_together(config.out, accelerator):
+        return _pretrain(config, accelerator, started)
+
+
+def _pretrain(config: Settings, accelerator: Accelerator, started: float) -> dict[str, Any]:
     world = accelerator.num_processes
     torch.manual_seed(config.seed)
     train, held_out = load_splits(config)
@@ -104,6 +112,9 @@ def pretrain(config: Settings) -> dict[str, Any]:
     if state.is_file():
         first_epoch = load_state(state, learner, optimizer, asdict(config))
         accelerator.print(f"resuming after epoch {first_epoch} of {config.epochs}")
+    metrics_file = out / "metrics.jsonl"
+    if accelerator.is_main_process:
+        keep_lines(metrics_file, lambda line: line["epoch"] <= first_epoch)
     wrapped, optimizer = accelerator.prepare(learner, optimizer)
     learner = accelerator.unwrap_model(wrapped)
 
@@ -114,11 +125,12 @@ def pretrain(config: Settings) -> dict[str, Any]:
         if not math.isfinite(mean_loss):
             raise ValueError(f"the loss became {mean_loss} in epoch {epoch + 1}; lower --lr")
         if accelerator.is_main_process:
-            save_state(state, learner, optimizer, epoch + 1, asdict(config))
             metrics = {"epoch": epoch + 1, "loss": mean_loss, "seconds": time.time() - epoch_started}
             if (epoch + 1) % PROBE_EVERY == 0 or epoch + 1 == config.epochs:
                 metrics |= probe(learner, train, held_out, accelerator.device)
-            append_json_line(out / "metrics.jsonl", metrics)
+            # the row first: a run killed in between trains this epoch again and drops the row, but loses none
+            append_line(metrics_file, json.dumps(metrics))
+            save_state(state, learner, optimizer, epoch + 1, asdict(config))
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return {}
@@ -136,12 +148,6 @@ def pretrain(config: Settings) -> dict[str, Any]:
     state.unlink()
     print(json.dumps(report, indent=2))
     return report
-
-
-def append_json_line(path: Path, values: dict[str, Any]) -> None:
-    """Append one line of JSON to a log file."""
-    with path.open("a", encoding="utf-8") as log:
-        log.write(json.dumps(values) + "\n")
 
 
 def load_splits(config: Settings) -> tuple[LabelledImages, LabelledImages]:
@@ -209,4 +215,4 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

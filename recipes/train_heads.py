@@ -19,9 +19,12 @@ Leaves in --out: NAME.safetensors per encoder, and heads.json with the accuracie
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
 
 from zepad_mm.data import LabelledImages, load_data
 from zepad_mm.defences import Student
@@ -34,10 +37,13 @@ from zepad_mm.training import (
     validate,
     write_head,
 )
+from zepad_mm.utils.atomic import replacing_folder
 from zepad_mm.utils.config import Config
+from zepad_mm.utils.distributed import claim_together
 from zepad_mm.utils.images import Resize
 from zepad_mm.utils.io import write_json
 from zepad_mm.utils.provenance import origin
+from zepad_mm.utils.stopping import run_program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +74,17 @@ def main(recipe: Recipe) -> None:
     """Train and write."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     accelerator = make_accelerator(recipe.processes)
-    data, seed, out = recipe.data, recipe.settings.seed, Path(recipe.out)
+    with claim_together(recipe.out, accelerator):
+        _train_and_write(recipe, accelerator)
+    accelerator.end_training()
+
+
+def _train_and_write(recipe: Recipe, accelerator: Accelerator) -> None:
+    """One head per encoder; all are written together."""
+    data, seed = recipe.data, recipe.settings.seed
     loaded: dict[Resize, tuple[LabelledImages, LabelledImages]] = {}  # most encoders want the same images
     rows: dict[str, Any] = {}
+    heads: dict[str, nn.Module] = {}
     for name, source in recipe.encoders.items():
         encoder = load_encoder_or_tuned(source).to(accelerator.device)
         resize = encoder.preprocess.at(data.image_size)
@@ -90,14 +104,15 @@ def main(recipe: Recipe) -> None:
             "n_validation": metrics.n,
             "losses": list(result.losses),
         }
+        heads[name] = head
         if accelerator.is_main_process:
-            write_head(out / f"{name}.safetensors", head, train.class_names)
             print(f"{name}: {metrics.clean:.1%} of {metrics.n} validation images")
     if accelerator.is_main_process:
-        about = {"recipe": recipe.to_dict(), **origin(), "heads": rows}
-        write_json(out / "heads.json", about)
-    accelerator.end_training()
+        with replacing_folder(recipe.out) as staged:
+            for name, head in heads.items():
+                write_head(staged / f"{name}.safetensors", head, train.class_names)
+            write_json(staged / "heads.json", {"recipe": recipe.to_dict(), **origin(), "heads": rows})
 
 
 if __name__ == "__main__":
-    main(Recipe.from_cli())
+    sys.exit(run_program(lambda: main(Recipe.from_cli())))

@@ -26,12 +26,14 @@ Every field is an option too (--settings.lr_encoder 1e-4); --print_config shows 
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
 from zepad_mm.defences import make_defence
 from zepad_mm.encoders import load_encoder
 from zepad_mm.training import DataSettings, TuneSettings, estimate_cost, make_accelerator, make_student, tune
+from zepad_mm.utils.stopping import run_program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,4 +70,4 @@ def main(recipe: Recipe) -> None:
 
 
 if __name__ == "__main__":
-    main(Recipe.from_cli())
+    sys.exit(run_program(lambda: main(Recipe.from_cli())))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from zepad_mm.selection import select_detector, select_fusion
 from zepad_mm.training import TrainSettings, TuneSettings, make_accelerator, tune
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.images import Resize
+from zepad_mm.utils.locks import claim
 from zepad_mm.utils.validation import check_epsilon, check_names
 
 log = logging.getLogger(__name__)
@@ -101,9 +103,21 @@ def defend(
 
     Raises:
         ValueError: no CLIP, tuning without ``out``, robust encoders of another embedding width, or a folder that holds
-            branches tuned with other settings. FileNotFoundError: data or weights that do not exist.
+            branches tuned with other settings or is in use by another run. FileNotFoundError: data or weights that do
+            not exist.
     """
-    settings = settings or DefendSettings()
+    with nullcontext() if out is None else claim(out):
+        return _defend(source, robust, data, out, class_names, settings or DefendSettings())
+
+
+def _defend(
+    source: str,
+    robust: Sequence[str],
+    data: str | None,
+    out: str | Path | None,
+    class_names: Sequence[str] | None,
+    settings: DefendSettings,
+) -> ZePAD:
     if not robust and out is None:
         raise ValueError("out: tuning takes long and is resumed from a folder; give one, e.g. out='defended'")
     if isinstance(robust, str):

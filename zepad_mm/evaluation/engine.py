@@ -36,6 +36,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ from zepad_mm.evaluation.white_box import (
     run_white_box,
 )
 from zepad_mm.utils.atomic import complete_folder, replacing_folder
-from zepad_mm.utils.distributed import Processes
+from zepad_mm.utils.distributed import Processes, claim_together
 from zepad_mm.utils.images import Resize
 from zepad_mm.utils.provenance import provenance
 
@@ -140,7 +141,8 @@ def evaluate(
             is that of one process. A model given by name is put on its device. None: this process alone.
 
     Raises:
-        ValueError: unknown threat model, budget out of range, classes that do not match, a cache of another run.
+        ValueError: unknown threat model, budget out of range, classes that do not match, a cache of another run, or a
+            folder in use by one.
         FileNotFoundError: no such model or data.
     """
     if (model is None) == (models is None):
@@ -153,7 +155,8 @@ def evaluate(
     folder = None if out is None else Path(out)
     if models is None and tasks is None:
         return run.one(model, data, folder)
-    return run.study({"model": model} if models is None else models, tasks or {_task_name(data): data}, folder)
+    with nullcontext() if folder is None else claim_together(folder, accelerator):
+        return run.study({"model": model} if models is None else models, tasks or {_task_name(data): data}, folder)
 
 
 @dataclass(frozen=True)
@@ -202,6 +205,20 @@ class _Run:
         loaded: dict[Resize | None, EvalData] | None = None,
     ) -> Report:
         """One model on one task; with ``keep_finished`` and ``resume``, a report that is there already is read."""
+        if out is None:
+            return self._one(model, data, out, store, keep_finished, loaded)
+        with claim_together(out, self.accelerator):
+            return self._one(model, data, out, store, keep_finished, loaded)
+
+    def _one(
+        self,
+        model: Any,
+        data: str | EvalData,
+        out: Path | None,
+        store: PerturbationStore | None,
+        keep_finished: bool,
+        loaded: dict[Resize | None, EvalData] | None,
+    ) -> Report:
         started, processes = time.perf_counter(), self.processes
         source = str(model) if isinstance(model, str | Path) else ""
         names = self._class_names(data)

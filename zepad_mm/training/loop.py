@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -41,9 +41,10 @@ from zepad_mm.training.feature_cache import clean_targets
 from zepad_mm.training.settings import TrainData, TrainSettings
 from zepad_mm.training.tracking import check_finite, start_trackers, track, write_samples
 from zepad_mm.training.validation import Validation, validate
-from zepad_mm.utils.distributed import make_accelerator
-from zepad_mm.utils.io import write_text
+from zepad_mm.utils.distributed import claim_together, make_accelerator
+from zepad_mm.utils.io import append_line, keep_lines
 from zepad_mm.utils.seeding import derived_generator, seeded
+from zepad_mm.utils.stopping import Stopped, StopRequest, stop_at_next_step
 
 log = logging.getLogger(__name__)
 
@@ -94,21 +95,26 @@ def fit(
 
     Raises:
         ValueError: labels beyond the head's classes, too few images for a batch, nothing to train, a folder that holds
-            another run. FloatingPointError: a non-finite loss or gradient; the checkpoint before it is intact.
+            another run or is in use by one. FloatingPointError: a non-finite loss or gradient; the checkpoint before it
+            is intact. OSError: no room; the message names the file. Stopped: after SIGINT or SIGTERM, once the step is
+            done and saved.
     """
     accelerator, out = accelerator or make_accelerator(), Path(out)
     check_run(student, train, validation, defence, settings)
     check_folder(out, settings, accelerator.num_processes)
     identity = run_identity(student, train, validation, defence, settings, accelerator.num_processes)
-    trainer = Trainer(student, train, defence, settings, out=out, accelerator=accelerator)
-    return _Run(trainer, validation, identity).run()
+    with claim_together(out, accelerator), stop_at_next_step() as stop:
+        trainer = Trainer(student, train, defence, settings, out=out, accelerator=accelerator)
+        return _Run(trainer, validation, identity, stop).run()
 
 
 class _Run:
     """One call of :func:`fit`: the steps of a trainer, with validation, log and checkpoints."""
 
-    def __init__(self, trainer: Trainer, validation: LabelledImages | None, identity: dict[str, Any]) -> None:
-        self.trainer, self.validation, self.identity = trainer, validation, identity
+    def __init__(
+        self, trainer: Trainer, validation: LabelledImages | None, identity: dict[str, Any], stop: StopRequest
+    ) -> None:
+        self.trainer, self.validation, self.identity, self.stop = trainer, validation, identity, stop
         self.settings, self.out, self.accelerator = trainer.settings, trainer.out, trainer.accelerator
         self.student = trainer.student
 
@@ -139,8 +145,25 @@ class _Run:
                 window, window_steps = time.perf_counter(), 0
             elif done % settings.checkpoint_every == 0:
                 self._save(position)
+            if done < trainer.total and self._asked_to_stop():
+                bar.close()
+                self._stop(position)
         bar.close()
         return self._finish(position)
+
+    def _asked_to_stop(self) -> bool:
+        """Whether one of the processes got SIGINT or SIGTERM."""
+        if self.accelerator.num_processes == 1:
+            return bool(self.stop)
+        flag = torch.tensor(float(bool(self.stop)), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum"))
+
+    def _stop(self, position: Position) -> NoReturn:
+        self._save(position)
+        raise Stopped(
+            f"{self.stop.signal or 'stopped'}: step {position.step} of {self.trainer.total} is saved in {self.out}; "
+            "start it again with the same settings to go on"
+        )
 
     def _resume(self) -> Position:
         """The position of the checkpoint in the folder, which is loaded; the first one where there is none."""
@@ -150,7 +173,10 @@ class _Run:
             log.info("resuming %s at step %d of %d", self.out, position.step, self.trainer.total)
         if self.accelerator.is_main_process:
             self.out.mkdir(parents=True, exist_ok=True)
-            _cut_metrics(self.out / METRICS, position)
+            # lines after the checkpoint are written again by the resumed run
+            keep_lines(
+                self.out / METRICS, lambda line: line["step"] <= position.step and position.best_step is not None
+            )
         self.accelerator.wait_for_everyone()
         return position
 
@@ -199,8 +225,7 @@ class _Run:
     def _log(self, line: dict[str, Any]) -> None:
         track(self.accelerator, line)
         if self.accelerator.is_main_process:
-            with (self.out / METRICS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append_line(self.out / METRICS, json.dumps(line))
 
     def _finish(self, position: Position) -> FitResult:
         best_step = position.best_step or 0
@@ -384,18 +409,3 @@ def set_training_mode(student: Student, bn_mode: str) -> None:
         for module in student.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
-
-
-def _cut_metrics(path: Path, position: Position) -> None:
-    """Drop the lines after the checkpoint, which the resumed run writes again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:  # the kill came in the middle of a line
-            break
-        if entry["step"] <= position.step and position.best_step is not None:
-            kept.append(line)
-    write_text(path, "".join(line + "\n" for line in kept))

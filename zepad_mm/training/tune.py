@@ -20,7 +20,7 @@ from zepad_mm.training.settings import UNIDENTIFYING, TrainData, TrainSettings
 from zepad_mm.training.student import build_student
 from zepad_mm.utils.atomic import complete_folder
 from zepad_mm.utils.config import Config
-from zepad_mm.utils.distributed import make_accelerator
+from zepad_mm.utils.distributed import claim_together, make_accelerator
 from zepad_mm.utils.identity import check_identity
 from zepad_mm.utils.io import read_json
 
@@ -76,10 +76,23 @@ def tune(
         extra: entries added to the record.
 
     Raises:
-        ValueError: ``out`` holds an encoder that was tuned with other settings; else as :func:`fit` and
-            :func:`build_student`.
+        ValueError: ``out`` holds an encoder that was tuned with other settings, or is in use by another run; else as
+            :func:`fit` and :func:`build_student`.
     """
-    folder, accelerator = Path(out), accelerator or make_accelerator()
+    accelerator = accelerator or make_accelerator()
+    with claim_together(out, accelerator):
+        return _tune(tuning, train, validation, Path(out), accelerator, student, extra or {})
+
+
+def _tune(
+    tuning: TuneSettings,
+    train: TrainData,
+    validation: LabelledImages,
+    folder: Path,
+    accelerator: Accelerator,
+    student: Student | None,
+    extra: dict[str, Any],
+) -> Tuned:
     defence = make_defence(tuning.defence, tuning.defence_options)
     identity = _identity(tuning, defence, train, validation)
     complete_folder(folder)
@@ -94,7 +107,7 @@ def tune(
     log.info("%s: tuning by %s, %s steps", folder, defence.name, steps)
     student = student or make_student(tuning, train)
     result = fit(student, train, validation, defence, tuning.settings, out=folder / RUN, accelerator=accelerator)
-    record = _record(identity, result, train, accelerator) | (extra or {})
+    record = _record(identity, result, train, accelerator) | extra
     if accelerator.is_main_process:
         head = (student.head, train.class_names) if _trains(student.head) else None
         write_tuned(folder, student.encoder, record, head)

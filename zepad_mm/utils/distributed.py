@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from zepad_mm.utils.locks import claim
 from zepad_mm.utils.registry import check_choice
 
 if TYPE_CHECKING:
@@ -48,6 +50,28 @@ class Processes:
         from accelerate.utils import broadcast_object_list
 
         return broadcast_object_list([result])[0]
+
+
+@contextmanager
+def claim_together(folder: str | Path, accelerator: Accelerator | None = None) -> Iterator[None]:
+    """Keep other runs out of an output folder; the first process holds the lock, all raise where it is refused.
+
+    Raises ValueError when another run writes to the folder, or OSError when it cannot be written to.
+    """
+    with ExitStack() as stack:
+        refused: Exception | None = None
+        if accelerator is None or accelerator.is_main_process:
+            try:
+                stack.enter_context(claim(folder))
+            except (ValueError, OSError) as error:
+                refused = error
+        if accelerator is not None and accelerator.num_processes > 1:
+            from accelerate.utils import broadcast_object_list
+
+            refused = broadcast_object_list([refused])[0]
+        if refused is not None:
+            raise refused
+        yield
 
 
 def make_accelerator(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,26 @@ def append_line(path: str | Path, text: str) -> None:
     except OSError as error:
         reason = "it is a symbolic link" if Path(path).is_symlink() else error.strerror
         raise type(error)(f"{path} could not be written ({reason}); make room, or give another folder") from error
+
+
+def keep_lines(path: str | Path, keep: Callable[[Any], bool]) -> None:
+    """Drop the lines of a JSON Lines file from the first one on that a kill cut off or ``keep`` is False for.
+
+    A symbolic link is replaced by an empty file, so that nothing is appended to its target.
+    """
+    path, kept = Path(path), []
+    if path.is_symlink():
+        write_text(path, "")
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if not keep(json.loads(line)):
+                break
+        except json.JSONDecodeError:
+            break
+        kept.append(line)
+    write_text(path, "".join(line + "\n" for line in kept))
 
 
 def write_json(path: str | Path, value: Any) -> None:

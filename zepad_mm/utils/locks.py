@@ -73,6 +73,7 @@ def claim(folder: str | Path) -> Iterator[None]:
         ValueError: another run writes to the folder. OSError: the folder cannot be written to.
     """
     path = Path(folder) / RUN_LOCK
+    is_new = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with open_until_exit(path, os.O_RDWR | os.O_CREAT) as handle:
@@ -90,4 +91,7 @@ def claim(folder: str | Path) -> Iterator[None]:
                 yield
             finally:
                 path.unlink(missing_ok=True)
+                if is_new:  # a run that failed early leaves no empty folder
+                    with suppress(OSError):
+                        path.parent.rmdir()
             return
