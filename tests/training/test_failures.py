@@ -31,6 +31,8 @@ from zepad_mm.data import open_images
 from zepad_mm.defences import Defence, LossParts, Student, TeCoA, make_defence
 from zepad_mm.training import fit
 from zepad_mm.utils.io import read_tensors
+from zepad_mm.utils.locks import claim
+from zepad_mm.utils.stopping import Stopped
 
 
 def _killed(out: Path) -> None:
@@ -54,6 +56,37 @@ def test_fit_killed_by_sigkill_resumes_to_the_same_weights(tmp_path: Path) -> No
     assert process.exitcode == -signal.SIGKILL
     resumed, _ = run(tmp_path / "killed")
     assert same(whole, resumed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_fit_saves_the_step_and_stops_on_a_signal(number: int, tmp_path: Path) -> None:
+    original, calls = TeCoA.loss, [0]
+
+    def loss(self: TeCoA, student: Student, batch: Any, attacked: Tensor) -> LossParts:
+        calls[0] += 1
+        if calls[0] == 5:
+            signal.raise_signal(number)
+        return original(self, student, batch, attacked)
+
+    handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TeCoA, "loss", loss)
+        with pytest.raises(Stopped, match=r"SIG(INT|TERM): step 5 of 9 is saved in .*same settings to go on"):
+            run(tmp_path / "parts")
+    assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)] == handlers
+    _, about = read_tensors(tmp_path / "parts" / "checkpoint.safetensors")
+    assert json.loads(about["about"])["position"]["step"] == 5
+    assert not list((tmp_path / "parts").glob(".*"))
+    resumed, _ = run(tmp_path / "parts")
+    whole, _ = run(tmp_path / "whole")
+    assert same(whole, resumed)
+    rows = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("parts", "whole")]
+    assert [json.loads(row)["step"] for row in rows[0]] == [json.loads(row)["step"] for row in rows[1]]
+
+
+def test_fit_refuses_a_folder_that_another_run_uses(tmp_path: Path) -> None:
+    with claim(tmp_path / "run"), pytest.raises(ValueError, match="run is in use by another run"):
+        run(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

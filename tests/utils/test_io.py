@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from zepad_mm.utils.io import read_json, read_tensors, replacing, write_json, write_tensors
+from zepad_mm.utils.atomic import replacing
+from zepad_mm.utils.io import read_json, read_tensors, write_json, write_tensors
 
 
 def test_replacing_is_atomic(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from zepad_mm.cli.doctor import DOCTOR
 from zepad_mm.cli.evaluate import DEMO, EVALUATE, REPORT
 from zepad_mm.cli.publish import CARD, PUSH
 from zepad_mm.cli.serve import SERVE
+from zepad_mm.utils.stopping import STOPPED, USER_ERRORS, Stopped, treat_sigterm_as_sigint
 
 __all__ = ["COMMANDS", "USER_ERRORS", "UsageError", "budget", "main"]
 
@@ -32,15 +33,6 @@ COMMANDS: dict[str, Command] = {
     "demo": DEMO,
     "doctor": DOCTOR,
 }
-USER_ERRORS = (
-    ValueError,
-    FileNotFoundError,
-    FileExistsError,
-    NotADirectoryError,
-    PermissionError,
-    IsADirectoryError,
-    ConnectionError,
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1 when ``doctor`` finds something missing; 2 for a user error, printed as one line on
-        stderr; 130 when stopped by Ctrl-C.
+        stderr; 130 when stopped by SIGINT (Ctrl-C) or SIGTERM.
     """
     from jsonargparse import ArgumentError
 
@@ -63,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = settings[settings.command]
         logging.basicConfig(level=logging.WARNING, format="%(message)s")  # open_clip logs on the root logger
         logging.getLogger("zepad_mm").setLevel(logging.WARNING if options.quiet else logging.INFO)
+        if settings.command != "serve":  # which drains its connections
+            treat_sigterm_as_sigint()
         return COMMANDS[settings.command].run(options)
     except BrokenPipeError:  # as in "zepad ... | head": discard the rest of the output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -70,9 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ArgumentError, UsageError, *USER_ERRORS) as error:
         print(translate_error(error), file=sys.stderr)
         return 2
+    except Stopped as error:
+        print(f"zepad: {error}", file=sys.stderr)
+        return STOPPED
     except KeyboardInterrupt:
         print("zepad: stopped; to continue, run evaluate with --resume, or defend as before", file=sys.stderr)
-        return 130
+        return STOPPED
 
 
 def translate_error(error: BaseException) -> str:

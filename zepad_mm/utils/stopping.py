@@ -52,13 +52,18 @@ def stop_at_next_step() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
+def treat_sigterm_as_sigint() -> None:
+    """Let SIGTERM raise KeyboardInterrupt as SIGINT does, in a program whose caller has no handler of their own."""
+    with suppress(ValueError):  # not the main thread
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 def run_program(main: Callable[[], Any]) -> int:
     """Run ``main``; returns the exit code: 0 or what ``main`` returns if that is an int, 2 for a user error, which is
     printed as one line on stderr, 130 when stopped by SIGINT or SIGTERM."""
     name = os.path.basename(sys.argv[0])
-    with suppress(ValueError):  # not the main thread
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
+    treat_sigterm_as_sigint()
     try:
         code = main()
     except KeyboardInterrupt as error:

@@ -1,0 +1,46 @@
+"""Programs end with one line and an exit code."""
+
+from __future__ import annotations
+
+import signal
+from typing import NoReturn
+
+import pytest
+
+from zepad_mm.utils.stopping import Stopped, run_program, stop_at_next_step
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (OSError(30, "Read-only file system", "/ro/out"), 2, "Read-only file system: '/ro/out'"),
+        (ValueError("two\nlines"), 2, "two lines"),
+        (Stopped("step 3 is saved"), 130, "step 3 is saved"),
+        (KeyboardInterrupt(), 130, "start it again with the same settings"),
+    ],
+)
+def test_run_program_prints_one_line(
+    error: BaseException, code: int, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> NoReturn:
+        raise error
+
+    assert run_program(main) == code
+    printed = capsys.readouterr().err
+    assert text in printed
+    assert printed.count("\n") == 1
+
+
+def test_run_program_raises_faults_and_returns_codes() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_program(lambda: 1 // 0)
+    assert [run_program(lambda value=value: value) for value in (3, None, "text", True)] == [3, 0, 0, 0]  # type: ignore[misc]
+
+
+def test_a_second_interrupt_ends_at_once() -> None:
+    with stop_at_next_step() as stop:
+        assert not stop
+        signal.raise_signal(signal.SIGINT)
+        assert stop
+        with pytest.raises(Stopped):
+            signal.raise_signal(signal.SIGINT)
