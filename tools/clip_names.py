@@ -1,4 +1,4 @@
-"""Class names, synonyms and hypernyms in the training texts of the embedded CLIP, and pairs that are no negatives."""
+"""Class names, synonyms and hypernyms in the training texts of the embedded CLIP, and pairs excluded as negatives."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Names:
     Attributes:
         synonyms: the ways to write each row. imagenet: its ImageNet class, or -1.
         related: (rows, rows) bool, pairs that one image may show both. hypernym: (rows,) row of the hypernym, or -1.
-        objects: number of rows that are no hypernyms.
+        objects: number of rows that are not hypernyms.
     """
 
     def __init__(self, own: Sequence[str], clothes: Sequence[str]) -> None:

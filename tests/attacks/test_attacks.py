@@ -134,14 +134,14 @@ def test_model_is_restored(attack, training, clean_net, batch):
     clean_net.body[1].eval()  # mixed modes must be restored too
     clean_net.head.bias.requires_grad_(False)
     modes = [module.training for module in clean_net.modules()]
-    asks = {name: parameter.requires_grad for name, parameter in clean_net.named_parameters()}
+    requires_grad = {name: parameter.requires_grad for name, parameter in clean_net.named_parameters()}
     state = copy.deepcopy(clean_net.state_dict())
     images, labels = batch[0].clone().requires_grad_(True), batch[1]
     rng = torch.get_rng_state()
     attack(clean_net, images, labels)
     assert torch.equal(torch.get_rng_state(), rng)
     assert [module.training for module in clean_net.modules()] == modes
-    assert {name: parameter.requires_grad for name, parameter in clean_net.named_parameters()} == asks
+    assert {name: parameter.requires_grad for name, parameter in clean_net.named_parameters()} == requires_grad
     assert all(parameter.grad is None for parameter in clean_net.parameters())
     assert images.grad is None
     assert torch.equal(images, batch[0])

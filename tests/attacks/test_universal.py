@@ -139,13 +139,13 @@ def test_encoder_is_restored(attack, training, encoder, surrogate):
     encoder.train(training)
     encoder[0].weight.requires_grad_(False)
     modes = [module.training for module in encoder.modules()]
-    asks = [parameter.requires_grad for parameter in encoder.parameters()]
+    requires_grad = [parameter.requires_grad for parameter in encoder.parameters()]
     state = copy.deepcopy(encoder.state_dict())
     before = surrogate.clone()
     attack.fit(encoder, surrogate)
     assert torch.equal(surrogate, before)
     assert [module.training for module in encoder.modules()] == modes
-    assert [parameter.requires_grad for parameter in encoder.parameters()] == asks
+    assert [parameter.requires_grad for parameter in encoder.parameters()] == requires_grad
     assert all(parameter.grad is None for parameter in encoder.parameters())
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(tensor, state[name]), name

@@ -48,8 +48,8 @@ def small_resnet(num_classes: int = 10) -> ResNet:
     return ResNet(BasicBlock, [1, 1, 1, 1], num_classes)
 
 
-def settled(module: nn.Module) -> Any:
-    """Batch statistics off their neutral start, in eval mode."""
+def with_batch_statistics(module: nn.Module) -> Any:
+    """Set batch statistics off their neutral start; return the module in eval mode."""
     for layer in module.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.running_mean.normal_(0, 0.1)
@@ -59,25 +59,25 @@ def settled(module: nn.Module) -> Any:
 
 def headless(network: Any) -> Any:
     network.fc = nn.Identity()
-    return settled(network)
+    return with_batch_statistics(network)
 
 
 def features_of(network: Any) -> Any:
-    """A copy of it as it is, without its classifier."""
+    """Return a copy of the network without its classifier."""
     network = copy.deepcopy(network)
     network.fc = nn.Identity()
     return network
 
 
 def cifar(network: Any, padding: int) -> Any:
-    """As solo-learn's BaseMethod (padding 2) and W-MSE's own code (padding 1) change torchvision's ResNets."""
+    """Change a torchvision ResNet as solo-learn's BaseMethod (padding 2) or W-MSE's code (padding 1)."""
     network.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=padding, bias=False)
     network.maxpool = nn.Identity()
     return headless(network)
 
 
 class Module(pl.LightningModule):
-    """A LightningModule of named parts, as every example of lightly and method of solo-learn is one."""
+    """Return a LightningModule of named parts, as the examples of lightly and the methods of solo-learn."""
 
     def __init__(self, **named: nn.Module) -> None:
         super().__init__()
@@ -86,45 +86,45 @@ class Module(pl.LightningModule):
 
 
 def lightning(**named: nn.Module) -> dict[str, Any]:
-    """What Lightning's trainer saves of it."""
+    """Return what Lightning's trainer saves of a module."""
     trainer = pl.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu", enable_model_summary=False)
     trainer.strategy.connect(Module(**named))
     return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
 
 
 def sequential(network: nn.Module, pooled: bool = True) -> nn.Sequential:
-    """The cut that lightly's examples make: ``nn.Sequential(*list(resnet.children())[:-1])``."""
+    """Cut off the classifier as lightly's examples do: ``nn.Sequential(*list(resnet.children())[:-1])``."""
     return nn.Sequential(*list(network.children())[:-1], *([] if pooled else [nn.AdaptiveAvgPool2d(1)]))
 
 
 def lightly_simclr() -> Written:
-    """The first ReLU of lightly's own ResNet is no child of it, so what this cut trains has none."""
-    backbone = settled(sequential(ResNetGenerator("resnet-9"), pooled=False))
+    """The first ReLU of lightly's ResNet is not a child module, so the cut network lacks it."""
+    backbone = with_batch_statistics(sequential(ResNetGenerator("resnet-9"), pooled=False))
     content = lightning(backbone=backbone, projection_head=parts.SimCLRProjectionHead(512, 512, 128))
     return Written(content, backbone, image_size=32, left_out="state_dict.projection_head.layers (12)")
 
 
 def lightly_moco() -> Written:
-    backbone = settled(sequential(small_resnet()))
-    twin = settled(copy.deepcopy(backbone))
-    deactivate_requires_grad(twin)
+    backbone = with_batch_statistics(sequential(small_resnet()))
+    momentum = with_batch_statistics(copy.deepcopy(backbone))
+    deactivate_requires_grad(momentum)
     heads = {name: parts.MoCoProjectionHead(512, 512, 128) for name in ("projection_head", "projection_head_momentum")}
-    content = lightning(backbone=backbone, backbone_momentum=twin, **heads)
+    content = lightning(backbone=backbone, backbone_momentum=momentum, **heads)
     return Written(content, backbone, left_out="state_dict.backbone_momentum (72)")
 
 
 def lightly_moco_momentum() -> Written:
     torch.manual_seed(0)
     written = lightly_moco()
-    twin = sequential(small_resnet())
+    momentum = sequential(small_resnet())
     prefix = "state_dict.backbone_momentum."
     state = written.content["state_dict"]
-    twin.load_state_dict({k[18:]: v for k, v in state.items() if f"state_dict.{k}".startswith(prefix)})
-    return Written(written.content, twin.eval(), query="network=momentum", left_out="state_dict.backbone (")
+    momentum.load_state_dict({k[18:]: v for k, v in state.items() if f"state_dict.{k}".startswith(prefix)})
+    return Written(written.content, momentum.eval(), query="network=momentum", left_out="state_dict.backbone (")
 
 
 def lightly_named() -> Written:
-    network = settled(ResNetGenerator("resnet-9"))
+    network = with_batch_statistics(ResNetGenerator("resnet-9"))
     network.linear = nn.Identity()
     content = {**network.state_dict(), "linear.weight": torch.zeros(10, 512)}
     return Written(content, network, CIFAR, image_size=32, left_out="linear (1)")
@@ -155,8 +155,8 @@ def lightly_timm_mae() -> Written:
 
 
 def solo_learn() -> Written:
-    backbone, twin = cifar(resnet18(), 2), cifar(resnet18(), 2)
-    named = {"backbone": backbone, "momentum_backbone": twin, "classifier": nn.Linear(512, 10)}
+    backbone, momentum = cifar(resnet18(), 2), cifar(resnet18(), 2)
+    named = {"backbone": backbone, "momentum_backbone": momentum, "classifier": nn.Linear(512, 10)}
     content = lightning(**named, projector=nn.Sequential(nn.Linear(512, 8), nn.ReLU(), nn.Linear(8, 8)))
     return Written(content, backbone, CIFAR, image_size=32, left_out="state_dict.momentum_backbone")
 
@@ -176,7 +176,7 @@ def moco_v2() -> Written:
     query, key = small_resnet(num_classes=16), small_resnet(num_classes=16)
     for encoder in (query, key):
         encoder.fc = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), encoder.fc)
-    model = nn.ModuleDict({"encoder_q": settled(query), "encoder_k": settled(key)})
+    model = nn.ModuleDict({"encoder_q": with_batch_statistics(query), "encoder_k": with_batch_statistics(key)})
     model.register_buffer("queue", torch.zeros(16, 32))
     state = nn.DataParallel(model).state_dict()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
@@ -200,8 +200,8 @@ def moco_v3_vit() -> Written:
 
 
 def simclr() -> Written:
-    """A PyTorch SimCLR with its MLP in place of the classifier; trained on pixels that nobody normalised."""
-    network = settled(small_resnet())
+    """A PyTorch SimCLR with its MLP in place of the classifier; trained on pixels without normalisation."""
+    network = with_batch_statistics(small_resnet())
     network.fc = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 128))
     content = {"epoch": 1, "state_dict": nn.ModuleDict({"backbone": network}).state_dict()}
     raw = ((0.0,) * 3, (1.0,) * 3)
@@ -210,7 +210,7 @@ def simclr() -> Written:
 
 
 def byol() -> Written:
-    online, target = settled(small_resnet()), settled(small_resnet())
+    online, target = with_batch_statistics(small_resnet()), with_batch_statistics(small_resnet())
     nets = {
         name: nn.ModuleDict({"net": net, "projector": nn.Linear(512, 8)})
         for name, net in (("online_encoder", online), ("target_encoder", target))
@@ -252,7 +252,7 @@ def swav() -> Written:
 
 
 def supcon() -> Written:
-    network = settled(ResNetGenerator("resnet-9"))
+    network = with_batch_statistics(ResNetGenerator("resnet-9"))
     network.linear = nn.Identity()
     state = {f"encoder.{k}": v for k, v in network.state_dict().items()} | {"head.0.weight": torch.zeros(8, 512)}
     content = {"opt": argparse.Namespace(epochs=1), "model": state, "epoch": 1}
@@ -267,12 +267,12 @@ def barlow_twins() -> Written:
 
 
 def torchvision_plain() -> Written:
-    network = settled(resnet50())
+    network = with_batch_statistics(resnet50())
     return Written(network.state_dict(), features_of(network), left_out="fc (2)")
 
 
 def timm_plain() -> Written:
-    network = settled(timm.create_model("resnet34", num_classes=0))
+    network = with_batch_statistics(timm.create_model("resnet34", num_classes=0))
     return Written(network.state_dict(), network, left_out="nothing")
 
 
@@ -323,12 +323,12 @@ def test_ssl_checkpoint_layout_is_recognised(
     assert written.left_out in line.split("left out: ")[1]
 
 
-# ---- what the weights do not tell, and what is wrong -----------------------------------------------------------
+# ---- options and errors ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small ResNet with a 3x3 stem in torchvision's names."""
+    """Return a small ResNet with a 3x3 stem in torchvision's names."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("ssl") / "small.safetensors"
     save_file(cifar(small_resnet(), 1).state_dict(), path)

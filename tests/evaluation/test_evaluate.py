@@ -253,11 +253,9 @@ def test_masked_gradients_are_broken_or_flagged(
         report = evaluate(broken, data=data, settings=replace(SETTINGS, threats=("T1", "T2"), rules=("equal",)))
     found = {check["name"]: check["passed"] for check in report.meta["diagnostics"]}
     if check is None:
-        naive = PGD(loss="ce", epsilon=SETTINGS.epsilon, steps=SETTINGS.steps, random_start=False)
-        attacked = naive(branch, data.test.images, data.test.labels)
-        assert (
-            float((branch(attacked).argmax(-1) == data.test.labels).float().mean()) > 0.5
-        )  # as the naive attack claims
+        plain_pgd = PGD(loss="ce", epsilon=SETTINGS.epsilon, steps=SETTINGS.steps, random_start=False)
+        attacked = plain_pgd(branch, data.test.images, data.test.labels)
+        assert float((branch(attacked).argmax(-1) == data.test.labels).float().mean()) > 0.5  # as plain PGD reports
         at_most = finished[0].accuracy("branch:benign", "T2") + 0.03
         assert report.accuracy("zepad", "T2") <= at_most or not found["more_steps"]
         assert report.accuracy("zepad", "T2") < 0.3
@@ -292,7 +290,7 @@ def test_detector_that_leaks_labels_is_flagged(data: EvalData) -> None:
 
 
 class Killed(BaseException):
-    """As sudden as a kill: no handler catches it."""
+    """An interruption that no handler catches, as a kill."""
 
 
 def test_killed_twenty_times_and_resumed_gives_the_same_report(

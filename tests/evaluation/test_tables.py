@@ -57,7 +57,7 @@ def report(
         for model, threats in correct.items()
         for threat, right in threats.items()
     ]
-    if "T2" in correct["zepad"]:  # a single attack beside a worst case is no column of its own
+    if "T2" in correct["zepad"]:  # a single attack next to a worst case has no column
         rows.append(row("zepad", "T2", 651, attack="pgd@zepad", dataset=dataset))
     meta = {"seed": seed, "wall_s": 61.4, "commit": "abc", "warnings": []}
     meta["diagnostics"] = [{"name": name, "passed": False, "detail": "", "values": {}} for name in failed]

@@ -61,7 +61,7 @@ def levels(images: Tensor) -> Tensor:
 
 
 def random_resizing(images: Tensor) -> Tensor:
-    """A random resize, and noise, drawn anew at each call."""
+    """A random resize, and noise, drawn again at each call."""
     size = int(torch.randint(2 * SIDE, 3 * SIDE, (1,)))
     resized = F.interpolate(images, (size, size), mode="bilinear", align_corners=False)
     noisy = resized + 0.3 * torch.randn_like(resized)
@@ -70,7 +70,7 @@ def random_resizing(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the fusion below gives."""
+    """Output of :func:`mean_of`."""
 
     logits: Tensor
     weights: Tensor
@@ -82,7 +82,7 @@ def mean_of(branch_logits: Tensor) -> Answer:
 
 
 def leaking_detector(labels: Tensor) -> Callable[[Tensor], Tensor]:
-    """A score that peeks at the true labels: flags exactly the wrong answers, of which it has none to know."""
+    """A score that reads the true labels and flags exactly the wrong predictions."""
 
     def score(branch_logits: Tensor) -> Tensor:
         return (branch_logits.mean(0).argmax(-1) != labels[: branch_logits.shape[1]]).float()

@@ -39,7 +39,7 @@ CLASSES = ("cat", "dog", "ball")
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table."""
+    """One row of the encoder table."""
 
     name: str
     feature_dim: int
@@ -47,9 +47,9 @@ class Row:
     smallest_gradient: float  # over images, of the largest |d features / d pixel|
     lora_error: float  # largest |adapted - weights + delta by hand|, before and after merging, to the largest feature
     lora_layers: int
-    saved: str  # what was saved and came back bit for bit
+    saved: str  # what was saved and loaded bit for bit
     checkpointing: str  # gradient checkpointing
-    task: str  # zero-shot or probe, and how it did
+    task: str  # zero-shot or probe, and its result
 
 
 def smooth_images(height: int, width: int, count: int = 2) -> Tensor:
@@ -170,7 +170,7 @@ def saved(source: str, folder: Path) -> str:
 
 
 def checkpointing(source: str) -> str:
-    """Whether gradient checkpointing works; where it does, the gradient of an adapter stays the same."""
+    """Return whether gradient checkpointing works; where it does, the gradient of an adapter is unchanged."""
     gradients = []
     for enabled in (False, True):
         torch.manual_seed(0)

@@ -27,7 +27,7 @@ MEAN, STD = (0.48, 0.45, 0.4), (0.26, 0.25, 0.27)
 
 @dataclass(frozen=True)
 class Made:
-    """A model on disk, and what its own library makes of images.
+    """A model on disk, and the outputs of its own library.
 
     ``features`` maps (B, 3, H, W) pixels in [0, 1] of any size to features. ``logits`` maps images and texts to the
     library's own scaled similarities (CLIPs only).
@@ -51,8 +51,8 @@ def entry(name: str) -> Callable[[Callable[[Path], Made]], Callable[[Path], Made
     return store
 
 
-def rough(module: Any) -> Any:
-    """The module with norms and biases off their neutral start, in eval mode, so that nothing is hidden by a zero."""
+def away_from_defaults(module: Any) -> Any:
+    """Move norms and biases off their neutral values, where zeros hide errors; return the module in eval mode."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
@@ -69,7 +69,7 @@ TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "lay
 VIT = {"image_size": SIDE, "layers": 3, "width": 32, "patch_size": 8, "head_width": 16}
 
 
-# open_clip takes towers of timm by name alone: small ones of timm's classes, under names of their own
+# open_clip takes timm towers by name only: register small ones of timm's classes under new names
 
 
 @timm.models.register_model
@@ -93,7 +93,7 @@ def _open_clip(folder: Path, vision: dict[str, Any], resize_mode: str = "shortes
     }
     custom = config["model_cfg"].pop("custom_text", False)
     build = open_clip.model.CustomTextCLIP if custom else open_clip.model.CLIP
-    clip = rough(build(**config["model_cfg"]))
+    clip = away_from_defaults(build(**config["model_cfg"]))
     if custom:
         config["model_cfg"]["custom_text"] = True
     folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,7 @@ CONV = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
 
 
 def _hf(folder: Path, model: Any, processor: Any, pooled: Callable[[Any, Any], Tensor] | None = None) -> Made:
-    rough(model).save_pretrained(folder)
+    away_from_defaults(model).save_pretrained(folder)
     processor.save_pretrained(folder)
     loaded = hf.AutoModel.from_pretrained(folder).eval()
     own = hf.AutoImageProcessor.from_pretrained(folder)
@@ -160,7 +160,7 @@ def _hf(folder: Path, model: Any, processor: Any, pooled: Callable[[Any, Any], T
 
 
 def _letters() -> Any:
-    """A tokenizer of CLIP's class that knows single letters."""
+    """Return a tokenizer of CLIP's class for single letters."""
     words = [letter + end for letter in "abcdefghijklmnopqrstuvwxyz.,Ġ" for end in ("", "</w>")]
     names = ["<|startoftext|>", "<|endoftext|>", *words]
     return hf.CLIPTokenizer(vocab={name: index for index, name in enumerate(names)}, merges=[], model_max_length=40)
@@ -257,7 +257,7 @@ def _(folder: Path) -> Made:
 
 def _timm(folder: Path, name: str, size: int, **arguments: Any) -> Made:
     overlay = {"input_size": (3, size, size)}
-    model = rough(timm.create_model(name, num_classes=0, pretrained_cfg_overlay=overlay, **arguments))
+    model = away_from_defaults(timm.create_model(name, num_classes=0, pretrained_cfg_overlay=overlay, **arguments))
     timm.models.save_for_hf(model, str(folder), model_args=arguments, safe_serialization=True)
     own = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(own), is_training=False)
@@ -276,7 +276,7 @@ entry("timm: EfficientNet")(lambda folder: _timm(folder, "tf_efficientnet_lite0"
 
 
 def _plain(size: int, resize: int, mean: tuple[float, ...], std: tuple[float, ...]) -> transforms.Compose:
-    """What these methods' own evaluations do, in torchvision."""
+    """Return the preprocessing of these methods' own evaluations."""
     steps = [transforms.Resize(resize), transforms.CenterCrop(size), transforms.Normalize(mean, std)]
     return transforms.Compose(steps)
 
@@ -287,7 +287,7 @@ def _(folder: Path) -> Made:
     model = ResNet(BasicBlock, [1, 1, 1, 1])
     model.fc, model.maxpool = nn.Identity(), nn.Identity()
     model.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=2, bias=False)  # as solo-learn's BaseMethod for CIFAR
-    rough(model)
+    away_from_defaults(model)
     state = {f"backbone.{name}": tensor for name, tensor in model.state_dict().items()}
     head = {"classifier.weight": torch.zeros(10, 512), "projector.0.weight": torch.zeros(8, 512)}
     torch.save({"state_dict": {**state, **head}, "epoch": 3, "pytorch-lightning_version": "2.0"}, folder / "a.ckpt")
@@ -298,11 +298,13 @@ def _(folder: Path) -> Made:
 @entry("ssl: ViT of DINO")
 def _(folder: Path) -> Made:
     folder.mkdir(parents=True, exist_ok=True)
-    student, teacher = (rough(timm.create_model("vit_tiny_patch16_224", num_classes=0, **SMALL_VIT)) for _ in range(2))
-    twins = {
+    student, teacher = (
+        away_from_defaults(timm.create_model("vit_tiny_patch16_224", num_classes=0, **SMALL_VIT)) for _ in range(2)
+    )
+    networks = {
         "student": {f"module.backbone.{name}": tensor for name, tensor in student.state_dict().items()},
         "teacher": {f"backbone.{name}": tensor for name, tensor in teacher.state_dict().items()},
     }
-    torch.save({**twins, "epoch": 3}, folder / "checkpoint.pth")
+    torch.save({**networks, "epoch": 3}, folder / "checkpoint.pth")
     transform = _plain(SIDE, round(SIDE * 8 / 7), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     return Made(f"ssl:{folder / 'checkpoint.pth'}?heads=2", lambda images: teacher(transform(images)))

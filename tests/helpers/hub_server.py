@@ -1,4 +1,4 @@
-"""A Hub of our own on 127.0.0.1: enough of its HTTP interface for the real huggingface_hub client, both ways.
+"""A local Hub server on 127.0.0.1: enough of its HTTP interface for the real huggingface_hub client, both ways.
 
 It keeps everything in memory, refuses as the Hub refuses (status, ``X-Error-Code``), and misbehaves on request: cuts a
 download off, or serves other bytes than it promised. Pushes take the plain LFS way: clients must set
@@ -67,7 +67,7 @@ class Hub:
         self.lfs: dict[str, bytes] = {}
 
     def put(self, name: str, files: Mapping[str, bytes] | Path, *, private: bool = False, branch: str = "main") -> str:
-        """Publish files, or a folder, as if somebody had pushed them; returns the commit."""
+        """Publish files or a folder, and return the commit."""
         if isinstance(files, Path):
             files = {str(path.relative_to(files)): path.read_bytes() for path in files.rglob("*") if path.is_file()}
         return self.repos.setdefault(name, Repo(private)).commit(files, branch)
@@ -82,7 +82,7 @@ class Hub:
 
 
 class RefusedError(Exception):
-    """An answer of the Hub that is no success."""
+    """An error response of the Hub."""
 
     def __init__(self, status: int, code: str = "", message: str = "") -> None:
         super().__init__(message)
@@ -93,7 +93,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: Hub
 
-    # ---- who may do what -------------------------------------------------------------------------------------
+    # ---- permissions -----------------------------------------------------------------------------------------
 
     def _user(self) -> str | None:
         header = self.headers.get("Authorization")
@@ -105,7 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
         return user
 
     def _forbidden(self, name: str) -> str:
-        """As a careless proxy might put it: the client copies it into its error."""
+        """Include the request headers, as a misconfigured proxy might: the client copies them into its error."""
         return f"no permission to write to {name} with {self.headers['Authorization']}"
 
     def _repo(self, name: str, write: bool = False) -> Repo:
@@ -315,7 +315,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def log_message(self, *args: Any) -> None:
-        """Nothing on stderr."""
+        """Log nothing to stderr."""
 
 
 def _name(match: re.Match[str]) -> str:
@@ -323,13 +323,13 @@ def _name(match: re.Match[str]) -> str:
 
 
 def _sha1(data: bytes) -> str:
-    """The name git gives the bytes."""
+    """Return the git blob hash of the bytes."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 @contextmanager
 def running_hub() -> Iterator[Hub]:
-    """A Hub on a free port of 127.0.0.1, until the block ends."""
+    """Run a Hub on a free port of 127.0.0.1 until the block ends."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.daemon_threads = True
     hub = Hub(f"http://127.0.0.1:{server.server_address[1]}")
@@ -370,7 +370,7 @@ def reached_through(hub: Hub, cache: Path) -> Iterator[None]:
 
 
 def environment(hub: Hub, cache: Path) -> dict[str, str]:
-    """The same for a process of its own."""
+    """Return the same settings as an environment for another process."""
     return {
         "HF_ENDPOINT": hub.url,
         "HF_HUB_CACHE": str(cache),

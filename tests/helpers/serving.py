@@ -1,4 +1,4 @@
-"""A server of the embedded model in a process of its own, for the scripts that strain one."""
+"""A server of the embedded model in its own process, for the load and fuzzing benchmarks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from zepad_mm.serve.service import png
 def served(*options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """(address, process) of ``zepad serve embedded``; ended with the block."""
     command = [sys.executable, "-m", "zepad_mm.cli", "serve", "embedded", "--port", "0", "--json", *options]
-    # freed memory goes back at once, so that what stays is what is held
+    # return freed memory at once, so that resident memory is memory in use
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "2"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
@@ -33,13 +33,13 @@ def served(*options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
 
 
 def resident_mb(process: subprocess.Popen[str]) -> float:
-    """Memory that the server holds, in MB (Linux)."""
+    """Return the resident memory of the server in MB (Linux)."""
     lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
 
 
 def files(count: int = 24, seed: int = 0) -> list[bytes]:
-    """Embedded test images, in many sizes and formats."""
+    """Return embedded test images as files of many sizes and formats."""
     draw = random.Random(seed)
     encoded = []
     for image in load_data("embedded", "test", n=count, seed=seed).images:

@@ -80,7 +80,7 @@ def test_bounded_benign_keeps_confident_robust_answers() -> None:
     z[:2, 0, 1] = 6.0  # both robust branches: class 1
     for other in (10.0, 1e3, 1e6):
         z[2] = 0.0
-        z[2, 0, 3] = other  # the benign branch shouts class 3
+        z[2, 0, 3] = other  # the benign branch outputs class 3 with large logits
         assert build("bounded_benign", BENIGN, params={"benign_weight": 0.3})(z).logits.argmax(-1).item() == 1
         assert build("equal", BENIGN)(z).logits.argmax(-1).item() == (1 if other < 12 else 3)
 
@@ -141,7 +141,7 @@ def test_certified_answers_resist_every_benign_output(rule: str) -> None:
             changed |= fusion(free).logits.argmax(-1) != before
     assert 0 < int(certified.sum()) < 400
     assert not bool((changed & certified).any())
-    if rule == "bounded_benign":  # and there the certificate is tight: who lacks it can be changed
+    if rule == "bounded_benign":  # the certificate is tight: uncertified answers can be changed
         robust = build(rule, BENIGN[:2])(z[:2]).logits.argmax(-1)
         assert bool((changed | certified | (robust != before)).all())
 

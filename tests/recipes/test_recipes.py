@@ -49,13 +49,13 @@ def settings_of(recipe: Any) -> type[Config]:
     return recipe.Settings if hasattr(recipe, "Settings") else recipe.Recipe
 
 
-def test_every_recipe_has_a_smoke_config() -> None:
+def test_recipes_have_a_smoke_config() -> None:
     recipes = {path.stem for path in (ROOT / "recipes").glob("*.py")}
     assert recipes == {path.stem for path in SMOKE.glob("*.yaml")}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_config_is_valid_for_its_recipe(path: Path) -> None:
+def test_config_parses(path: Path) -> None:
     recipe = recipe_of(path)
     settings = settings_of(recipe).from_cli(["--config", str(path)])
     assert type(settings).from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
@@ -64,7 +64,7 @@ def test_config_is_valid_for_its_recipe(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_config_header_launches_its_recipe(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_config_header_names_its_recipe(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every launch line is accepted by the recipe; a measured cost names the file it comes from."""
     monkeypatch.chdir(ROOT)
     recipe, relative = recipe_of(path), str(path.relative_to(ROOT))
@@ -91,7 +91,7 @@ def test_config_header_launches_its_recipe(path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in SMOKE.glob("*.yaml") if path.stem not in OWN_TESTS))
-def test_smoke(recipe: str, tmp_path: Path) -> None:
+def test_recipe_runs_its_smoke_config(recipe: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(sys.executable, f"recipes/{recipe}.py", "--config", f"recipes/configs/smoke/{recipe}.yaml", "--out", str(out))
     assert any(out.rglob("*.json")) or any(out.rglob("*.safetensors"))
@@ -116,7 +116,7 @@ pretrain.main([*smoke, "--num_processes", "2", "--out", f"{{sys.argv[1]}}/pretra
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("both_cores")
-def test_recipes_on_two_processes(tmp_path: Path) -> None:
+def test_recipes_run_on_two_processes(tmp_path: Path) -> None:
     """All that know of processes, one after the other in one launch."""
     pytest.importorskip("lightly")
     script = tmp_path / "all.py"
@@ -130,7 +130,7 @@ def test_recipes_on_two_processes(tmp_path: Path) -> None:
     assert "Robustness" in (tmp_path / "defend" / "README.md").read_text()
 
 
-def test_an_unknown_key_is_named(tmp_path: Path) -> None:
+def test_recipe_names_an_unknown_key(tmp_path: Path) -> None:
     config = tmp_path / "wrong.yaml"
     config.write_text("out: somewhere\nepsilom: 0.1\n")
     done = subprocess.run(
@@ -146,7 +146,7 @@ def test_an_unknown_key_is_named(tmp_path: Path) -> None:
     assert "epsilom" in done.stderr
 
 
-def test_the_demo_writes_its_report_and_figures(tmp_path: Path) -> None:
+def test_demo_writes_report_and_plots(tmp_path: Path) -> None:
     """The script behind scripts/demo, with the weakest attacks."""
     run(sys.executable, "scripts/demo.py", "--preset", "smoke", "--out", str(tmp_path))
     report = json.loads((tmp_path / "report.json").read_text())
@@ -159,14 +159,14 @@ def test_the_demo_writes_its_report_and_figures(tmp_path: Path) -> None:
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
-def test_the_python_of_the_readme_runs() -> None:
+def test_readme_python_runs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert blocks
     for block in blocks:
         run(sys.executable, "-c", block)
 
 
-def test_the_readme_names_only_what_is_there() -> None:
+def test_readme_paths_exist() -> None:
     text = (ROOT / "README.md").read_text()
     for path in re.findall(r"`((?:recipes|scripts|zepad_mm|docs)/[\w./]*)`", text):
         assert (ROOT / path).exists(), path
@@ -174,7 +174,7 @@ def test_the_readme_names_only_what_is_there() -> None:
         assert (ROOT / path).exists(), path
 
 
-def test_the_readme_table_comes_from_the_committed_report() -> None:
+def test_readme_table_matches_the_committed_report() -> None:
     before = (ROOT / "README.md").read_text()
     done = run(sys.executable, "tools/render_docs.py", "--check")
     assert "up to date" in done.stdout
@@ -184,7 +184,7 @@ def test_the_readme_table_comes_from_the_committed_report() -> None:
 @pytest.mark.parametrize(
     ("folder", "results"), [("zepad_mm/assets/zepad", "demo"), ("recipes/models/general", "general")]
 )
-def test_the_committed_report_is_of_the_committed_model(folder: str, results: str) -> None:
+def test_committed_report_belongs_to_the_committed_model(folder: str, results: str) -> None:
     report = json.loads((ROOT / "results" / results / "report.json").read_text())
     shipped = json.loads((ROOT / folder / "config.json").read_text())
     measured = report["meta"]["config"]["model"]
@@ -193,7 +193,7 @@ def test_the_committed_report_is_of_the_committed_model(folder: str, results: st
     assert min(row["n"] for row in report["rows"] if row["threat"] == "clean") >= 500
 
 
-def test_the_embedded_assets_are_small_and_licensed() -> None:
+def test_embedded_assets_are_small_and_licensed() -> None:
     assets = ROOT / "zepad_mm" / "assets"
     files = [path for path in assets.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 30 * 2**20
@@ -208,7 +208,7 @@ def test_the_embedded_assets_are_small_and_licensed() -> None:
     assert goals["clothing test, 10 names"]["accuracy"] >= 0.65
 
 
-def test_no_pickle_is_read_and_no_remote_code_is_run() -> None:
+def test_source_never_unpickles_or_runs_remote_code() -> None:
     for path in (ROOT / "zepad_mm").rglob("*.py"):
         text = path.read_text()
         assert "trust_remote_code" not in text, path

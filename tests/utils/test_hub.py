@@ -426,7 +426,7 @@ def test_token_never_appears_in_output(
     caplog.set_level(logging.DEBUG)
     caplog.set_level(logging.DEBUG, logger="huggingface_hub")
     wrong = "hf_WrongSecretWrongSecret"
-    told = []
+    texts = []
     model.push_to_hub("acme/secret", token=OWNER, private=True)
     loaded = ZePAD.from_pretrained("acme/secret", token=OWNER, cache_dir=tmp_path / "elsewhere")
     for action in (
@@ -437,13 +437,13 @@ def test_token_never_appears_in_output(
     ):
         with pytest.raises((OSError, ValueError)) as raised:
             action()
-        told += ["".join(traceback.format_exception(raised.value)), repr(raised.value)]
+        texts += ["".join(traceback.format_exception(raised.value)), repr(raised.value)]
     captured = capfd.readouterr()
     # the transport's trace of what a server answered is the server's business; what was sent is ours
     logged = [text for text in map(logging.LogRecord.getMessage, caplog.records) if "receive_response" not in text]
-    told += [*logged, captured.out, captured.err]
-    told.append(repr(vars(loaded)["_access"]))
-    everything = "\n".join(told).encode() + pickle.dumps(loaded.config) + pickle.dumps(loaded._access)
+    texts += [*logged, captured.out, captured.err]
+    texts.append(repr(vars(loaded)["_access"]))
+    everything = "\n".join(texts).encode() + pickle.dumps(loaded.config) + pickle.dumps(loaded._access)
     everything += b"".join(data for repo in hub.repos.values() for data in repo.commits[repo.refs["main"]].values())
     assert len(logged) > 20
     for secret in (OWNER, GUEST, wrong):

@@ -1,4 +1,4 @@
-"""Attention with separate q, k, v and out projections, so that LoRA is W + dW and nothing else.
+"""Attention with separate q, k, v and out projections, so that LoRA is exactly W + dW.
 
 Inside ``torch.nn.MultiheadAttention`` peft adds the delta of ``out_proj`` twice, and a fused kernel reads the weights
 past the adapter, which then gets no gradient. Both end when the four projections are plain Linears.
@@ -136,7 +136,7 @@ def _copy(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _separate(module: nn.Module) -> nn.Module | None:
-    """The same attention with separate projections; None for a module that is no fused attention."""
+    """The same attention with separate projections; None for any other module."""
     if isinstance(module, nn.MultiheadAttention):
         return SeparateAttention(module)
     if isinstance(getattr(module, "in_proj_weight", None), nn.Parameter) and hasattr(module, "scaled_cosine"):

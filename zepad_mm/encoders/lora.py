@@ -177,7 +177,7 @@ def folded_lora(encoder: Encoder) -> Iterator[None]:
     """Within, the adapter is part of the weights and each layer is one product again, as attacks want it.
 
     No gradient reaches the adapter meanwhile. Afterwards the very same weights are back, to the bit. Under autocast
-    the folded weights have its precision already, so that no step casts them anew. No-op without an adapter.
+    the folded weights have its precision already, so that no step casts them again. No-op without an adapter.
     """
     from peft.tuners.lora import LoraLayer
 

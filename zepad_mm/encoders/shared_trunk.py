@@ -46,7 +46,7 @@ class SharedTrunk:
         sources = sorted({encoder.source for encoder in self.encoders})
         if len(self.encoders) < 2 or len(sources) != 1:
             raise ValueError(
-                f"a shared trunk wants two encoders or more of one source, got {len(encoders)} of {sources}"
+                f"a shared trunk needs at least two encoders of one source, got {len(encoders)} of {sources}"
             )
         if any(uses_gradient_checkpointing(encoder) for encoder in self.encoders):
             raise ValueError("a shared trunk cannot recompute; first set_gradient_checkpointing(encoder, False)")

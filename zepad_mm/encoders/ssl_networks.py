@@ -79,7 +79,7 @@ def find_networks(tensors: dict[str, Tensor]) -> list[Network]:
         numbered = _numbered_resnet(prefix, tensors)
         if numbered:
             # convolution, norm, and at once the first stage: the children of lightly's own ResNet, whose first ReLU
-            # is no child, so the network that lightly's examples train has none
+            # is not a child, so the network that lightly's examples train has none
             bare = numbered["layer1.0.conv1.weight"] == f"{prefix}2.0.conv1.weight"
             found.append(replace(_network(prefix, "ResNet", numbered, tensors), bare=bare))
     return found
@@ -176,7 +176,9 @@ def _heads(width: int, heads: int | None, network: Network, where: str) -> int:
 def _side(positions: int, patch: int, where: str) -> int:
     grid = math.isqrt(positions)
     if grid * grid != positions:
-        raise ValueError(f"{where}: {positions} position embeddings are no square; only square images are supported")
+        raise ValueError(
+            f"{where}: {positions} position embeddings do not form a square; only square images are supported"
+        )
     return grid * patch
 
 

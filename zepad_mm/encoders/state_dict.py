@@ -54,7 +54,7 @@ def read_foreign(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a ``.pt``, ``.pth``, ``.ckpt``, ``.tar`` or ``.safetensors`` file, nested names joined by dots.
 
     ``{"state_dict": {"backbone.conv1.weight": ...}}`` gives ``state_dict.backbone.conv1.weight``. Optimiser states,
-    numbers and texts are no weights and are passed over.
+    numbers and texts are not weights and are skipped.
 
     Raises:
         FileNotFoundError: no such file. ValueError: damaged, or needs Python objects that are never unpickled here.

@@ -28,7 +28,7 @@ class BranchConfig(Config):
     source: str  # where the base encoder comes from, e.g. "open_clip:embedded"
     adaptation: Adaptation = "none"  # "none": the base as it is; "full": all weights tuned; "lora": an adapter
     head: str = "zero_shot"  # a name of zepad_mm.models.heads.HEADS
-    objective: str = ""  # how it was tuned, in words, for the model card
+    objective: str = ""  # how it was tuned, for the model card
 
     def __post_init__(self) -> None:
         if str(self.role) in ("mpae", "bmp"):

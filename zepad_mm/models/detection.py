@@ -58,7 +58,7 @@ def threshold_at(clean_scores: Tensor, false_positive_rate: float) -> float:
 
 
 def _probabilities(branch_logits: Tensor, benign: Sequence[bool]) -> tuple[Tensor, Tensor]:
-    """(robust, benign) probabilities; where one kind is missing the other stands in, and every score is 0."""
+    """(robust, benign) probabilities; if one kind is missing, the other takes its place and every score is 0."""
     probabilities = branch_logits.softmax(-1)
     if all(benign) or not any(benign):
         return probabilities, probabilities

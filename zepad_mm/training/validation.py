@@ -19,7 +19,7 @@ from zepad_mm.utils.seeding import seeded_generator
 
 @dataclass(frozen=True, kw_only=True)
 class Validation(Config):
-    """Accuracies in [0, 1] on ``n`` images. A few PGD steps select a checkpoint; they are no robustness evaluation."""
+    """Accuracies in [0, 1] on ``n`` images. A few PGD steps select a checkpoint only; no robustness evaluation."""
 
     clean: float
     robust: float

@@ -25,7 +25,7 @@ def check_identity(
     where: object,
     *,
     ignore: Collection[str] = (),
-    remedy: str = "put it back to resume, or give another output folder to start anew",
+    remedy: str = "put it back to resume, or give another output folder to start again",
 ) -> None:
     """Raise ValueError that names the keys in which a stored run differs from the current one, and the remedy.
 
