@@ -136,7 +136,7 @@ def over_one_trunk(source: str, part: int) -> ZePAD:
     for name, role in roles.items():
         adapted = copy.deepcopy(encoder)
         if role == "robust":
-            add_lora(adapted, LoraSettings(rank=8, first_block=blocks - blocks // part))
+            add_lora(adapted, LoraSettings(rank=8, first_block=blocks - max(1, blocks // part)))
         config = BranchConfig(name=name, role=role, source=source, adaptation="lora" if role == "robust" else "none")
         branches.append(Branch(config, adapted.eval(), zero_shot_head(text, ["a", "b"], [TEMPLATE])))
     configs = tuple(branch.config for branch in branches)
