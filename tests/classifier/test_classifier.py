@@ -26,6 +26,7 @@ from transformers import pipeline
 
 from tests.helpers import encoder_zoo as zoo
 from tests.helpers.models import make_zepad
+from zepad_mm import __version__
 from zepad_mm.attacks import PGD
 from zepad_mm.classifier import RobustZeroShotClassifier
 from zepad_mm.encoders import load_clip, load_encoder
@@ -175,9 +176,12 @@ def test_classifier_reads_urls(
     file = io.BytesIO()
     to_pil_image(images[0]).save(file, "PNG")
 
+    agents: list[str] = []
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(404 if "missing" in self.path else 200)
+            agents.append(self.headers["User-Agent"])
             self.end_headers()
             self.wfile.write(file.getvalue() if "image" in self.path else b"<html>")
 
@@ -188,13 +192,56 @@ def test_classifier_reads_urls(
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         assert classifier(f"{url}/image.png", LABELS) == classifier(file.getvalue(), LABELS)
-        for path, message in (("/missing.png", "404"), ("/page.html", "could not be read as an image")):
+        for path in ("/an image.png", "/imagé.png", "/%C3%A9image.png?size=1&x=a b", "/image.png#top"):
+            assert classifier(url + path, LABELS) == classifier(file.getvalue(), LABELS)
+        assert set(agents) == {f"zepad-mm/{__version__}"}
+        refused = "could not be fetched: the server answered 404 Not Found"
+        for path, message in (("/missing.png", refused), ("/page.html", "could not be read as an image")):
             with pytest.raises(ValueError, match=message):
                 classifier(url + path, LABELS)
         monkeypatch.setattr("zepad_mm.classifier.images.MAX_BYTES", 100)
         with pytest.raises(ValueError, match="is larger than"):
             classifier(f"{url}/image.png", LABELS)
         server.shutdown()
+
+
+def test_classifier_answers_the_good_images_and_names_the_damaged(
+    classifier: RobustZeroShotClassifier, images: torch.Tensor, tmp_path: Path
+) -> None:
+    good, cut = tmp_path / "good.png", tmp_path / "cut.png"
+    to_pil_image(images[0]).save(good)
+    cut.write_bytes(good.read_bytes()[:60])
+    given = [cut, good, tmp_path / "missing.png", b"", good, cut, cut]  # also a batch of damaged ones alone
+    answers = classifier(given, LABELS, return_errors=True, return_evidence=True)
+    alone = classifier(good, LABELS, return_evidence=True)
+    assert [type(answer) for answer in answers] == [
+        ValueError,
+        dict,
+        ValueError,
+        ValueError,
+        dict,
+        ValueError,
+        ValueError,
+    ]
+    assert answers[1]["labels"][0]["score"] == pytest.approx(alone["labels"][0]["score"], abs=1e-5)
+    assert "cut.png' could not be read" in str(answers[0])
+    assert "missing.png' could not be read" in str(answers[2])
+    assert isinstance(classifier(cut, LABELS, return_errors=True), ValueError)
+    with pytest.raises(ValueError, match=r"image 0: .*cut\.png' could not be read"):
+        classifier(given, LABELS)
+
+
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (3, 5_000)])
+def test_classifier_reads_thin_images(classifier: RobustZeroShotClassifier, size: tuple[int, int]) -> None:
+    assert len(classifier(Image.new("RGB", size, "red"), LABELS)) == 3
+
+
+@pytest.mark.parametrize("damage", [io.BytesIO(b"junk"), b"junk", b"GIF89a" + b"\xff" * 9, io.BytesIO(), b""])
+def test_image_errors_are_said_once(classifier: RobustZeroShotClassifier, damage: Any) -> None:
+    with pytest.raises(ValueError, match="could not be read") as raised:
+        classifier(damage, LABELS)
+    assert str(raised.value).count("could not be read") == 1
+    assert "object at" not in str(raised.value)
 
 
 def test_classifier_streams_batch_by_batch(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from zepad_mm.classifier.images import MAX_PIXELS, as_iterable, pixels_of
-from zepad_mm.classifier.task import Task, encode
+from zepad_mm.classifier.task import Task
 from zepad_mm.defend import DefendSettings, defend
 from zepad_mm.encoders.prompts import templates_of
+from zepad_mm.models.branch import BranchOutputs
 from zepad_mm.models.fusion import Decision
 from zepad_mm.models.heads import ZeroShotHead
 from zepad_mm.models.zepad import ZePAD
@@ -143,6 +145,7 @@ class RobustZeroShotClassifier:
         top_k: int | None = None,
         return_evidence: bool = False,
         on_adversarial: str = "ignore",
+        return_errors: bool = False,
     ) -> Any:
         """Classify one image, many, or a stream of them.
 
@@ -158,6 +161,7 @@ class RobustZeroShotClassifier:
                 labels of the undefended encoder.
             on_adversarial: treatment of images whose suspicion score exceeds the model's threshold. "ignore": nothing;
                 "flag": every label gets a third key, "flagged"; "abstain": no labels, ``[]``.
+            return_errors: an image that cannot be read has its ValueError in place of an answer; False: it is raised.
 
         Returns:
             ``[{"score", "label"}, ...]``, best first, for one image, as transformers'
@@ -181,42 +185,56 @@ class RobustZeroShotClassifier:
             )
         task = self.task(candidate_labels, hypothesis_template)
         single, stream = as_iterable(images)
-        answers = self._answers(task, stream, single, top_k, return_evidence, on_adversarial)
+        wanted = _Wanted(top_k, return_evidence, on_adversarial, return_errors)
+        answers = self._answers(task, stream, single, wanted)
         if single:
             return next(answers)
         return list(answers) if isinstance(images, list | tuple | Tensor) or hasattr(images, "dtype") else answers
 
-    def _answers(
-        self, task: Task, stream: Iterable[Any], single: bool, top_k: int | None, evidence: bool, on_adversarial: str
-    ) -> Iterator[Any]:
+    def _answers(self, task: Task, stream: Iterable[Any], single: bool, wanted: _Wanted) -> Iterator[Any]:
         encoders = {name: self.model.branch(name).encoder for name in self.model.branches}
-        if evidence:
+        if wanted.evidence:
             encoders[""] = self.model.undefended.encoder  # no branch has an empty name
         geometries = {name: encoder.preprocess.geometry for name, encoder in encoders.items()}
-        for batch in self._batches(stream, set(geometries.values()), single):
-            with torch.no_grad(), self.model.shared_blocks_run_once():
-                logits, features = {}, {}
-                for name, encoder in encoders.items():
-                    if encoder not in features:  # an untuned benign branch is the undefended encoder
-                        features[encoder] = encode(encoder, batch[geometries[name]])
-                    logits[name] = (task.heads[name] if name else task.undefended_head)(features[encoder])
-                plain = logits.pop("").softmax(-1).cpu() if evidence else None
-                decision = _on_cpu(self.model.fuse(torch.stack(list(logits.values()))))
-                scores, flags = decision.logits.softmax(-1), self.model.is_adversarial(decision)
-            for index, row in enumerate(scores):
-                answer = _ranked(row, task.names, top_k)
-                if on_adversarial == "flag":
-                    answer = [{**entry, "flagged": bool(flags[index])} for entry in answer]
-                if on_adversarial == "abstain" and flags[index]:
-                    answer = []
-                if plain is None:
-                    yield answer
-                else:
-                    found = self._evidence(decision, index, bool(flags[index]))
-                    yield {
-                        "labels": answer,
-                        "evidence": {**found, "undefended": _ranked(plain[index], task.names, top_k)},
-                    }
+        for batch in self._batches(stream, set(geometries.values()), single, wanted.errors):
+            resized = {name: batch.images[geometry] for name, geometry in geometries.items() if batch.images}
+            answers = iter(self._classify(task, resized, wanted) if resized else ())
+            for index in range(batch.size):
+                yield batch.errors[index] if index in batch.errors else next(answers)
+
+    @torch.no_grad()
+    def _classify(self, task: Task, resized: Mapping[str, Tensor], wanted: _Wanted) -> list[Any]:
+        """The answers to a batch that is resized for each branch, and under the name "" for the undefended encoder."""
+        branches = {name: images for name, images in resized.items() if name}
+        outputs = self.model.branch_outputs(branches, task.heads)
+        decision = _on_cpu(self.model.fuse(outputs.logits))
+        flags = self.model.is_adversarial(decision).tolist()
+        answers: list[Any] = []
+        for row, flagged in zip(decision.logits.softmax(-1), flags, strict=True):
+            answer = _ranked(row, task.names, wanted.top_k)
+            if wanted.on_adversarial == "flag":
+                answer = [{**entry, "flagged": flagged} for entry in answer]
+            answers.append([] if wanted.on_adversarial == "abstain" and flagged else answer)
+        if not wanted.evidence:
+            return answers
+        undefended = self._undefended_scores(task, outputs, resized[""])
+        return [
+            {
+                "labels": answer,
+                "evidence": {
+                    **self._evidence(decision, index, flags[index]),
+                    "undefended": _ranked(undefended[index], task.names, wanted.top_k),
+                },
+            }
+            for index, answer in enumerate(answers)
+        ]
+
+    def _undefended_scores(self, task: Task, outputs: BranchOutputs, images: Tensor) -> Tensor:
+        encoder = self.model.undefended.encoder
+        for name, features in zip(self.model.branches, outputs.features, strict=True):
+            if self.model.branch(name).encoder is encoder:  # an untuned benign branch: its features are there
+                return task.undefended_head(features).softmax(-1).cpu()
+        return task.undefended(images).softmax(-1).cpu()
 
     def _evidence(self, decision: Decision, index: int, flagged: bool) -> dict[str, Any]:
         names = list(self.model.branches)
@@ -227,22 +245,52 @@ class RobustZeroShotClassifier:
             "flagged": None if self.model.config.detector.threshold is None else flagged,
         }
 
-    def _batches(self, stream: Iterable[Any], geometries: set[Resize], single: bool) -> Iterator[dict[Resize, Tensor]]:
+    def _batches(
+        self, stream: Iterable[Any], geometries: set[Resize], single: bool, keep_errors: bool
+    ) -> Iterator[_Batch]:
         """Batches by geometry; each image is resized by itself, so that images of all sizes share a batch."""
         numbered = enumerate(stream)
         while chunk := list(islice(numbered, self.batch_size)):
-            rows: dict[Resize, list[Tensor]] = {geometry: [] for geometry in geometries}
-            for number, image in chunk:
+            rows: list[dict[Resize, Tensor]] = []
+            errors: dict[int, ValueError] = {}
+            for index, (number, image) in enumerate(chunk):
                 try:
                     pixels = pixels_of(image, self.max_pixels)
-                    for geometry in geometries:
-                        rows[geometry].append(geometry.resize(pixels[None])[0])
+                    rows.append({geometry: geometry.resize(pixels[None])[0] for geometry in geometries})
                 except ValueError as error:
-                    raise error if single else ValueError(f"image {number}: {error}") from error
-            yield {
-                geometry: torch.stack([row.to(resized[0].device) for row in resized]).to(self.model.device)
-                for geometry, resized in rows.items()
-            }
+                    if single or keep_errors:
+                        errors[index] = error
+                    else:
+                        raise ValueError(f"image {number}: {error}") from error
+            if single and errors and not keep_errors:
+                raise errors[0]
+            yield _Batch(len(chunk), self._stacked(rows), errors)
+
+    def _stacked(self, rows: list[dict[Resize, Tensor]]) -> dict[Resize, Tensor]:
+        """One tensor for each geometry, on the model's device; nothing without rows."""
+        return {
+            geometry: torch.stack([row[geometry].to(first.device) for row in rows]).to(self.model.device)
+            for geometry, first in (rows[0] if rows else {}).items()
+        }
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What a call asks for; see :meth:`RobustZeroShotClassifier.__call__`."""
+
+    top_k: int | None
+    evidence: bool
+    on_adversarial: str
+    errors: bool
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """``size`` images: resized by each geometry, without those that could not be read; and the errors of the latter."""
+
+    size: int
+    images: dict[Resize, Tensor]
+    errors: dict[int, ValueError]
 
 
 def _ranked(scores: Tensor, names: Sequence[str], top_k: int | None) -> Labels:

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zepad_mm import __version__
 from zepad_mm.utils.images import MAX_PIXELS, read_image, to_tensor
+from zepad_mm.utils.text import quoted, without_addresses
 from zepad_mm.utils.validation import check_images
 
 MAX_BYTES = 64 * 2**20  # of an image behind a URL
@@ -59,8 +61,8 @@ def pixels_of(image: Any, max_pixels: int = MAX_PIXELS) -> Tensor:
         return read_image(io.BytesIO(image), f"{len(image)} bytes", max_pixels=max_pixels)
     if _is_open_file(image):
         return read_image(image, _file_name(image), max_pixels=max_pixels)
-    if isinstance(image, str) and image.startswith(("http://", "https://")):
-        return read_image(io.BytesIO(_fetch(image)), repr(image), max_pixels=max_pixels)
+    if isinstance(image, str) and _is_url(image):
+        return read_image(io.BytesIO(_fetch(image)), quoted(image), max_pixels=max_pixels)
     if isinstance(image, str | os.PathLike):
         return read_image(Path(image), repr(str(image)), max_pixels=max_pixels)
     raise ValueError(f"expected {SUPPORTED}, got {type(image).__name__}")
@@ -69,8 +71,8 @@ def pixels_of(image: Any, max_pixels: int = MAX_PIXELS) -> Tensor:
 def _convert(image: Any, max_pixels: int) -> Tensor:
     try:
         return to_tensor(image, max_pixels=max_pixels)
-    except (ValueError, OSError, SyntaxError) as error:  # Pillow decodes late: a truncated file fails here
-        raise ValueError(f"the image could not be read as an image: {error}") from error
+    except Exception as error:  # Pillow decodes late: a truncated file fails here, with errors of each plugin's own
+        raise ValueError(f"the image could not be read: {without_addresses(str(error))}") from error
 
 
 def _is_open_file(image: Any) -> bool:
@@ -107,16 +109,36 @@ def _file_name(file: Any) -> str:
     return repr(name) if isinstance(name, str) else "the file"
 
 
+def _is_url(text: str) -> bool:
+    return text.lower().startswith(("http://", "https://"))
+
+
 def _fetch(url: str) -> bytes:
     """The content of a URL, up to ``MAX_BYTES``."""
     from http.client import HTTPException
-    from urllib.request import urlopen
+    from urllib.error import HTTPError, URLError
+    from urllib.request import Request, urlopen
 
     try:
-        with urlopen(url, timeout=30) as response:
+        with urlopen(Request(_encoded(url), headers={"User-Agent": f"zepad-mm/{__version__}"}), timeout=30) as response:
             content: bytes = response.read(MAX_BYTES + 1)
+    except HTTPError as error:
+        raise ValueError(
+            f"{quoted(url)} could not be fetched: the server answered {error.code} {error.reason}"
+        ) from error
     except (OSError, HTTPException, ValueError) as error:
-        raise ValueError(f"{url!r} could not be read as an image: {error or type(error).__name__}") from error
+        reason = error.reason if isinstance(error, URLError) else error
+        raise ValueError(f"{quoted(url)} could not be fetched: {reason or type(error).__name__}") from error
     if len(content) > MAX_BYTES:
-        raise ValueError(f"{url!r} is larger than {MAX_BYTES // 2**20} MB; download it and pass the file")
+        raise ValueError(f"{quoted(url)} is larger than {MAX_BYTES // 2**20} MB; download it and pass the file")
     return content
+
+
+def _encoded(url: str) -> str:
+    """A URL as a browser sends it: spaces and letters beyond ASCII are percent-encoded, names of hosts by IDNA."""
+    from urllib.parse import quote, urlsplit, urlunsplit
+
+    parts = urlsplit(url.strip())
+    host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
+    path, query = (quote(part, safe="/%:;=&?~+!$,'@()*[]|") for part in (parts.path, parts.query))
+    return urlunsplit((parts.scheme, host, path, query, ""))

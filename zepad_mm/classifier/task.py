@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from zepad_mm.models.branch import encode
 from zepad_mm.models.fusion import Decision
 from zepad_mm.models.heads import ZeroShotHead
 from zepad_mm.models.zepad import ZePAD
@@ -31,7 +31,7 @@ class Task:
 
     def branch_logits(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to the logits of each branch (N, B, C)."""
-        return torch.stack([self.heads[name](encode(self.model.branch(name).encoder, images)) for name in self.heads])
+        return self.model.branch_outputs(images, self.heads).logits
 
     def decide(self, images: Tensor) -> Decision:
         """(B, 3, H, W) in [0, 1] to a Decision with fused logits (B, C); differentiable."""
@@ -44,9 +44,3 @@ class Task:
     def undefended(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to the logits of the undefended encoder (B, C)."""
         return self.undefended_head(encode(self.model.undefended.encoder, images))
-
-
-def encode(encoder: torch.nn.Module, images: Tensor) -> Tensor:
-    """Features, computed in the encoder's precision and returned in float32 for heads and fusion."""
-    parameter = next(encoder.parameters())
-    return encoder(images.to(parameter.device, parameter.dtype)).float()

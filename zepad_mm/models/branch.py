@@ -55,6 +55,12 @@ class BranchOutputs:
     logits: Tensor
 
 
+def encode(encoder: nn.Module, images: Tensor) -> Tensor:
+    """Features, computed on the encoder's device in its precision, and returned in float32 for heads and fusion."""
+    parameter = next(encoder.parameters())
+    return encoder(images.to(parameter.device, parameter.dtype)).float()
+
+
 class Branch(nn.Module):
     """An encoder with a head: images (B, 3, H, W) in [0, 1] to logits (B, C)."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zepad_mm.encoders import Encoder, SharedTrunk, TextEncoder, load_clip
 from zepad_mm.encoders.prompts import templates_of
 from zepad_mm.encoders.sources import is_local, known_revisions
-from zepad_mm.models.branch import Branch, BranchConfig, BranchOutputs
+from zepad_mm.models.branch import Branch, BranchConfig, BranchOutputs, encode
 from zepad_mm.models.fusion import Decision, Fusion, build
 from zepad_mm.models.heads import HEADS, zero_shot_head
 from zepad_mm.models.serialization import (
@@ -85,17 +85,25 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
         assert isinstance(branch, Branch)
         return branch
 
-    def branch_outputs(self, images: Tensor) -> BranchOutputs:
-        """Features and logits of each branch for images (B, 3, H, W) in [0, 1], differentiable.
+    def branch_outputs(
+        self, images: Tensor | Mapping[str, Tensor], heads: Mapping[str, nn.Module] | None = None
+    ) -> BranchOutputs:
+        """Features and logits of each branch, differentiable.
 
-        Raises ValueError for other shapes or ranges.
+        Args:
+            images: (B, 3, H, W) in [0, 1]; or the same images once for each branch, resized for its encoder.
+            heads: branch name to the head to use in place of the branch's own.
+
+        Raises:
+            ValueError: images of other shapes or ranges.
         """
-        check_images(images)
-        branches = [self.branch(name) for name in self.branches]
+        resized = images if isinstance(images, Mapping) else dict.fromkeys(self.branches, images)
+        for one in {id(tensor): tensor for tensor in resized.values()}.values():
+            check_images(one)
         with self.shared_blocks_run_once():
-            features = tuple(branch.encoder(images) for branch in branches)
-        logits = [branch.head(own) for branch, own in zip(branches, features, strict=True)]
-        return BranchOutputs(features, torch.stack(logits))
+            features = {name: encode(self.branch(name).encoder, resized[name]) for name in self.branches}
+        logits = [(self.branch(name).head if heads is None else heads[name])(own) for name, own in features.items()]
+        return BranchOutputs(tuple(features.values()), torch.stack(logits))
 
     def branch_logits(self, images: Tensor) -> Tensor:
         """The logits (N, B, C) of :meth:`branch_outputs`."""

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zepad_mm.utils.config import Config
+from zepad_mm.utils.text import without_addresses
 
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -195,5 +196,7 @@ def read_image(
             reason = "the file is empty"
         raise ValueError(f"{what} could not be read as an image: {reason}") from error
     except Exception as error:  # every plugin of Pillow has its own exceptions for damaged files
-        reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+        reason = (
+            (isinstance(error, OSError) and error.strerror) or without_addresses(str(error)) or type(error).__name__
+        )
         raise ValueError(f"{what} could not be read as an image: {reason}") from error
