@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from zepad_mm.encoders.sources import BACKENDS, at_revision, parse_source
+from zepad_mm.encoders.image_size import set_image_size
+from zepad_mm.encoders.sources import BACKENDS, at_revision, parse_source, with_image_size
 from zepad_mm.utils.hub import Access
 from zepad_mm.utils.images import Resize
 from zepad_mm.utils.isolation import preserved_process_state
@@ -64,7 +65,12 @@ class Encoder(nn.Module):
 
 
 def load_encoder(
-    source: str, pretrained: bool = True, *, revision: str | None = None, access: Access | None = None
+    source: str,
+    pretrained: bool = True,
+    *,
+    image_size: int | None = None,
+    revision: str | None = None,
+    access: Access | None = None,
 ) -> Encoder:
     """Load any backbone as an :class:`Encoder`, in eval mode.
 
@@ -73,19 +79,25 @@ def load_encoder(
             ``open_clip:embedded``, any of them with ``+WEIGHTS`` (a robust state dict over that base);
             ``hf:org/name``, ``hf:org/name@revision``, ``hf:local-dir:PATH``; ``timm:NAME``, ``timm:local-dir:PATH``;
             ``ssl:CHECKPOINT``, ``ssl:CHECKPOINT?stem=3x3p1&mean=0.5,0.5,0.5``
-            (see :mod:`zepad_mm.encoders.ssl_checkpoints`).
+            (see :mod:`zepad_mm.encoders.ssl_checkpoints`). Any of them with ``?image_size=N``, as for ``image_size``.
         pretrained: load the weights; False builds the architecture alone, randomly initialised.
+        image_size: side in pixels, for towers that take another than their own: convolutional ones, and ViTs, whose
+            position embeddings are interpolated. It becomes part of the encoder's ``source`` and so is stored with it.
         revision: commit, branch or tag on the Hub; None is what the source names, or the main branch.
         access: of the Hub: token, cache and the rest.
 
     Raises:
-        ValueError: unknown kind or model, or damaged weights; FileNotFoundError: the folder or file is missing;
+        ValueError: unknown kind or model, damaged weights, or an image size that the tower does not take;
+        FileNotFoundError: the folder or file is missing;
         PermissionError, ConnectionError: see :func:`zepad_mm.utils.hub.fetch`.
     """
+    source = with_image_size(source, image_size)
     parsed = parse_source(source)
     with preserved_process_state(pretrained), at_revision(parsed, revision, access or Access(), pretrained) as local:
         encoder = BACKENDS.get(parsed.kind).load(local, pretrained)
     encoder.source = source
+    if parsed.image_size is not None:
+        set_image_size(encoder, parsed.image_size)
     return encoder.eval()
 
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zepad_mm.encoders.base import Encoder
+from zepad_mm.encoders.image_size import set_image_size
 from zepad_mm.encoders.prompts import clean_name, templates_of
-from zepad_mm.encoders.sources import BACKENDS, at_revision, parse_source
+from zepad_mm.encoders.sources import BACKENDS, at_revision, parse_source, with_image_size
 from zepad_mm.utils.hub import Access
 from zepad_mm.utils.isolation import preserved_process_state
 from zepad_mm.utils.validation import check_names
@@ -76,18 +77,24 @@ class TextEncoder(nn.Module):
 
 
 def load_clip(
-    source: str, pretrained: bool = True, *, revision: str | None = None, access: Access | None = None
+    source: str,
+    pretrained: bool = True,
+    *,
+    image_size: int | None = None,
+    revision: str | None = None,
+    access: Access | None = None,
 ) -> tuple[Encoder, TextEncoder]:
     """Both towers of a CLIP: the image tower as an :class:`Encoder`, the text tower for zero-shot heads.
 
     Args:
         source: as for :func:`load_encoder`, of kind ``open_clip`` or ``hf``.
-        pretrained, revision, access: as for :func:`load_encoder`.
+        pretrained, image_size, revision, access: as for :func:`load_encoder`.
 
     Raises:
         ValueError: another kind, an unknown name, no text tower, or a damaged checkpoint; FileNotFoundError: no such
             folder.
     """
+    source = with_image_size(source, image_size)
     parsed = parse_source(source)
     backend = BACKENDS.get(parsed.kind)
     if not backend.has_clips:
@@ -96,6 +103,8 @@ def load_clip(
     with preserved_process_state(pretrained), at_revision(parsed, revision, access or Access(), pretrained) as local:
         encoder, text = backend.load_clip(local, pretrained)
     encoder.source = text.source = source
+    if parsed.image_size is not None:
+        set_image_size(encoder, parsed.image_size)
     return encoder.eval(), text.eval()
 
 

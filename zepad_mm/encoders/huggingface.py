@@ -8,6 +8,7 @@ text features is a CLIP.
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,10 +34,18 @@ class HFBackbone(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.interpolate = False  # the position embeddings, for another image size than the model's own
 
-    def inputs(self, pixels: Tensor) -> dict[str, Tensor]:
+    def inputs(self, pixels: Tensor) -> dict[str, Any]:
         """What the model is called with."""
+        if self.interpolate:
+            return {"pixel_values": pixels, "interpolate_pos_encoding": True}
         return {"pixel_values": pixels}
+
+    def set_image_size(self, image_size: int) -> None:
+        """Adapts to another image size: a ViT whose library can do so interpolates its position embeddings."""
+        ask = getattr(self.model, "get_image_features", self.model.forward)
+        self.interpolate = "interpolate_pos_encoding" in inspect.signature(ask).parameters
 
     def forward(self, pixels: Tensor) -> Tensor:
         ask = getattr(self.model, "get_image_features", self.model)
@@ -62,10 +71,10 @@ class MAEBackbone(HFBackbone):
         super().__init__(model)
         model.config.mask_ratio = 0.0
 
-    def inputs(self, pixels: Tensor) -> dict[str, Tensor]:
+    def inputs(self, pixels: Tensor) -> dict[str, Any]:
         patches = (pixels.shape[-1] // self.model.config.patch_size) ** 2
         order = torch.arange(patches, device=pixels.device, dtype=torch.float32)
-        return {"pixel_values": pixels, "noise": order.expand(len(pixels), -1)}
+        return {**super().inputs(pixels), "noise": order.expand(len(pixels), -1)}
 
 
 class NaFlexBackbone(HFBackbone):

@@ -1,12 +1,14 @@
 """Source strings, and the backends that load what they name.
 
-A source is written ``KIND:REST``, in full ``KIND:[PLACE:]NAME[@REVISION][+WEIGHTS][?OPTIONS]``. :func:`parse_source` is
+A source is written ``KIND:REST``, in full ``KIND:[PLACE:]NAME[@REVISION][+WEIGHTS][?OPTIONS]``, where every
+kind takes the option ``image_size=N``. :func:`parse_source` is
 the one place that reads this text; what a source is (a CLIP, a file of this machine, a repository on the Hub) is
 answered by the :class:`EncoderBackend` of its kind.
 """
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from zepad_mm.encoders.clip import TextEncoder
 
 HUB, FOLDER = "hf-hub", "local-dir"  # the places that a source can name
+LARGEST_IMAGE = 1024  # pixels; a source may stand in a file that somebody else wrote
+_IMAGE_SIZE = re.compile(r"\?image_size=(-?\d+)$")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Source:
         revision: branch, tag or commit on the Hub; None is the main branch.
         weights: a file of other weights, loaded over the model; empty for none.
         options: ``KEY=VALUE&KEY=VALUE`` for a checkpoint.
+        image_size: in pixels, another than the encoder's own; None for its own. Checkpoints have it in ``options``.
     """
 
     kind: str
@@ -44,11 +49,13 @@ class Source:
     revision: str | None = None
     weights: str = ""
     options: str = ""
+    image_size: int | None = None
 
     def __str__(self) -> str:
         place = f"{self.place}:" if self.place else ""
         revision = "" if self.revision is None else f"@{self.revision}"
         weights, options = (mark + text if text else "" for mark, text in (("+", self.weights), ("?", self.options)))
+        options += "" if self.image_size is None else f"?image_size={self.image_size}"
         return f"{self.kind}:{place}{self.name}{revision}{weights}{options}"
 
 
@@ -122,6 +129,7 @@ def parse_source(text: str) -> Source:
     if backend.reads_file:
         name, _, options = (rest, "", "") if Path(rest).is_file() else rest.partition("?")
         return Source(kind, name, options=options)
+    rest, image_size = _split_image_size(rest)
     base, weights = _split_weights(kind, rest) if backend.takes_weights else (rest, "")
     place, separator, name = base.partition(":")
     if not separator or place not in (HUB, FOLDER):
@@ -132,7 +140,32 @@ def parse_source(text: str) -> Source:
         if at and not tail:
             raise ValueError(f"{text}: expected {kind}:ORG/NAME@REVISION with a branch, a tag or a commit behind the @")
         revision = tail or None
-    return Source(kind, name, place, revision, weights)
+    return Source(kind, name, place, revision, weights, image_size=image_size)
+
+
+def with_image_size(text: str, image_size: int | None) -> str:
+    """The source string at another image size; as it is for None. Raises ValueError for a size out of range."""
+    if image_size is None:
+        return text
+    check_image_size(image_size)
+    source = parse_source(text)
+    if source.kind in BACKENDS and BACKENDS.get(source.kind).reads_file:
+        others = [option for option in source.options.split("&") if option and not option.startswith("image_size=")]
+        return str(replace(source, options="&".join([*others, f"image_size={image_size}"])))
+    return str(replace(source, image_size=image_size))
+
+
+def check_image_size(image_size: int) -> int:
+    """The image size, if it is a number of pixels within reach."""
+    if isinstance(image_size, bool) or not isinstance(image_size, int) or not 1 <= image_size <= LARGEST_IMAGE:
+        raise ValueError(f"image_size: expected a whole number of pixels from 1 to {LARGEST_IMAGE}, got {image_size!r}")
+    return image_size
+
+
+def _split_image_size(rest: str) -> tuple[str, int | None]:
+    """``"NAME?image_size=N"`` as its two parts; None where there is no size."""
+    found = _IMAGE_SIZE.search(rest)
+    return (rest, None) if found is None else (rest[: found.start()], check_image_size(int(found.group(1))))
 
 
 def _split_weights(kind: str, rest: str) -> tuple[str, str]:

@@ -23,6 +23,7 @@ from typing import Any, Literal
 from urllib.parse import parse_qsl
 
 from zepad_mm.encoders.base import Encoder, Preprocess, feature_dim_of
+from zepad_mm.encoders.image_size import resize_tower
 from zepad_mm.encoders.sources import BACKENDS, EncoderBackend, Source
 from zepad_mm.encoders.ssl_networks import MOMENTUM, ONLINE, Network, find_networks
 from zepad_mm.encoders.state_dict import load_state_dict_strict, read_foreign, summary
@@ -78,6 +79,8 @@ def _load(source: Source, pretrained: bool) -> Encoder:
         load_state_dict_strict(built.backbone.state_dict(), network.tensors, where, hint, optional=optional)
     mean, std = CIFAR if built.small and network.layout != "lightly" else IMAGENET
     side = options.image_size or built.image_size
+    if side != built.image_size:
+        resize_tower(built.backbone, side)
     preprocess = Preprocess(
         image_size=side,
         mean=options.mean or mean,

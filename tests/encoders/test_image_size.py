@@ -1,0 +1,89 @@
+"""Encoders at another image size than their own: which towers allow it, and how the size is stored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers import encoder_zoo as zoo
+from tests.helpers.models import write_clip
+from zepad_mm.encoders import differences, fingerprint, load_clip, load_encoder
+from zepad_mm.encoders.sources import is_local, parse_source, with_image_size
+
+ONE_SIZE = ("open_clip: ModifiedResNet",)  # its pooling has a position embedding
+
+
+def test_parse_source_reads_image_size() -> None:
+    for text, image_size in (
+        ("open_clip:ViT-B-32/openai?image_size=96", 96),
+        ("open_clip:ViT-L-14/openai+fare.pt?image_size=336", 336),
+        ("hf:acme/clip@main?image_size=64", 64),
+        ("hf:acme/clip@main", None),
+        ("ssl:a.ckpt?image_size=96", None),
+    ):
+        source = parse_source(text)
+        assert source.image_size == image_size
+        assert str(source) == text
+
+
+def test_with_image_size_replaces_image_size() -> None:
+    assert with_image_size("timm:resnet18", None) == "timm:resnet18"
+    assert with_image_size("timm:resnet18?image_size=64", 96) == "timm:resnet18?image_size=96"
+    assert with_image_size("ssl:a.ckpt?stem=7x7", 96) == "ssl:a.ckpt?stem=7x7&image_size=96"
+    assert with_image_size("ssl:a.ckpt?image_size=64&stem=7x7", 96) == "ssl:a.ckpt?stem=7x7&image_size=96"
+
+
+@pytest.mark.parametrize("image_size", [-1, 0, True, 96.0, "96", 100_000])
+def test_load_encoder_rejects_image_size(image_size: Any) -> None:
+    with pytest.raises(ValueError, match="image_size: expected a whole number of pixels from 1 to 1024, got"):
+        load_encoder("timm:resnet18", pretrained=False, image_size=image_size)
+
+
+def test_parse_source_rejects_image_size() -> None:
+    with pytest.raises(ValueError, match="from 1 to 1024, got 100000"):
+        parse_source("timm:resnet18?image_size=100000")
+
+
+@pytest.mark.parametrize("name", list(zoo.ZOO))
+def test_load_encoder_at_another_image_size(name: str, tmp_path: Path) -> None:
+    source = zoo.ZOO[name](tmp_path).source
+    own = load_encoder(source)
+    size = 2 * own.preprocess.image_size
+    if name in ONE_SIZE:
+        with pytest.raises(ValueError, match=f"takes images of {own.preprocess.image_size} pixels, not of {size}"):
+            load_encoder(source, image_size=size)
+        return
+    encoder = load_encoder(source, image_size=size)
+    images = torch.rand(2, 3, size, size)
+    assert encoder.preprocess.image_size == size
+    assert encoder(images).shape == (2, own.feature_dim)
+    again = load_encoder(encoder.source)
+    assert torch.equal(again(images), encoder(images))
+    assert torch.allclose(load_encoder(source, image_size=size // 2)(images), own(images), atol=1e-5)
+
+
+def test_image_size_is_fingerprinted(tmp_path: Path) -> None:
+    write_clip(tmp_path)
+    source = f"open_clip:local-dir:{tmp_path}"
+    encoder = load_encoder(source)
+    larger = load_encoder(source, image_size=2 * encoder.preprocess.image_size)
+    assert is_local(larger.source)
+    assert any(cause.startswith("image_size was") for cause in differences(fingerprint(encoder), larger))
+
+
+def test_load_clip_keeps_its_text_tower(tmp_path: Path) -> None:
+    write_clip(tmp_path)
+    source = f"open_clip:local-dir:{tmp_path}"
+    own, text = load_clip(source)
+    encoder, same = load_clip(source, image_size=2 * own.preprocess.image_size)
+    assert encoder.source == same.source == f"{source}?image_size={2 * own.preprocess.image_size}"
+    assert torch.equal(text(["a dog"]), same(["a dog"]))
+
+
+def test_image_size_must_suit_the_patches(tmp_path: Path) -> None:
+    source = zoo.ZOO["open_clip: ViT, MultiheadAttention"](tmp_path).source
+    with pytest.raises(ValueError, match="a multiple of its patches of 8 pixels"):
+        load_encoder(source, image_size=37)
