@@ -5,7 +5,7 @@ untouched base, adapters from the first block on, from the middle, and from the 
 a busy machine slows all of them alike; the median round counts. Writes ``results/shared_trunk.json`` and
 ``.md``. Three to ten minutes on one CPU core.
 
-    python -m benchmarks.shared_trunk [--arch ViT-B-32] [--batch 64] [--rounds 7] [--device cuda]
+    python -m benchmarks.shared_trunk [--arch ViT-B-32] [--batch 64] [--rounds 7] [--device cuda [--precision bf16]]
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
     parser.add_argument("--rank", type=int, default=8, help="of the adapters")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=ROOT / "results")
+    parser.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="bf16: by autocast")
+    parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the two files")
     options = parser.parse_args(arguments)
     logging.disable(logging.WARNING)
     torch.manual_seed(0)
@@ -105,10 +106,12 @@ def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
         if first:
             del apart
 
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.precision != "fp32"
     times: dict[tuple[str, bool], list[float]] = {(name, back): [] for name in variants for back in (False, True)}
     for turn in range(options.rounds + 1):
         for (name, backward), taken in times.items():
-            elapsed = seconds(variants[name][1], images, backward)
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+                elapsed = seconds(variants[name][1], images, backward)
             if turn:  # the first round warms up
                 taken.append(elapsed)
     medians = {key: statistics.median(taken) for key, taken in times.items()}
@@ -138,7 +141,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
     unit = "CPU seconds" if options.device == "cpu" else "seconds"
     text = (
         f"# A shared trunk beside separate encoders\n\nopen_clip's {options.arch}, batch {options.batch}, two LoRA "
-        f"branches of rank {options.rank} and the base, {options.device}, {torch.get_num_threads()} torch thread(s); "
+        f"branches of rank {options.rank} and the base, {options.device}, {options.precision}, "
+        f"{torch.get_num_threads()} torch thread(s); "
         f"{unit}, median of {options.rounds} rounds in turns; ratios are to one undefended encoder. Written by "
         "`benchmarks/shared_trunk.py`.\n\n| | weights | forward | forward and gradient to the input |\n"
         f"|---|---|---|---|\n{lines}\n\n"

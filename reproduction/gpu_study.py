@@ -67,9 +67,7 @@ class Tuning:
 
 
 TUNINGS = {
-    "gen_af": Tuning(
-        defence="gen_af", steps=155, options={"attack_steps": ATTACK_STEPS, "attack_step_size": None}, head="linear"
-    ),
+    "gen_af": Tuning(defence="gen_af", steps=155, options={"attack_steps": ATTACK_STEPS, "attack_step_size": None}),
     "released": Tuning(  # as the authors' code does: no augmentation, no clipping
         defence="gen_af_released",
         steps=154,

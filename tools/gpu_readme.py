@@ -96,8 +96,8 @@ def shortcomings(study: dict[str, Any], universal: dict[str, Any]) -> Iterator[s
         f"On CIFAR-10 one branch alone, the auxiliary encoder tuned by FARE, is more robust than every fusion: "
         f"{percent(cifar[alone, T1.key, 'worst'])} % under T1 and {percent(white_box[alone])} % under T2, against at "
         f"most {percent(best_fusion(cifar, T1.key, 'worst'))} % and "
-        f"{percent(max(value for name, value in white_box.items() if name.startswith(DEFENCES)))} %. The T1 attacker "
-        "does not know it, and it was pre-trained with labels. On GTSRB it has "
+        f"{percent(max(value for name, value in white_box.items() if name.startswith(DEFENCES)))} % (under T2 the "
+        "intervals overlap). The T1 attacker does not know it, and it was pre-trained with labels. On GTSRB it has "
         f"{percent(gtsrb[alone, CLEAN.key, 'none'])} % on clean images."
     )
     yield (
@@ -303,7 +303,7 @@ def tuning_cost(heading: str = "###", kind: str | None = None) -> Iterator[str]:
         ]
         steps = f"PGD-{run['attack_steps']}, batch {run['batch']}, {run['rounds']} rounds"
         yield f"{heading} {run['arch']}, {run['run']}: {steps}"
-        yield markdown_table(["contestant", "images/s", *(f"speed over {base}" for base in bases), *columns], lines)
+        yield markdown_table(["variant", "images/s", *(f"speed over {base}" for base in bases), *columns], lines)
         if cold := run.get("first_step_with_an_empty_compiler_cache_s"):
             seconds = ", ".join(f"{name} {value:.0f} s" for name, value in cold.items())
             yield f"The graphs were in the compiler's cache; the first step with an empty cache: {seconds}."

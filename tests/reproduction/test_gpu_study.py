@@ -24,6 +24,7 @@ def test_gpu_study_rejects_an_unknown_defence() -> None:
         gpu_study.parse(["--small", "--defences", "[fares]"])
 
 
+@pytest.mark.slow
 def test_gpu_study_small_evaluates_a_defence_with_its_controls(tmp_path: Path) -> None:
     result = tmp_path / "result"
     report = gpu_study.main(gpu_study.parse(["--small", "--out", str(tmp_path / "run"), "--result", str(result)]))
