@@ -152,7 +152,7 @@ def _pretrain(config: Settings, accelerator: Accelerator, started: float) -> dic
 
 def load_splits(config: Settings) -> tuple[LabelledImages, LabelledImages]:
     """Training and held-out images of the configured part of the split, in file order."""
-    data = load_data(config.data, config.split, config.image_size)
+    data = load_data(config.data, config.split, config.image_size, labelled=False)
     half = len(data) // 2
     start, stop = {"all": (0, len(data)), "first_half": (0, half), "second_half": (half, len(data))}[config.part]
     if set(data.labels[:half].tolist()) != set(data.labels[half:].tolist()) and config.part != "all":

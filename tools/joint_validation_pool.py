@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import ClassLabel, Features, Image, concatenate_datasets
 
-from zepad_mm.data.loading import find_columns, open_table, read_class_names
+from zepad_mm.data.loading import class_names_of, find_columns, open_table
 
 SHARE_HELD_OUT = 0.05  # of a set without a validation split
 
@@ -49,7 +49,7 @@ def _parts(source: str, leave_out: Sequence[str], seed: int) -> tuple[Any, Any]:
 def _plain(table: Any, source: str, leave_out: Sequence[str]) -> Any:
     image, label = find_columns(table, source)
     table = table.select_columns([image, label]).rename_columns({image: "image", label: "label"})
-    names = read_class_names(table, "label")
+    names = class_names_of(table.features, "label")
     kept = [name for name in names if name not in leave_out]
     place = [kept.index(name) if name in kept else -1 for name in names]
     table = table.select([row for row, old in enumerate(table["label"]) if place[old] >= 0])

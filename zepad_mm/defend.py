@@ -16,7 +16,7 @@ from typing import Any, Literal
 from accelerate import Accelerator
 
 from zepad_mm.attacks import FeatureUAP
-from zepad_mm.data import LabelledImages, load_data
+from zepad_mm.data import LabelledImages, SplitNotFoundError, load_data
 from zepad_mm.defences import DEFENCES
 from zepad_mm.encoders import Encoder, LoraSettings, has_lora, load_clip, load_encoder
 from zepad_mm.encoders.prompts import templates_of
@@ -184,7 +184,7 @@ def _load_splits(source: str, settings: DefendSettings, resize: Resize) -> tuple
     train = load_data(source, "train", size, settings.n_train, seed)
     try:
         return train, load_data(source, "validation", size, settings.n_validation, seed)
-    except (FileNotFoundError, ValueError) as error:
+    except SplitNotFoundError as error:
         log.info("%s; a tenth of 'train' is held out for validation", error)
     rest, held_out = train.split(0.1, seed)
     return rest, held_out.sample(settings.n_validation, seed)

@@ -66,7 +66,7 @@ def craft(settings: AttackSettings, progress: bool = True) -> Perturbation:
     split = settings.split or ("surrogate" if settings.data == "embedded" else "train")
     resize = next(iter(encoders.values())).preprocess.at(settings.image_size)
     attack = replace(attack, image_size=resize.image_size)
-    data = load_data(settings.data, split, resize, settings.n, settings.seed)
+    data = load_data(settings.data, split, resize, settings.n, settings.seed, labelled=False)
     perturbation = attack.fit(encoders, data.images.to(device), progress=progress)
     settings.path.parent.mkdir(parents=True, exist_ok=True)
     perturbation.save(settings.path)

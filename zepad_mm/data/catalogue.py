@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from zepad_mm.encoders.prompts import clean_name
+from zepad_mm.data.folders import SplitNotFoundError
 from zepad_mm.utils.registry import Registry
+from zepad_mm.utils.validation import clean_name
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class CatalogueEntry:
                 "with its parquet files or class folders"
             )
         if split not in self.splits:
-            raise FileNotFoundError(f"dataset {self.name!r} has no split {split!r}; it has {', '.join(self.splits)}")
+            raise SplitNotFoundError(f"dataset {self.name!r} has no split {split!r}; it has {', '.join(self.splits)}")
         return "train" if split in self.shares or self.split_column else split
 
     def rows(self, split: str) -> list[int]:

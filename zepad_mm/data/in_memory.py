@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zepad_mm.data.base import IndexedDataset
-from zepad_mm.data.loading import dataset_name, decode, find_columns, open_table, read_class_names, undecoded
+from zepad_mm.data.loading import (
+    check_label_column,
+    class_names_of,
+    dataset_name,
+    decode,
+    find_columns,
+    open_table,
+    raise_damaged,
+    undecoded,
+)
 from zepad_mm.utils.images import Resize, as_resize
 from zepad_mm.utils.seeding import seeded_generator
+
+UNLABELLED = -1
 
 
 @dataclass(frozen=True)
@@ -41,43 +53,68 @@ class LabelledImages(IndexedDataset):
 
 
 def load_data(
-    source: str, split: str, image_size: int | Resize = 64, n: int | None = None, seed: int = 0
+    source: str,
+    split: str,
+    image_size: int | Resize = 64,
+    n: int | None = None,
+    seed: int = 0,
+    labelled: bool = True,
 ) -> LabelledImages:
     """A labelled image dataset in memory.
 
     Args:
-        source: ``"embedded"``; a folder with parquet files named ``SPLIT-*.parquet`` or with class folders
-            (``imagefolder``); the name of a dataset on the Hub, e.g. ``"uoft-cs/cifar10"``; or a short name of the
-            ``CATALOGUE``, e.g. ``"svhn"``.
+        source: ``"embedded"``; a folder with parquet files or class folders (see :mod:`zepad_mm.data.folders`); the
+            name of a dataset on the Hub, e.g. ``"uoft-cs/cifar10"``; or a short name of the ``CATALOGUE``, e.g.
+            ``"svhn"``. Where several columns fit, ``NAME?image=COLUMN&label=COLUMN`` says which.
         split: ``train``, ``test``, ..., or several as ``train+surrogate``; the embedded dataset has ``surrogate``,
             ``train``, ``validation``, ``test``.
         image_size: an encoder's ``preprocess``: images are resized and cropped as it would do itself, so that it sees
             the same pixels as of the files; or a side in pixels, which every image is squashed to, as the embedded
             CLIP does.
         n: number of images, drawn by ``seed``; None: all.
+        labelled: whether labels are needed; without, a folder of images needs no class folders, and labels that are
+            not there are -1.
 
     Raises:
         FileNotFoundError: no such folder or split.
-        ValueError: no image or label column, or a dataset that does not match its catalogue entry.
+        ValueError: damaged or missing images, missing labels or labels outside the classes (with their rows), no image
+            or label column or several, or a dataset that does not match its catalogue entry.
     """
     table = open_table(source, split)
-    image_column, label_column = find_columns(table, source)
+    image_column, label_column = find_columns(table, source, labelled)
+    names, name = class_names_of(table.features, label_column), dataset_name(source)
+    rows = list(range(len(table)))
     if n is not None and n < len(table):
         if n < 1:
             raise ValueError(f"n: expected a positive number of images, got {n}")
-        order = torch.randperm(len(table), generator=seeded_generator(seed))
-        table = table.select(sorted(order[:n].tolist()))
-    names = read_class_names(table, label_column)
-    labels = torch.tensor(table[label_column], dtype=torch.long)
-    rows, resize, name = undecoded(table, image_column)[image_column], as_resize(image_size), dataset_name(source)
-    images = torch.stack([decode(row, resize, f"{name}, {split}, row {number}") for number, row in enumerate(rows)])
-    return LabelledImages(images, labels, names, name)
+        rows = sorted(torch.randperm(len(table), generator=seeded_generator(seed))[:n].tolist())
+        table = table.select(rows)
+    where = f"{name}, split {split}"
+    labels = torch.full((len(rows),), UNLABELLED)
+    if label_column is not None:
+        labels = check_label_column(table[label_column][:], len(names), where)
+    encoded = undecoded(table.select_columns([image_column]), image_column)
+    return LabelledImages(_decode_all(encoded[image_column], rows, as_resize(image_size), where), labels, names, name)
+
+
+def _decode_all(encoded: Iterable[Any], rows: Sequence[int], resize: Resize, where: str) -> Tensor:
+    """The images (N, 3, S, S). Raises one ValueError for all that are damaged, with their rows and paths."""
+    images, damaged = [], []
+    for number, row in zip(rows, encoded, strict=True):
+        try:
+            images.append(decode(row, resize, f"row {number}"))
+        except ValueError as error:
+            damaged.append(str(error))
+    raise_damaged(damaged, len(rows), where)
+    if not images:
+        raise ValueError(f"{where}: there is no image")
+    return torch.stack(images)
 
 
 def load_class_names(source: str, split: str) -> tuple[str, ...]:
     """The class names of a dataset, without its images; arguments and errors as :func:`load_data`."""
     table = open_table(source, split)
-    return read_class_names(table, find_columns(table, source)[1])
+    return class_names_of(table.features, find_columns(table, source)[1])
 
 
 def load_embedded(split: str, n: int | None = None) -> tuple[Tensor, Tensor]:

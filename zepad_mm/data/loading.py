@@ -2,33 +2,73 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import zepad_mm.data.catalogue_entries  # noqa: F401  registers the entries
 from zepad_mm.data.catalogue import CATALOGUE, find_entry, select_split
+from zepad_mm.data.folders import ImageFiles, SplitNotFoundError, image_files, parquet_files
 from zepad_mm.encoders.prompts import clean_name
-from zepad_mm.utils.images import Resize, read_image
+from zepad_mm.utils.images import Resize, check_image, read_image
 from zepad_mm.utils.io import ASSETS
+from zepad_mm.utils.validation import check_names
 
 EMBEDDED_DATA = ASSETS / "clothing"
+SHOWN = 5  # damaged images that an error names
+CACHE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 EMBEDDED_SPLITS = ("surrogate", "train", "validation", "test")
 
 
 def open_table(source: str, split: str, streaming: bool = False) -> Any:
     """A split, or several as ``train+test``, as a memory-mapped ``datasets.Dataset`` or a stream, not decoded.
 
+    Local folders are never streamed here: see :func:`zepad_mm.data.stream_images`.
+
     Raises:
         FileNotFoundError: no such folder or split.
-        ValueError: a truncated file.
+        ValueError: a damaged file, a layout that can be read in two ways, or parts with other classes.
+        OSError: the cache of ``datasets`` cannot be written.
     """
     from datasets import concatenate_datasets
 
     tables = [_open(source, part, streaming) for part in split.split("+")]
+    for table in tables[1:]:
+        if table.features != tables[0].features:
+            raise ValueError(
+                f"dataset {source!r}: the parts of {split!r} have other columns or classes: {dict(tables[0].features)} "
+                f"and {dict(table.features)!s:.500}"
+            )
     return tables[0] if len(tables) == 1 else concatenate_datasets(tables)
+
+
+def local_folder(source: str) -> Path | None:
+    """The folder of a dataset; None for one of the Hub. Raises FileNotFoundError for a path that is no folder."""
+    name = split_options(source)[0]
+    folder = EMBEDDED_DATA if name == "embedded" else Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if name == "embedded" or name.startswith((".", "/", "~")) or folder.exists():
+        raise FileNotFoundError(f"{folder} is not a folder; expected parquet files or class folders of images there")
+    return None
+
+
+def split_options(source: str) -> tuple[str, dict[str, str]]:
+    """``NAME?image=COLUMN&label=COLUMN`` in name and columns. Raises ValueError for other options."""
+    name, mark, options = source.rpartition("?")
+    if not mark or Path(source).is_dir():
+        return source, {}
+    found = dict(option.partition("=")[::2] for option in options.split("&"))
+    if not found.keys() <= {"image", "label"} or not all(found.values()):
+        raise ValueError(f"dataset {source!r}: expected NAME?image=COLUMN&label=COLUMN, got {options!r}")
+    return name, found
 
 
 def _open(source: str, split: str, streaming: bool) -> Any:
@@ -37,17 +77,13 @@ def _open(source: str, split: str, streaming: bool) -> Any:
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     datasets.disable_progress_bars()
-    folder = EMBEDDED_DATA if source == "embedded" else Path(source)
-    if folder.is_dir():
-        files = sorted(str(path) for path in folder.glob(f"{split}*.parquet"))
-        if files:
-            return _read_parquet(files, streaming)
-        if any(folder.glob("*.parquet")):
-            available = sorted({path.name.split("-")[0].removesuffix(".parquet") for path in folder.glob("*.parquet")})
-            raise FileNotFoundError(f"dataset {source!r} has no split {split!r}; it has {', '.join(available)}")
-        return load_dataset("imagefolder", data_dir=str(folder), split=split, streaming=streaming)
-    if source == "embedded" or source.startswith((".", "/")):
-        raise FileNotFoundError(f"{folder} is not a folder; expected parquet files or class folders of images there")
+    folder = local_folder(source)
+    if folder is not None:
+        files = parquet_files(folder, split)
+        if files is None:
+            return _image_table(image_files(folder, split))
+        return _read_parquet(files, in_memory=folder == EMBEDDED_DATA)
+    source = split_options(source)[0]
     entry = find_entry(source)
     hub, config, hub_split = (
         (source, None, split) if entry is None else (entry.hub, entry.config, entry.hub_split(split))
@@ -55,6 +91,9 @@ def _open(source: str, split: str, streaming: bool) -> Any:
     try:
         table = load_dataset(hub, config, split=hub_split, streaming=streaming)
     except Exception as error:
+        _raise_cache_error(error)
+        if isinstance(error, ValueError) and "Unknown split" in str(error):
+            raise SplitNotFoundError(f"dataset {source!r} has no split {split!r}: {error}") from error
         raise FileNotFoundError(
             f"dataset {source!r} is neither a folder here nor reachable on the Hub"
             f"{f' as {hub}' if hub != source else ''} ({type(error).__name__}: "
@@ -65,31 +104,156 @@ def _open(source: str, split: str, streaming: bool) -> Any:
     return table if entry is None else select_split(entry, table, split)
 
 
-def _read_parquet(files: list[str], streaming: bool) -> Any:
-    from datasets import Dataset, IterableDataset
+def _image_table(files: ImageFiles) -> Any:
+    """Paths and labels as a table; the images are read when they are decoded."""
+    from datasets import ClassLabel, Dataset, Features, Image
+
+    columns: dict[str, Any] = {"image": [{"bytes": None, "path": path} for path in files.paths]}
+    features: dict[str, Any] = {"image": Image(decode=False)}
+    if files.labels is not None:
+        columns["label"], features["label"] = list(files.labels), ClassLabel(names=list(files.class_names))
+    return Dataset.from_dict(columns, Features(features)).cast_column("image", Image())
+
+
+def parquet_features(file: Any) -> Any:
+    """(the open ``ParquetFile``, its ``Features``). Raises ValueError for a damaged file."""
+    import pyarrow as pa
+    from datasets import Features
+    from pyarrow.parquet import ParquetFile
 
     try:
-        return (IterableDataset if streaming else Dataset).from_parquet(files)
-    except Exception as error:  # pyarrow, datasets and fsspec raise errors of their own
-        raise ValueError(f"{', '.join(files)} is not a complete parquet file ({error})") from error
+        opened = ParquetFile(file)
+    except (pa.ArrowException, EOFError) as error:
+        raise ValueError(f"{file} is not a complete parquet file ({error})") from error
+    return opened, Features.from_arrow_schema(opened.schema_arrow)
 
 
-def find_columns(table: Any, source: str) -> tuple[str, str]:
-    """The names of the image column and the label column. Raises ValueError if one is missing."""
+def _read_parquet(files: list[Path], in_memory: bool) -> Any:
+    """The rows of all files: in memory without a cache, or by the cache of ``datasets``, memory-mapped."""
+    import pyarrow as pa
+    from datasets import Dataset, concatenate_datasets
+    from datasets.table import InMemoryTable
+
+    opened = [parquet_features(file) for file in files]
+    if in_memory:
+        return concatenate_datasets([Dataset(InMemoryTable(one.read())) for one, _ in opened])
+    try:
+        return Dataset.from_parquet([_without_wildcards(file) for file in files])
+    except Exception as error:  # pyarrow's errors come wrapped in those of datasets
+        _raise_cache_error(error)
+        if any(isinstance(cause, pa.ArrowException | OSError) for cause in _causes(error)):
+            for file, (one, _) in zip(files, opened, strict=True):
+                _check_readable(file, one)
+        first = str(_causes(error)[-1]).partition("\n")[0]
+        raise ValueError(f"{', '.join(map(str, files))} cannot be read together ({first[:500]})") from error
+
+
+def _check_readable(file: Path, opened: Any) -> None:
+    """Raise ValueError where a part of a parquet file is damaged."""
+    import pyarrow as pa
+
+    for number in range(opened.num_row_groups):
+        try:
+            opened.read_row_group(number)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(
+                f"{file} is not a complete parquet file: row group {number} is damaged ({error})"
+            ) from error
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+    return causes
+
+
+def _raise_cache_error(error: BaseException) -> None:
+    """Raise the error of the file system behind ``error``, if there is one: a cache that cannot be written."""
+    for cause in _causes(error):
+        if isinstance(cause, OSError) and cause.errno in CACHE_ERRORS:
+            raise OSError(
+                cause.errno,
+                f"{os.strerror(cause.errno)}; datasets keeps its cache there: set HF_HOME to a folder that can be "
+                "written and has space",
+                cause.filename,
+            ) from error
+
+
+def _without_wildcards(path: Path) -> str:
+    """The path for ``datasets``, which reads brackets, stars and question marks as wildcards."""
+    return re.sub(r"([\[*?])", r"[\1]", str(path.resolve()))
+
+
+def find_columns(table: Any, source: str, labelled: bool = True) -> tuple[str, str | None]:
+    """The names of the image column and the label column, by :func:`choose_columns`."""
+    return choose_columns(table.features, source, labelled)
+
+
+def choose_columns(features: Any, source: str, labelled: bool = True) -> tuple[str, str | None]:
+    """The names of the image column and of the label column (None: there is none, and ``labelled`` is False).
+
+    Those that the source asks for as ``NAME?image=COLUMN&label=COLUMN``; else those named "image" and "label"; else the
+    only ones of their kind. Raises ValueError if one is missing or several fit.
+    """
     from datasets import ClassLabel, Image
 
-    images = [name for name, feature in table.features.items() if isinstance(feature, Image)]
-    labels = [name for name, feature in table.features.items() if isinstance(feature, ClassLabel)]
-    if not images or not labels:
+    asked = split_options(source)[1]
+    image = _choose(features, "image", Image, asked, source)
+    if image is None:
+        raise ValueError(f"dataset {source!r} has the columns {_described(features)}; expected one of type Image")
+    label = _choose(features, "label", ClassLabel, asked, source)
+    if label is None and labelled:
         raise ValueError(
-            f"dataset {source!r} has the columns {dict(table.features)}; expected one of type Image and one ClassLabel"
+            f"dataset {source!r} has no labels: its columns are {_described(features)}; expected class folders, or a "
+            "column of type ClassLabel, e.g. table.cast_column('label', ClassLabel(names=['cat', 'dog']))"
         )
-    return images[0], "label" if "label" in labels else labels[0]
+    return image, label
 
 
-def read_class_names(table: Any, label_column: str) -> tuple[str, ...]:
-    """The class names, cleaned for prompts."""
-    return tuple(clean_name(name) for name in table.features[label_column].names)
+def _choose(features: Any, kind: str, feature: type, asked: dict[str, str], source: str) -> str | None:
+    """The column of a kind: asked for, by its name, or the only one of its type."""
+    fitting = [name for name, value in features.items() if isinstance(value, feature)]
+    wanted = asked.get(kind, kind)
+    if wanted in fitting:
+        return wanted
+    hint = f"write {split_options(source)[0]}?{kind}=COLUMN"
+    if kind in asked or wanted in features:
+        shown = f"{features[wanted]!s:.200}" if wanted in features else "missing"
+        raise ValueError(
+            f"dataset {source!r}: the column {wanted!r} is {shown}; expected one of type {feature.__name__}"
+            f"{f': {hint} for one of ' + ', '.join(fitting) if fitting else ''}"
+        )
+    if len(fitting) > 1:
+        raise ValueError(
+            f"dataset {source!r} has several columns of type {feature.__name__}: {', '.join(fitting)}; {hint}"
+        )
+    return fitting[0] if fitting else None
+
+
+def _described(features: Any) -> str:
+    return ", ".join(f"{name} ({type(value).__name__})" for name, value in features.items())
+
+
+def class_names_of(features: Any, label_column: str | None) -> tuple[str, ...]:
+    """The class names, cleaned for prompts; none without a label column. Raises ValueError for equal ones."""
+    if label_column is None:
+        return ()
+    return tuple(clean_name(name) for name in check_names(features[label_column].names, "class names of the data set"))
+
+
+def check_label_column(labels: Sequence[int | None], classes: int, where: str) -> Tensor:
+    """The labels (N,) as int64. Raises ValueError, with the first row, where one is missing, hidden or no class."""
+    found = torch.tensor([-1 if label is None else int(label) for label in labels], dtype=torch.long)
+    wrong = ((found < 0) | (found >= classes)).nonzero().flatten().tolist()
+    if wrong:
+        value = labels[wrong[0]]
+        raise ValueError(
+            f"{where}: row {wrong[0]} has {'no label' if value is None else f'the label {value}'}, and so have "
+            f"{len(wrong)} of {len(found)} rows; expected class indices from 0 to {classes - 1}. Is it a split whose "
+            "labels are hidden?"
+        )
+    return found
 
 
 def undecoded(table: Any, image_column: str) -> Any:
@@ -101,24 +265,44 @@ def undecoded(table: Any, image_column: str) -> Any:
 
 def decode(row: Any, resize: Resize, where: str) -> Tensor:
     """The image (3, S, S) in [0, 1] of an undecoded row. Raises ValueError, with ``where``, for what is not one."""
+    return read_image(*_file_of(row, where), resize)
+
+
+def check_header(row: Any, where: str) -> None:
+    """Raise ValueError, with ``where``, for an undecoded row that holds no image of our formats."""
+    check_image(*_file_of(row, where))
+
+
+def _file_of(row: Any, where: str) -> tuple[Any, str]:
+    """The file of an undecoded row, and its name in messages."""
     path = row.get("path") if isinstance(row, dict) else None
     what = f"{where} ({path})" if path else where
     if isinstance(row, dict) and row.get("bytes") is not None:
-        return read_image(io.BytesIO(row["bytes"]), what, resize)
+        return io.BytesIO(row["bytes"]), what
     if not path:
-        raise ValueError(f"{what}: expected an image, got none")
-    if Path(path).is_file():
-        return read_image(path, what, resize)
+        raise ValueError(f"{what}: expected an image, got None")
+    if Path(path).exists() or "://" not in path:
+        return path, what
     from datasets.utils.file_utils import xopen  # a member of an archive, or a URL of the Hub
 
     try:
         with xopen(path, "rb") as file:
-            content = file.read()
+            return io.BytesIO(file.read()), what
     except OSError as error:
         raise ValueError(f"{what} could not be read: {error.strerror or error}") from error
-    return read_image(io.BytesIO(content), what, resize)
+
+
+def raise_damaged(damaged: Sequence[str], total: int, where: str) -> None:
+    """Raise one ValueError for all damaged images, if there are any."""
+    if damaged:
+        more = f" and {len(damaged) - SHOWN} more" if len(damaged) > SHOWN else ""
+        raise ValueError(
+            f"{where}: {len(damaged)} of {total} images cannot be used; replace or delete them: "
+            f"{'; '.join(damaged[:SHOWN])}{more}"
+        )
 
 
 def dataset_name(source: str) -> str:
     """The name of a dataset in reports, without local folders."""
-    return "clothing" if source == "embedded" else Path(source).name
+    name = split_options(source)[0]
+    return "clothing" if name == "embedded" else Path(name).name or Path(name).resolve().name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -48,7 +49,7 @@ class TextEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, texts: Sequence[str]) -> Tensor:
         """N texts to unit-length embeddings (N, D). Raises ValueError for an empty list."""
-        texts = check_names(texts, "texts") if not isinstance(texts, list) or not texts else texts
+        texts = check_names(texts, "texts") if isinstance(texts, str) or not texts else list(texts)
         device = next(self.tower.parameters()).device
         rows = [
             F.normalize(self.tower.encode_text(self.tokenizer(texts[start : start + 256]).to(device)), dim=-1)
@@ -60,12 +61,14 @@ class TextEncoder(nn.Module):
     def class_embeddings(self, class_names: Sequence[str], prompts: str | Sequence[str] = "photo") -> Tensor:
         """Prompt-ensembled class embeddings (C, D): unit-length mean over the templates of unit-length embeddings.
 
-        Kept for the next call with the same names and templates; of many such sets the last CACHED_SETS.
+        Kept for the next call with the same names and templates; of many such sets the last CACHED_SETS. Warns of names
+        that the tokenizer cuts off. Raises ValueError for names that are the same to it.
         """
         names = [clean_name(name) for name in check_names(class_names)]
         templates = templates_of(prompts)
         key = (tuple(names), templates)
         if key not in self._cache:
+            self._check_tokens(names, templates)
             with preserved_process_state(), torch.no_grad():  # kept, so never inference tensors nor of half precision
                 embeddings = self([template.format(name) for name in names for template in templates])
                 mean = embeddings.view(len(names), len(templates), -1).mean(dim=1)
@@ -74,6 +77,38 @@ class TextEncoder(nn.Module):
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)
         return self._cache[key]
+
+    def _check_tokens(self, names: list[str], templates: tuple[str, ...]) -> None:
+        """Raise ValueError for names with the same tokens; warn of those that are cut off."""
+        shortest, longest = min(templates, key=len), max(templates, key=len)
+        first: dict[tuple[int, ...], str] = {}
+        for name, row in zip(names, self._tokens([shortest.format(name) for name in names]), strict=True):
+            if first.setdefault(row, name) is not name:
+                raise ValueError(
+                    f"class names: {first[row]!r:.100} and {name!r:.100} are the same tokens to {self.source}; "
+                    "give names that differ in letters and within the tokens that it reads"
+                )
+        texts = [longest.format(name) for name in names]
+        whole, without_end = self._tokens(texts), self._tokens([text[:-1] for text in texts])
+        cut = [name for name, row, other in zip(names, whole, without_end, strict=True) if row == other]
+        if cut:
+            warnings.warn(
+                f"{len(cut)} of {len(names)} class names are cut off: {self.source} reads {len(whole[0])} tokens of a "
+                f"text, and {cut[0]!r:.100} with its prompt {longest!r:.100} is longer; shorten it",
+                stacklevel=3,
+            )
+
+    def _tokens(self, texts: list[str]) -> list[tuple[int, ...]]:
+        """The token ids of each text, without the padding that depends on the batch."""
+        rows: list[tuple[int, ...]] = []
+        for start in range(0, len(texts), 4096):
+            tokens = self.tokenizer(texts[start : start + 4096])
+            if isinstance(tokens, Tensor):
+                rows += map(tuple, tokens.tolist())
+                continue
+            masks = tokens.get("attention_mask", torch.ones_like(tokens["input_ids"])).bool()
+            rows += [tuple(ids[mask].tolist()) for ids, mask in zip(tokens["input_ids"], masks, strict=True)]
+        return rows
 
 
 def load_clip(

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from string import Formatter
 
 from zepad_mm.utils.registry import Registry
+from zepad_mm.utils.validation import clean_name
+
+__all__ = ["PROMPTS", "clean_name", "templates_of"]
 
 PROMPTS: Registry[tuple[str, ...]] = Registry("prompt set")
 
@@ -45,8 +48,3 @@ def _has_one_place(template: str) -> bool:
     except ValueError:  # a lone brace
         return False
     return fields == [["", "", None]]
-
-
-def clean_name(name: str) -> str:
-    """A class name as a person would write it: ``"T_shirt "`` becomes ``"T shirt"``."""
-    return " ".join(name.replace("_", " ").split())

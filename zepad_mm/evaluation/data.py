@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from zepad_mm.data import LabelledImages, load_data
+from zepad_mm.data import LabelledImages, SplitNotFoundError, load_data
 from zepad_mm.evaluation.settings import EvalSettings
 from zepad_mm.utils.images import Resize
 from zepad_mm.utils.seeding import seeded_generator
@@ -15,6 +15,17 @@ from zepad_mm.utils.seeding import seeded_generator
 log = logging.getLogger(__name__)
 
 DEFAULT_SIZE = 64  # pixels, of images for models without an encoder of ours
+
+
+def _halves_of_train(source: str, settings: EvalSettings, size: int | Resize) -> tuple[LabelledImages, LabelledImages]:
+    """Validation and surrogate images, disjoint, from the training split."""
+    wanted = None
+    if settings.n_validation is not None and settings.n_surrogate is not None:
+        wanted = settings.n_validation + settings.n_surrogate
+    train = load_data(source, "train", size, wanted, settings.seed)
+    order = torch.randperm(len(train), generator=seeded_generator(settings.seed))
+    cut = min(settings.n_validation or len(train), len(train) // 2)
+    return train.subset(order[:cut]), train.subset(order[cut:])
 
 
 @dataclass(frozen=True)
@@ -47,18 +58,28 @@ class EvalData:
         size = resize.at(settings.image_size) if resize else settings.image_size or DEFAULT_SIZE
         seed = settings.seed
         test = load_data(source, settings.test_split, size, settings.n, seed)
+        validation = surrogate = None
         try:
             validation = load_data(source, settings.validation_split, size, settings.n_validation, seed)
-            surrogate = load_data(source, settings.surrogate_split, size, settings.n_surrogate, seed)
-        except (FileNotFoundError, ValueError) as error:
-            log.info("%s; drawing validation and surrogate images from 'train'", error)
-            wanted = None
-            if settings.n_validation is not None and settings.n_surrogate is not None:
-                wanted = settings.n_validation + settings.n_surrogate
-            train = load_data(source, "train", size, wanted, seed)
-            order = torch.randperm(len(train), generator=seeded_generator(seed))
-            cut = min(settings.n_validation or len(train), len(train) // 2)
-            validation, surrogate = train.subset(order[:cut]), train.subset(order[cut:])
+        except SplitNotFoundError as error:
+            log.info("%s; drawing validation images from 'train'", error)
+        try:
+            surrogate = load_data(source, settings.surrogate_split, size, settings.n_surrogate, seed, labelled=False)
+        except SplitNotFoundError as error:
+            log.info("%s; drawing surrogate images from 'train'", error)
+        if validation is None and surrogate is None:
+            validation, surrogate = _halves_of_train(source, settings, size)
+        elif validation is None:
+            validation = load_data(source, "train", size, settings.n_validation, seed)
+        elif surrogate is None:
+            surrogate = load_data(source, "train", size, settings.n_surrogate, seed, labelled=False)
+        assert validation is not None
+        assert surrogate is not None
+        if validation.class_names != test.class_names:
+            raise ValueError(
+                f"data set {test.name!r} has the classes {', '.join(test.class_names)} in the split "
+                f"{settings.test_split!r} and {', '.join(validation.class_names)} in that of the validation images"
+            )
         return cls(test, validation, surrogate).limited(settings)
 
     def limited(self, settings: EvalSettings) -> EvalData:

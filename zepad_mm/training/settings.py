@@ -132,6 +132,7 @@ class DataSettings(Config):
             train: LabelledImages | StoredImages = load_data(self.source, self.train_split, size, self.n_train, seed)
         else:
             train = open_images(self.source, self.train_split, size).sample(self.n_train, seed)
+            train.check_headers()
         if self.validation_split is not None:
             return train, self._validation(seed, size)
         rest, held = train.split(0.1, seed)

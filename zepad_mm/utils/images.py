@@ -11,8 +11,9 @@ Data sets, classifier, attacks and server read images here, so that the same fil
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ SUFFIXES = (
 )  # fmt: skip
 WIDEST = 32  # aspect ratio beyond which an image is cropped before it is resized
 
+T = TypeVar("T")
 Interpolation = Literal["bilinear", "bicubic"]
 ResizeMode = Literal["squash", "shortest"]
 
@@ -185,11 +187,21 @@ def read_image(
         ValueError: missing, truncated, of another format, too large, or of a mode that is not converted; names the
             image.
     """
+    return _opened(file, what, formats, lambda image: to_tensor(image, size, max_pixels))
+
+
+def check_image(file: Any, what: str, formats: Any = FORMATS) -> None:
+    """Raise ValueError, as :func:`read_image`, for a file whose header is not that of an image."""
+    _opened(file, what, formats, lambda image: None)
+
+
+def _opened(file: Any, what: str, formats: Any, use: Callable[[Any], T]) -> T:
+    """What ``use`` makes of the opened image. Raises ValueError, with ``what``, for everything that fails."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(file, formats=formats) as image:
-            return to_tensor(image, size, max_pixels)
+            return use(image)
     except UnidentifiedImageError as error:  # its message shows the memory address of the file object
         reason = f"expected one of the formats {', '.join(formats)}"
         if isinstance(file, str | os.PathLike) and not os.path.getsize(file):

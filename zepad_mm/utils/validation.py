@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+MAX_NAMES = 100_000  # of one model or label set: the text tower encodes each
 
 
 def check_images(images: Tensor) -> Tensor:
@@ -65,19 +68,39 @@ def check_labels(labels: Tensor | None, images: Tensor) -> Tensor:
     return labels.to(images.device, torch.long)
 
 
+def clean_name(name: str) -> str:
+    """A class name as a person would write it, in composed Unicode: ``"T_shirt "`` becomes ``"T shirt"``."""
+    return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").split())
+
+
 def check_names(names: Sequence[str], what: str = "class names") -> list[str]:
-    """The names as a list, if there is at least one and each is a non-empty, unique string."""
+    """The names as a list, if there is at least one and none is empty, or the same text as another.
+
+    Names are the same text if they differ in case, underscores, white space or Unicode form alone.
+
+    Raises:
+        ValueError: no names, too many, an empty one, or duplicates.
+    """
     if isinstance(names, str):
-        raise ValueError(f"{what}: expected a list of strings, got the string {names!r}; write [{names!r}]")
+        raise ValueError(f"{what}: expected a list of strings, got the string {names!r:.100}; write [{names!r:.100}]")
     names = list(names)
     if not names:
         raise ValueError(f"{what}: the list is empty; give at least one name, e.g. ['cat', 'dog']")
+    if len(names) > MAX_NAMES:
+        raise ValueError(f"{what}: expected at most {MAX_NAMES:,}, got {len(names):,}")
+    first: dict[str, str] = {}
+    twice = []
     for name in names:
         if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"{what}: expected non-empty strings, got {name!r}")
-    twice = sorted({name for name in names if names.count(name) > 1})
+            raise ValueError(f"{what}: expected non-empty strings, got {name!r:.100}")
+        text = unicodedata.normalize("NFC", clean_name(name).casefold())
+        if not text:
+            raise ValueError(f"{what}: expected names with letters, got {name!r:.100}")
+        if text in first:
+            twice.append(name if first[text] == name else f"{first[text]} (also as {name})")
+        first.setdefault(text, name)
     if twice:
-        raise ValueError(f"{what}: given more than once: {', '.join(twice)}")
+        raise ValueError(f"{what}: given more than once: {', '.join(text[:100] for text in sorted(set(twice))[:10])}")
     return names
 
 

@@ -1,0 +1,228 @@
+"""Which files of a folder belong to which split and class: by their place alone, never guessed from other words.
+
+Parquet files are named by their split (``train.parquet``, ``train-0.parquet``, ``train-00000-of-00002.parquet``), in
+the folder or in ``data/``. Image files lie in class folders, in split folders or not::
+
+    FOLDER/train/cat/1.jpg   FOLDER/test/dog/7.jpg    a folder for each split, in it one for each class
+    FOLDER/cat/1.jpg         FOLDER/dog/7.jpg         class folders: split here, see ``held_out_split``
+    FOLDER/train/1.jpg       FOLDER/1.jpg             no classes, where no labels are needed
+
+Split folders have the spellings of ``SPELLINGS``, in any case. Folders inside class folders belong to the class.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from zepad_mm.utils.images import SUFFIXES
+
+log = logging.getLogger(__name__)
+
+SPELLINGS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+    "surrogate": ("surrogate",),
+}
+SHARES = {"test": 0.2, "validation": 0.1}  # of the images of each class, where a folder has no splits; the rest: train
+LAYOUT = """expected one of
+    FOLDER/train/CLASS/IMAGE and FOLDER/test/CLASS/IMAGE (also validation/)
+    FOLDER/CLASS/IMAGE, which is split here
+    FOLDER/train-00000-of-00001.parquet and so on"""
+PARQUET = re.compile(r"(?P<split>.+?)(-(?P<number>\d+)(-of-(?P<total>\d+))?)?\.parquet", re.IGNORECASE)
+
+
+class SplitNotFoundError(FileNotFoundError):
+    """The dataset is there and has no such split."""
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """The image files of a split, in the order of their paths.
+
+    Attributes:
+        paths: of the files.
+        labels: class index of each; None without class folders.
+        class_names: names of the class folders of all splits, sorted.
+    """
+
+    paths: tuple[str, ...]
+    labels: tuple[int, ...] | None
+    class_names: tuple[str, ...]
+
+
+def split_of(name: str) -> str:
+    """The split that a folder or file of this name holds: itself, unless it is another spelling."""
+    lower = name.lower()
+    return next((split for split, spellings in SPELLINGS.items() if lower in spellings), lower)
+
+
+def parquet_files(folder: Path, split: str) -> list[Path] | None:
+    """The parquet files of a split, in order; None in a folder without parquet files.
+
+    Raises:
+        SplitNotFoundError: no file of this split. ValueError: two spellings of it, or a missing part.
+    """
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".parquet")
+    if not files and (folder / "data").is_dir():
+        files = sorted(path for path in (folder / "data").iterdir() if path.suffix.lower() == ".parquet")
+    if not files:
+        return None
+    matches = {path: match for path in files if (match := PARQUET.fullmatch(path.name))}
+    exact = [path for path, match in matches.items() if match["split"] == split]
+    chosen = exact or [path for path, match in matches.items() if split_of(match["split"]) == split_of(split)]
+    if not chosen:
+        available = sorted({match["split"] for match in matches.values()})
+        raise SplitNotFoundError(f"dataset {str(folder)!r} has no split {split!r}; it has {', '.join(available)}")
+    spellings = sorted({matches[path]["split"] for path in chosen})
+    if len(spellings) > 1:
+        raise ValueError(f"{folder}: {' and '.join(spellings)} both name the split {split!r}; keep one of them")
+    totals = {int(matches[path]["total"]) for path in chosen if matches[path]["total"]}
+    if totals and totals != {len(chosen)}:
+        raise ValueError(
+            f"{folder}: {chosen[0].name} is one of {max(totals)} parts of the split {split!r}, and {len(chosen)} are "
+            "there; fetch the others, and keep the parts of one export"
+        )
+    return sorted(chosen, key=lambda path: (int(matches[path]["number"] or 0), path.name))
+
+
+def image_files(folder: Path, split: str) -> ImageFiles:
+    """The image files of a split.
+
+    Raises:
+        FileNotFoundError: no image. SplitNotFoundError: none of this split. ValueError: a layout that can be read in
+            two ways.
+    """
+    direct, inside = _entries(folder)
+    if not direct and not inside:
+        raise FileNotFoundError(f"{folder} holds no image ({', '.join(SUFFIXES)}) and no parquet file; {LAYOUT}")
+    if direct and inside:
+        raise ValueError(
+            f"{folder} holds both images ({Path(direct[0]).name}) and folders of images ({', '.join(sorted(inside))}); "
+            f"move or delete the images; {LAYOUT}"
+        )
+    splits = _split_folders(folder, inside, split)
+    if splits is None:
+        return _held_out(folder, direct, inside, split)
+    if split_of(split) not in splits:
+        raise SplitNotFoundError(f"dataset {str(folder)!r} has no split {split!r}; it has {', '.join(splits)}")
+    contents = {key: _entries(folder / name) for key, name in splits.items()}
+    chosen = splits[split_of(split)]
+    direct, classes = contents[split_of(split)]
+    if direct and classes:
+        raise ValueError(
+            f"{folder / chosen} holds both images ({Path(direct[0]).name}) and class folders "
+            f"({', '.join(sorted(classes)[:5])}); move or delete the images; {LAYOUT}"
+        )
+    if not classes:
+        return ImageFiles(tuple(direct), None, ())
+    return _labelled(classes, sorted({name for _, names in contents.values() for name in names}))
+
+
+def _split_folders(folder: Path, inside: dict[str, list[str]], split: str) -> dict[str, str] | None:
+    """Split to the name of its folder; None where the folders are classes. Raises ValueError where it may be both."""
+    known = [name for name in inside if split_of(name) in SPELLINGS]
+    other = sorted(set(inside) - set(known))
+    nested = {name: bool(_entries(folder / name)[1]) for name in inside}
+    asked = split_of(split) in [name.lower() for name in other]
+    if not known and not asked:
+        deep = [name for name in other if nested[name]]
+        if deep:
+            raise ValueError(
+                f"{folder / deep[0]} holds folders of images: is {deep[0]!r} a split or a class? Rename it to train, "
+                f"validation or test if it is a split; move its images up if it is a class; {LAYOUT}"
+            )
+        return None
+    if other and not all(nested.values()):
+        raise ValueError(
+            f"{folder} holds folders named like splits ({', '.join(sorted(known)) or split}) beside others "
+            f"({', '.join(other[:5])}): are they splits or classes? {LAYOUT}"
+        )
+    found: dict[str, str] = {}
+    for name in sorted(inside):
+        if split_of(name) in found:
+            raise ValueError(
+                f"{folder}: {found[split_of(name)]} and {name} both name the split {split_of(name)!r}; keep one of them"
+            )
+        found[split_of(name)] = name
+    return found
+
+
+def _held_out(folder: Path, direct: list[str], inside: dict[str, list[str]], split: str) -> ImageFiles:
+    """A split of a folder without splits."""
+    if split not in (*SHARES, "train"):
+        raise SplitNotFoundError(
+            f"dataset {str(folder)!r} has no splits, so that train, validation and test are made here; got {split!r}"
+        )
+    groups = inside or {"": direct}
+    chosen = {name: held_out_split(folder, paths, split) for name, paths in groups.items()}
+    percent = ", ".join(f"{share:.0%} {name}" for name, share in SHARES.items())
+    log.info("%s has no splits: %s and the rest train, by the SHA-256 of the paths", folder, percent)
+    if not any(chosen.values()):
+        raise SplitNotFoundError(
+            f"dataset {str(folder)!r} has no splits and too few images to make a split {split!r}: each class needs at "
+            f"least 3; {LAYOUT}"
+        )
+    return _labelled(chosen, sorted(inside)) if inside else ImageFiles(tuple(chosen[""]), None, ())
+
+
+def held_out_split(folder: Path, paths: Iterable[str], split: str) -> list[str]:
+    """The files of one class that belong to a split, by a fixed rule: the same on every machine and in every command.
+
+    The files are ordered by the SHA-256 of their path in the folder. The first 20 % are "test", the next 10 %
+    "validation", the others "train"; of three files or more each split gets at least one, of fewer all are "train".
+    """
+
+    def digest(path: str) -> bytes:
+        return hashlib.sha256(Path(path).relative_to(folder).as_posix().encode()).digest()
+
+    order, begin = sorted(paths, key=digest), 0
+    for name, share in SHARES.items():
+        end = begin + (max(1, round(share * len(order))) if len(order) >= 3 else 0)
+        if name == split:
+            return sorted(order[begin:end])
+        begin = end
+    return sorted(order[begin:])
+
+
+def _labelled(classes: dict[str, list[str]], names: list[str]) -> ImageFiles:
+    index = {name: number for number, name in enumerate(names)}
+    rows = [(path, index[name]) for name in sorted(classes) for path in classes[name]]
+    return ImageFiles(tuple(path for path, _ in rows), tuple(label for _, label in rows), tuple(names))
+
+
+def _entries(folder: Path) -> tuple[list[str], dict[str, list[str]]]:
+    """Image files of a folder, and of each folder in it that has any (at any depth); hidden ones are left out."""
+    direct: list[str] = []
+    inside: dict[str, list[str]] = {}
+    left_out: dict[str, int] = {}
+    seen = set()  # folders that links lead to
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not _hidden(name))
+        if real in seen:
+            continue
+        seen.add(real)
+        images = [name for name in sorted(files) if not _hidden(name)]
+        for name in images:
+            if Path(name).suffix.lower() not in SUFFIXES:
+                left_out[Path(name).suffix.lower()] = left_out.get(Path(name).suffix.lower(), 0) + 1
+        found = [os.path.join(root, name) for name in images if Path(name).suffix.lower() in SUFFIXES]
+        top = Path(root).relative_to(folder).parts[:1]
+        if not top:
+            direct = found
+        elif found:
+            inside.setdefault(top[0], []).extend(found)
+    if left_out:
+        log.info("%s: left out what is no image: %s", folder, ", ".join(f"{n} {kind}" for kind, n in left_out.items()))
+    return direct, inside
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith((".", "__MACOSX"))
