@@ -81,16 +81,21 @@ class TextEncoder(nn.Module):
     def _check_tokens(self, names: list[str], templates: tuple[str, ...]) -> None:
         """Raise ValueError for names with the same tokens; warn of those that are cut off."""
         shortest, longest = min(templates, key=len), max(templates, key=len)
+        rows = self._tokens([shortest.format(name) for name in names])
         first: dict[tuple[int, ...], str] = {}
-        for name, row in zip(names, self._tokens([shortest.format(name) for name in names]), strict=True):
+        for name, row in zip(names, rows, strict=True):
             if first.setdefault(row, name) is not name:
                 raise ValueError(
                     f"class names: {first[row]!r:.100} and {name!r:.100} are the same tokens to {self.source}; "
                     "give names that differ in letters and within the tokens that it reads"
                 )
-        texts = [longest.format(name) for name in names]
-        whole, without_end = self._tokens(texts), self._tokens([text[:-1] for text in texts])
-        cut = [name for name, row, other in zip(names, whole, without_end, strict=True) if row == other]
+        whole = rows if shortest == longest else self._tokens([longest.format(name) for name in names])
+        width, short = max(map(len, whole)), self._tokens(["a"])[0]
+        padded = len(short) == width
+        full = [i for i, row in enumerate(whole) if len(row) == width and not (padded and row[-1] == short[-1])]
+        # a text that is cut off has the same tokens without its last letter
+        shorter = self._tokens([longest.format(names[index])[:-1] for index in full])
+        cut = [names[index] for index, row in zip(full, shorter, strict=True) if row == whole[index]]
         if cut:
             warnings.warn(
                 f"{len(cut)} of {len(names)} class names are cut off: {self.source} reads {len(whole[0])} tokens of a "
