@@ -9,12 +9,12 @@ Leaves in --out: the model (config.json, model.safetensors, README.md: its card)
 evaluation/ (report.json, report.md, records.parquet, perturbations/, figures).
 
     CPU:              python recipes/defend.py --config recipes/configs/smoke/defend.yaml
-    2 CPU processes:  accelerate launch --multi_gpu --num_processes 2 recipes/defend.py --config ... --processes 2
+    2 CPU processes:  accelerate launch --multi_gpu --num_processes 2 recipes/defend.py --config ...
     one GPU:          python recipes/defend.py --config recipes/configs/vit_b32/defend.yaml
-    8 GPUs:           accelerate launch --multi_gpu --num_processes 8 recipes/defend.py --config ... --processes 8
+    8 GPUs:           accelerate launch --multi_gpu --num_processes 8 recipes/defend.py --config ...
     2 nodes, on each: accelerate launch --multi_gpu --num_machines 2 --num_processes 16 --machine_rank RANK
                       --main_process_ip HOST --main_process_port 29500
-                      recipes/defend.py --config ... --processes 16
+                      recipes/defend.py --config ...
                       (--out on a disk that both see)
 
 Every field is an option too (--settings.train.lr_encoder 1e-4); --print_config shows them all.
@@ -50,7 +50,7 @@ class Recipe(Config):
     threats: tuple[str, ...] = ("clean", "T1", "T1b", "T2", "T3")
     n: int | None = None  # test images; None: all
     processes: int | None = None  # how many processes are expected; another number is an error
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # of the tuning
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None  # None: as accelerate launch says
 
 
 def main(recipe: Recipe) -> Report | None:

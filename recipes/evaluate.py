@@ -8,11 +8,11 @@ Run first: nothing for the shipped model; recipes/tune.py and tools/build_zepad.
 Leaves in --out: report.json, report.md, records.parquet (per sample), perturbations/.
 
     CPU:              python recipes/evaluate.py --config recipes/configs/smoke/evaluate.yaml
-    2 CPU processes:  accelerate launch --multi_gpu --num_processes 2 recipes/evaluate.py --config ... --processes 2
+    2 CPU processes:  accelerate launch --multi_gpu --num_processes 2 recipes/evaluate.py --config ...
     one GPU:          python recipes/evaluate.py --config recipes/configs/embedded/evaluate_full.yaml
-    8 GPUs:           accelerate launch --multi_gpu --num_processes 8 recipes/evaluate.py --config ... --processes 8
+    8 GPUs:           accelerate launch --multi_gpu --num_processes 8 recipes/evaluate.py --config ...
     2 nodes, on each: accelerate launch --multi_gpu --num_machines 2 --num_processes 16 --machine_rank RANK
-                      --main_process_ip HOST --main_process_port 29500 recipes/evaluate.py --config ... --processes 16
+                      --main_process_ip HOST --main_process_port 29500 recipes/evaluate.py --config ...
                       (--out on a disk that both see)
 
 Processes share the batches of attacks and answers, not the crafting of universal perturbations; the table is the same.

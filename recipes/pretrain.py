@@ -12,9 +12,9 @@ folder of parquet files, or class folders).
 
     CPU        python recipes/pretrain.py --config recipes/configs/ssl_resnet/pretrain_victim.yaml
     one GPU    accelerate launch --num_processes 1 recipes/pretrain.py --config ... --mixed_precision bf16
-    8 GPUs     accelerate launch --multi_gpu --num_processes 8 recipes/pretrain.py --config ... --num_processes 8
+    8 GPUs     accelerate launch --multi_gpu --num_processes 8 recipes/pretrain.py --config ...
     2 nodes    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
-                   recipes/pretrain.py --config ... --num_processes 16
+                   recipes/pretrain.py --config ...
 
 ``batch_size`` is per process. A killed run resumes after its last complete epoch when it is started again with the same
 ``out``. Writes ``out/encoder/`` (timm's format: ``load_encoder("timm:local-dir:OUT/encoder")``), ``metrics.jsonl``,
@@ -81,7 +81,7 @@ class Settings(MethodSettings):
     min_scale: float = 0.25  # smallest share of the image in a random crop
     seed: int = 0
     threads: int | None = None  # torch threads on the CPU; None: torch's default
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None  # None: what accelerate launch says, else "no"
     num_processes: int | None = None  # number of processes expected; another number is an error
 
     def __post_init__(self) -> None:

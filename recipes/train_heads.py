@@ -10,7 +10,7 @@ Leaves in --out: NAME.safetensors per encoder, and heads.json with the accuracie
 
     CPU:              python recipes/train_heads.py --config recipes/configs/smoke/train_heads.yaml
     one GPU:          python recipes/train_heads.py --config recipes/configs/embedded/train_heads.yaml
-    8 GPUs:           accelerate launch --multi_gpu --num_processes 8 recipes/train_heads.py --config ... --processes 8
+    8 GPUs:           accelerate launch --multi_gpu --num_processes 8 recipes/train_heads.py --config ...
                       (each encodes an eighth of the images)
     2 nodes, on each: accelerate launch --multi_gpu --num_machines 2 --num_processes 16 --machine_rank RANK
                       --main_process_ip HOST --main_process_port 29500 recipes/train_heads.py --config ...

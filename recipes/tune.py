@@ -11,11 +11,11 @@ Leaves in --out: tuned.json (the record), encoder.safetensors or adapter/ (peft)
 trained along, run/ (metrics.jsonl, checkpoint). A killed run resumes when it is started again with the same settings.
 
     CPU:              python recipes/tune.py --config recipes/configs/smoke/tune.yaml
-    2 CPU processes:  accelerate launch --multi_gpu --num_processes 2 recipes/tune.py --config ... --processes 2
+    2 CPU processes:  accelerate launch --multi_gpu --num_processes 2 recipes/tune.py --config ...
     one GPU:          python recipes/tune.py --config recipes/configs/vit_b32/tune_tecoa_lora.yaml
-    8 GPUs:           accelerate launch --multi_gpu --num_processes 8 recipes/tune.py --config ... --processes 8
+    8 GPUs:           accelerate launch --multi_gpu --num_processes 8 recipes/tune.py --config ...
     2 nodes, on each: accelerate launch --multi_gpu --num_machines 2 --num_processes 16 --machine_rank RANK
-                      --main_process_ip HOST --main_process_port 29500 recipes/tune.py --config ... --processes 16
+                      --main_process_ip HOST --main_process_port 29500 recipes/tune.py --config ...
                       (--out on a disk that both see)
 
 Data sets that do not fit in memory: --data.storage disk (row by row) or stream, with --settings.num_workers 8.
@@ -43,7 +43,7 @@ class Recipe(TuneSettings):
     out: str  # folder of the result
     data: DataSettings = field(default_factory=DataSettings)
     processes: int | None = None  # how many processes are expected; another number is an error
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None  # None: what accelerate launch says, else "no"
     tracker: Literal["none", "tensorboard", "trackio"] = "none"  # beside run/metrics.jsonl
     plan: bool = field(  # from a few steps on one device
         default=False, metadata={"flag": "print what the run would cost, and write nothing"}

@@ -20,11 +20,11 @@ from zepad_mm.data import LabelledImages, SplitNotFoundError, load_data
 from zepad_mm.defences import DEFENCES
 from zepad_mm.encoders import Encoder, LoraSettings, has_lora, load_clip, load_encoder
 from zepad_mm.encoders.prompts import templates_of
-from zepad_mm.models.branch import Adaptation, Branch, BranchConfig, Role
+from zepad_mm.models.branch import UNTUNED, Adaptation, Branch, BranchConfig, Role
 from zepad_mm.models.heads import zero_shot_head
 from zepad_mm.models.zepad import ZePAD, ZePADConfig
 from zepad_mm.selection import select_detector, select_fusion
-from zepad_mm.training import TrainSettings, TuneSettings, make_accelerator, tune
+from zepad_mm.training import TrainSettings, Tuned, TuneSettings, make_accelerator, tune
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.images import Resize
 from zepad_mm.utils.locks import claim
@@ -151,7 +151,21 @@ def _defend(
     model.set_classes(requested or names)
     if out is not None:
         model.save_pretrained(out)
+    if untuned := untuned_warning(model.config):
+        log.warning(untuned)
     return model
+
+
+def untuned_warning(config: ZePADConfig) -> str:
+    """What to say of a model whose tuning kept public weights; empty where every branch was tuned."""
+    names = ", ".join(branch.name for branch in config.branches if branch.is_untuned)
+    if not names:
+        return ""
+    what = "NOTHING WAS TUNED, the model is not defended" if config.nothing_tuned else "not every branch was tuned"
+    return (
+        f"{what}: on validation no tuned weights of {names} were better than the public ones. Tune for more steps, at "
+        "another rate (train.lr_encoder) or a smaller epsilon, or on more images"
+    )
 
 
 def tune_branches(
@@ -217,23 +231,26 @@ def _train_branches(
     branches = []
     for name in settings.defences:
         tuning = _tuning_of(name, source, settings)
-        encoder = tune(tuning, *splits, out=folder / name, accelerator=accelerator).encoder.cpu()
+        tuned = tune(tuning, *splits, out=folder / name, accelerator=accelerator)
         objective = f"{name} at {settings.epsilon * 255:.3g}/255"
-        branches.append((_branch_config(name, "robust", source, encoder, objective), encoder))
+        branches.append(_tuned_branch(name, "robust", source, tuned, objective))
     if not settings.tune_benign:
         return [*branches, _public_branch(source, public)]
     tuning = _tuning_of("clean", source, settings)
-    encoder = tune(tuning, *splits, out=folder / "benign", accelerator=accelerator).encoder.cpu()
-    return [*branches, (_branch_config("benign", "benign", source, encoder, "clean tuning"), encoder)]
+    tuned = tune(tuning, *splits, out=folder / "benign", accelerator=accelerator)
+    return [*branches, _tuned_branch("benign", "benign", source, tuned, "clean tuning")]
 
 
 def _public_branch(source: str, public: Encoder) -> tuple[BranchConfig, Encoder]:
     return BranchConfig(name="benign", role="benign", source=source, objective="none"), public
 
 
-def _branch_config(name: str, role: Role, source: str, encoder: Encoder, objective: str) -> BranchConfig:
+def _tuned_branch(name: str, role: Role, source: str, tuned: Tuned, objective: str) -> tuple[BranchConfig, Encoder]:
+    encoder = tuned.encoder.cpu()
     adaptation: Adaptation = "lora" if has_lora(encoder) else "full"
-    return BranchConfig(name=name, role=role, source=source, adaptation=adaptation, objective=objective)
+    if tuned.untuned:
+        objective = f"{UNTUNED}: {objective} kept the public weights"
+    return BranchConfig(name=name, role=role, source=source, adaptation=adaptation, objective=objective), encoder
 
 
 def _tuning_of(defence: str, source: str, settings: DefendSettings) -> TuneSettings:

@@ -9,6 +9,7 @@ single robust branch, the one with the highest clean accuracy is selected.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +27,8 @@ from zepad_mm.models.detection import SCORES, threshold_at
 from zepad_mm.models.fusion import Fusion, build
 from zepad_mm.models.zepad import DetectorConfig, ZePAD
 from zepad_mm.utils.seeding import seeded_generator
+
+log = logging.getLogger(__name__)
 
 GRIDS: dict[str, dict[str, Sequence[float]]] = {
     "rfdm": {"k": (0.0, 1.0, 3.0)},
@@ -175,9 +178,13 @@ def select_detector(
         adversarial: (N, 3, H, W) attacked validation images.
 
     Returns:
-        the share detected by each score.
+        the share detected by each score; 0 and no threshold where all branches are the same network.
     """
     clean, attacked = _in_batches(model.branch_logits, validation.images), _in_batches(model.branch_logits, adversarial)
+    if torch.allclose(clean, clean[:1].expand_as(clean), rtol=0, atol=1e-3):
+        log.warning("no detector: all branches answer alike, so that no score tells anything; nothing will be flagged")
+        model.set_detector(DetectorConfig(threshold=None, false_positive_rate=false_positive_rate))
+        return dict.fromkeys(SCORES, 0.0)
     detected, thresholds = {}, {}
     for name in SCORES:
         score = SCORES.get(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from zepad_mm.cli.common import DATA, SOURCE, Command, print_result
@@ -18,6 +19,7 @@ DEFEND_OPTIONS = SettingsOptions(
         "--n-validation": "n_validation",
     },
 )
+UNTUNED_EXIT = 3  # code of a defended model in which no robust branch was tuned
 TRAIN_FIELDS = {"--steps": "steps", "--batch-size": "batch_size", "--seed": "seed"}
 
 
@@ -39,7 +41,7 @@ def _declare(parser: Any) -> None:
 def _run(options: Any) -> int:
     from dataclasses import replace
 
-    from zepad_mm.defend import DefendSettings, defend
+    from zepad_mm.defend import DefendSettings, defend, untuned_warning
 
     settings = DefendSettings()
     train = replace(settings.train, **_train_options().given(options))
@@ -52,7 +54,9 @@ def _run(options: Any) -> int:
         f"Written: {options.out}; branches {branches}; fusion {model.config.fusion} {model.config.fusion_params}\n"
         f"Not evaluated yet. Run: zepad evaluate {options.out}",
     )
-    return 0
+    if untuned := untuned_warning(model.config):
+        print(f"zepad: {untuned}", file=sys.stderr, flush=True)
+    return UNTUNED_EXIT if model.config.nothing_tuned else 0
 
 
 DEFEND = Command(

@@ -120,7 +120,8 @@ class GenAFReleased(GenAF):
     To reproduce it, train with ``TrainSettings(bn_mode="train", optimizer="adam", lr_encoder=1e-4, lr_head=5e-3,
     weight_decay=8e-4, schedule="exponential", epochs=20, batch_size=256, grad_clip=None, selection="robust",
     validation_attack_steps=1, validation_epsilon=8/255)``. The release selects on the **test** split; a caller who
-    passes the test split to ``fit`` as ``validation`` must report it.
+    passes the test split to ``fit`` as ``validation`` must report it. Validation attacks the student without the
+    normalisation of its input, as the release's FGSM does, so that its robust accuracy is too high.
     """
 
     random_start: bool = False

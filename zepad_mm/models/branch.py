@@ -15,6 +15,7 @@ from zepad_mm.encoders import Encoder
 from zepad_mm.models.heads import HEADS
 from zepad_mm.utils.config import Config
 
+UNTUNED = "untuned"  # start of the objective of a branch whose tuning kept the public weights
 Role = Literal["robust", "benign"]
 Adaptation = Literal["none", "full", "lora"]
 
@@ -40,6 +41,11 @@ class BranchConfig(Config):
         if not self.name or "." in self.name or "/" in self.name:
             raise ValueError(f"branch name {self.name!r}: expected a non-empty name without '.' and '/'")
         HEADS.get(self.head)
+
+    @property
+    def is_untuned(self) -> bool:
+        """Whether the branch was to be tuned and has the public weights still."""
+        return self.objective.startswith(UNTUNED)
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,12 @@ class ZePADConfig(Config):
             )
 
     @property
+    def nothing_tuned(self) -> bool:
+        """Whether every robust branch is the public encoder still, so that the model defends nothing."""
+        robust = [branch for branch in self.branches if branch.role == "robust"]
+        return bool(robust) and all(branch.is_untuned for branch in robust)
+
+    @property
     def zero_shot(self) -> bool:
         """Whether all heads are zero-shot, so that any class names can be set."""
         return all(branch.head == "zero_shot" for branch in self.branches)
@@ -202,10 +208,12 @@ def describe_model(config: ZePADConfig) -> str:
         for b in config.branches
     ]
     head = "| branch | role | base | commit of the base | adaptation | objective |\n|---|---|---|---|---|---|\n"
-    return (
-        head + "\n".join(lines) + f"\n\nFusion: `{config.fusion}` {config.fusion_params}. "
-        f"Detector: `{config.detector.score}`, advisory."
-    )
+    untuned = ", ".join(branch.name for branch in config.branches if branch.is_untuned)
+    warning = f"**Untuned: {untuned}.** On validation no tuned weights were better than the public ones."
+    if config.nothing_tuned:
+        warning += " No robust branch is tuned: this model defends against nothing."
+    table = head + "\n".join(lines) + f"\n\nFusion: `{config.fusion}` {config.fusion_params}. "
+    return (f"{warning}\n\n" if untuned else "") + table + f"Detector: `{config.detector.score}`, advisory."
 
 
 def _build_branch(

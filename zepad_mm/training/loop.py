@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from zepad_mm.data import LabelledImages
 from zepad_mm.defences.base import Batch, Defence, Student, split_batch
-from zepad_mm.encoders import set_gradient_checkpointing
+from zepad_mm.encoders import Encoder, set_gradient_checkpointing
 from zepad_mm.encoders.attention import use_fast_attention
 from zepad_mm.training.checkpoint import (
     CHECKPOINT,
@@ -39,6 +39,7 @@ from zepad_mm.training.checks import check_folder, check_run
 from zepad_mm.training.dataloader import Share, augment, order_of, shares, steps_of
 from zepad_mm.training.feature_cache import clean_targets
 from zepad_mm.training.settings import TrainData, TrainSettings
+from zepad_mm.training.student import leave_inference_mode
 from zepad_mm.training.tracking import check_finite, start_trackers, track, write_samples
 from zepad_mm.training.validation import Validation, validate
 from zepad_mm.utils.distributed import claim_together, make_accelerator
@@ -103,7 +104,8 @@ def fit(
     check_run(student, train, validation, defence, settings)
     check_folder(out, settings, accelerator.num_processes)
     identity = run_identity(student, train, validation, defence, settings, accelerator.num_processes)
-    with claim_together(out, accelerator), stop_at_next_step() as stop:
+    normal = torch.inference_mode(False), torch.enable_grad()
+    with claim_together(out, accelerator), stop_at_next_step() as stop, normal[0], normal[1]:
         trainer = Trainer(student, train, defence, settings, out=out, accelerator=accelerator)
         return _Run(trainer, validation, identity, stop).run()
 
@@ -261,11 +263,13 @@ class Trainer:
         self.out, self.accelerator = out, accelerator
         self.rank, self.world, self.device = accelerator.process_index, accelerator.num_processes, accelerator.device
         self.total, self.per_epoch = steps_of(train, settings)
+        leave_inference_mode(student)
         student.to(self.device)
         if not defence.trains_head:
             student.head.requires_grad_(False)
         self.teacher = copy.deepcopy(student.encoder).eval().requires_grad_(False) if defence.needs_original else None
         self.targets: Tensor | None = None
+        freeze_unused(student.encoder)
         apply_performance_settings(student, settings)
         self.objective, self.optimizer = accelerator.prepare(
             Objective(student, defence), make_optimizer(student, settings)
@@ -373,6 +377,25 @@ class Objective(nn.Module):
         """The loss of one share of a batch, and its parts."""
         loss = self.defence.loss(self.student, Batch(images, labels, indices, original), attacked)
         return loss.total, loss.parts
+
+
+def freeze_unused(encoder: Encoder) -> None:
+    """Freeze the parameters that features do not depend on, such as mask tokens, in place.
+
+    They get no gradient, so that nothing changes on one process; several would wait for these gradients.
+    """
+    trained = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+    if not trained:
+        return
+    encoder.eval()
+    size = encoder.preprocess.image_size
+    height, width = size if isinstance(size, tuple) else (size, size)
+    with torch.enable_grad():
+        features = encoder(torch.full((1, 3, height, width), 0.5, device=trained[0].device))
+        gradients = torch.autograd.grad(features.float().sum(), trained, allow_unused=True)
+    for parameter, gradient in zip(trained, gradients, strict=True):
+        if gradient is None:
+            parameter.requires_grad_(False)
 
 
 def make_optimizer(student: Student, settings: TrainSettings) -> torch.optim.Optimizer:

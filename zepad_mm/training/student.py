@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from zepad_mm.data import LabelledImages
@@ -11,8 +12,8 @@ from zepad_mm.defences.base import Student
 from zepad_mm.encoders import Encoder, LoraSettings, add_lora, is_clip, load_clip, load_encoder
 from zepad_mm.models.heads import ZeroShotHead
 from zepad_mm.training.artifacts import TUNED_RECORD, load_tuned
-from zepad_mm.training.feature_cache import class_embeddings
-from zepad_mm.training.heads import HeadSettings, fresh_head, train_head
+from zepad_mm.training.feature_cache import class_embeddings, encode_images
+from zepad_mm.training.heads import HeadSettings, fresh_head, train_head_on_features
 from zepad_mm.training.settings import TrainData
 from zepad_mm.utils.atomic import complete_folder
 from zepad_mm.utils.registry import check_choice
@@ -31,6 +32,7 @@ def build_student(
     lora: LoraSettings | None = None,
     seed: int = 0,
     cache_dir: str | None = None,
+    device: torch.device | None = None,
 ) -> Student:
     """A student: the encoder to tune and the head it is tuned under.
 
@@ -45,13 +47,14 @@ def build_student(
         lora: rank and targets.
         seed: for fresh weights.
         cache_dir: folder that keeps the text embeddings of a zero-shot head for other runs; None keeps nothing.
+        device: where the training images are encoded for a probe; None: where the encoder is.
 
     Raises:
         ValueError: unknown adaptation or head, or a zero-shot head for an encoder without a text tower.
     """
     check_choice("adaptation", adaptation, ADAPTATIONS)
     kind = ("zero_shot" if is_clip(source) else "mlp") if head == "auto" else head
-    encoder, module = _with_head(source, train, kind, prompts, seed, cache_dir)
+    encoder, module = _with_head(source, train, kind, prompts, seed, cache_dir, device)
     encoder.requires_grad_(True)
     if adaptation == "lora":
         with seeded(next(encoder.parameters()).device, derived_seed(seed, "lora")):
@@ -60,7 +63,13 @@ def build_student(
 
 
 def _with_head(
-    source: str, train: TrainData, kind: str, prompts: str, seed: int, cache_dir: str | None
+    source: str,
+    train: TrainData,
+    kind: str,
+    prompts: str,
+    seed: int,
+    cache_dir: str | None,
+    device: torch.device | None,
 ) -> tuple[Encoder, nn.Module]:
     classes = len(train.class_names)
     if kind == "zero_shot":
@@ -72,9 +81,24 @@ def _with_head(
         if not isinstance(train, LabelledImages):
             raise ValueError("head: a probe is fitted to images in memory; use data.storage='memory' or head='mlp'")
         probe = fresh_head("linear", encoder.feature_dim, classes, seed)
-        train_head(encoder, probe, train, HeadSettings(seed=seed))
+        home, settings = next(encoder.parameters()).device, HeadSettings(seed=seed)
+        features = encode_images(encoder.to(device or home), train.images, settings.batch_size)
+        train_head_on_features(probe, features.to(home), train.labels, settings)
+        encoder.to(home)
         return encoder, probe.requires_grad_(False)
     return encoder, fresh_head(kind, encoder.feature_dim, classes, seed)
+
+
+def leave_inference_mode(module: nn.Module) -> None:
+    """Replace tensors that were made in inference mode, which take no gradients, by copies, in place."""
+    with torch.inference_mode(False):
+        for part in module.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None and parameter.is_inference():
+                    part._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            for name, buffer in part._buffers.items():
+                if buffer is not None and buffer.is_inference():
+                    part._buffers[name] = buffer.clone()
 
 
 def load_encoder_or_tuned(source: str) -> Encoder:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -49,6 +50,11 @@ class Tuned:
 
     encoder: Encoder
     record: dict[str, Any]
+
+    @property
+    def untuned(self) -> bool:
+        """Whether no tuned weights were better on validation, so that the encoder is the public one."""
+        return self.record.get("best_step") == 0
 
 
 def tune(
@@ -105,7 +111,7 @@ def _tune(
         return Tuned(load_tuned(folder).requires_grad_(False), record)
     steps = tuning.settings.steps or f"{tuning.settings.epochs} epochs of"
     log.info("%s: tuning by %s, %s steps", folder, defence.name, steps)
-    student = student or make_student(tuning, train)
+    student = student or make_student(tuning, train, device=accelerator.device)
     result = fit(student, train, validation, defence, tuning.settings, out=folder / RUN, accelerator=accelerator)
     record = _record(identity, result, train, accelerator) | extra
     if accelerator.is_main_process:
@@ -115,13 +121,16 @@ def _tune(
     return Tuned(student.encoder.eval().requires_grad_(False), record)
 
 
-def make_student(tuning: TuneSettings, train: TrainData, *, keep_embeddings: bool = True) -> Student:
+def make_student(
+    tuning: TuneSettings, train: TrainData, *, keep_embeddings: bool = True, device: torch.device | None = None
+) -> Student:
     """The student of a tuning: the encoder with its adaptation, and its head.
 
     Args:
         tuning: what is tuned and how.
         train: names the classes.
         keep_embeddings: store text embeddings in ``tuning.settings.cache_dir``, where there is one.
+        device: as of :func:`build_student`.
     """
     head = tuning.head
     if head == "auto" and not is_clip(tuning.source) and not make_defence(tuning.defence).trains_head:
@@ -135,6 +144,7 @@ def make_student(tuning: TuneSettings, train: TrainData, *, keep_embeddings: boo
         lora=tuning.lora,
         seed=tuning.settings.seed,
         cache_dir=tuning.settings.cache_dir if keep_embeddings else None,
+        device=device,
     )
 
 
@@ -163,6 +173,7 @@ def _record(identity: dict[str, Any], result: FitResult, train: TrainData, accel
         "validation": result.validation.to_dict() if result.validation else None,
         "seconds": round(result.seconds, 1),
         "processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
     }
 
 

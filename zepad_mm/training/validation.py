@@ -63,7 +63,8 @@ def validate(
     )
     counts = torch.zeros(2, device=device)
     with frozen(student):
-        for number, index in enumerate(torch.arange(len(data))[rank::world].split(batch_size)):
+        share = torch.arange(len(data))[rank::world]
+        for number, index in enumerate(share.split(batch_size) if len(share) else ()):  # with few images, none
             images, labels = data.images[index].to(device), data.labels[index].to(device)
             correct = _correct(student, images, labels)
             counts[0] += correct.sum()

@@ -19,6 +19,7 @@ from zepad_mm.utils.registry import check_choice
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+PRECISIONS = ("no", "fp16", "bf16")
 TRACKERS = ("none", "tensorboard", "trackio")
 
 
@@ -75,13 +76,17 @@ def claim_together(folder: str | Path, accelerator: Accelerator | None = None) -
 
 
 def make_accelerator(
-    processes: int | None = None, mixed_precision: str = "no", tracker: str = "none", folder: str | Path | None = None
+    processes: int | None = None,
+    mixed_precision: str | None = None,
+    tracker: str = "none",
+    folder: str | Path | None = None,
 ) -> Accelerator:
     """An accelerator on whatever is there: GPUs, or gloo processes on the CPU.
 
     Args:
-        processes: how many the caller counts on. ``accelerate launch --cpu --num_processes 2`` silently starts one.
-        mixed_precision: "no", "fp16" or "bf16".
+        processes: how many the caller counts on, checked where it is given; ``accelerate launch --cpu
+            --num_processes 2`` silently starts one.
+        mixed_precision: "no", "fp16" or "bf16"; None: what ``accelerate launch`` or its config file says, else "no".
         tracker: "none", "tensorboard" or "trackio"; ``metrics.jsonl`` is written whatever it is.
         folder: where tensorboard writes.
 
@@ -92,6 +97,7 @@ def make_accelerator(
     from accelerate import Accelerator
 
     check_choice("tracker", tracker, TRACKERS)
+    check_choice("mixed_precision", mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), PRECISIONS)
     if tracker != "none" and find_spec(tracker) is None:
         raise ValueError(f"tracker: {tracker} is not installed; pip install 'zepad-mm[trackers]'")
     accelerator = Accelerator(
