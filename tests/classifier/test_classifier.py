@@ -192,7 +192,7 @@ def test_classifier_reads_urls(
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         assert classifier(f"{url}/image.png", LABELS) == classifier(file.getvalue(), LABELS)
-        for path in ("/an image.png", "/imagé.png", "/%C3%A9image.png?size=1&x=a b", "/image.png#top"):
+        for path in ("/an image.png", "/image é.png", "/%C3%A9image.png?size=1&x=a b", "/image.png#top"):
             assert classifier(url + path, LABELS) == classifier(file.getvalue(), LABELS)
         assert set(agents) == {f"zepad-mm/{__version__}"}
         refused = "could not be fetched: the server answered 404 Not Found"

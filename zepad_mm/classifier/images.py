@@ -72,7 +72,7 @@ def _convert(image: Any, max_pixels: int) -> Tensor:
     try:
         return to_tensor(image, max_pixels=max_pixels)
     except Exception as error:  # Pillow decodes late: a truncated file fails here, with errors of each plugin's own
-        raise ValueError(f"the image could not be read: {without_addresses(str(error))}") from error
+        raise ValueError(f"the image could not be read as an image: {without_addresses(str(error))}") from error
 
 
 def _is_open_file(image: Any) -> bool:
