@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -71,10 +72,15 @@ def test_budget_rejects_bad_values(text: str) -> None:
         (["evaluate", "./nowhere"], "nowhere"),
         (["classify", "embedded", "no.png", "--labels", "a,b"], "no.png does not exist"),
         (["classify", "embedded", __file__, "--labels", ","], "--labels: expected names"),
+        (["classify", "embeded", __file__, "--labels", "a,b"], "did you mean 'embedded'?"),
+        (["classify", "./nowhere", __file__, "--labels", "a,a"], "--labels: "),  # before the model is looked for
+        (["classify", "./nowhere", __file__, "--labels", "a,b", "--template", "fotos"], "did you mean 'photo'"),
+        (["classify", "./nowhere", __file__, "--labels", "a,b", "--top", "0"], "--top: expected a positive number"),
+        (["classify", "./nowhere", str(Path(__file__).parent), "--labels", "a,b"], "holds no image"),
         (["attack"], "encoders: expected at least one source"),
         (["attack", "open_clap:embedded"], "did you mean 'open_clip'"),
         (["attack", "open_clip:embedded", "--attack", "uapp"], "unknown universal attack"),
-        (["classify", "embedded", __file__, "--labels", "a,b"], "could not be read as an image"),
+        (["classify", "embedded", __file__, "--labels", "dress,hat"], "could not be read as an image"),
         (["classify", "embedded", __file__, "--labels", "a,b", "--on-adversarial", "warn"], "expected one of ignore"),
         (["classify", "embedded", __file__, "--labels", "a,b", "--template", "fotos"], "did you mean 'photo'"),
         (["defend", "open_clip:embedded"], "out"),
@@ -153,6 +159,40 @@ def test_classify_prints_labels_and_evidence(saved: str, tmp_path: Path, capsys:
     assert set(answers[0]["answer"]["evidence"]["confidences"]) == {"full", "lora", "benign"}
     assert main(["classify", saved, str(photo), "--labels", "cat,dog", "--top", "1", "--evidence"]) == 0
     assert "flagged" in capsys.readouterr().out
+
+
+def test_classify_reads_folders_and_names_damaged_files(
+    saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("a.png", "deep/b.JPG", "\x1b[31mc.png"):
+        Image.new("RGB", (40, 30), "red").save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    words = ["classify", saved, str(tmp_path), "--labels", "cat,dog"]
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert said.out.count("cat") == 3
+    assert "\x1b" not in said.out + said.err
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:50])
+    assert main([*words, "--json"]) == 2
+    said = capsys.readouterr()
+    answers = {Path(entry["image"]).name: entry for entry in json.loads(said.out)}
+    assert "cut.png' could not be read" in answers["cut.png"]["error"]
+    assert len(answers["b.JPG"]["answer"]) == 2
+    assert "1 of 4 images could not be read" in said.err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_full_disk_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["doctor"]) == 2
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+    said = capsys.readouterr().err
+    assert "No space left on device" in said
+    assert said.count("\n") == 1
 
 
 def test_attack_writes_a_perturbation(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +33,18 @@ def test_help_imports_nothing_heavy() -> None:
     text = " ".join(done.stdout.split())
     for word in (*COMMANDS, "--threats", "(default: tecoa,gen_af)", "(default: 700)", __version__):
         assert word in text
+
+
+def test_report_imports_nothing_heavy() -> None:
+    report = Path(__file__).parents[2] / "results" / "demo"
+    code = (
+        "import sys\n"
+        "from zepad_mm.cli import main\n"
+        f"assert main(['report', {str(report)!r}]) == 0\n"
+        "heavy = {'torch', 'transformers', 'open_clip', 'datasets', 'matplotlib', 'sklearn'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True)
 
 
 @pytest.mark.parametrize(

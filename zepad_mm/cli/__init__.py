@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from zepad_mm import __version__
@@ -18,6 +20,7 @@ from zepad_mm.cli.evaluate import DEMO, EVALUATE, REPORT
 from zepad_mm.cli.publish import CARD, PUSH
 from zepad_mm.cli.serve import SERVE
 from zepad_mm.utils.stopping import STOPPED, USER_ERRORS, Stopped, treat_sigterm_as_sigint
+from zepad_mm.utils.text import printable
 
 __all__ = ["COMMANDS", "USER_ERRORS", "UsageError", "budget", "main"]
 
@@ -53,11 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         settings = parser.parse_args(words)
         options = settings[settings.command]
-        logging.basicConfig(level=logging.WARNING, format="%(message)s")  # open_clip logs on the root logger
-        logging.getLogger("zepad_mm").setLevel(logging.WARNING if options.quiet else logging.INFO)
         if settings.command != "serve":  # which drains its connections
             treat_sigterm_as_sigint()
-        return COMMANDS[settings.command].run(options)
+        with _messages_on_stderr(logging.WARNING if options.quiet else logging.INFO):
+            code = COMMANDS[settings.command].run(options)
+        sys.stdout.flush()  # a full disk behind it is an error of this command
+        return code
     except BrokenPipeError:  # as in "zepad ... | head": discard the rest of the output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -74,7 +78,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def translate_error(error: BaseException) -> str:
     """One line for stderr, whatever line breaks the message of the exception has."""
-    return "zepad: " + " ".join(str(getattr(error, "message", None) or error).split())
+    return "zepad: " + printable(" ".join(str(getattr(error, "message", None) or error).split()))
+
+
+class _OneLine(logging.Formatter):
+    """The message alone, without control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(record.getMessage())
+
+
+@contextmanager
+def _messages_on_stderr(level: int) -> Iterator[None]:
+    """Context in which log lines of this package, and warnings, are one line each on stderr, unless logging is set up.
+
+    The root logger is left alone.
+    """
+    log, handler = logging.getLogger("zepad_mm"), logging.StreamHandler()
+    handler.setFormatter(_OneLine())
+    if not logging.getLogger().handlers:  # they would show each line a second time
+        log.addHandler(handler)
+    before = log.level
+    log.setLevel(level)
+
+    def show(message: Warning | str, *about: Any, **more: Any) -> None:
+        print(translate_error(Warning(f"warning: {message}")), file=sys.stderr)
+
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
 
 
 def _parser() -> Any:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from zepad_mm.cli.common import MODEL, Command, UsageError, print_result, split_labels
+from zepad_mm.utils.registry import check_choice
+from zepad_mm.utils.text import printable
+
+# endings of image files in a folder; zepad_mm.utils.images would load torch
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 
 
 def _declare(parser: Any) -> None:
     parser.add_argument("model", type=str, help=MODEL)
-    parser.add_argument("images", nargs="+", type=str, help="files or URLs")
+    parser.add_argument("images", nargs="+", type=str, help="files, folders or URLs")
     parser.add_argument("--labels", type=str, required=True, help='candidate labels, e.g. "a cat,a dog"')
     parser.add_argument(
         "--template", type=str, default="photo", help='prompt set, or a template such as "a photo of {}"'
@@ -22,25 +29,70 @@ def _declare(parser: Any) -> None:
 
 
 def _run(options: Any) -> int:
-    labels = split_labels(options.labels)
-    for image in options.images:
-        if "://" not in image and not Path(image).is_file():
-            raise UsageError(f"{image} does not exist; expected an image file or a URL")
+    labels, images = split_labels(options.labels), _files(options.images)
+    _check(options, labels)
     from zepad_mm.classifier import RobustZeroShotClassifier
 
     classifier = RobustZeroShotClassifier.from_pretrained(options.model, device=options.device)
     answers = classifier(
-        options.images,
+        images,
         labels,
         hypothesis_template=options.template,
         top_k=options.top,
         return_evidence=options.evidence,
         on_adversarial=options.on_adversarial,
+        return_errors=True,
     )
-    pairs = list(zip(options.images, answers, strict=True))
-    lines = (line for image, answer in pairs for line in _lines(image, answer, options.evidence))
-    print_result(options, [{"image": image, "answer": answer} for image, answer in pairs], "\n".join(lines))
-    return 0
+    pairs = list(zip(images, answers, strict=True))
+    errors = [answer for answer in answers if isinstance(answer, ValueError)]
+    if len(errors) == len(images):
+        raise errors[0]
+    lines = [
+        printable(line)
+        for image, answer in pairs
+        if not isinstance(answer, ValueError)
+        for line in _lines(image, answer, options.evidence)
+    ]
+    values = [
+        {"image": image, "error": str(answer)} if isinstance(answer, ValueError) else {"image": image, "answer": answer}
+        for image, answer in pairs
+    ]
+    print_result(options, values, "\n".join(lines))
+    if not errors:
+        return 0
+    for error in errors:
+        print(printable(f"zepad: {error}"), file=sys.stderr)
+    print(f"zepad: {len(errors)} of {len(images)} images could not be read", file=sys.stderr)
+    return 2
+
+
+def _files(given: Sequence[str]) -> list[str]:
+    """Files and URLs, and the image files of folders in place of those. Raises UsageError for anything else."""
+    images: list[str] = []
+    for image in given:
+        path = Path(image)
+        if path.is_dir():
+            found = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            if not found:
+                raise UsageError(f"{image} holds no image; expected files that end in {', '.join(SUFFIXES)}")
+            images += found
+        elif "://" in image or path.is_file():
+            images.append(image)
+        else:
+            raise UsageError(f"{image} does not exist; expected an image file, a folder of images or a URL")
+    return images
+
+
+def _check(options: Any, labels: Sequence[str]) -> None:
+    """What can be wrong with the options, before a model is loaded."""
+    from zepad_mm.encoders.prompts import templates_of
+    from zepad_mm.utils.validation import check_names
+
+    check_names(labels, "--labels")
+    templates_of(options.template)
+    check_choice("--on-adversarial", options.on_adversarial, ("ignore", "flag", "abstain"))
+    if options.top is not None and options.top < 1:
+        raise UsageError(f"--top: expected a positive number, got {options.top}")
 
 
 def _lines(image: str, answer: Any, with_evidence: bool) -> list[str]:
@@ -52,7 +104,7 @@ def _lines(image: str, answer: Any, with_evidence: bool) -> list[str]:
         evidence = answer["evidence"]
         confidences = ", ".join(f"{name} {value:.2f}" for name, value in evidence["confidences"].items())
         flag = {None: "no threshold", True: "flagged as adversarial", False: "not flagged"}[evidence["flagged"]]
-        lines.append(f"  confidence: {confidences}; suspicion {evidence['score']:.3f}, {flag}")
+        lines.append(f"  confidence: {confidences}; suspicion score {evidence['score']:.3f}, {flag}")
         lines.append(f"  undefended: {evidence['undefended'][0]['label']}")
     return lines
 

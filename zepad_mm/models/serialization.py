@@ -26,6 +26,7 @@ from zepad_mm.utils.atomic import complete_folder, replacing_folder
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.hub import Access, card_text, fetch
 from zepad_mm.utils.io import ASSETS, read_json, read_tensors, write_json, write_tensors, write_text
+from zepad_mm.utils.registry import did_you_mean
 from zepad_mm.utils.validation import check_names
 from zepad_mm.utils.wrappers import unwrapped
 
@@ -110,6 +111,9 @@ def find_model_folder(name: str | Path, revision: str | None, access: Access) ->
     """
     name = str(name)
     if name != "embedded" and not Path(name).is_dir():
+        hint = "" if "/" in name else did_you_mean(name, ("embedded",))
+        if hint:  # before the Hub is asked for it
+            raise FileNotFoundError(f"{name!r} is neither a folder here nor a name on the Hub (owner/name){hint}")
         files = (CONFIG, WEIGHTS, f"{ADAPTERS}/*", "README.md")
         return fetch(name, files, required=(CONFIG, WEIGHTS), revision=revision, access=access)
     if revision is not None:
