@@ -87,3 +87,20 @@ def test_check_epsilon_rejects(epsilon):
 @pytest.mark.parametrize("epsilon", [0, 0.5, 1, np.float64(0.1)])
 def test_check_epsilon_accepts(epsilon):
     assert check_epsilon(epsilon) == float(epsilon)
+
+
+@pytest.mark.parametrize(
+    "names", [("t_shirt", "t shirt"), ("café", "cafe\u0301"), ("Dress", "dress "), ("a", "a"), ("Straße", "STRASSE")]
+)
+def test_check_names_refuses_names_that_are_the_same_text(names: tuple[str, str]) -> None:
+    with pytest.raises(ValueError, match="given more than once"):
+        check_names(names)
+
+
+def test_check_names_is_bounded_and_fast() -> None:
+    names = [f"name {number}" for number in range(100_000)]
+    assert check_names(names) == names
+    with pytest.raises(ValueError, match="at most 100,000, got 100,001"):
+        check_names([*names, "more"])
+    with pytest.raises(ValueError, match="names with letters"):
+        check_names(["_", "a"])
