@@ -149,6 +149,17 @@ def test_parquet_files_are_chosen_by_the_exact_split(read: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("read", list(READERS))
+def test_parquet_parts_with_other_classes_are_refused(read: str, tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train-0.parquet", [0, 1])
+    write_parquet(tmp_path / "train-1.parquet", [0, 1], names=("b", "a"))
+    write_parquet(tmp_path / "test.parquet", [])
+    with pytest.raises(ValueError, match=r"train-1.parquet has other columns or classes than .*train-0.parquet"):
+        class_names(read, str(tmp_path))
+    with pytest.raises(ValueError, match="rows"):
+        class_names(read, str(tmp_path), "test")
+
+
+@pytest.mark.parametrize("read", list(READERS))
 def test_damaged_parquet_is_no_missing_split(read: str, tmp_path: Path) -> None:
     write_parquet(tmp_path / "train-0.parquet", [0] * 30)
     write_parquet(tmp_path / "validation-0.parquet", [0] * 8)

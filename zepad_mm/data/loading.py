@@ -135,6 +135,11 @@ def _read_parquet(files: list[Path], in_memory: bool) -> Any:
     from datasets.table import InMemoryTable
 
     opened = [parquet_features(file) for file in files]
+    for file, (_, features) in zip(files, opened, strict=True):
+        if features != opened[0][1]:
+            raise ValueError(f"{file} has other columns or classes than {files[0]}: {dict(features)!s:.500}")
+    if not sum(one.metadata.num_rows for one, _ in opened):
+        raise ValueError(f"{', '.join(map(str, files))}: expected rows, got none")
     if in_memory:
         return concatenate_datasets([Dataset(InMemoryTable(one.read())) for one, _ in opened])
     try:
