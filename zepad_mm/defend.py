@@ -285,4 +285,12 @@ def _select_fusion_and_threshold(
     attack = FeatureUAP(epsilon=10 / 255, image_size=size, steps=settings.detector_steps, seed=settings.train.seed)
     perturbation = attack.fit(model.undefended.encoder, train.images)
     detected = select_detector(model, validation, perturbation(validation.images))
-    log.info("detector: %s; detected at 5 %% false positives: %s", model.config.detector, detected)
+    detector = model.config.detector
+    threshold = "none" if detector.threshold is None else f"{detector.threshold:.4g}"
+    shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in detected.items())
+    log.info(
+        "detector: suspicion score %s, threshold %s; detected at 5 %% false positives: %s",
+        detector.score,
+        threshold,
+        shares,
+    )

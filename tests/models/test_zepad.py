@@ -163,9 +163,9 @@ def test_set_classes_warns_about_untuned_classes(zepad: ZePAD) -> None:
         warnings.simplefilter("error")
         narrow.set_classes(["Hat", "dress"])  # known, in another spelling
         zepad.set_classes(["cat", "dog"])  # tuned to keep any name
-    with pytest.warns(UserWarning, match=r"2 classes and may have forgotten others: cat, dog, frog, \.\.\."):
+    with pytest.warns(UserWarning, match=r"2 classes and may have forgotten others: 'cat', 'dog', 'frog', \.\.\."):
         narrow.set_classes(["hat", "cat", "dog", "frog", "car"])
-    with pytest.warns(UserWarning, match="have forgotten others: cat"):
+    with pytest.warns(UserWarning, match="have forgotten others: 'cat'"):
         RobustZeroShotClassifier(narrow).task(["cat", "hat"])
 
 

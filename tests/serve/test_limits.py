@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from zepad_mm.serve.page import build
 from zepad_mm.serve.run import server_config
 from zepad_mm.serve.uploads import BLOCK, Uploads
 
+run: Any = import_module("zepad_mm.serve.run")  # the package has a function of another name
 SETTINGS = ServeSettings(attack_steps=1, upload_mb=1, max_labels=5, max_label_length=20)
 ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
 INPUTS = [None, "a cat, a dog", "photo", "universal", 8, ""]
@@ -328,6 +331,32 @@ def test_server_stops_within_the_grace_period(classifier: RobustZeroShotClassifi
             assert not thread.is_alive()
             assert time.monotonic() - begun < 5
         stream.exception(20)
+
+
+def test_serve_runs_inside_a_running_loop(
+    classifier: RobustZeroShotClassifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a cell of a notebook: the cell lasts until the server stops."""
+    monkeypatch.setattr(RobustZeroShotClassifier, "from_pretrained", lambda *names, **options: classifier)
+    servers: list[uvicorn.Server] = []
+    answers: list[int] = []
+
+    class Recorded(run._Server):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            servers.append(self)
+
+    def ask(url: str) -> None:
+        answers.append(httpx.get(f"{url}/v1/health", timeout=30).status_code)
+        servers[0].should_exit = True
+
+    async def cell() -> None:
+        settings = replace(SETTINGS, page=False)
+        run.serve(port=0, settings=settings, ready=lambda url: threading.Thread(target=ask, args=[url]).start())
+
+    monkeypatch.setattr(run, "_Server", Recorded)
+    asyncio.run(cell())
+    assert answers == [200]
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from zepad_mm.utils.config import Config
 from zepad_mm.utils.hub import Access, card_text, fetch
 from zepad_mm.utils.io import ASSETS, read_json, read_tensors, write_json, write_tensors, write_text
 from zepad_mm.utils.registry import did_you_mean
+from zepad_mm.utils.text import quoted
 from zepad_mm.utils.validation import check_names
 from zepad_mm.utils.wrappers import unwrapped
 
@@ -82,7 +83,7 @@ class ZePADConfig(Config):
         known = {name.lower() for name in self.tuned_names}
         untuned = [name for name in names if name.lower() not in known]
         if known and untuned:
-            few = ", ".join(untuned[:3]) + (", ..." if len(untuned) > 3 else "")
+            few = ", ".join(map(quoted, untuned[:3])) + (", ..." if len(untuned) > 3 else "")
             warnings.warn(
                 f"the robust branches were tuned by labels on {len(known)} classes and may have forgotten others: "
                 f"{few}. "

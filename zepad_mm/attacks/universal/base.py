@@ -226,7 +226,7 @@ class UniversalAttack(ABC):
             surrogate = Surrogate(models, images, self, seconds=seconds, progress=progress, generator=generator)
             raw = self.run(surrogate, generator).detach()
         delta = project(raw.float().cpu().nan_to_num(0.0), self.epsilon, self.norm)
-        log.info("%r: loss %.4f after %d steps", self, surrogate.last_loss, surrogate.steps_done)
+        log.info("%s: loss %.4f after %d steps", type(self).__name__, surrogate.last_loss, surrogate.steps_done)
         about = self._provenance(surrogate, encoder, seconds) | {"seed": generator.initial_seed()}
         return self.to_perturbation(delta, about)
 
