@@ -14,18 +14,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zepad_mm.encoders.base import Encoder, feature_dim_of
+from zepad_mm.encoders.build_limits import BuildLimit
 from zepad_mm.encoders.clip import TextEncoder
 from zepad_mm.encoders.huggingface_preprocess import preprocess_of
-from zepad_mm.encoders.sources import BACKENDS, FOLDER, EncoderBackend, HubFiles, Source
+from zepad_mm.encoders.library_configs import TOKENIZER_FILES, TRANSFORMERS_CONFIGS, WRONG_CONFIG, cleaned_folder
+from zepad_mm.encoders.sources import BACKENDS, FOLDER, EncoderBackend, HubFiles, Source, weight_files
 from zepad_mm.encoders.state_dict import summary
+from zepad_mm.utils.hub import fetch
 
 log = logging.getLogger(__name__)
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 class HFBackbone(nn.Module):
@@ -118,28 +123,30 @@ class HuggingFaceBackend(EncoderBackend):
     names_are_repositories = True
 
     def load(self, source: Source, pretrained: bool) -> Encoder:
-        model = _create(source, pretrained)
-        if _is_clip_class(type(model)):
-            model = _half(model, "text")
-        return _image_tower(model, source)
+        with _cleaned(source, pretrained) as folder:
+            model = _create(source, folder, pretrained)
+            if _is_clip_class(type(model)):
+                model = _half(model, "text")
+            return _image_tower(model, source, folder)
 
     def load_clip(self, source: Source, pretrained: bool) -> tuple[Encoder, TextEncoder]:
-        return _load_clip(source, pretrained)
+        with _cleaned(source, pretrained) as folder:
+            return _load_clip(source, folder, pretrained)
 
     def has_text(self, source: Source) -> bool:
         from transformers import MODEL_MAPPING
 
-        return _is_clip_class(MODEL_MAPPING.get(type(_config(source)), None))
+        with _cleaned(source, pretrained=False) as folder:
+            return _is_clip_class(MODEL_MAPPING.get(type(_config(source, folder)), None))
 
     def hub_files(self, source: Source) -> HubFiles | None:
         if source.place == FOLDER:
             return None
-        name, _ = _name_and_revision(source)
         return HubFiles(
-            repo_id=name,
-            weights=("model.safetensors", "pytorch_model.bin"),
+            repo_id=_repository(source),
+            weights=WEIGHTS,
             required=("config.json",),
-            extras=("*.json", "*.txt", "*.model"),
+            extras=TOKENIZER_FILES,
             revision=source.revision,
         )
 
@@ -147,17 +154,16 @@ class HuggingFaceBackend(EncoderBackend):
 BACKENDS.register("hf")(HuggingFaceBackend())
 
 
-def _load_clip(source: Source, pretrained: bool) -> tuple[Encoder, TextEncoder]:
+def _load_clip(source: Source, folder: Path, pretrained: bool) -> tuple[Encoder, TextEncoder]:
     from transformers import AutoTokenizer
 
-    model = _create(source, pretrained)
+    model = _create(source, folder, pretrained)
     if not _is_clip_class(type(model)) or not hasattr(model, "logit_scale"):
         raise ValueError(
             f"zero-shot heads need a CLIP: {source} is a {type(model).__name__}, which has no text tower to score with"
         )
-    name, revision = _name_and_revision(source)
     with _clear_errors(source, "its tokenizer"):
-        tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     config = model.config
     # as the zero-shot pipeline of transformers: SigLIP has learnt to read padded texts
     padding = "max_length" if "siglip" in config.model_type else True
@@ -165,7 +171,7 @@ def _load_clip(source: Source, pretrained: bool) -> tuple[Encoder, TextEncoder]:
     # no local function, which could not be pickled
     tokenize: Any = partial(tokenizer, padding=padding, max_length=length, truncation=True, return_tensors="pt")
     text = HFTextTower(_half(model, "vision"), model.logit_scale, getattr(model, "logit_bias", None))
-    return _image_tower(_half(model, "text"), source), TextEncoder(text, tokenize, str(source))
+    return _image_tower(_half(model, "text"), source, folder), TextEncoder(text, tokenize, str(source))
 
 
 def _is_clip_class(model: Any) -> bool:
@@ -186,14 +192,13 @@ def _half(model: Any, without: str) -> Any:
     return shell
 
 
-def _image_tower(model: Any, source: Source) -> Encoder:
+def _image_tower(model: Any, source: Source, folder: Path) -> Encoder:
     from transformers import AutoImageProcessor
 
-    name, revision = _name_and_revision(source)
     with _clear_errors(source, "its image processor (preprocessor_config.json)"):
-        processor = AutoImageProcessor.from_pretrained(name, revision=revision)
-    config = getattr(model.config, "vision_config", model.config)
-    preprocess = preprocess_of(processor, config, str(source))
+        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        config = getattr(model.config, "vision_config", model.config)
+        preprocess = preprocess_of(processor, config, str(source))
     if config.model_type == "vit_mae":
         backbone: HFBackbone = MAEBackbone(model)
     elif config.model_type == "siglip2_vision_model":
@@ -210,29 +215,45 @@ def _image_tower(model: Any, source: Source) -> Encoder:
     return Encoder(backbone, preprocess, width, str(source)).eval()
 
 
-def _config(source: Source) -> Any:
+@contextmanager
+def _cleaned(source: Source, pretrained: bool) -> Iterator[Path]:
+    """A folder with the weights, the vocabulary and the reduced configurations of a model; all that is read of it."""
+    if source.place == FOLDER:
+        folder = Path(source.name)
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{source.name}/config.json does not exist; expected a folder by save_pretrained")
+    else:  # with weights the whole model has been fetched already
+        files = ("config.json", "preprocessor_config.json")
+        folder = fetch(_repository(source), files, required=files[:1], revision=source.revision)
+    links = [path.name for path in weight_files(folder, WEIGHTS)] if pretrained else []
+    if pretrained and not links:
+        raise FileNotFoundError(f"{source}: {folder} holds no weights: expected one of {', '.join(WEIGHTS)}")
+    with cleaned_folder(folder, TRANSFORMERS_CONFIGS, [*links, *TOKENIZER_FILES]) as clean:
+        yield clean
+
+
+def _config(source: Source, folder: Path) -> Any:
     from transformers import AutoConfig
 
-    name, revision = _name_and_revision(source)
     with _clear_errors(source, "its config.json"):
-        return AutoConfig.from_pretrained(name, revision=revision)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
-def _create(source: Source, pretrained: bool) -> Any:
+def _create(source: Source, folder: Path, pretrained: bool) -> Any:
     """The model in fp32 on the CPU. Raises ValueError when weights are missing; the log names those left out."""
     from transformers import AutoModel
 
-    name, revision = _name_and_revision(source)
-    config = _config(source)
-    with _clear_errors(source, "its weights"):
+    config = _config(source, folder)
+    limit = BuildLimit(str(source), weight_files(folder, WEIGHTS))
+    with _clear_errors(source, "its weights"), limit:
         if not pretrained:
-            model = AutoModel.from_config(config, dtype=torch.float32).eval()
+            model = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
             pooler = getattr(model, "pooler", None)
             if pooler is not None and pooler.state_dict() and not _publishes_pooler(config):
                 model.pooler = None  # as below: with and without weights it is the same architecture
             return model
         model, report = AutoModel.from_pretrained(
-            name, revision=revision, config=config, dtype=torch.float32, output_loading_info=True
+            folder, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
     missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     pooler = [key for key in missing if key.startswith("pooler.")]
@@ -257,25 +278,24 @@ def _publishes_pooler(config: Any) -> bool:
     import transformers
 
     for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if not inspect.isclass(found) or not issubclass(found, transformers.PreTrainedModel):
+            raise ValueError(f"architectures: expected names of models of transformers, got {name!r:.80}")
         with torch.device("meta"):
-            writer = getattr(transformers, name)(config)
+            writer = found(config)
         if not any("pooler." in key for key in writer.state_dict()):
             return False
     return True
 
 
-def _name_and_revision(source: Source) -> tuple[str, str]:
-    """What transformers calls the model, and its revision. Raises FileNotFoundError when it is no folder here."""
-    if source.place == FOLDER:
-        if not (Path(source.name) / "config.json").is_file():
-            raise FileNotFoundError(f"{source.name}/config.json does not exist; expected a folder by save_pretrained")
-        return source.name, "main"
+def _repository(source: Source) -> str:
+    """The name on the Hub. Raises ValueError for what can be none."""
     if source.name.count("/") > 1 or not source.name.strip("/"):
         raise ValueError(
             f"{source}: expected hf:ORG/NAME, hf:ORG/NAME@REVISION or hf:local-dir:PATH, "
             "e.g. 'hf:facebook/dinov2-small'"
         )
-    return source.name, source.revision or "main"
+    return source.name
 
 
 @contextmanager
@@ -289,7 +309,7 @@ def _clear_errors(source: Source, what: str) -> Iterator[None]:
         raise FileNotFoundError(f"{source}: {what} not found: {_first_line(error)}") from error
     except ImportError as error:  # SigLIP's tokenizer wants sentencepiece
         raise ImportError(f"{source}: {what} needs another package: {_first_line(error)}") from error
-    except (SafetensorError, RuntimeError, ValueError, KeyError, EOFError) as error:
+    except (SafetensorError, UnpicklingError, RuntimeError, ValueError, EOFError, *WRONG_CONFIG) as error:
         raise ValueError(f"{source}: {what} cannot be read: {_first_line(error)}") from error
 
 

@@ -9,23 +9,38 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from difflib import get_close_matches
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from torch import Tensor, nn
 
 from zepad_mm.encoders.base import Encoder, Preprocess, feature_dim_of
+from zepad_mm.encoders.build_limits import BuildLimit
 from zepad_mm.encoders.clip import TextEncoder
+from zepad_mm.encoders.library_configs import (
+    OPEN_CLIP_CONFIGS,
+    TOKENIZER_FILES,
+    WRONG_CONFIG,
+    clean_transformers_config,
+    cleaned_folder,
+    read_config,
+)
 from zepad_mm.encoders.sources import BACKENDS, FOLDER, HUB, EncoderBackend, HubFiles, Source
 from zepad_mm.encoders.state_dict import SHOWN, load_state_dict_strict, read_foreign, summary
+from zepad_mm.utils.hub import fetch
 from zepad_mm.utils.io import ASSETS
 from zepad_mm.utils.isolation import library_logs
 
 log = logging.getLogger(__name__)
 EMBEDDED = "embedded"  # the CLIP that is shipped with this package
 EMBEDDED_CLIP = ASSETS / "clip"
+WEIGHTS = (
+    *("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.safetensors"),
+    *("open_clip_pytorch_model.pth", "model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth"),
+)
 COMPUTED = ("attn_mask", "input_resolution", "context_length", "vocab_size")  # stored by some, learnt by none
 
 
@@ -53,13 +68,13 @@ class OpenClipBackend(EncoderBackend):
 
         if source.place == FOLDER or source.name == EMBEDDED:
             return None
-        weights: tuple[str, ...] = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+        weights = WEIGHTS[:2]
         if source.place == HUB:
             return HubFiles(
                 repo_id=source.name,
                 weights=weights,
                 required=("open_clip_config.json",),
-                extras=("*.json", "*.txt", "*.model"),
+                extras=TOKENIZER_FILES,
                 revision=source.revision,
             )
         name, _, tag = source.name.partition("/")
@@ -110,34 +125,82 @@ def _image_tower(clip: Any, source: str) -> Encoder:
 
 def _create(source: Source, pretrained: bool) -> tuple[Any, Callable[[list[str]], Tensor]]:
     """The whole CLIP in fp32 on the CPU, and its tokenizer."""
-    import open_clip
-
-    name, tag = _name_and_tag(source)
-    quiet = nullcontext() if pretrained else _no_warning_of_random_weights()
-    with _clear_errors(source), library_logs("open_clip"), quiet:
-        clip = open_clip.create_model(
-            name, pretrained=tag, precision="fp32", load_weights=pretrained, weights_only=True
-        )
-        tokenizer = open_clip.get_tokenizer(name)
+    with _clear_errors(source), library_logs("open_clip"):
+        if source.place == FOLDER or source.name == EMBEDDED:
+            clip, tokenizer = _create_from_folder(source, pretrained)
+        else:
+            clip, tokenizer = _create_by_name(source, pretrained)
     if source.weights and pretrained:
         load_robust_weights(clip, source.weights)
     return clip.eval(), tokenizer
+
+
+def _create_from_folder(source: Source, pretrained: bool) -> tuple[Any, Any]:
+    """From ``open_clip_config.json`` and the weights beside it, the configuration reduced to what is known here."""
+    folder = EMBEDDED_CLIP if source.name == EMBEDDED and not source.place else Path(source.name)
+    if not (folder / "open_clip_config.json").is_file():
+        missing = "rebuild it with tools/build_clip.py" if folder == EMBEDDED_CLIP else "expected open_clip's files"
+        raise FileNotFoundError(f"{folder / 'open_clip_config.json'} does not exist; {missing}")
+    weights = next((name for name in WEIGHTS if (folder / name).is_file()), None)
+    if pretrained and weights is None:
+        raise FileNotFoundError(f"{folder} holds no weights: expected one of {', '.join(WEIGHTS)}")
+    with cleaned_folder(folder, OPEN_CLIP_CONFIGS, [*([weights] if weights else []), *TOKENIZER_FILES]) as clean:
+        text = read_config(clean / "open_clip_config.json")["model_cfg"]["text_cfg"]
+        with BuildLimit(str(source), [clean / weights] if weights else []):
+            clip = _build(f"{FOLDER}:{clean}", None, pretrained)
+        return clip, _tokenizer(f"{FOLDER}:{clean}", text)
+
+
+def _create_by_name(source: Source, pretrained: bool) -> tuple[Any, Any]:
+    """From open_clip's own table of architectures, with the weights of a tag."""
+    import open_clip
+
+    name, tag = _name_and_tag(source)
+    if pretrained and not tag and not source.weights:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)[:5]) or "none"
+        raise ValueError(
+            f"{source} names no weights, so it would be random; write open_clip:{name}/TAG with a tag of: {tags}; "
+            "or load_encoder(..., pretrained=False) for random weights"
+        )
+    text = (open_clip.get_model_config(name) or {}).get("text_cfg", {})
+    replaced: dict[str, Any] = {}
+    with ExitStack() as stack:
+        if text.get("hf_model_name"):  # only its configuration is read: the weights are those of the tag
+            folder = fetch(text["hf_model_name"], ["config.json"], required=["config.json"])
+            clean = stack.enter_context(cleaned_folder(folder, {"config.json": clean_transformers_config}, []))
+            replaced["text_cfg"] = {**text, "hf_model_name": str(clean), "hf_model_pretrained": False}
+        clip = _build(name, tag, pretrained and bool(tag), **replaced)
+    return clip, _tokenizer(name, text)
+
+
+def _build(name: str, tag: str | None, pretrained: bool, **replaced: Any) -> Any:
+    import open_clip
+
+    with nullcontext() if pretrained else _no_warning_of_random_weights():
+        return open_clip.create_model(
+            name,
+            pretrained=tag,
+            precision="fp32",
+            load_weights=pretrained,
+            require_pretrained=pretrained,
+            pretrained_text=False,
+            weights_only=True,
+            **replaced,
+        )
+
+
+def _tokenizer(name: str, text: dict[str, Any]) -> Any:
+    import open_clip
+
+    if not text.get("hf_tokenizer_name"):
+        return open_clip.get_tokenizer(name)
+    return open_clip.get_tokenizer(name, trust_remote_code=False)  # else it asks on standard input
 
 
 def _name_and_tag(source: Source) -> tuple[str, str | None]:
     """What open_clip calls the model, and its tag."""
     import open_clip
 
-    if source.place == FOLDER:
-        if not Path(source.name).is_dir():
-            raise FileNotFoundError(f"{source.name!r} is no folder; expected one with open_clip files")
-        return f"{FOLDER}:{source.name}", None
-    if source.place == HUB:
-        return f"{HUB}:{source.name}" + (f"@{source.revision}" if source.revision else ""), None
-    if source.name == EMBEDDED:
-        if not (EMBEDDED_CLIP / "open_clip_config.json").is_file():
-            raise FileNotFoundError(f"{EMBEDDED_CLIP} is empty; rebuild it with tools/build_clip.py")
-        return f"{FOLDER}:{EMBEDDED_CLIP}", None
     name, _, tag = source.name.partition("/")
     if name not in open_clip.list_models():
         near = get_close_matches(name, open_clip.list_models(), n=3)
@@ -208,7 +271,7 @@ def _clear_errors(source: Source) -> Iterator[None]:
 
     try:
         yield
-    except (SafetensorError, EOFError, RuntimeError, KeyError) as error:
+    except (SafetensorError, UnpicklingError, EOFError, RuntimeError, *WRONG_CONFIG) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{source} could not be loaded, the checkpoint is damaged or of another model: {first_line}"

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from zepad_mm.utils.hub import Access, fetch
-from zepad_mm.utils.registry import Registry
+from zepad_mm.utils.hub import Access, barred_from_hub, fetch
+from zepad_mm.utils.io import read_json
+from zepad_mm.utils.registry import Registry, shorten
 
 if TYPE_CHECKING:
     from zepad_mm.encoders.base import Encoder
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 HUB, FOLDER = "hf-hub", "local-dir"  # the places that a source can name
 LARGEST_IMAGE = 1024  # pixels; a source may stand in a file that somebody else wrote
 _IMAGE_SIZE = re.compile(r"\?image_size=(-?\d+)$")
+INDEX = ".index.json"  # of a model whose weights lie in several files
+SHARD = re.compile(r"[\w-][\w.-]*\.(safetensors|bin)")
 
 
 @dataclass(frozen=True)
@@ -235,14 +238,22 @@ def at_revision(source: Source, revision: str | None, access: Access, weights: b
         source: what is not on the Hub passes through.
         revision: None takes what the source names, or the main branch.
         access: of the Hub.
-        weights: without them nothing is fetched here: the loaders look for a configuration themselves.
+        weights: False fetches the configurations alone, and nothing where the library knows the architecture.
 
     Raises:
         What :func:`zepad_mm.utils.hub.fetch` raises.
     """
     files = hub_files(source)
-    if files is None or not weights:
+    named = files is not None and not source.place and not BACKENDS.get(source.kind).names_are_repositories
+    if files is None or (named and not weights):
         yield source
+        return
+    if not weights:
+        wanted = [*files.required, *files.extras]
+        folder = fetch(
+            files.repo_id, wanted, required=files.required, revision=revision or files.revision, access=access
+        )
+        yield replace(source, place=FOLDER, name=str(folder), revision=None)
         return
     folder, file = _fetch_weights(files, revision or files.revision, access)
     if files.tag is None:
@@ -253,15 +264,54 @@ def at_revision(source: Source, revision: str | None, access: Access, weights: b
 
 
 def _fetch_weights(files: HubFiles, revision: str | None, access: Access) -> tuple[Path, Path]:
-    """The fetched folder, and the file of weights in it."""
+    """The fetched folder, and the file of weights in it; of a sharded model its index, all shards beside it."""
     for name in files.weights:
         wanted = [*files.required, *files.extras, name]
         folder = fetch(files.repo_id, wanted, required=files.required, revision=revision, access=access)
-        if (folder / name).is_file():
-            return folder, folder / name
+        if not (folder / name).is_file():
+            continue
+        if name.endswith(INDEX):
+            shards = shards_of(folder / name)
+            folder = fetch(files.repo_id, [*wanted, *shards], required=shards, revision=revision, access=access)
+        return folder, folder / name
+    if barred := barred_from_hub(access):
+        raise FileNotFoundError(
+            f"{files.repo_id} is not, or not all of it, in the cache: its weights are missing, and {barred}; fetch it "
+            "once while online"
+        )
     raise FileNotFoundError(
         f"{files.repo_id} (commit {folder.name[:12]}) holds no weights: expected one of {', '.join(files.weights)}"
     )
+
+
+def shards_of(index: Path) -> list[str]:
+    """The files that the index of a sharded model names. Raises ValueError for one that is damaged."""
+    about = read_json(index)
+    names = about.get("weight_map") if isinstance(about, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{index}: expected a dictionary with a 'weight_map', as save_pretrained writes it")
+    found = list(dict.fromkeys(names.values()))
+    for name in found:
+        if not isinstance(name, str) or not SHARD.fullmatch(name):
+            raise ValueError(f"{index}: weight_map: expected names of files beside it, got {shorten(name)}")
+    return found
+
+
+def weight_files(folder: Path, names: Sequence[str]) -> list[Path]:
+    """The files of the weights in a folder, the first of ``names`` that exists; with an index first, then its shards.
+
+    Raises FileNotFoundError for a missing shard.
+    """
+    name = next((name for name in names if (folder / name).is_file()), None)
+    if name is None:
+        return []
+    if not name.endswith(INDEX):
+        return [folder / name]
+    shards = [folder / shard for shard in shards_of(folder / name)]
+    missing = [path.name for path in shards if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder / name} names {', '.join(missing[:3])}, not all of it in that folder")
+    return [folder / name, *shards]
 
 
 _open_clip_table = Lock()

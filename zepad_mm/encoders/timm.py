@@ -5,14 +5,19 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
+from pickle import UnpicklingError
+from types import SimpleNamespace
 from typing import Any, get_args
 
 from zepad_mm.encoders.base import Encoder, Preprocess, feature_dim_of
+from zepad_mm.encoders.build_limits import BuildLimit
+from zepad_mm.encoders.library_configs import TIMM_CONFIGS, WRONG_CONFIG, cleaned_folder, read_config
 from zepad_mm.encoders.sources import BACKENDS, FOLDER, HUB, EncoderBackend, HubFiles, Source
 from zepad_mm.utils.atomic import complete_folder
 from zepad_mm.utils.images import Interpolation
 
 log = logging.getLogger(__name__)
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 class TimmBackend(EncoderBackend):
@@ -33,7 +38,7 @@ class TimmBackend(EncoderBackend):
             return None
         return HubFiles(
             repo_id=repo_id,
-            weights=("model.safetensors", "pytorch_model.bin"),
+            weights=WEIGHTS,
             required=("config.json",),
             revision=source.revision,
         )
@@ -42,30 +47,60 @@ class TimmBackend(EncoderBackend):
 BACKENDS.register("timm")(TimmBackend())
 
 
-def _timm_name(source: Source) -> str:
-    place = f"{source.place}:" if source.place else ""
-    return place + source.name + (f"@{source.revision}" if source.revision else "")
-
-
 def _load(source: Source, pretrained: bool) -> Encoder:
     import timm
 
     if source.place == FOLDER:
-        complete_folder(source.name)
-        if not (Path(source.name) / "config.json").is_file():
+        folder = Path(source.name)
+        complete_folder(folder)
+        if not (folder / "config.json").is_file():
             raise FileNotFoundError(
                 f"{source.name}/config.json does not exist; expected a folder by timm's save_for_hf"
             )
-    elif not source.place and not timm.is_model(source.name.partition(".")[0]):
+        backbone = _create_from_folder(source, folder, pretrained)
+    elif not timm.is_model(source.name.partition(".")[0]):
         near = timm.list_models(f"*{source.name.partition('_')[0].partition('.')[0]}*")[:5]
         raise ValueError(
             f"timm has no model {source.name!r}; near: {', '.join(near) or 'none'}. See timm.list_models()"
         )
+    else:
+        backbone = _create(source, source.name, timm.get_pretrained_cfg(source.name), pretrained)
+    return _encoder(backbone, source)
+
+
+def _create_from_folder(source: Source, folder: Path, pretrained: bool) -> Any:
+    """From timm's ``config.json``, reduced to what is known here, and the weights beside it."""
+    found = next((name for name in WEIGHTS if (folder / name).is_file()), None)
+    if pretrained and found is None:
+        raise FileNotFoundError(f"{folder} holds no weights: expected one of {', '.join(WEIGHTS)}")
+    with cleaned_folder(folder, TIMM_CONFIGS, [found] if found else []) as clean:
+        about = read_config(clean / "config.json")
+        config = SimpleNamespace(num_classes=about.get("num_classes", about["pretrained_cfg"].get("num_classes", 1000)))
+        with BuildLimit(str(source), [clean / found] if found else []):
+            return _create(source, f"{FOLDER}:{clean}", config, pretrained)
+
+
+def _create(source: Source, name: str, config: Any, pretrained: bool) -> Any:
+    """The backbone without its classifier.
+
+    With weights the classifier is made too and then dropped: without it, timm would load any part of the weights.
+    """
+    import timm
+
     try:
-        backbone = timm.create_model(_timm_name(source), pretrained=pretrained, num_classes=0)
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+        if not pretrained:
+            return timm.create_model(name, pretrained=False, num_classes=0)
+        backbone: Any = timm.create_model(name, pretrained=True, num_classes=config.num_classes)
+        backbone.reset_classifier(0)
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, *WRONG_CONFIG) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{source} could not be loaded: {first_line}") from error
+    return backbone
+
+
+def _encoder(backbone: Any, source: Source) -> Encoder:
+    import timm
+
     config = timm.data.resolve_model_data_config(backbone)
     # mean and std come from the config; the size from the model, because the config still says 224 for a ViT
     # that was built for another size

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import types
 import typing
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from zepad_mm.utils.registry import check_choice, did_you_mean
+from zepad_mm.utils.registry import check_choice, did_you_mean, shorten
 
 C = TypeVar("C", bound="Config")
+LARGEST = 2**63 - 1  # integer, as JSON, YAML and torch hold it
+DEEPEST = 32  # nested dictionaries and lists in a field
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,14 +43,14 @@ class Config:
     def from_dict(cls: type[C], values: dict[str, Any]) -> C:
         """The inverse of :meth:`to_dict`. Raises ValueError on unknown or missing keys, or a wrong type."""
         if not isinstance(values, dict):
-            raise ValueError(f"{cls.__name__} wants a dictionary, got {type(values).__name__}: {values!r}")
+            raise ValueError(f"{cls.__name__} wants a dictionary, got {type(values).__name__}: {shorten(values)}")
         hints = typing.get_type_hints(cls)
         fields = {field.name: field for field in dataclasses.fields(cls)}
         for key in values:
             if key not in fields:
                 raise ValueError(
-                    f"{cls.__name__} has no key {key!r}{did_you_mean(key, fields)}. Known keys: {', '.join(fields)}. "
-                    "If the file comes from a newer zepad-mm, upgrade."
+                    f"{cls.__name__} has no key {shorten(key)}{did_you_mean(key, fields)}. "
+                    f"Known keys: {', '.join(fields)}. If the file comes from a newer zepad-mm, upgrade."
                 )
         missing = [
             name
@@ -58,7 +61,7 @@ class Config:
         ]
         if missing:
             raise ValueError(f"{cls.__name__} lacks the keys {', '.join(map(repr, missing))}")
-        return cls(**{key: _convert(hints[key], value, f"{cls.__name__}.{key}") for key, value in values.items()})
+        return cls(**{key: convert_value(hints[key], value, f"{cls.__name__}.{key}") for key, value in values.items()})
 
     @classmethod
     def from_cli(cls: type[C], arguments: Sequence[str] | None = None) -> C:
@@ -126,14 +129,18 @@ def _convert_to_one_of(options: tuple[Any, ...], value: Any, where: str) -> Any:
     for option in options:
         if option is not type(None):
             try:
-                return _convert(option, value, where)
+                return convert_value(option, value, where)
             except ValueError as error:
                 errors.append(error)
     raise errors[0]
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """``value`` in the shape that ``hint`` asks for: nested configs, tuples for lists, scalars checked."""
+def convert_value(hint: Any, value: Any, where: str) -> Any:
+    """``value`` in the shape that ``hint`` asks for: nested configs, tuples for lists, scalars checked.
+
+    Raises ValueError that begins with ``where`` for another type, a number that is not finite, or one that no integer
+    of 64 bits holds.
+    """
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         return _convert_to_one_of(get_args(hint), value, where)
@@ -141,14 +148,37 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return value if isinstance(value, hint) else hint.from_dict(value)
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, list | tuple):
-            raise ValueError(f"{where} wants a list, got {value!r}")
-        return tuple(_convert(get_args(hint)[0], item, where) for item in value)
+            raise ValueError(f"{where} wants a list, got {shorten(value)}")
+        return tuple(convert_value(get_args(hint)[0], item, where) for item in value)
     if origin is dict or hint is dict:
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} wants a dictionary, got {value!r}")
-        return dict(value)
+        return _convert_dict(get_args(hint), value, where)
+    _check_plain(value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint in (bool, int, float, str) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
-        raise ValueError(f"{where} wants {hint.__name__}, got {type(value).__name__}: {value!r}")
+        raise ValueError(f"{where} wants {hint.__name__}, got {type(value).__name__}: {shorten(value)}")
     return value
+
+
+def _convert_dict(hints: tuple[Any, ...], value: Any, where: str) -> dict[str, Any]:
+    """A dictionary with names as keys; its values as its type asks for, else plain and not nested without end."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} wants a dictionary, got {shorten(value)}")
+    for key in value:
+        if not isinstance(key, str):
+            raise ValueError(f"{where} wants names as keys, got {shorten(key)}")
+    hint = hints[1] if len(hints) == 2 else Any
+    return {key: convert_value(hint, item, f"{where}.{key[:60]}") for key, item in value.items()}
+
+
+def _check_plain(value: Any, where: str, depth: int = 0) -> None:
+    """Raise ValueError for numbers that are not finite or have more than 64 bits, and for nesting without end."""
+    if depth > DEEPEST:
+        raise ValueError(f"{where} is nested more than {DEEPEST} deep")
+    if isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_plain(item, where, depth + 1)
+    elif isinstance(value, int) and abs(value) > LARGEST:
+        raise ValueError(f"{where} wants a number of at most 64 bits, got one of {value.bit_length()} bits")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} wants a finite number, got {value}")

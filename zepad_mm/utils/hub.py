@@ -79,6 +79,11 @@ def fetch(
         )
     folder = Path(snapshot)
     missing = [name for name in required if not (folder / name).is_file()]
+    if missing and (barred := barred_from_hub(access)):
+        raise FileNotFoundError(
+            f"{_name_with_revision(repo_id, revision)} is not, or not all of it, in the cache: "
+            f"{', '.join(missing[:3])} is missing, and {barred}; fetch it once while online"
+        )
     if missing:
         raise FileNotFoundError(
             f"{_name_with_revision(repo_id, revision)} has no {', '.join(missing)} (commit {folder.name[:12]}); "
@@ -202,7 +207,6 @@ def _clear_errors(repo_id: str, revision: str | None, access: Access, write: boo
 
 def _translate_error(error: BaseException, name: str, access: Access, write: bool) -> Exception | None:
     """The client's error as one that names the fix; None for errors that are not about the Hub, such as a full disk."""
-    from huggingface_hub import is_offline_mode
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -217,8 +221,7 @@ def _translate_error(error: BaseException, name: str, access: Access, write: boo
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     log_in = "log in with `hf auth login`, or give token="
     cache = f" {access.cache_dir}" if access.cache_dir else ""
-    barred = "local_files_only is set" if access.local_files_only else "the Hub cannot be reached"
-    barred = "HF_HUB_OFFLINE=1 is set" if is_offline_mode() else barred
+    barred = barred_from_hub(access) or "the Hub cannot be reached"
     refused = "the token is not accepted" if access.token else "a token is needed, or the stored one is not accepted"
     down = f"answered {status}" if status else f"cannot be reached ({type(error).__name__})"
     # the first that holds; the client's classes are narrow before wide
@@ -264,6 +267,15 @@ def _translate_error(error: BaseException, name: str, access: Access, write: boo
         ),
     ]
     return next((kind(f"{name} {text}") for holds, kind, text in table if holds), None)
+
+
+def barred_from_hub(access: Access) -> str:
+    """Why the Hub may not be asked, in words; empty where it may."""
+    from huggingface_hub import is_offline_mode
+
+    if is_offline_mode():
+        return "HF_HUB_OFFLINE=1 is set"
+    return "local_files_only is set" if access.local_files_only else ""
 
 
 def _name_with_revision(repo_id: str, revision: str | None) -> str:

@@ -73,11 +73,17 @@ def _indented(value: Any, indent: str = "") -> str:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read JSON. Raises ValueError that names the file when it is cut off or no JSON."""
+    """Read JSON. Raises ValueError that names the file when it is cut off, no JSON, nested too deep or holds NaN."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ValueError(f"{path} is not a complete JSON file: it is nested too deep") from error
+    except ValueError as error:  # of the parser, of the encoding, and of integers with thousands of digits
         raise ValueError(f"{path} is not a complete JSON file: {error}") from error
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"it holds {name}, which is no number of JSON")
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

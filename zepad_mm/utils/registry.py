@@ -4,22 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from difflib import get_close_matches
+from reprlib import Repr
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
 
 
 def did_you_mean(name: object, known: Collection[str]) -> str:
     """The end of an error message that names the nearest known spelling; empty where nothing is near."""
-    near = get_close_matches(str(name), known, n=1)
+    near = get_close_matches(str(name)[:100], known, n=1) if isinstance(name, str | int | float) else []
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def check_choice(key: str, value: Any, choices: Collection[Any]) -> None:
     """Raise ValueError that names the key, its value, the choices and the nearest spelling, unless it is a choice."""
-    if value not in choices:
+    if not any(isinstance(value, type(choice)) and value == choice for choice in choices):
         texts = [str(choice) for choice in choices]
-        raise ValueError(f"{key}: expected one of {', '.join(texts)}, got {value!r}{did_you_mean(value, texts)}")
+        raise ValueError(f"{key}: expected one of {', '.join(texts)}, got {shorten(value)}{did_you_mean(value, texts)}")
+
+
+def shorten(value: object) -> str:
+    """``repr(value)`` for an error message: at most about 200 characters, whatever its size and nesting."""
+    return _SHORT.repr(value)
 
 
 class Registry(Generic[T]):
@@ -46,10 +54,10 @@ class Registry(Generic[T]):
 
     def get(self, name: str) -> T:
         """The entry called ``name``. Raises ValueError that lists the names and suggests the nearest."""
-        if name in self._entries:
+        if isinstance(name, str) and name in self._entries:
             return self._entries[name]
         hint = did_you_mean(name, self._entries)
-        raise ValueError(f"unknown {self.kind} {name!r}{hint}. Known: {', '.join(self.names())}")
+        raise ValueError(f"unknown {self.kind} {shorten(name)}{hint}. Known: {', '.join(self.names())}")
 
     def names(self) -> list[str]:
         """All names, sorted."""
@@ -59,4 +67,4 @@ class Registry(Generic[T]):
         return iter(self.names())
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return isinstance(name, str) and name in self._entries

@@ -1,0 +1,106 @@
+"""Limits on what building a network may take: a small file must not ask for unbounded memory or time."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+SPARE_TENSORS = 20_000  # made beside those of the file: masks, tables of positions, schedules, pieces of an initialiser
+SPARE_ELEMENTS = 2**27  # likewise
+FACTOR = 4  # initialisers make temporary tensors of the size of a weight, and converters make copies
+WITHOUT_WEIGHTS = (2**14, 2**31)  # tensors and elements of a network that is built without a file
+
+
+class BuildLimit(TorchDispatchMode):
+    """Context in which a network is built; ends in ValueError before more tensors are made than the weights explain.
+
+    Args:
+        source: for the message.
+        weights: the files of its weights; empty: it is built without, up to ``WITHOUT_WEIGHTS``.
+    """
+
+    def __init__(self, source: str, weights: Sequence[Path] = ()) -> None:
+        super().__init__()
+        self.source = source
+        self.tensors, self.elements = tensors, elements = weights_size(weights) if weights else WITHOUT_WEIGHTS
+        self._tensors, self._elements = FACTOR * tensors + SPARE_TENSORS, FACTOR * elements + SPARE_ELEMENTS
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = _elements_made(function, args)
+        if made:
+            self._tensors -= 1
+            self._elements -= made
+            if self._tensors < 0 or self._elements < 0:
+                raise ValueError(
+                    f"{self.source}: its configuration asks for a far larger network than the {self.tensors:,} tensors "
+                    f"of {self.elements:,} numbers in all that are expected; it is damaged, or of other weights"
+                )
+        return function(*args, **(kwargs or {}))
+
+
+def _elements_made(function: Any, args: Any) -> int:
+    """The elements of the tensor that a factory function makes; 0 for all other functions."""
+    name = function.overloadpacket.__name__
+    if name in ("empty", "zeros", "ones", "full", "rand", "randn", "empty_strided", "randint", "randperm", "eye"):
+        sizes = next((arg for arg in args if isinstance(arg, list | tuple)), args[:1])
+        return max(1, math.prod(int(size) for size in sizes)) ** (2 if name == "eye" else 1)
+    if name == "repeat":
+        return max(1, args[0].numel() * math.prod(args[1]))
+    if name in ("empty_like", "zeros_like", "ones_like", "full_like", "clone", "_to_copy", "rand_like", "randn_like"):
+        return max(1, args[0].numel())
+    if name in ("arange", "linspace", "logspace"):
+        numbers = [arg for arg in args if isinstance(arg, int | float)]
+        count = numbers[2] if name != "arange" and len(numbers) > 2 else _steps(numbers)
+        return max(1, min(int(count), 2**62)) if math.isfinite(count) else 2**62
+    return 0
+
+
+def _steps(numbers: list[Any]) -> float:
+    start, end = (0, numbers[0]) if len(numbers) == 1 else numbers[:2]
+    return abs(end - start) / abs(numbers[2] if len(numbers) > 2 and numbers[2] else 1)
+
+
+def weights_size(files: Iterable[Path]) -> tuple[int, int]:
+    """Tensors and elements in files of weights: from the header of safetensors, from the size of all others."""
+    tensors = elements = 0
+    for path in files:
+        if path.suffix == ".json":  # the index of several files
+            continue
+        if path.suffix == ".safetensors":
+            header = read_safetensors_header(path)
+            tensors += len(header)
+            elements += sum(math.prod(shape) for shape in header.values())
+        else:  # no tensor in a pickle takes less than a few bytes of names
+            tensors += path.stat().st_size // 64
+            elements += path.stat().st_size
+    return tensors, elements
+
+
+def read_safetensors_header(path: Path) -> dict[str, list[int]]:
+    """Names and shapes in a safetensors file, without its tensors. Raises ValueError for a damaged one."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > size:
+                raise ValueError("the header is longer than the file")
+            header = json.loads(file.read(length))
+        return {
+            name: [int(side) for side in about["shape"]] for name, about in header.items() if name != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a complete safetensors file: {error}; fetch or write it again") from error
+
+
+def check_memory_of(tensors: dict[str, torch.Tensor], where: object) -> dict[str, torch.Tensor]:
+    """The tensors, if each has all its elements in memory. Raises ValueError for one that repeats a few (stride 0)."""
+    for name, tensor in tensors.items():
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{where}: {name} claims {tuple(tensor.shape)} and holds fewer numbers; it is damaged")
+    return tensors
