@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from zepad_mm.encoders.image_size import set_image_size
 from zepad_mm.encoders.sources import BACKENDS, at_revision, parse_source, with_image_size
+from zepad_mm.encoders.state_dict import check_weights
 from zepad_mm.utils.hub import Access
 from zepad_mm.utils.images import Resize
 from zepad_mm.utils.isolation import preserved_process_state
@@ -58,7 +59,17 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) pixels in [0, 1], any size, to features (B, D). Raises ValueError for other ranges or shapes."""
-        return self.backbone(self.preprocess(check_images(images)))
+        check_images(images)
+        like = next(self.parameters())
+        if images.device != like.device:
+            raise ValueError(
+                f"images are on {images.device}, the encoder on {like.device}; write images.to({str(like.device)!r})"
+            )
+        if torch.is_autocast_enabled(images.device.type):
+            return self.backbone(self.preprocess(images))
+        # pixels are resized in full precision; a network that was cast to 16 bits takes them in its own
+        images = images.float() if images.dtype in (torch.float16, torch.bfloat16) else images
+        return self.backbone(self.preprocess(images).to(like.dtype))
 
     def extra_repr(self) -> str:
         return f"source={self.source!r}, feature_dim={self.feature_dim}, image_size={self.preprocess.image_size}"
@@ -95,6 +106,7 @@ def load_encoder(
     parsed = parse_source(source)
     with preserved_process_state(pretrained), at_revision(parsed, revision, access or Access(), pretrained) as local:
         encoder = BACKENDS.get(parsed.kind).load(local, pretrained)
+    check_weights(encoder, source)
     encoder.source = source
     if parsed.image_size is not None:
         set_image_size(encoder, parsed.image_size)

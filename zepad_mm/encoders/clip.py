@@ -15,6 +15,7 @@ from zepad_mm.encoders.base import Encoder
 from zepad_mm.encoders.image_size import set_image_size
 from zepad_mm.encoders.prompts import clean_name, templates_of
 from zepad_mm.encoders.sources import BACKENDS, at_revision, parse_source, with_image_size
+from zepad_mm.encoders.state_dict import check_weights
 from zepad_mm.utils.hub import Access
 from zepad_mm.utils.isolation import preserved_process_state
 from zepad_mm.utils.validation import check_names
@@ -142,6 +143,8 @@ def load_clip(
         raise ValueError(f"zero-shot heads need a CLIP: expected a source of kind {kinds}, got {source!r}")
     with preserved_process_state(pretrained), at_revision(parsed, revision, access or Access(), pretrained) as local:
         encoder, text = backend.load_clip(local, pretrained)
+    for tower in (encoder, text):
+        check_weights(tower, source)
     encoder.source = text.source = source
     if parsed.image_size is not None:
         set_image_size(encoder, parsed.image_size)

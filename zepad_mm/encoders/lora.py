@@ -13,10 +13,18 @@ from torch import nn
 
 from zepad_mm.encoders.attention import unfuse_attention
 from zepad_mm.encoders.base import Encoder, feature_dim_of
+from zepad_mm.encoders.build_limits import BuildLimit, check_memory_of
+from zepad_mm.encoders.library_configs import WRONG_CONFIG, clean_adapter_config, read_config
 from zepad_mm.encoders.shared_trunk import blocks_of
+from zepad_mm.encoders.sources import BACKENDS, FOLDER, parse_source
 from zepad_mm.encoders.state_dict import load_state_dict_strict
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.io import read_tensors
+from zepad_mm.utils.seeding import seeded_generator
+from zepad_mm.utils.wrappers import unwrap
+
+WEIGHTS = "adapter_model.safetensors"
+SAME, SAME_HALF = 1e-3, 5e-2  # features with the adapter beside and inside the weights, relative to the largest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +36,18 @@ class LoraSettings(Config):
     dropout: float = 0.0  # on the adapter's input, while training
     targets: tuple[str, ...] = ()  # names of modules to adapt, as in peft; empty: every dense Linear and convolution
     first_block: int = 0  # with empty targets: leave the stem and all blocks before this one as they are, to be shared
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.targets, str):
+            one = "() for every layer" if self.targets == "all-linear" else f"({self.targets!r},)"
+            raise ValueError(f"targets: expected a list of names, got the string {self.targets!r}; write {one}")
+        sizes = self.rank >= 1 and self.first_block >= 0
+        if not sizes or not 0 < self.alpha < float("inf") or not 0 <= self.dropout < 1:
+            raise ValueError(
+                "LoRA: expected rank of at least 1, alpha above 0, dropout in [0, 1), first_block of at least 0; got "
+                f"rank {self.rank}, alpha {self.alpha}, dropout {self.dropout}, first_block {self.first_block}"
+            )
 
 
 def lora_targets(encoder: Encoder, first_block: int = 0) -> list[str]:
@@ -75,14 +95,14 @@ def add_lora(encoder: Encoder, settings: LoraSettings | None = None) -> Encoder:
     Raises:
         ValueError: the encoder has an adapter already, no target matched, or one whose weight is read past the adapter.
     """
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
 
     settings = settings or LoraSettings()
-    if isinstance(encoder.backbone, PeftModel):
+    if has_lora(encoder):
         raise ValueError(f"{encoder.source} has a LoRA adapter already; merge it first with merge_lora(encoder)")
     unfuse_attention(encoder.backbone)
-    targets = list(settings.targets) or lora_targets(encoder, settings.first_block)
+    targets: list[str] | str = list(settings.targets) or lora_targets(encoder, settings.first_block)
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # declared int, used as a number
@@ -127,32 +147,115 @@ def load_lora(encoder: Encoder, folder: str | Path, trainable: bool = False) -> 
     """Put the adapter saved in ``folder`` (``adapter_config.json`` + safetensors) into ``encoder``, in place.
 
     Raises:
-        FileNotFoundError: a file is missing. ValueError: a damaged adapter, or one of another encoder.
+        FileNotFoundError: a file is missing. ValueError: the encoder has an adapter already, or the saved one is
+            damaged, of another encoder, of a kind that cannot be merged exactly, or does not fit in name, shape or
+            type. The encoder is then as it was, but for the projections of its attention, which are separate.
     """
     from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import SafetensorError
 
     folder = Path(folder)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in ("adapter_config.json", WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} does not exist; expected a LoRA adapter in peft's layout")
-    unfuse_attention(encoder.backbone)
+    if has_lora(encoder):
+        raise ValueError(f"{encoder.source} has a LoRA adapter already; merge it first with merge_lora(encoder)")
+    where, hint = f"the adapter in {folder}", f"it does not fit {encoder.source}"
+    tensors = check_memory_of(read_tensors(folder / WEIGHTS)[0], where)
+    values = clean_adapter_config(read_config(folder / "adapter_config.json"), tensors, str(folder))
+    _check_base(values.pop("base_model_name_or_path", None), encoder, where)
+    base = encoder.backbone
+    unfuse_attention(base)
+    trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
     try:
-        encoder.backbone = PeftModel.from_pretrained(encoder.backbone, str(folder), is_trainable=trainable)
-    except (SafetensorError, RuntimeError, ValueError) as error:
+        with BuildLimit(where, [folder / WEIGHTS]):
+            adapted: Any = PeftModel(base, _lora_config(values, encoder.source, trainable))
+        own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        load_state_dict_strict(own, tensors, where, hint)
+        encoder.backbone = adapted
+        encoder.eval()
+        _check_merging(encoder, where)
+    except (RuntimeError, ValueError, *WRONG_CONFIG) as error:
+        encoder.backbone = _without_adapter(base)
+        for parameter in trained:
+            parameter.requires_grad_(True)
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"the adapter in {folder} does not fit {encoder.source}: {first_line}") from error
-    own = get_peft_model_state_dict(encoder.backbone, save_embedding_layers=False)
-    tensors, _ = read_tensors(folder / "adapter_model.safetensors")
-    load_state_dict_strict(own, tensors, f"the adapter in {folder}", f"it does not fit {encoder.source}")
-    return encoder.eval()
+        text = first_line if where in first_line else f"{where} does not fit {encoder.source}: {first_line}"
+        raise ValueError(text) from error
+    return encoder
+
+
+def _lora_config(values: dict[str, Any], source: str, trainable: bool) -> Any:
+    from peft import LoraConfig
+
+    config = LoraConfig(**values, inference_mode=not trainable)
+    config.base_model_name_or_path = source
+    return config
+
+
+def _check_base(name: Any, encoder: Encoder, where: str) -> None:
+    """Raise ValueError where the adapter names the encoder that it was trained on, and it is another one.
+
+    Folders and checkpoints of one machine have other names on the next, and a name on the Hub may be the folder of its
+    cache: only sources that both mean a public model can be told apart.
+    """
+    if not name or name == encoder.source:
+        return
+    theirs, ours = _public_name(str(name)), _public_name(encoder.source)
+    if theirs and ours and theirs != ours:
+        raise ValueError(f"{where} was trained on {str(name)[:100]}, and this encoder is {encoder.source}")
+
+
+def _public_name(source: str) -> str:
+    """What a source calls a public model, without revision; empty for folders and files."""
+    try:
+        parsed = parse_source(source)
+    except ValueError:
+        return ""
+    local = (
+        parsed.place == FOLDER or parsed.weights or parsed.kind not in BACKENDS or BACKENDS.get(parsed.kind).reads_file
+    )
+    return "" if local else f"{parsed.kind}:{parsed.place}:{parsed.name}"
+
+
+def _without_adapter(module: nn.Module) -> nn.Module:
+    """The module with every adapted layer replaced by its base layer, in place."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, BaseTunerLayer):
+                setattr(parent, name, child.get_base_layer())
+    return module
+
+
+@torch.no_grad()
+def _check_merging(encoder: Encoder, where: str) -> None:
+    """Raise ValueError unless the encoder answers the same with the adapter beside and inside its weights."""
+    size, like = encoder.preprocess.image_size, next(encoder.parameters())
+    image = torch.rand(1, 3, size, size, generator=seeded_generator(0)).to(like.device, like.dtype)
+    plain = encoder(image)
+    if not bool(plain.isfinite().all()):
+        raise ValueError(f"{where} gives features that are not finite; it is damaged")
+    with folded_lora(encoder):
+        folded = encoder(image)
+    gap = float((plain - folded).abs().max() / plain.abs().max().clamp_min(1e-12))
+    tolerance = SAME if like.dtype == torch.float32 else SAME_HALF
+    if not gap <= tolerance:
+        raise ValueError(
+            f"{where} cannot be merged exactly: features differ by {gap:.1e} of the largest. A layer that it adapts is "
+            "read without being called, or its kind of adapter is unknown here"
+        )
 
 
 def has_lora(encoder: Encoder) -> bool:
-    """Whether the encoder carries an adapter."""
-    from peft import PeftModel
+    """Whether the encoder carries an adapter, however its backbone is wrapped."""
+    return any(True for _ in _lora_layers(encoder))
 
-    return isinstance(encoder.backbone, PeftModel)
+
+def _lora_layers(encoder: Encoder) -> list[Any]:
+    from peft.tuners.lora import LoraLayer
+
+    return [layer for layer in encoder.backbone.modules() if isinstance(layer, LoraLayer)]
 
 
 def merge_lora(encoder: Encoder) -> Encoder:
@@ -160,16 +263,20 @@ def merge_lora(encoder: Encoder) -> Encoder:
 
     The merged weights are the encoder's own afterwards: others that shared them (``SharedTrunk``) keep theirs.
     """
-    from peft.tuners.lora import LoraLayer
-
     if has_lora(encoder):
-        backbone: Any = encoder.backbone
-        for layer in backbone.modules():
-            if isinstance(layer, LoraLayer):
-                base: Any = layer.get_base_layer()
-                base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
+        backbone: Any = unwrap(encoder.backbone)
+        for layer in _lora_layers(encoder):
+            _own_weights(layer.get_base_layer())
         encoder.backbone = backbone.merge_and_unload()
     return encoder
+
+
+def _own_weights(base: Any) -> None:
+    """Give a layer copies of its weight and bias, which a merge changes in place."""
+    for name in ("weight", "bias"):
+        tensor = getattr(base, name, None)
+        if tensor is not None:
+            setattr(base, name, nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad))
 
 
 @contextmanager
@@ -179,23 +286,23 @@ def folded_lora(encoder: Encoder) -> Iterator[None]:
     No gradient reaches the adapter meanwhile. Afterwards the very same weights are back, to the bit. Under autocast
     the folded weights have its precision already, so that no step casts them again. No-op without an adapter.
     """
-    from peft.tuners.lora import LoraLayer
-
-    layers: list[Any] = []
-    if has_lora(encoder):
-        layers = [layer for layer in encoder.backbone.modules() if isinstance(layer, LoraLayer)]
-        layers = [layer for layer in layers if not layer.merged and not layer.disable_adapters]
-    kept = [layer.get_base_layer().weight for layer in layers]
+    layers = [layer for layer in _lora_layers(encoder) if not layer.merged and not layer.disable_adapters]
+    kept = [(layer.get_base_layer().weight, layer.get_base_layer().bias) for layer in layers]
     try:
         with torch.no_grad():
-            for layer, weight in zip(layers, kept, strict=True):
-                kind = weight.device.type
-                whole = weight + sum(layer.get_delta_weight(name) for name in layer.active_adapters)
-                whole = whole.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype)
-                layer.get_base_layer().weight = nn.Parameter(whole, requires_grad=False)
+            for layer in layers:
+                base = layer.get_base_layer()
+                _own_weights(base)
+                layer.merge(adapter_names=list(layer.active_adapters))
+                layer.merged_adapters.clear()
                 layer._disable_adapters = True
+                kind = base.weight.device.type
+                if torch.is_autocast_enabled(kind):
+                    base.weight.data = base.weight.data.to(torch.get_autocast_dtype(kind))
+                base.weight.requires_grad_(False)
         yield
     finally:
-        for layer, weight in zip(layers, kept, strict=True):
-            layer.get_base_layer().weight = weight
+        for layer, (weight, bias) in zip(layers, kept, strict=True):
+            layer.get_base_layer().weight, layer.get_base_layer().bias = weight, bias
+            layer.merged_adapters.clear()
             layer._disable_adapters = False

@@ -54,7 +54,7 @@ class OpenClipBackend(EncoderBackend):
         return _image_tower(_create(source, pretrained)[0], str(source))
 
     def load_clip(self, source: Source, pretrained: bool) -> tuple[Encoder, TextEncoder]:
-        clip, tokenizer = _create(source, pretrained)
+        clip, tokenizer = _create(source, pretrained, text=True)
         encoder = _image_tower(clip, str(source))
         text = TextEncoder(clip, tokenizer, str(source))
         del clip.visual  # the encoder holds it; kept here too it would be counted and moved twice
@@ -123,16 +123,25 @@ def _image_tower(clip: Any, source: str) -> Encoder:
     return Encoder(tower, preprocess, feature_dim_of(tower, sides[0]), source).eval()
 
 
-def _create(source: Source, pretrained: bool) -> tuple[Any, Callable[[list[str]], Tensor]]:
+def _create(source: Source, pretrained: bool, text: bool = False) -> tuple[Any, Callable[[list[str]], Tensor]]:
     """The whole CLIP in fp32 on the CPU, and its tokenizer."""
     with _clear_errors(source), library_logs("open_clip"):
         if source.place == FOLDER or source.name == EMBEDDED:
             clip, tokenizer = _create_from_folder(source, pretrained)
         else:
             clip, tokenizer = _create_by_name(source, pretrained)
-    if source.weights and pretrained:
-        load_robust_weights(clip, source.weights)
+    both = not source.weights or not pretrained or load_robust_weights(clip, source.weights)
+    if not both and text and _is_random(source):
+        raise ValueError(
+            f"{source}: {source.weights} holds the image tower alone, so the text tower would be random; name "
+            f"weights of the base, e.g. open_clip:{source.name}/TAG+{source.weights}"
+        )
     return clip.eval(), tokenizer
+
+
+def _is_random(source: Source) -> bool:
+    """Whether the base itself names no weights."""
+    return not source.place and source.name != EMBEDDED and "/" not in source.name
 
 
 def _create_from_folder(source: Source, pretrained: bool) -> tuple[Any, Any]:
@@ -211,8 +220,8 @@ def _name_and_tag(source: Source) -> tuple[str, str | None]:
     return name, tag or None
 
 
-def load_robust_weights(clip: Any, path: str | Path) -> None:
-    """Replace the weights of an open_clip model by those in a file, in place and strictly.
+def load_robust_weights(clip: Any, path: str | Path) -> bool:
+    """Replace the weights of an open_clip model by those in a file, in place and strictly; whether of both towers.
 
     A file of the whole CLIP replaces both towers, one of the image tower leaves the text tower as it is. What the file
     holds beside is named in one warning.
@@ -235,7 +244,7 @@ def load_robust_weights(clip: Any, path: str | Path) -> None:
             left = [name for name in tensors if not name.startswith(prefix)]
             if left:
                 log.warning("%s: took %d tensors for %s and left out %s", path, len(own), what, summary(left))
-            return
+            return target is clip
     raise ValueError(
         f"{path} does not fit {type(clip.visual).__name__} of this base: "
         f"{nearest or f'it holds {summary(tensors)[:200]}'}; "

@@ -117,8 +117,15 @@ def _numbered_resnet(prefix: str, tensors: dict[str, Tensor]) -> dict[str, str]:
 
 
 def _count(tensors: dict[str, Tensor], pattern: str) -> int:
-    numbers = [int(match[1]) for match in (re.match(pattern, name) for name in tensors) if match]
-    return max(numbers, default=-1) + 1
+    """How many blocks there are. Raises ValueError where their numbers leave one out."""
+    found = {match[1] for match in (re.match(pattern, name) for name in tensors) if match}
+    missing = next((str(number) for number in range(len(found)) if str(number) not in found), None)
+    if missing is not None:
+        last = max(found, key=lambda number: (len(number), number))
+        raise ValueError(
+            f"the checkpoint holds {len(found)} blocks, one of them number {last[:20]}, and no block {missing}"
+        )
+    return len(found)
 
 
 def _resnet(network: Network, stem: str | None, where: str) -> Built:

@@ -10,12 +10,16 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from zepad_mm.encoders.build_limits import check_memory_of
+from zepad_mm.encoders.library_configs import DEEPEST, WRONG_CONFIG
 from zepad_mm.utils.io import read_tensors
 
 OF_A_LAYER = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 TRAINING = ("callbacks", "loops", "lr_schedulers", "optimizer_states")  # Lightning's own, beside "state_dict"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 SHOWN = 3  # names that an error message lists
 
 
@@ -32,7 +36,7 @@ def load_state_dict_strict(
         optional: endings of names that may be missing.
 
     Raises:
-        ValueError: a missing or unknown name, or another shape.
+        ValueError: a missing or unknown name, another shape or a type that does not fit, NaN or infinity.
     """
     missing = [name for name in own if name not in tensors and not name.endswith(optional)]
     unknown = [name for name in tensors if name not in own]
@@ -41,13 +45,40 @@ def load_state_dict_strict(
         for name, tensor in own.items()
         if name in tensors and tensors[name].shape != tensor.shape
     ]
+    wrong += [
+        f"{name} as {tensors[name].dtype} instead of {tensor.dtype}"
+        for name, tensor in own.items()
+        if name in tensors and not _fits_type(tensors[name].dtype, tensor.dtype)
+    ]
     for problem, names in (("lacks", missing), ("has the unknown", unknown), ("has", wrong)):
         if names:
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             raise ValueError(f"{where} {problem} {', '.join(sorted(names)[:SHOWN])}{more}; {hint}")
+    endless = [name for name, tensor in tensors.items() if not is_finite(tensor)]
+    if endless:
+        raise ValueError(f"{where} has NaN or infinity in {', '.join(sorted(endless)[:SHOWN])}; it is damaged")
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
+
+
+def _fits_type(found: torch.dtype, own: torch.dtype) -> bool:
+    """Whether a tensor of one type may be copied into one of another: floats of 16 bits or more, or whole numbers."""
+    if own.is_floating_point:
+        return found in FLOATS
+    return found == own or (own != torch.bool and found in INTEGERS)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor has neither NaN nor infinity."""
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
+def check_weights(module: nn.Module, where: str) -> None:
+    """Raise ValueError that names the first weights with NaN or infinity; buffers such as masks may hold infinity."""
+    for name, parameter in module.named_parameters():
+        if not is_finite(parameter.detach()):
+            raise ValueError(f"{where} has NaN or infinity in {name}; its weights are damaged")
 
 
 def read_foreign(path: str | Path) -> dict[str, Tensor]:
@@ -63,7 +94,7 @@ def read_foreign(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected a checkpoint (.pt, .pth, .ckpt, .tar, .safetensors)")
     if path.suffix == ".safetensors":
-        return read_tensors(path)[0]
+        return check_memory_of(read_tensors(path)[0], path)
     try:
         # a Namespace is a bag of settings without code; MoCo, DINO and SupCon store theirs beside the weights
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -74,17 +105,17 @@ def read_foreign(path: str | Path) -> dict[str, Tensor]:
             f"{path} holds more than tensors, and unpickling it could run any code: {reason.strip()[:200]}. Where you "
             "trust it, unpickle it in a program of your own and write its state dict with safetensors.torch.save_file"
         ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+    except (RuntimeError, EOFError, ValueError, *WRONG_CONFIG) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} is damaged or no checkpoint of torch: {first_line}") from error
     tensors = _flat(content)
     if not tensors:
         raise ValueError(f"{path} holds no named tensors; expected a state dict, got {type(content).__name__}")
-    return tensors
+    return check_memory_of(tensors, path)
 
 
-def _flat(content: Any) -> dict[str, Tensor]:
-    if not isinstance(content, dict):
+def _flat(content: Any, depth: int = 0) -> dict[str, Tensor]:
+    if not isinstance(content, dict) or depth > DEEPEST:
         return {}
     found: dict[str, Tensor] = {}
     for name, value in content.items():
@@ -93,7 +124,7 @@ def _flat(content: Any) -> dict[str, Tensor]:
         if isinstance(value, Tensor):
             found[name] = value
         else:
-            found |= {f"{name}.{key}": tensor for key, tensor in _flat(value).items()}
+            found |= {f"{name}.{key}": tensor for key, tensor in _flat(value, depth + 1).items()}
     return found
 
 

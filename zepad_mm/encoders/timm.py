@@ -106,6 +106,8 @@ def _encoder(backbone: Any, source: Source) -> Encoder:
     # that was built for another size
     patch_embed = getattr(backbone, "patch_embed", None)
     size = getattr(patch_embed, "img_size", None) or config["input_size"][-2:]
+    if size[0] != size[1]:
+        raise ValueError(f"{source} wants images of {size[0]} x {size[1]} pixels; only square ones are supported")
     mode = config.get("crop_mode") or "center"
     if mode == "border" or config["interpolation"] not in get_args(Interpolation):
         log.warning(

@@ -6,9 +6,11 @@ branches never saw one (BMP in the paper).
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from zepad_mm.encoders import Encoder
@@ -85,4 +87,10 @@ class Branch(nn.Module):
         return self.config.role
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.encoder(images))
+        return self.logits(self.encoder(images))
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(B, D) features of the encoder to (B, C); in 32 bits or more whatever type the weights were cast to."""
+        like = next(itertools.chain(self.head.parameters(), self.head.buffers()), features)
+        logits = self.head(features if torch.is_autocast_enabled(features.device.type) else features.to(like.dtype))
+        return logits.float() if like.dtype in (torch.float16, torch.bfloat16) else logits

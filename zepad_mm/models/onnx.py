@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zepad_mm.models.serialization import check_float32
 from zepad_mm.models.zepad import ZePAD
 from zepad_mm.utils.seeding import seeded_generator
 
@@ -78,6 +79,7 @@ def export_onnx(
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(f"{error.name} is missing; pip install 'zepad-mm[onnx]'") from error
+    check_float32(model, "exported")
     was_training, device = model.training, model.device
     graph = _Graph(model.cpu()).eval()
     try:

@@ -178,6 +178,16 @@ def _has_own_card(folder: Path) -> bool:
     return card.is_file() and GENERATED not in card.read_text(encoding="utf-8", errors="replace")
 
 
+def check_float32(model: nn.Module, done: str) -> None:
+    """Raise ValueError for a model that was cast to another type: its rounded weights are not those that are kept."""
+    types = sorted({str(parameter.dtype) for parameter in model.parameters()} - {"torch.float32"})
+    if types:
+        raise ValueError(
+            f"the model has weights in {', '.join(types)}; models are {done} in float32: load it without a cast, or "
+            "write model.to(torch.float32) first, which keeps the rounded weights"
+        )
+
+
 def short_card(config: ZePADConfig) -> str:
     """A card without results; :func:`zepad_mm.evaluation.model_card.write_card` writes the one with them."""
     body = f"""\

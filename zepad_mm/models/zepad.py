@@ -26,6 +26,7 @@ from zepad_mm.models.serialization import (
     PLACEHOLDER,
     DetectorConfig,
     ZePADConfig,
+    check_float32,
     find_model_folder,
     read_model,
     write_model,
@@ -102,7 +103,9 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
             check_images(one)
         with self.shared_blocks_run_once():
             features = {name: encode(self.branch(name).encoder, resized[name]) for name in self.branches}
-        logits = [(self.branch(name).head if heads is None else heads[name])(own) for name, own in features.items()]
+        logits = [
+            self.branch(name).logits(own) if heads is None else heads[name](own) for name, own in features.items()
+        ]
         return BranchOutputs(tuple(features.values()), torch.stack(logits))
 
     def branch_logits(self, images: Tensor) -> Tensor:
@@ -286,6 +289,7 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
         Raises:
             OSError: no room, or no right to write; the message names the file, and a model that was there is intact.
         """
+        check_float32(self, "saved")
         # not by the mixin, which deletes the old config.json before it writes anything
         write_model(Path(save_directory), self.config, {name: self.branch(name) for name in self.branches}, card)
 
