@@ -198,7 +198,7 @@ def test_lora_adapter_loads_with_peft_alone(clip_source: str, images: torch.Tens
     with pytest.raises(ValueError, match="has a LoRA adapter already"):
         add_lora(encoder)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"cut")
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match="is not a complete safetensors file"):
         load_lora(load_encoder(clip_source), tmp_path)
     with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
         load_lora(load_encoder(clip_source), tmp_path / "nowhere")

@@ -244,8 +244,7 @@ def _create(source: Source, folder: Path, pretrained: bool) -> Any:
     from transformers import AutoModel
 
     config = _config(source, folder)
-    limit = BuildLimit(str(source), weight_files(folder, WEIGHTS))
-    with _clear_errors(source, "its weights"), limit:
+    with _clear_errors(source, "its weights"), BuildLimit(str(source), weight_files(folder, WEIGHTS)):
         if not pretrained:
             model = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
             pooler = getattr(model, "pooler", None)

@@ -58,7 +58,12 @@ def cleaned_folder(folder: Path, configs: Mapping[str, Clean], links: Sequence[s
                 if path.is_file() and path.name not in {**configs, **dict.fromkeys(NOT_LINKED)}:
                     (clean / path.name).unlink(missing_ok=True)
                     (clean / path.name).symlink_to(path.resolve())
-        yield clean
+        try:
+            yield clean
+        except (ValueError, FileNotFoundError, ImportError) as error:
+            if name not in str(error):
+                raise
+            raise type(error)(str(error).replace(name, str(folder))) from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -116,7 +121,7 @@ TOKENIZER_ARGUMENTS = {
     "additional_special_tokens": tuple[str, ...] | None,
     "reduction_mask": str,
 }
-LAYER_ARGUMENTS = {  # of activations and norms
+LAYER_ARGUMENTS: dict[str, dict[str, Any]] = {  # of activations and norms
     "act_kwargs": {"approximate": str},
     "norm_kwargs": {"eps": float, "elementwise_affine": bool, "bias": bool},
 }

@@ -147,6 +147,8 @@ def _is_random(source: Source) -> bool:
 def _create_from_folder(source: Source, pretrained: bool) -> tuple[Any, Any]:
     """From ``open_clip_config.json`` and the weights beside it, the configuration reduced to what is known here."""
     folder = EMBEDDED_CLIP if source.name == EMBEDDED and not source.place else Path(source.name)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{source.name!r} is no folder; expected one with open_clip files")
     if not (folder / "open_clip_config.json").is_file():
         missing = "rebuild it with tools/build_clip.py" if folder == EMBEDDED_CLIP else "expected open_clip's files"
         raise FileNotFoundError(f"{folder / 'open_clip_config.json'} does not exist; {missing}")
