@@ -268,11 +268,12 @@ def _no_warning_of_random_weights() -> Iterator[None]:
     def wanted(record: logging.LogRecord) -> bool:
         return "No pretrained weights loaded" not in record.getMessage()
 
-    logging.getLogger().addFilter(wanted)
+    log_of_library = logging.getLogger("zepad_mm.open_clip")  # by library_logs
+    log_of_library.addFilter(wanted)
     try:
         yield
     finally:
-        logging.getLogger().removeFilter(wanted)
+        log_of_library.removeFilter(wanted)
 
 
 @contextmanager

@@ -29,6 +29,7 @@ SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
 )  # fmt: skip
 WIDEST = 32  # aspect ratio beyond which an image is cropped before it is resized
+LARGEST_SIDE = 8192  # of images that a model wants, in pixels
 
 T = TypeVar("T")
 Interpolation = Literal["bilinear", "bicubic"]
@@ -51,6 +52,9 @@ class Resize(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if max(self.image_size, self.resize_size or 1) > LARGEST_SIDE:
+            largest = max(self.image_size, self.resize_size or 1)
+            raise ValueError(f"image_size, resize_size: expected at most {LARGEST_SIDE} pixels, got {largest}")
         if self.image_size < 1 or (self.resize_size or self.image_size) < self.image_size:
             raise ValueError(
                 f"resize_size: expected at least the image_size of {self.image_size} pixels, got {self.resize_size}"
