@@ -123,6 +123,14 @@ def test_unavailable_dataset_error_says_what_to_do(stored: Stored, tmp_path: Pat
         load_data("imagenet20", "train")
 
 
+def test_damaged_dataset_of_the_hub_is_no_missing_one(stored: Stored) -> None:
+    entry = stored()
+    file = Path(entry.hub or "") / "data" / "train-00000-of-00001.parquet"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(ValueError, match="'toy' is there and cannot be read"):
+        load_data("toy", "train", 8)
+
+
 @pytest.mark.parametrize("name", list(CATALOGUE))
 def test_catalogue_entries_are_consistent(name: str) -> None:
     entry = CATALOGUE.get(name)

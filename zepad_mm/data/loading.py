@@ -74,7 +74,9 @@ def split_options(source: str) -> tuple[str, dict[str, str]]:
 def _open(source: str, split: str, streaming: bool) -> Any:
     import datasets
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
     from huggingface_hub.constants import HF_HUB_OFFLINE
+    from pyarrow import ArrowException
 
     datasets.disable_progress_bars()
     folder = local_folder(source)
@@ -94,6 +96,9 @@ def _open(source: str, split: str, streaming: bool) -> Any:
         _raise_cache_error(error)
         if isinstance(error, ValueError) and "Unknown split" in str(error):
             raise SplitNotFoundError(f"dataset {source!r} has no split {split!r}: {error}") from error
+        if any(isinstance(cause, DatasetGenerationError | ArrowException) for cause in _causes(error)):
+            first = str(_causes(error)[-1]).partition("\n")[0]
+            raise ValueError(f"dataset {source!r} is there and cannot be read ({first[:500]})") from error
         raise FileNotFoundError(
             f"dataset {source!r} is neither a folder here nor reachable on the Hub"
             f"{f' as {hub}' if hub != source else ''} ({type(error).__name__}: "
