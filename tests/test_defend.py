@@ -80,7 +80,11 @@ def test_defend_tunes_branches_and_resumes(clip_source: str, image_folders: str,
     classify = RobustZeroShotClassifier.defend(clip_source, data=image_folders, out=out, settings=SMALL)
     branches = {branch.name: branch for branch in classify.model.config.branches}
     assert {name: branch.adaptation for name, branch in branches.items()} == {"tecoa": "lora", "benign": "lora"}
-    assert branches["tecoa"].objective == "tecoa at 4/255"
+    # too few steps to beat the public weights, which the model says
+    assert branches["tecoa"].objective == "untuned: tecoa at 4/255 kept the public weights"
+    assert classify.model.config.nothing_tuned
+    assert classify.model.config.detector.threshold is None
+    assert "this model defends against nothing" in (out / "README.md").read_text()
     assert classify.model.class_names == ("cat", "dog")
     assert all((out / "tuned" / name / "tuned.json").is_file() for name in branches)
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
