@@ -42,6 +42,12 @@ def test_load_encoder_rejects_image_size(image_size: Any) -> None:
         load_encoder("timm:resnet18", pretrained=False, image_size=image_size)
 
 
+def test_ssl_checkpoint_rejects_image_size(tmp_path: Path) -> None:
+    name = next(name for name in zoo.ZOO if name.startswith("ssl"))
+    with pytest.raises(ValueError, match="from 1 to 1024, got 100000"):
+        load_encoder(f"{zoo.ZOO[name](tmp_path).source.partition('?')[0]}?image_size=100000")
+
+
 def test_parse_source_rejects_image_size() -> None:
     with pytest.raises(ValueError, match="from 1 to 1024, got 100000"):
         parse_source("timm:resnet18?image_size=100000")

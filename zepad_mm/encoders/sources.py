@@ -1,9 +1,8 @@
 """Source strings, and the backends that load what they name.
 
-A source is written ``KIND:REST``, in full ``KIND:[PLACE:]NAME[@REVISION][+WEIGHTS][?OPTIONS]``, where every
-kind takes the option ``image_size=N``. :func:`parse_source` is
-the one place that reads this text; what a source is (a CLIP, a file of this machine, a repository on the Hub) is
-answered by the :class:`EncoderBackend` of its kind.
+A source is written ``KIND:REST``, in full ``KIND:[PLACE:]NAME[@REVISION][+WEIGHTS][?OPTIONS]``; every kind takes the
+option ``image_size=N``. :func:`parse_source` is the one place that reads this text; what a source is (a CLIP, a file of
+this machine, a repository on the Hub) is answered by the :class:`EncoderBackend` of its kind.
 """
 
 from __future__ import annotations

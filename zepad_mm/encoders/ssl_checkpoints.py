@@ -24,7 +24,7 @@ from urllib.parse import parse_qsl
 
 from zepad_mm.encoders.base import Encoder, Preprocess, feature_dim_of
 from zepad_mm.encoders.image_size import resize_tower
-from zepad_mm.encoders.sources import BACKENDS, EncoderBackend, Source
+from zepad_mm.encoders.sources import BACKENDS, EncoderBackend, Source, check_image_size
 from zepad_mm.encoders.ssl_networks import MOMENTUM, ONLINE, Network, find_networks
 from zepad_mm.encoders.state_dict import load_state_dict_strict, read_foreign, summary
 from zepad_mm.utils.config import Config
@@ -78,7 +78,7 @@ def _load(source: Source, pretrained: bool) -> Encoder:
         optional = ("num_batches_tracked",)
         load_state_dict_strict(built.backbone.state_dict(), network.tensors, where, hint, optional=optional)
     mean, std = CIFAR if built.small and network.layout != "lightly" else IMAGENET
-    side = options.image_size or built.image_size
+    side = check_image_size(options.image_size or built.image_size)
     if side != built.image_size:
         resize_tower(built.backbone, side)
     preprocess = Preprocess(
