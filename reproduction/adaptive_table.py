@@ -21,8 +21,8 @@ from zepad_mm.evaluation import EvalSettings, Records, subject_of
 from zepad_mm.evaluation.metrics import share
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.io import write_json, write_text
-from zepad_mm.utils.markdown import interval_text, markdown_table
 from zepad_mm.utils.provenance import provenance
+from zepad_mm.utils.text import interval_text, markdown_table
 
 NAME = "adaptive_on_rfdm"
 GENERIC = "apgd_targeted"

@@ -32,8 +32,8 @@ from zepad_mm.models.heads import zero_shot_head
 from zepad_mm.training import TrainSettings, Tuned, TuneSettings, tune
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.io import write_json, write_text
-from zepad_mm.utils.markdown import interval_text, markdown_table
 from zepad_mm.utils.provenance import provenance
+from zepad_mm.utils.text import interval_text, markdown_table
 
 NAME = "clip"
 SOURCE = "open_clip:embedded"

@@ -20,8 +20,7 @@ from zepad_mm.evaluation import EvalSettings, Report, RowKind, subject_of
 from zepad_mm.evaluation.settings import PATCHES
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.io import write_json, write_text
-from zepad_mm.utils.markdown import interval_text, markdown_table
-from zepad_mm.utils.text import budget_text
+from zepad_mm.utils.text import budget_text, interval_text, markdown_table
 
 NAME = "dae_attacks"
 

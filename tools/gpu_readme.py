@@ -8,7 +8,7 @@ from typing import Any
 
 from zepad_mm.evaluation.threats import CLEAN, T1, T1B
 from zepad_mm.utils.io import read_json
-from zepad_mm.utils.markdown import bullets, interval_text, markdown_table, percent
+from zepad_mm.utils.text import bullets, interval_text, markdown_table, percent
 
 GPU = Path(__file__).parents[1] / "results" / "gpu"
 START = "<!-- tables: written by tools/render_docs.py from results/gpu/*.json -->"

@@ -8,7 +8,7 @@ from typing import Any
 
 from tools.gpu_readme import inference_cost, tuning_cost
 from zepad_mm.utils.io import read_json
-from zepad_mm.utils.markdown import markdown_table
+from zepad_mm.utils.text import markdown_table
 
 RESULTS = Path(__file__).parents[1] / "results"
 START = "<!-- tables: written by tools/render_docs.py from results/*.json -->"

@@ -23,7 +23,7 @@ from zepad_mm.evaluation.report import MARKDOWN, budget_of, by_strength
 from zepad_mm.evaluation.threats import CLEAN, T1, T2
 from zepad_mm.models.serialization import CONFIG, EMBEDDED_MODEL, PLACEHOLDER, ZePADConfig
 from zepad_mm.utils.io import read_json, write_text
-from zepad_mm.utils.markdown import bullets, markdown_table, percent
+from zepad_mm.utils.text import bullets, markdown_table, percent
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "results" / "demo"

@@ -26,7 +26,7 @@ from zepad_mm.attacks import (
     XTransfer,
     load_published,
 )
-from zepad_mm.attacks.patch import paste
+from zepad_mm.attacks.perturbation import paste
 from zepad_mm.attacks.universal.activations import Activations, blocks_of
 from zepad_mm.attacks.universal.surrogate_heads import cluster
 from zepad_mm.attacks.universal.x_transfer import UpperConfidence

@@ -18,7 +18,7 @@ from zepad_mm.evaluation import Report
 from zepad_mm.evaluation.metrics import wilson
 from zepad_mm.evaluation.plots import budget_figure, budget_sweep
 from zepad_mm.evaluation.tables import FORMATS, as_csv, as_json, as_latex, as_markdown, entries, latex
-from zepad_mm.utils.markdown import interval_text
+from zepad_mm.utils.text import interval_text
 
 CORRECT = {
     "undefended": {"clean": 700, "T1": 200, "T2": 0},

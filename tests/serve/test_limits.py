@@ -31,9 +31,9 @@ from zepad_mm.attacks import Perturbation
 from zepad_mm.classifier import RobustZeroShotClassifier
 from zepad_mm.serve import ServeSettings, Service, create_app
 from zepad_mm.serve.gateway import AllowedHosts, host_name
+from zepad_mm.serve.limits import BLOCK, Uploads
 from zepad_mm.serve.page import build
 from zepad_mm.serve.run import server_config
-from zepad_mm.serve.uploads import BLOCK, Uploads
 
 run: Any = import_module("zepad_mm.serve.run")  # the package has a function of another name
 SETTINGS = ServeSettings(attack_steps=1, upload_mb=1, max_labels=5, max_label_length=20)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from zepad_mm.utils.markdown import bullets, interval_text, markdown_table, percent
+from zepad_mm.utils.text import bullets, interval_text, markdown_table, percent
 
 
 def test_markdown_table_aligns_columns() -> None:

@@ -21,8 +21,8 @@ from tools.wordnet_clip.model import EMBED, TEXT_TOWER, load_exported
 from tools.wordnet_clip.names import CONTEXT, NEVER_READ, load_merges
 from tools.wordnet_clip.tokenizer import build_tokenizer, save_tokenizer
 from zepad_mm.utils.io import read_json, write_json, write_text
-from zepad_mm.utils.markdown import interval_text, markdown_table, percent
 from zepad_mm.utils.provenance import provenance
+from zepad_mm.utils.text import interval_text, markdown_table, percent
 
 RESULT = Path(__file__).parents[2] / "results" / "wordnet_clip.json"
 HELD_OUT = ("CIFAR-10", "PACS", "GTSRB", "imagenet_samples", "all test splits", "clothing train")

@@ -1,8 +1,9 @@
-"""A universal perturbation with its budget and provenance; applies to images of any size."""
+"""A universal perturbation with its budget and provenance, for images of any size; patches, whose budget is an area."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,14 +11,65 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from zepad_mm.attacks.base import check_budget, project, resize_delta
-from zepad_mm.attacks.patch import check_place, paste
+from zepad_mm.attacks.base import check_budget, check_generator, project, resize_delta
 from zepad_mm.utils.hub import Access, card_text, fetch, push_folder
 from zepad_mm.utils.io import read_tensors, write_tensors, write_text
 from zepad_mm.utils.text import budget_text
 from zepad_mm.utils.validation import check_images
+
+PLACES = ("center", "lower_right", "random")
+
+
+def check_place(place: str) -> str:
+    """The place. Raises ValueError unless it is one of ``PLACES``."""
+    if place not in PLACES:
+        raise ValueError(f"place: expected one of {PLACES}, got {place!r}")
+    return place
+
+
+def patch_size(size: tuple[int, int], area: float) -> tuple[int, int]:
+    """(h, w) of a patch on an image of ``size`` (H, W): the same aspect ratio, at most ``area`` of the pixels."""
+    side = math.sqrt(area)
+    return int(size[0] * side + 1e-9), int(size[1] * side + 1e-9)  # 1e-9: 0.1 * 10 may come out below 1
+
+
+def paste(
+    images: Tensor, patch: Tensor, area: float, place: str = "lower_right", generator: torch.Generator | None = None
+) -> Tensor:
+    """Images with the patch pasted on them; differentiable in both.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+        patch: (3, h, w) in [0, 1]; resized to the size that ``area`` allows.
+        area: largest share of the pixels to replace, in [0, 1]; nothing is replaced below one pixel.
+        place: "center"; "lower_right", as AdvEncoder and AdvCLIP do; or "random", drawn for each image.
+        generator: CPU generator of the random places; seed 0 when None.
+
+    Returns:
+        (B, 3, H, W) in [0, 1].
+    """
+    height, width = images.shape[-2:]
+    rows, columns = patch_size((height, width), area)
+    if rows == 0 or columns == 0:
+        return images + 0 * patch.sum()  # keeps the patch in the graph, for attacks that take its gradient
+    if patch.shape[-2:] != (rows, columns):
+        patch = F.interpolate(patch[None], (rows, columns), mode="bilinear", align_corners=False)[0]
+    adversarial = images.clone()
+    if check_place(place) != "random":
+        free = (height - rows, width - columns)
+        top, left = free if place == "lower_right" else (free[0] // 2, free[1] // 2)
+        adversarial[..., top : top + rows, left : left + columns] = patch
+        return adversarial
+    generator = check_generator(generator)
+    tops = torch.randint(height - rows + 1, (len(images),), generator=generator).tolist()
+    lefts = torch.randint(width - columns + 1, (len(images),), generator=generator).tolist()
+    for index, (top, left) in enumerate(zip(tops, lefts, strict=True)):
+        adversarial[index, :, top : top + rows, left : left + columns] = patch
+    return adversarial
+
 
 FORMAT = "zepad-mm perturbation 1"
 FILE = "perturbation.safetensors"  # file name in a Hub repository

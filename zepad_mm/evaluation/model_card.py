@@ -16,8 +16,7 @@ from huggingface_hub import EvalResult
 from zepad_mm.encoders.sources import is_local
 from zepad_mm.evaluation.report import OVERESTIMATED, Report, budget_of, cell
 from zepad_mm.evaluation.report_text import summary
-from zepad_mm.evaluation.row_kinds import WORST, RowKind
-from zepad_mm.evaluation.threats import CLEAN, T2, T3, THREATS
+from zepad_mm.evaluation.threats import CLEAN, T2, T3, THREATS, WORST, RowKind
 from zepad_mm.models.serialization import (
     CONFIG,
     GENERATED,
@@ -29,7 +28,7 @@ from zepad_mm.models.serialization import (
 )
 from zepad_mm.utils.hub import card_text
 from zepad_mm.utils.io import read_json, write_text
-from zepad_mm.utils.markdown import bullets, markdown_table, percent
+from zepad_mm.utils.text import bullets, markdown_table, percent
 
 # what determines the answers of a model, beside its weights
 IDENTITY = ("public_source", "branches", "fusion", "fusion_params", "detector")

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from zepad_mm.evaluation.metrics import flipped_when_right, fooling_rate, share
-from zepad_mm.evaluation.row_kinds import WORST, RowKind
 from zepad_mm.evaluation.session import Session
-from zepad_mm.evaluation.threats import CLEAN, T2, T3, THREATS
+from zepad_mm.evaluation.threats import CLEAN, T2, T3, THREATS, WORST, RowKind
 from zepad_mm.utils.atomic import complete_folder, replacing
 
 FILE = "records.parquet"

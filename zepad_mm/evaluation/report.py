@@ -10,12 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zepad_mm.evaluation.row_kinds import WORST, RowKind
-from zepad_mm.evaluation.threats import CLEAN, T1, T2, strength
+from zepad_mm.evaluation.threats import CLEAN, T1, T2, WORST, RowKind, strength
 from zepad_mm.utils.atomic import complete_folder, replacing_folder
 from zepad_mm.utils.io import read_json, write_json, write_text
-from zepad_mm.utils.markdown import interval_text, percent
-from zepad_mm.utils.text import budget_text
+from zepad_mm.utils.text import budget_text, interval_text, percent
 
 JSON, MARKDOWN = "report.json", "report.md"
 OVERESTIMATED = "likely overestimated"  # said wherever a diagnostic failed

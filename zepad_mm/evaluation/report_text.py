@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from zepad_mm.evaluation.report import OVERESTIMATED, Report, budget_of, by_strength, cell
-from zepad_mm.evaluation.row_kinds import WORST
-from zepad_mm.evaluation.threats import CLEAN, T1B, T2, T3, THREATS
-from zepad_mm.utils.markdown import bullets, interval_text, markdown_table, percent
+from zepad_mm.evaluation.threats import CLEAN, T1B, T2, T3, THREATS, WORST
+from zepad_mm.utils.text import bullets, interval_text, markdown_table, percent
 
 NOTE = (
     "Accuracy in %, with its 95 % Wilson interval. `worst`: an image counts only if it is answered right without an "

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from zepad_mm.utils.identity import changed_keys
 from zepad_mm.utils.io import read_json, read_tensors, write_json, write_tensors
+from zepad_mm.utils.provenance import changed_keys
 
 BATCHES = "parts"  # sub-folder for the finished batches of the stage in progress
 IDENTITY = "identity.json"

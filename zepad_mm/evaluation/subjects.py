@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zepad_mm.encoders import BACKENDS, Encoder, load_clip
-from zepad_mm.evaluation.row_kinds import RowKind
+from zepad_mm.evaluation.threats import RowKind
 from zepad_mm.models.branch import Branch
 from zepad_mm.models.fusion import RULES, Fusion, build
 from zepad_mm.models.heads import zero_shot_head

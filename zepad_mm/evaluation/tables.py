@@ -11,11 +11,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from zepad_mm.evaluation.report import OVERESTIMATED, Report, cell
-from zepad_mm.evaluation.row_kinds import WORST, RowKind
-from zepad_mm.evaluation.threats import CLEAN, strength
-from zepad_mm.utils.markdown import markdown_table
+from zepad_mm.evaluation.threats import CLEAN, WORST, RowKind, strength
 from zepad_mm.utils.registry import Registry
-from zepad_mm.utils.text import budget_text
+from zepad_mm.utils.text import budget_text, markdown_table
 
 
 @dataclass(frozen=True)

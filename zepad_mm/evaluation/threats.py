@@ -1,16 +1,30 @@
-"""Threat models: what each attacker knows and may do. Every other module reads them from here.
+"""Threat models, what each attacker knows and may do, and the kinds of rows. Every other module reads them from here.
 
-To add one, add it to :data:`THREATS`, write the function that runs its attacks (``universal.py`` or ``white_box.py``)
-and name that function in ``engine.STAGES``.
+To add a threat model, add it to :data:`THREATS`, write the function that runs its attacks (``universal.py`` or
+``white_box.py``) and name that function in ``engine.STAGES``. Imports nothing heavy, so that reports are read at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING, Literal
 
 from zepad_mm.utils.registry import Registry
+
+WORST = "worst"  # name of the attack in rows of the per-sample worst case
+
+
+class RowKind(StrEnum):
+    """What a row of the table is, in the order in which tables show them."""
+
+    UNDEFENDED = "undefended"  # the public encoder with its own head
+    DEFAULT = "default"  # the model as it ships
+    BRANCH = "branch"  # one branch alone
+    BASELINE = "baseline"  # a model for comparison
+    RULE = "rule"  # the branches under another fusion rule
+
 
 if TYPE_CHECKING:
     from zepad_mm.evaluation.settings import EvalSettings

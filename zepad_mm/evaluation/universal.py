@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zepad_mm.attacks import UNIVERSAL_ATTACKS, Perturbation, UniversalAttack, load_published
-from zepad_mm.attacks.patch import patch_size
+from zepad_mm.attacks.perturbation import patch_size
 from zepad_mm.attacks.universal.base import PatchAttack
 from zepad_mm.evaluation.session import Example, Session
 from zepad_mm.evaluation.subjects import UNDEFENDED

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from zepad_mm.pretraining.base import Learner
 from zepad_mm.utils.atomic import replacing_folder
-from zepad_mm.utils.identity import check_identity
 from zepad_mm.utils.io import read_tensors, write_tensors
+from zepad_mm.utils.provenance import check_identity
 from zepad_mm.utils.wrappers import unwrap, unwrapped
 
 

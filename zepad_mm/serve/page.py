@@ -17,11 +17,10 @@ from PIL import Image
 
 from zepad_mm.data import load_data
 from zepad_mm.encoders.prompts import PROMPTS
-from zepad_mm.serve.limits import BusyError
+from zepad_mm.serve.limits import BusyError, Uploads, upload_folder
 from zepad_mm.serve.page_requests import PageRequests
 from zepad_mm.serve.service import ATTACKS, Attacked, Service, error_text, png
 from zepad_mm.serve.settings import MAX_LEVELS
-from zepad_mm.serve.uploads import Uploads, upload_folder
 
 UPLOAD_LIFETIME_S = 3600  # uploads are deleted after an hour
 GAIN = 8  # factor by which the shown perturbation is amplified

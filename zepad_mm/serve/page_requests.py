@@ -13,8 +13,8 @@ from gradio import Blocks
 from pydantic import BaseModel, Field, StringConstraints, ValidationError
 
 from zepad_mm.serve.gateway import RefusedError
+from zepad_mm.serve.limits import Uploads
 from zepad_mm.serve.settings import MAX_LEVELS, ServeSettings
-from zepad_mm.serve.uploads import Uploads
 
 JOIN, EXAMPLE, RESULTS, UPLOAD = (
     f"/gradio_api/{name}" for name in ("queue/join", "run/predict", "queue/data", "upload")

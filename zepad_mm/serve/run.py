@@ -15,8 +15,8 @@ from fastapi import FastAPI
 
 from zepad_mm.attacks import Perturbation
 from zepad_mm.classifier import RobustZeroShotClassifier
-from zepad_mm.serve.connections import TimedProtocol
 from zepad_mm.serve.endpoint import create_app
+from zepad_mm.serve.limits import TimedProtocol
 from zepad_mm.serve.service import Service
 from zepad_mm.serve.settings import ServeSettings
 

@@ -19,8 +19,8 @@ from zepad_mm.data import LabelledImages, StoredImages, StreamedImages
 from zepad_mm.defences.base import Defence, Student
 from zepad_mm.encoders import has_lora
 from zepad_mm.training.settings import UNIDENTIFYING, TrainData, TrainSettings
-from zepad_mm.utils.identity import check_identity
 from zepad_mm.utils.io import read_tensors, write_tensors
+from zepad_mm.utils.provenance import check_identity
 
 FORMAT = "zepad-mm training 1"
 CHECKPOINT = "checkpoint.safetensors"

@@ -22,8 +22,8 @@ from zepad_mm.training.student import build_student
 from zepad_mm.utils.atomic import complete_folder
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.distributed import claim_together, make_accelerator
-from zepad_mm.utils.identity import check_identity
 from zepad_mm.utils.io import read_json
+from zepad_mm.utils.provenance import check_identity
 
 log = logging.getLogger(__name__)
 

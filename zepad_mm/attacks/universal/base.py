@@ -38,8 +38,7 @@ from zepad_mm.attacks.base import (
     steepest,
 )
 from zepad_mm.attacks.losses import FEATURE_LOSSES
-from zepad_mm.attacks.patch import check_place, paste
-from zepad_mm.attacks.perturbation import Perturbation
+from zepad_mm.attacks.perturbation import Perturbation, check_place, paste
 from zepad_mm.utils.registry import Registry
 
 log = logging.getLogger(__name__)

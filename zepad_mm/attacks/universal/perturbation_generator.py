@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zepad_mm.attacks.base import project
-from zepad_mm.attacks.patch import patch_size
+from zepad_mm.attacks.perturbation import patch_size
 from zepad_mm.attacks.universal.base import Surrogate, UniversalAttack
 
 NOISE_DIM = 100  # length of one noise vector, as released
