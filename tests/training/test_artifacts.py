@@ -19,7 +19,7 @@ from zepad_mm.models.branch import UNTUNED, BranchConfig
 from zepad_mm.models.serialization import describe_model
 from zepad_mm.models.zepad import DetectorConfig, ZePADConfig
 from zepad_mm.training import load_tuned, make_accelerator, validate, write_tuned
-from zepad_mm.training.loop import freeze_unused
+from zepad_mm.training.student import freeze_unused
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ from zepad_mm.training import (
     write_tuned,
 )
 from zepad_mm.training.dataloader import augment
-from zepad_mm.training.loop import set_training_mode
+from zepad_mm.training.student import set_training_mode
 from zepad_mm.utils.io import read_tensors, write_tensors
 from zepad_mm.utils.seeding import derived_generator
 

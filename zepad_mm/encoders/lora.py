@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from zepad_mm.encoders.adapter_configs import clean_adapter_config
 from zepad_mm.encoders.attention import unfuse_attention
 from zepad_mm.encoders.base import Encoder, feature_dim_of
 from zepad_mm.encoders.build_limits import BuildLimit, check_memory_of
-from zepad_mm.encoders.library_configs import WRONG_CONFIG, clean_adapter_config, read_config
+from zepad_mm.encoders.library_configs import WRONG_CONFIG, read_config
 from zepad_mm.encoders.shared_trunk import blocks_of
 from zepad_mm.encoders.sources import BACKENDS, FOLDER, parse_source
 from zepad_mm.encoders.state_dict import load_state_dict_strict

@@ -24,8 +24,6 @@ from tqdm import tqdm
 
 from zepad_mm.data import LabelledImages
 from zepad_mm.defences.base import Batch, Defence, Student, split_batch
-from zepad_mm.encoders import Encoder, set_gradient_checkpointing
-from zepad_mm.encoders.attention import use_fast_attention
 from zepad_mm.training.checkpoint import (
     CHECKPOINT,
     Position,
@@ -39,7 +37,13 @@ from zepad_mm.training.checks import check_folder, check_run
 from zepad_mm.training.dataloader import Share, augment, order_of, shares, steps_of
 from zepad_mm.training.feature_cache import clean_targets
 from zepad_mm.training.settings import TrainData, TrainSettings
-from zepad_mm.training.student import leave_inference_mode
+from zepad_mm.training.student import (
+    apply_performance_settings,
+    freeze_unused,
+    leave_inference_mode,
+    make_optimizer,
+    set_training_mode,
+)
 from zepad_mm.training.tracking import check_finite, start_trackers, track, write_samples
 from zepad_mm.training.validation import Validation, validate
 from zepad_mm.utils.distributed import claim_together, make_accelerator
@@ -377,58 +381,3 @@ class Objective(nn.Module):
         """The loss of one share of a batch, and its parts."""
         loss = self.defence.loss(self.student, Batch(images, labels, indices, original), attacked)
         return loss.total, loss.parts
-
-
-def freeze_unused(encoder: Encoder) -> None:
-    """Freeze the parameters that features do not depend on, such as mask tokens, in place.
-
-    They get no gradient, so that nothing changes on one process; several would wait for these gradients.
-    """
-    trained = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
-    if not trained:
-        return
-    encoder.eval()
-    size = encoder.preprocess.image_size
-    height, width = size if isinstance(size, tuple) else (size, size)
-    with torch.enable_grad():
-        features = encoder(torch.full((1, 3, height, width), 0.5, device=trained[0].device))
-        gradients = torch.autograd.grad(features.float().sum(), trained, allow_unused=True)
-    for parameter, gradient in zip(trained, gradients, strict=True):
-        if gradient is None:
-            parameter.requires_grad_(False)
-
-
-def make_optimizer(student: Student, settings: TrainSettings) -> torch.optim.Optimizer:
-    """One optimiser over what requires a gradient, with a rate for the encoder and one for the head."""
-    groups = [
-        {"params": [p for p in module.parameters() if p.requires_grad], "lr": rate}
-        for module, rate in ((student.encoder, settings.lr_encoder), (student.head, settings.lr_head))
-    ]
-    kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
-    return kind([group for group in groups if group["params"]], weight_decay=settings.weight_decay)
-
-
-def apply_performance_settings(student: Student, settings: TrainSettings) -> None:
-    """Set what changes speed and memory but not the function: attention, layout, recomputation, compilation.
-
-    Raises ValueError for an encoder that cannot recompute.
-    """
-    use_fast_attention(student.encoder)
-    if settings.channels_last:
-        student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if settings.gradient_checkpointing:
-        set_gradient_checkpointing(student.encoder)
-    if settings.compile != "no":
-        student.encoder.backbone.compile(backend=settings.compile)
-
-
-def set_training_mode(student: Student, bn_mode: str) -> None:
-    """Set train mode on what trains; BN keeps its running statistics unless ``bn_mode`` is "train"."""
-    student.train()
-    for module in (student.encoder, student.head):
-        if not any(parameter.requires_grad for parameter in module.parameters()):
-            module.eval()
-    if bn_mode == "eval":
-        for module in student.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()

@@ -1,4 +1,4 @@
-"""Build a student, an encoder with a head, from the names in a configuration."""
+"""Students: an encoder with a head, built from the names in a configuration and prepared for training."""
 
 from __future__ import annotations
 
@@ -9,12 +9,21 @@ from torch import nn
 
 from zepad_mm.data import LabelledImages
 from zepad_mm.defences.base import Student
-from zepad_mm.encoders import Encoder, LoraSettings, add_lora, is_clip, load_clip, load_encoder
+from zepad_mm.encoders import (
+    Encoder,
+    LoraSettings,
+    add_lora,
+    is_clip,
+    load_clip,
+    load_encoder,
+    set_gradient_checkpointing,
+)
+from zepad_mm.encoders.attention import use_fast_attention
 from zepad_mm.models.heads import ZeroShotHead
 from zepad_mm.training.artifacts import TUNED_RECORD, load_tuned
 from zepad_mm.training.feature_cache import class_embeddings, encode_images
 from zepad_mm.training.heads import HeadSettings, fresh_head, train_head_on_features
-from zepad_mm.training.settings import TrainData
+from zepad_mm.training.settings import TrainData, TrainSettings
 from zepad_mm.utils.atomic import complete_folder
 from zepad_mm.utils.registry import check_choice
 from zepad_mm.utils.seeding import derived_seed, seeded
@@ -105,3 +114,58 @@ def load_encoder_or_tuned(source: str) -> Encoder:
     """An encoder from a source string, or from a folder that :func:`write_tuned` wrote."""
     complete_folder(source)
     return load_tuned(source) if (Path(source) / TUNED_RECORD).is_file() else load_encoder(source)
+
+
+def freeze_unused(encoder: Encoder) -> None:
+    """Freeze the parameters that features do not depend on, such as mask tokens, in place.
+
+    They get no gradient, so that nothing changes on one process; several would wait for these gradients.
+    """
+    trained = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+    if not trained:
+        return
+    encoder.eval()
+    size = encoder.preprocess.image_size
+    height, width = size if isinstance(size, tuple) else (size, size)
+    with torch.enable_grad():
+        features = encoder(torch.full((1, 3, height, width), 0.5, device=trained[0].device))
+        gradients = torch.autograd.grad(features.float().sum(), trained, allow_unused=True)
+    for parameter, gradient in zip(trained, gradients, strict=True):
+        if gradient is None:
+            parameter.requires_grad_(False)
+
+
+def make_optimizer(student: Student, settings: TrainSettings) -> torch.optim.Optimizer:
+    """One optimiser over what requires a gradient, with a rate for the encoder and one for the head."""
+    groups = [
+        {"params": [p for p in module.parameters() if p.requires_grad], "lr": rate}
+        for module, rate in ((student.encoder, settings.lr_encoder), (student.head, settings.lr_head))
+    ]
+    kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
+    return kind([group for group in groups if group["params"]], weight_decay=settings.weight_decay)
+
+
+def apply_performance_settings(student: Student, settings: TrainSettings) -> None:
+    """Set what changes speed and memory but not the function: attention, layout, recomputation, compilation.
+
+    Raises ValueError for an encoder that cannot recompute.
+    """
+    use_fast_attention(student.encoder)
+    if settings.channels_last:
+        student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if settings.gradient_checkpointing:
+        set_gradient_checkpointing(student.encoder)
+    if settings.compile != "no":
+        student.encoder.backbone.compile(backend=settings.compile)
+
+
+def set_training_mode(student: Student, bn_mode: str) -> None:
+    """Set train mode on what trains; BN keeps its running statistics unless ``bn_mode`` is "train"."""
+    student.train()
+    for module in (student.encoder, student.head):
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            module.eval()
+    if bn_mode == "eval":
+        for module in student.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
