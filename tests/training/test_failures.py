@@ -213,7 +213,7 @@ def test_fit_names_a_missing_image_and_keeps_the_last_checkpoint(tmp_path: Path)
             return super().fetch(indices)
 
     lost = LosesImage(**vars(stored))
-    with pytest.raises(ValueError, match=r"row \d+ .*could not be read: No such file"):
+    with pytest.raises(ValueError, match=r"row \d+ .*could not be read as an image: No such file"):
         fit(tiny_student(), lost, None, QUICK, settings, out=out)
     hidden.rename(missing)
     resumed, whole = tiny_student(), tiny_student()

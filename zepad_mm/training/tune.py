@@ -85,40 +85,37 @@ def tune(
         ValueError: ``out`` holds an encoder that was tuned with other settings, or is in use by another run; else as
             :func:`fit` and :func:`build_student`.
     """
-    accelerator = accelerator or make_accelerator()
-    with claim_together(out, accelerator):
-        return _tune(tuning, train, validation, Path(out), accelerator, student, extra or {})
-
-
-def _tune(
-    tuning: TuneSettings,
-    train: TrainData,
-    validation: LabelledImages,
-    folder: Path,
-    accelerator: Accelerator,
-    student: Student | None,
-    extra: dict[str, Any],
-) -> Tuned:
+    accelerator, folder = accelerator or make_accelerator(), Path(out)
     defence = make_defence(tuning.defence, tuning.defence_options)
     identity = _identity(tuning, defence, train, validation)
-    complete_folder(folder)
-    if (folder / TUNED_RECORD).is_file():
-        record = read_json(folder / TUNED_RECORD)
-        ignore = [f"train.{name}" for name in UNIDENTIFYING]
-        remedy = "it was tuned with other settings; give another output folder, or delete it"
-        check_identity(record.get("identity", {}), identity, folder, ignore=ignore, remedy=remedy)
-        log.info("%s is tuned already", folder)
-        return Tuned(load_tuned(folder).requires_grad_(False), record)
-    steps = tuning.settings.steps or f"{tuning.settings.epochs} epochs of"
-    log.info("%s: tuning by %s, %s steps", folder, defence.name, steps)
-    student = student or make_student(tuning, train, device=accelerator.device)
-    result = fit(student, train, validation, defence, tuning.settings, out=folder / RUN, accelerator=accelerator)
-    record = _record(identity, result, train, accelerator) | extra
-    if accelerator.is_main_process:
-        head = (student.head, train.class_names) if _trains(student.head) else None
-        write_tuned(folder, student.encoder, record, head)
-    accelerator.wait_for_everyone()
+    # before the claim, which all processes make together: one process alone may load what they tuned
+    finished = _load_finished(folder, identity)
+    if finished is not None:
+        return finished
+    with claim_together(folder, accelerator):
+        steps = tuning.settings.steps or f"{tuning.settings.epochs} epochs of"
+        log.info("%s: tuning by %s, %s steps", folder, defence.name, steps)
+        student = student or make_student(tuning, train, device=accelerator.device)
+        result = fit(student, train, validation, defence, tuning.settings, out=folder / RUN, accelerator=accelerator)
+        record = _record(identity, result, train, accelerator) | (extra or {})
+        if accelerator.is_main_process:
+            head = (student.head, train.class_names) if _trains(student.head) else None
+            write_tuned(folder, student.encoder, record, head)
+        accelerator.wait_for_everyone()
     return Tuned(student.encoder.eval().requires_grad_(False), record)
+
+
+def _load_finished(folder: Path, identity: dict[str, Any]) -> Tuned | None:
+    """The encoder that an earlier run with this identity left in the folder; None where there is none."""
+    complete_folder(folder)
+    if not (folder / TUNED_RECORD).is_file():
+        return None
+    record = read_json(folder / TUNED_RECORD)
+    ignore = [f"train.{name}" for name in UNIDENTIFYING]
+    remedy = "it was tuned with other settings; give another output folder, or delete it"
+    check_identity(record.get("identity", {}), identity, folder, ignore=ignore, remedy=remedy)
+    log.info("%s is tuned already", folder)
+    return Tuned(load_tuned(folder).requires_grad_(False), record)
 
 
 def make_student(
