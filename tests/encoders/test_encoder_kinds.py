@@ -12,14 +12,12 @@ import torch
 import transformers
 from torch import nn
 
+from tests.helpers import encoder_zoo as zoo
+from tests.helpers.encoder_checks import check, smooth_images
 from tests.helpers.models import make_zepad, write_clip
-
-ROOT = Path(__file__).parents[2]
-
-from tests.helpers import encoder_zoo as zoo  # noqa: E402
-from tests.helpers.encoder_checks import check, smooth_images  # noqa: E402
-from zepad_mm.data import LabelledImages  # noqa: E402
-from zepad_mm.encoders import (  # noqa: E402
+from zepad_mm.data import LabelledImages
+from zepad_mm.encoders import (
+    BACKENDS,
     Encoder,
     Fingerprint,
     LoraSettings,
@@ -34,11 +32,13 @@ from zepad_mm.encoders import (  # noqa: E402
     optimize_for_inference,
     set_gradient_checkpointing,
 )
-from zepad_mm.encoders.huggingface_preprocess import preprocess_of  # noqa: E402
-from zepad_mm.models.heads import zero_shot_head  # noqa: E402
-from zepad_mm.models.zepad import ZePAD  # noqa: E402
-from zepad_mm.training.artifacts import load_tuned, write_tuned  # noqa: E402
-from zepad_mm.training.student import build_student  # noqa: E402
+from zepad_mm.encoders.huggingface_preprocess import preprocess_of
+from zepad_mm.models.heads import zero_shot_head
+from zepad_mm.models.zepad import ZePAD
+from zepad_mm.training.artifacts import load_tuned, write_tuned
+from zepad_mm.training.student import build_student
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +52,10 @@ def test_encoder_kind_passes_every_check(name: str, tmp_path: Path) -> None:
     row = check(name, zoo.ZOO[name](tmp_path / "model"), tmp_path / "out")
     assert row.lora_layers >= 10
     assert row.feature_dim >= 16
+
+
+def test_zoo_has_a_model_of_every_registered_kind() -> None:
+    assert {name.partition(":")[0] for name in zoo.ZOO} == set(BACKENDS)
 
 
 def test_encoder_table_covers_every_kind() -> None:

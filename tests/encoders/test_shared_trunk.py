@@ -10,11 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-ROOT = Path(__file__).parents[2]
-
-from tests.helpers import encoder_zoo as zoo  # noqa: E402
-from tests.helpers.encoder_checks import perturb_adapter, smooth_images  # noqa: E402
-from zepad_mm.encoders import (  # noqa: E402
+from tests.helpers import encoder_zoo as zoo
+from tests.helpers.encoder_checks import perturb_adapter, smooth_images
+from zepad_mm.encoders import (
     Encoder,
     LoraSettings,
     SharedTrunk,
@@ -26,10 +24,10 @@ from zepad_mm.encoders import (  # noqa: E402
     optimize_for_inference,
     set_gradient_checkpointing,
 )
-from zepad_mm.encoders.shared_trunk import blocks_of  # noqa: E402
-from zepad_mm.models.branch import Branch, BranchConfig  # noqa: E402
-from zepad_mm.models.heads import zero_shot_head  # noqa: E402
-from zepad_mm.models.zepad import ZePAD, ZePADConfig  # noqa: E402
+from zepad_mm.encoders.shared_trunk import blocks_of
+from zepad_mm.models.branch import Branch, BranchConfig
+from zepad_mm.models.heads import zero_shot_head
+from zepad_mm.models.zepad import ZePAD, ZePADConfig
 
 VITS = ["open_clip: ViT, MultiheadAttention", "open_clip: ViT, fused in_proj, q/k norm", "hf: CLIP", "hf: DINOv3"]
 
