@@ -1,13 +1,22 @@
 """The contract of per-sample attacks, and the geometry of the L-inf and L2 budgets.
 
-To add an attack, write one file with a frozen dataclass that is registered and implements ``run``, and import it in
-``attacks/__init__.py``; the parametrised tests of ``tests/attacks/test_attacks.py`` then cover it::
+To add an attack, write one file with a frozen dataclass that is registered, has the field ``loss`` and implements
+``run``, and import it in ``attacks/__init__.py``; the parametrised tests of ``tests/attacks/test_attacks.py`` then
+cover it. :class:`~zepad_mm.attacks.objective.Objective` checks labels and outputs and computes losses and gradients,
+:class:`~zepad_mm.attacks.objective.BestAdversarial` drops samples once they are misclassified::
 
     @ATTACKS.register("my_attack")
     @dataclass(frozen=True, kw_only=True)
-    class MyAttack(Attack):
+    class MyAttack(Attack):  # or RestartAttack, as PGD
+        loss: str = "margin"  # of LOGIT_LOSSES or FEATURE_LOSSES
+
         def run(self, model, images, labels, generator, start):
-            return images  # __call__ projects what is returned into the budget
+            objective = Objective.make(self.loss, model, images, labels)
+            best = BestAdversarial(images)
+            if not objective.on_features:
+                best.update_from_clean(model, objective)
+            ...  # while len(best.active): best.update(candidates, outputs, objective)
+            return best.images  # __call__ projects them into the budget
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class EncoderBackend(ABC):
     """The encoders of one library: what its sources name, where they lie on the Hub, and how they are loaded.
 
     To add a kind, write one file with a sub-class, register an instance of it in :data:`BACKENDS` and import the file
-    in ``zepad_mm/encoders/__init__.py``. Every kind runs the same tests (``tests/helpers/encoder_zoo.py``).
+    in ``zepad_mm/encoders/__init__.py``. A small model of the kind in ``tests/helpers/encoder_zoo.py`` runs every test.
     """
 
     has_clips = False  # some sources of this kind have a text tower
