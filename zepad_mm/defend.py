@@ -47,9 +47,9 @@ class DefendSettings(Config):
             "gen_af": {"attack_steps": 2, "topology_weight": 2.0},
         }
     )
-    epsilon: float = 4 / 255  # L-inf budget that of the tuning and of the selection of the rule, in pixels of [0, 1]
+    epsilon: float = 4 / 255  # L-inf budget of the tuning and of the selection of the rule, in pixels of [0, 1]
     tune_benign: bool = True  # False: the benign branch is the public encoder as it is
-    adaptation: Literal["full", "lora"] = "lora"
+    adaptation: Literal["full", "lora"] = "lora"  # tune all weights (full) or an adapter (lora)
     lora: LoraSettings = field(default_factory=lambda: LoraSettings(rank=16, alpha=32.0))
     prompts: str = "photo"  # prompt set or template of the zero-shot heads
     image_size: int | None = None  # side that images are stored and attacked at; None: that of the encoder

@@ -43,7 +43,7 @@ class TrainSettings(Config):
     compile: Literal["no", "inductor", "aot_eager", "cudagraphs"] = "no"  # torch.compile of the encoder, by backend
     cache_dir: str | None = None  # keeps clean targets and text embeddings for other runs; None: in memory
     channels_last: bool = False  # faster convolutions on many CPUs and on tensor cores
-    seed: int = 0
+    seed: int = 0  # of all randomness
     validation_every: int = 0  # steps; 0: after each epoch. The untuned student is validated too
     validation_attack_steps: int = 5  # PGD on cross-entropy
     validation_epsilon: float | None = None  # None: the defence's
