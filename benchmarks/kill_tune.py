@@ -4,8 +4,7 @@
     python -m benchmarks.kill_tune --kills 20 --out results/kill_tune.json
 
 The run is that of ``recipes/configs/smoke/tune.yaml`` with more steps and checkpoints. Compared bit for bit: the tuned
-weights and every logged metric except the speed. Exits with the
-number of runs that differed.
+weights and every logged metric except the speed. Exits with the number of runs that differed.
 """
 
 from __future__ import annotations

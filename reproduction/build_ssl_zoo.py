@@ -3,7 +3,7 @@
 
     python -m reproduction.build_ssl_zoo --data uoft-cs/cifar10             # two to three hours on one CPU thread
     python -m reproduction.build_ssl_zoo --methods simclr byol --epochs 4   # part of it
-    python -m reproduction.build_ssl_zoo --half reproduction/ssl_zoo                 # and copies in half precision
+    python -m reproduction.build_ssl_zoo --half reproduction/ssl_zoo        # and copies in half precision
 
 Each is one run of ``recipes/pretrain.py`` with ``reproduction/configs/ssl_zoo.yaml`` and the method's own constants
 below; finished methods are kept, and a killed run resumes from its last complete epoch. Writes

@@ -38,7 +38,7 @@ from zepad_mm.encoders.prompts import PROMPTS
 
 OUT = Path(__file__).parents[1] / "zepad_mm" / "assets" / "clip"
 SHARES = {"imagenet20": 0.33, "tinyimagenet80": 0.37, "clothing": 0.30}  # of the images of a step
-VIEWS = {"imagenet20": 2, "tinyimagenet80": 2, "clothing": 4}  # cached views of a image, the first one plain
+VIEWS = {"imagenet20": 2, "tinyimagenet80": 2, "clothing": 4}  # cached views of an image, the first one plain
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:

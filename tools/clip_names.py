@@ -15,7 +15,7 @@ UNSEEN = (
     "tailed frog", "black widow", "jellyfish", "black stork", "standard poodle", "dragonfly", "chimpanzee", "abacus",
     "bathtub", "candle", "frying pan", "lampshade", "organ", "teapot", "ice cream", "acorn",
 )  # fmt: skip
-# ImageNet names that a image of clothes may show as well: no negatives for each other
+# ImageNet names that an image of clothes may show as well: no negatives for each other
 APPAREL = (
     "sandal", "sock", "kimono", "fur coat", "poncho", "vestment", "academic gown", "bikini", "apron", "jersey", "jean",
     "trench coat", "loafer", "miniskirt", "cardigan", "sweatshirt", "swimming trunks", "running shoe", "clog",
