@@ -107,4 +107,4 @@ def _default_text(default: ast.expr | None) -> str:
     text = ast.unparse(default)
     for source, typed in (("'", ""), (", ", ","), (" / ", "/"), ("(", ""), (")", "")):
         text = text.replace(source, typed)
-    return f" (default: {text})"
+    return f" (default: {text})" if text else ""
