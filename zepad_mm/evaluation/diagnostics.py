@@ -171,7 +171,8 @@ def _noise_weaker(records: Records, threat: ThreatModel, model: str) -> Check:
     noise = next(attempt for attempt in records.attempts if attempt.threat == threat.key and attempt.control)
     under_noise = float(records.right(model, noise).float().mean())
     under_attack = _accuracy_under_best(records, threat, model)
-    detail = f"{model}: {100 * under_noise:.1f} % under {noise.attack}, {100 * under_attack:.1f} % under {threat}"
+    best = f"{100 * under_attack:.1f} % under the best {threat} attack"
+    detail = f"{model}: {100 * under_noise:.1f} % under {noise.attack}, {best}"
     passed = under_attack < under_noise or under_noise == 0
     name = f"noise_weaker_than_{threat.key.lower()}"
     return Check(name, passed, detail, {"noise": under_noise, "attack": under_attack})
