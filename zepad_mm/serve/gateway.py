@@ -139,6 +139,7 @@ class _Exchange:
         self.path: str = scope["path"]
         own = self.path.startswith(ENDPOINT) or self.path in DOCUMENTATION
         self.page = None if own else gateway.page
+        # not FastAPI's max_body_size: that is one limit for all routes, and bounds neither all bodies together nor time
         self.limit = self.page.body_limit(self.path) if self.page else self.settings.upload_mb * 2**20
         self._receive, self._send = receive, send
         self.received = 0
