@@ -35,7 +35,7 @@ from reproduction.ssl_study import (
     assemble,
     fit_branch,
     public_rows,
-    surrogate_images,
+    study_tasks,
     task_data,
     whole,
     without_folders,
@@ -254,14 +254,6 @@ class Study:
 
         return build
 
-    def tasks(self) -> dict[str, EvalData]:
-        """Short name of each task -> its images."""
-        surrogate, found = surrogate_images(self.config), {}
-        for task, source in self.task_sources.items():
-            _, validation, test = task_data(self.config, source)
-            found[task] = EvalData(test, validation, surrogate)
-        return found
-
 
 def main(config: GPUStudy) -> Report:
     """Run the study and write both files; returns the report."""
@@ -271,7 +263,7 @@ def main(config: GPUStudy) -> Report:
     started, study = time.perf_counter(), Study(config)
     report = evaluate(
         models={name: study.model(name) for name in config.defences},
-        tasks=study.tasks(),
+        tasks=study_tasks(config, study.task_sources),
         settings=config.evaluation,
         out=study.out / "evaluation",
         resume=True,

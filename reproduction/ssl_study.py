@@ -117,6 +117,15 @@ def surrogate_images(config: Protocol) -> LabelledImages:
     return images.sample(config.evaluation.n_surrogate, config.seed + 1)
 
 
+def study_tasks(config: Protocol, sources: dict[str, str]) -> dict[str, EvalData]:
+    """Short name of each task -> its images; the surrogate images are the same for all."""
+    surrogate, tasks = surrogate_images(config), {}
+    for task, source in sources.items():
+        _, validation, test = task_data(config, source)
+        tasks[task] = EvalData(test, validation, surrogate)
+    return tasks
+
+
 def pretrained_source(config: Protocol, name: str, given: str, accelerator: Accelerator) -> str:
     """The source string of an encoder, pre-trained first where it is given as a configuration."""
     if not given.endswith(".yaml"):
@@ -213,14 +222,6 @@ class Study:
         untuned = ["undefended", "baseline:adv_au", "branch:bmp"]
         return subject.with_fused_row("untuned_ensemble", untuned, "equal")
 
-    def tasks(self) -> dict[str, EvalData]:
-        """Short name of each task -> its images."""
-        surrogate, found = surrogate_images(self.config), {}
-        for task, source in self.task_sources.items():
-            _, validation, test = task_data(self.config, source)
-            found[task] = EvalData(test, validation, surrogate)
-        return found
-
 
 def main(config: StudySettings) -> Report:
     """Run the study and write both files; returns the report."""
@@ -229,7 +230,7 @@ def main(config: StudySettings) -> Report:
     study = Study(config)
     report = evaluate(
         models={"ssl": study.model},
-        tasks=study.tasks(),
+        tasks=study_tasks(config, study.task_sources),
         settings=config.evaluation,
         out=Path(config.out) / "evaluation",
         resume=True,
