@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from tools.wordnet_clip.model import Teacher, normalise
 from zepad_mm.utils.io import read_tensors, write_tensors
 
 LOWER = 5  # blocks that are not tuned
+DETAIL = (24, 72)  # pixels of detail in a degraded view
+SMALL = 32  # pixels of detail in the second view of a validation image
 PART = 200  # images of a file, so that a killed run loses little
 
 
@@ -24,7 +27,7 @@ class Cached:
 
     Attributes:
         middle: (N, V, C, h, w) fp16, the output of the lower blocks. features: (N, 1280), the original network's, of
-            the first view. labels: (N,).
+            the first view, both on the network's device. labels: (N,).
     """
 
     middle: Tensor
@@ -32,35 +35,52 @@ class Cached:
     labels: Tensor
 
 
+# pixels (B, 3, S, S) in [0, 1] to its views, each (B, 3, side, side)
+Views = Callable[[Tensor, torch.Generator], list[Tensor]]
+
+
 @torch.no_grad()
-def cache(images: Images, teacher: Teacher, side: int, views: int, folder: Path, seed: int) -> Cached:
+def cache(images: Images, teacher: Teacher, views: Views, folder: Path, seed: int) -> Cached:
     """Computes what is missing in ``folder`` and reads the rest.
 
     Args:
-        images: of one set. teacher: the original network. side: of the images as the tower sees them.
-        views: the first as it is, the second cropped, the third cropped and degraded, and so on.
-        folder: of this set's parts. seed: of the crops.
+        images: of one set. teacher: the original network. views: of each image; the first is the image as it is.
+        folder: of this set's parts. seed: of the views.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    device = teacher.rows.device
     parts = []
     for number, start in enumerate(tqdm(range(0, len(images.labels), PART), desc=folder.name, mininterval=20)):
         path = folder / f"{number:04d}.safetensors"
         if not path.is_file():
-            pixels = images.pixels[start : start + PART].float() / 255
+            pixels = images.pixels[start : start + PART].to(device).float() / 255
             generator = torch.Generator().manual_seed(seed * 100_003 + number)
-            write_tensors(path, _part(pixels, teacher, side, views, generator))
+            write_tensors(path, _part(views(pixels, generator), teacher))
         parts.append(read_tensors(path)[0])
-    return Cached(
-        torch.cat([part["middle"] for part in parts]), torch.cat([part["features"] for part in parts]), images.labels
-    )
+    middle, features = (torch.cat([part[key] for part in parts]).to(device) for key in ("middle", "features"))
+    return Cached(middle, features, images.labels)
 
 
-def _part(pixels: Tensor, teacher: Teacher, side: int, views: int, generator: torch.Generator) -> dict[str, Tensor]:
-    shown = [to_side(pixels, side)]
-    for view in range(1, views):
-        cropped = Crops.draw(len(pixels), generator)(pixels, side)
-        detail = int(torch.randint(28, 72, (1,), generator=generator))
-        shown.append(degrade(cropped, detail) if view % 2 == 0 else cropped)
+def training_views(side: int, count: int) -> Views:
+    """The image as it is, then crops of it; every second crop loses detail."""
+
+    def views(pixels: Tensor, generator: torch.Generator) -> list[Tensor]:
+        shown = [to_side(pixels, side)]
+        for view in range(1, count):
+            cropped = Crops.draw(len(pixels), generator)(pixels, side)
+            detail = int(torch.randint(*DETAIL, (1,), generator=generator))
+            shown.append(degrade(cropped, detail) if view % 2 == 0 else cropped)
+        return shown
+
+    return views
+
+
+def validation_views(side: int) -> Views:
+    """The image as it is, and with the detail of a very small image."""
+    return lambda pixels, generator: [to_side(pixels, side), degrade(to_side(pixels, side), SMALL)]
+
+
+def _part(shown: list[Tensor], teacher: Teacher) -> dict[str, Tensor]:
     middle = torch.stack([torch.cat([lower(teacher.network, part) for part in view.split(50)]) for view in shown], 1)
     return {"middle": middle.half(), "features": upper(teacher.network, middle[:, 0])}
 

@@ -23,7 +23,7 @@ from zepad_mm.utils.io import ASSETS, replacing
 SIDE = 128  # images are packed at this side or their own, if that is smaller
 QUALITY = 80  # WebP
 # set -> images of a class for training, and from its train split for validation (0: it has a validation split)
-PACKED = {"imagenet20": (180, 40), "tinyimagenet80": (70, 15), "caltech69": (1000, 0), "clothing": (1000, 0)}
+PACKED = {"imagenet20": (460, 40), "tinyimagenet80": (145, 15), "caltech69": (1000, 0), "clothing": (1000, 0)}
 NEVER_SEEN = 30  # images of each class that is never read, for validation
 
 

@@ -21,7 +21,7 @@ from tools.wordnet_clip.model import EMBED, TEXT_TOWER, load_exported
 from tools.wordnet_clip.names import CONTEXT, NEVER_READ, load_merges
 from tools.wordnet_clip.tokenizer import build_tokenizer, save_tokenizer
 from zepad_mm.utils.io import read_json, write_json, write_text
-from zepad_mm.utils.provenance import provenance
+from zepad_mm.utils.provenance import commit
 from zepad_mm.utils.text import interval_text, markdown_table, percent
 
 RESULT = Path(__file__).parents[2] / "results" / "wordnet_clip.json"
@@ -122,7 +122,7 @@ def build_record(work: Path, folder: Path) -> dict[str, Any]:
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in recipe.items())
     return {
         "command": f"python -m tools.wordnet_clip.build --data-root DIR {flags}",
-        "meta": provenance(seed=recipe["seed"], config=recipe),
+        "meta": training["meta"] | {"commit": commit()},  # the machine that trained may have had no checkout
         "seconds": training["seconds"],
         "training_images": training["training_images"],
         "texts": training["texts"],

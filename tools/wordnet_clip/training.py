@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tools.wordnet_clip.cache import LOWER, Cached, cache, upper
+from tools.wordnet_clip.cache import LOWER, Cached, cache, training_views, upper, validation_views
 from tools.wordnet_clip.images import Images
 from tools.wordnet_clip.model import Teacher
 from tools.wordnet_clip.names import TEMPLATES, Texts
@@ -80,10 +80,10 @@ class Training:
         """Caches views of all images and initialises the image tower and its projection."""
         recipe = self.recipe
         for part, sources in self.images.items():
-            views = recipe.views if part == "train" else 1
-            folder = self.work / "cache"
+            side, folder = recipe.image_size, self.work / "cache"
+            views = training_views(side, recipe.views) if part == "train" else validation_views(side)
             self.cached[part] = {
-                source: cache(images, self.teacher, recipe.image_size, views, folder / f"{source}-{part}", recipe.seed)
+                source: cache(images, self.teacher, views, folder / f"{source}-{part}", recipe.seed)
                 for source, images in sources.items()
             }
         means = [cached.features[:400].mean(0) for cached in self.cached["train"].values()]

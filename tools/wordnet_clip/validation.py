@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tools.wordnet_clip.cache import Cached, upper
+from tools.wordnet_clip.cache import SMALL, Cached, upper
 from tools.wordnet_clip.names import PHOTO
 from tools.wordnet_clip.training import Training
 
@@ -25,7 +25,7 @@ def validate(training: Training) -> dict[str, float]:
     scores = {}
     for part in ("validation", "never_read"):
         for source, images in training.images[part].items():
-            image = embed_images(training, training.cached[part][source])
+            image, small = (embed_images(training, training.cached[part][source], view) for view in (0, 1))
             text = class_texts(training, training.texts.sets[source])
             name = f"{source} {part}"
             scores[name] = top1(image @ text.T, images.labels.to(training.device))
@@ -34,14 +34,15 @@ def validate(training: Training) -> dict[str, float]:
                 scores[f"{name}, 1,000 rows"] = top1(image @ training.teacher.rows.T, label)
                 scores[f"{name}, 1,000 names"] = top1(image @ class_texts(training, range(1000)).T, label)
             scores |= _among_everyday_nouns(training, name, image, source, images.labels)
+            scores |= _among_everyday_nouns(training, f"{name} of {SMALL} pixels", small, source, images.labels)
     return scores
 
 
 @torch.no_grad()
-def embed_images(training: Training, images: Cached) -> Tensor:
-    """Unit-length embeddings (N, EMBED) of the first cached view of each image."""
+def embed_images(training: Training, images: Cached, view: int) -> Tensor:
+    """Unit-length embeddings (N, EMBED) of one cached view of each image."""
     visual = training.clip.visual
-    pooled = [upper(visual.trunk, part.to(training.device)) for part in images.middle[:, 0].split(128)]
+    pooled = [upper(visual.trunk, part.to(training.device)) for part in images.middle[:, view].split(128)]
     return F.normalize(visual.head(torch.cat(pooled)), dim=-1)
 
 
