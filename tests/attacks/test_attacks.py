@@ -12,19 +12,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zepad_mm.attacks import APGD, ATTACKS, FEATURE_LOSSES, LOGIT_LOSSES, PGD, Attack, Square, frozen
+from zepad_mm.attacks import APGD, ATTACKS, FEATURE_LOSSES, LOGIT_LOSSES, PGD, Attack, RayS, Square, frozen
 from zepad_mm.attacks.base import project, random_delta, steepest
 from zepad_mm.attacks.losses import margin, targeted
+from zepad_mm.attacks.transfer import shrink_and_pad, smooth
 
 EPSILON = {"linf": 8 / 255, "l2": 0.5}
 EVERYTHING = {"linf": 1.0, "l2": 60.0}  # every image is inside the budget
-QUICK: dict[str, dict[str, Any]] = {"pgd": {"steps": 8}, "apgd": {"steps": 12}, "square": {"queries": 60}}
+QUICK: dict[str, dict[str, Any]] = {
+    "pgd": {"steps": 8},
+    "apgd": {"steps": 12},
+    "square": {"queries": 60},
+    "rays": {"queries": 200},
+}
 CASES = [
     ATTACKS.get(name)(epsilon=EPSILON[norm], norm=norm, **QUICK.get(name, {}))
     for name in ATTACKS
     for norm in ATTACKS.get(name).norms
 ]
+LABEL_ONLY = [attack for attack in CASES if not hasattr(attack, "loss")]
 every_attack = pytest.mark.parametrize("attack", CASES, ids=repr)
+every_attack_with_loss = pytest.mark.parametrize("attack", [a for a in CASES if a not in LABEL_ONLY], ids=repr)
 every_loss = pytest.mark.parametrize("loss", [*LOGIT_LOSSES, *FEATURE_LOSSES])
 CLASSES = 4
 
@@ -174,7 +182,7 @@ def test_frozen_finds_modules_behind_functions(wrap, clean_net):
     assert all(parameter.requires_grad for parameter in clean_net.parameters())
 
 
-@every_attack
+@every_attack_with_loss
 def test_seed_determines_the_result(attack, trained, batch):
     attack = replace(attack, loss="feature_l2")  # runs all steps on every sample
     first, again, other = (attack(trained, *batch, generator=torch.Generator().manual_seed(seed)) for seed in (5, 5, 6))
@@ -204,7 +212,7 @@ def test_no_grad_and_inference_mode_of_the_caller_have_no_effect(attack, trained
         assert torch.equal(attack(trained, images, batch[1]), plain)
 
 
-@every_attack
+@every_attack_with_loss
 def test_misclassified_images_stay_misclassified_when_scored_again(attack, trained, batch):
     images, labels = batch
     seen: list[Tensor] = []
@@ -234,7 +242,7 @@ def test_samples_wrong_from_the_start_are_unchanged(attack, trained, batch):
     assert torch.equal(attack(trained, images, labels), images)
 
 
-@every_attack
+@every_attack_with_loss
 @every_loss
 def test_every_loss_changes_every_image(attack, loss, trained, batch):
     images, labels = batch
@@ -250,7 +258,7 @@ def test_every_loss_changes_every_image(attack, loss, trained, batch):
     assert rise.mean() > 0
 
 
-@every_attack
+@every_attack_with_loss
 @every_loss
 def test_losses_accept_several_branches(attack, loss, trained, clean_net, batch):
     clean_net.head.weight.data *= 0.7
@@ -335,6 +343,9 @@ def test_nan_outputs_are_no_success(attack, trained, batch):
         (lambda: PGD(loss="feature_l2", random_start=False), "random_start=True"),
         (lambda: APGD(loss="target"), "unknown loss"),
         (lambda: APGD(targets=0), "targets"),
+        (lambda: PGD(momentum=1.0), "momentum"),
+        (lambda: ATTACKS.get("di")(diversity=2.0), "diversity"),
+        (lambda: RayS(queries=0), "queries"),
         (lambda: Square(norm="l2"), "Square"),
         (lambda: Square(queries=0), "queries"),
         (lambda: Square(area=0.0), "area"),
@@ -502,3 +513,29 @@ def test_modules_of_terminates_on_recursive_functions() -> None:
     with frozen(chain()):
         assert not any(parameter.requires_grad for parameter in network.parameters())
     assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_shrink_and_pad_keeps_the_shape_and_is_the_identity_at_full_size() -> None:
+    images = torch.rand(2, 3, 16, 12, generator=torch.Generator().manual_seed(0))
+    varied = shrink_and_pad(images, 0.5, torch.Generator().manual_seed(1))
+    assert varied.shape == images.shape
+    assert (varied == 0).any()
+    torch.testing.assert_close(shrink_and_pad(images, 1.0, torch.Generator().manual_seed(1)), images)
+
+
+def test_smooth_keeps_a_constant_inside() -> None:
+    gradient = torch.full((1, 3, 64, 64), 2.0)
+    torch.testing.assert_close(smooth(gradient)[..., 2:-2, 2:-2], gradient[..., 2:-2, 2:-2])
+
+
+def test_rays_sees_labels_alone_and_stops_at_its_queries(trained, batch):
+    calls: list[int] = []
+
+    def decision(images: Tensor) -> Tensor:
+        calls.append(len(images))
+        return F.one_hot(trained(images).argmax(-1), CLASSES).float()
+
+    images, labels = batch
+    adversarial = RayS(epsilon=0.2, queries=150)(decision, images, labels)
+    assert len(calls) <= 150
+    assert accuracy(trained, adversarial, labels) < accuracy(trained, images, labels) - 0.5

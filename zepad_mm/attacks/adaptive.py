@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
 from typing import Protocol
 
@@ -14,8 +15,8 @@ from torch import Tensor
 from zepad_mm.attacks.apgd import APGD
 from zepad_mm.attacks.base import Attack, Model, frozen
 from zepad_mm.attacks.losses import cross_entropy, difference_of_logits_ratio, margin, margin_per_branch
-from zepad_mm.attacks.objective import BestAdversarial, Objective, not_clearly_wrong
-from zepad_mm.attacks.pgd import PGD
+from zepad_mm.attacks.objective import CLEARLY_WRONG, BestAdversarial, Objective, not_clearly_wrong
+from zepad_mm.attacks.pgd import PGD, MomentumPGD
 from zepad_mm.utils.registry import Registry
 from zepad_mm.utils.validation import check_labels
 
@@ -38,6 +39,8 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # branch logits (N, B, C) and labels 
 # name -> attack class; it is called with the branches, (B, 3, H, W) to (N, B, C), in place of a model
 ADAPTIVE_ATTACKS: Registry[type[BranchedAttack]] = Registry("adaptive attack")
 
+DRIVERS: dict[str, type[APGD] | type[PGD]] = {"apgd": APGD, "pgd": PGD, "momentum": MomentumPGD}
+
 # name -> losses(fuse, number of branches); each loss is maximised in a run of its own
 FUSED_LOSSES: Registry[Callable[[Fuse, int], list[Loss]]] = Registry("loss on a fused model")
 
@@ -52,20 +55,19 @@ class BranchedAttack(Attack):
     fuse: Fuse = field(repr=False)  # (N, B, C) to something with logits (B, C) and weights (N, B)
     steps: int = 50  # gradient steps per run
     restarts: int = 1  # the worst over all of them counts
-    driver: str = "apgd"  # "apgd" or "pgd": the optimiser of the losses
+    driver: str = "apgd"  # of DRIVERS: the optimiser of the losses
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not callable(self.fuse):
             raise ValueError(f"fuse: expected a callable on branch logits, e.g. model.fuse, got {self.fuse!r}")
-        if self.driver not in ("apgd", "pgd"):
-            raise ValueError(f"driver: expected 'apgd' or 'pgd', got {self.driver!r}")
+        if self.driver not in DRIVERS:
+            raise ValueError(f"driver: expected one of {', '.join(map(repr, DRIVERS))}, got {self.driver!r}")
         self.make_driver()  # checks the steps
 
     def make_driver(self) -> APGD | PGD:
         """The gradient attack that maximises the losses."""
-        kind: type[APGD] | type[PGD] = APGD if self.driver == "apgd" else PGD
-        return kind(epsilon=self.epsilon, norm=self.norm, steps=self.steps, restarts=self.restarts)
+        return DRIVERS[self.driver](epsilon=self.epsilon, norm=self.norm, steps=self.steps, restarts=self.restarts)
 
     def run(
         self, model: Model, images: Tensor, labels: Tensor | None, generator: torch.Generator, start: Tensor | None
@@ -119,6 +121,30 @@ class FusedAttack(BranchedAttack):
     def objectives(self, labels: Tensor, branches: int) -> list[Objective]:
         losses = FUSED_LOSSES.get(self.loss)(self.fuse, branches)
         return [Objective(loss, labels, False, judge=self.judge) for loss in losses]
+
+
+@ADAPTIVE_ATTACKS.register("superclass")
+@dataclass(frozen=True, kw_only=True)
+class SuperclassAttack(BranchedAttack):
+    """White-box attack on a fused model that succeeds with a prediction outside the superclass of the true class."""
+
+    groups: tuple[int, ...]  # the superclass of each of the C classes, e.g. (0, 0, 1)
+    driver: str = "momentum"
+
+    def objectives(self, labels: Tensor, branches: int) -> list[Objective]:
+        return [Objective(lambda logits, y: self.judge(logits, y)[0], labels, False, judge=self.judge)]
+
+    def judge(self, branch_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.fuse(branch_logits).logits
+        if len(self.groups) != logits.shape[-1] or len(set(self.groups)) < 2:
+            raise ValueError(
+                f"groups: expected the superclass of each of {logits.shape[-1]} classes, at least two different ones, "
+                f"got {self.groups}"
+            )
+        groups = torch.tensor(self.groups, device=logits.device)
+        inside = groups == groups[labels][:, None]
+        gain = logits.masked_fill(inside, -torch.inf).amax(-1) - logits.masked_fill(~inside, -torch.inf).amax(-1)
+        return gain, ~(gain > CLEARLY_WRONG * logits.abs().amax(-1))
 
 
 # ---- losses through the fusion ---------------------------------------------------------------------------------------
@@ -198,22 +224,50 @@ def average_probability(fuse: Fuse, branches: int) -> list[Loss]:
     return [lambda logits, labels: margin(logits.log_softmax(-1).logsumexp(0), labels)]
 
 
+MORA_BETAS = (0.5, 0.0, 0.25, 0.75, 1.0)  # share of the re-weighted branches in the loss of each run, in their order
+
+
 @FUSED_LOSSES.register("mora")
 def mora(fuse: Fuse, branches: int) -> list[Loss]:
-    """Branch margins re-weighted at each step towards branches near their decision boundary (MORA, Yu et al. 2022).
+    """The model-reweighing attack (MORA, Yu et al. 2022): five runs, each with another share of the branches.
 
-    A branch far on either side of the boundary gets little weight, so that its gradient does not cancel the others'.
-    The weight is the slope of a sigmoid at the branch's margin, in units of the standard deviation of its logits; it is
-    detached.
+    Each loss is the cross-entropy of a mix of the fused logits and of a weighted mean of the branches that are still
+    right. A branch weighs as much as its logits move the fused log-ratio of the strongest wrong class to the true one.
+    Temperatures set at each step keep the cross-entropy from saturating: the fused logits are divided by the gap of
+    their two largest, those of all branches by a tenth of the largest gap of any branch where it exceeds 10. The paper
+    drives it with :class:`~zepad_mm.attacks.pgd.MomentumPGD`.
     """
+    return [partial(_mora_loss, fuse, beta) for beta in MORA_BETAS]
 
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        margins = margin_per_branch(logits, labels)
-        near = (margins / logits.std(-1).clamp_min(1e-12)).detach().sigmoid()
-        slope = near * (1 - near) + 1e-6
-        return (slope / slope.sum(0) * margins).sum(0)
 
-    return [loss]
+def _mora_loss(fuse: Fuse, beta: float, logits: Tensor, labels: Tensor) -> Tensor:
+    fused = fuse(logits)
+    gap, gaps = _top_gap(fused.logits.detach()), _top_gap(logits.detach())
+    whole = fused.logits / gap.clamp_min(1e-6).unsqueeze(-1)
+    cooled = logits / (gaps.amax(0) / 10).clamp_min(1).view(1, -1, 1)
+    weights = mora_weights(fused, logits, labels) * (logits.detach().argmax(-1) == labels)
+    shares = weights / weights.sum(0).clamp_min(1e-8)
+    return cross_entropy((1 - beta) * whole + beta * (shares.unsqueeze(-1) * cooled).sum(0), labels)
+
+
+@torch.no_grad()
+def mora_weights(fused: Fused, logits: Tensor, labels: Tensor) -> Tensor:
+    """(N, B): derivative of log q_r - log q_y by the logit of r in each branch, for the mean q of probabilities p.
+
+    y is the true class, r the strongest wrong one.
+    """
+    index = labels[:, None]
+    rival = fused.logits.scatter(-1, index, -torch.inf).argmax(-1, keepdim=True)
+    mean, each = fused.logits.softmax(-1), logits.softmax(-1)
+    mean_true, mean_rival = (mean.gather(-1, which).squeeze(-1).clamp_min(1e-12) for which in (index, rival))
+    true, other = (each.gather(-1, which.expand(len(logits), -1, 1)).squeeze(-1) for which in (index, rival))
+    return fused.weights * other * (true / mean_true + (1 - other) / mean_rival)
+
+
+def _top_gap(logits: Tensor) -> Tensor:
+    """(..., B): the largest logit minus the second."""
+    largest = logits.topk(2, dim=-1).values
+    return largest[..., 0] - largest[..., 1]
 
 
 def _margin_of(members: Sequence[int]) -> Loss:

@@ -61,7 +61,13 @@ class APGD(RestartAttack):
         return best.images
 
     def _run_restart(
-        self, model: Model, clean: Tensor, start: Tensor, objective: Objective, best: BestAdversarial
+        self,
+        model: Model,
+        clean: Tensor,
+        start: Tensor,
+        objective: Objective,
+        best: BestAdversarial,
+        generator: torch.Generator,
     ) -> None:
         """Run one restart on the active samples: algorithm 1 of the paper, with a step size per sample."""
         loss, gradient, keep = self._forward_backward(model, start, objective, best)

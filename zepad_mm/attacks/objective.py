@@ -177,7 +177,7 @@ class RestartAttack(Attack):
                     begin = clean + random_delta(clean, self.epsilon, self.norm, generator)
                 else:
                     begin = clean
-                self._run_restart(model, clean, begin.clamp(0, 1), objective, best)
+                self._run_restart(model, clean, begin.clamp(0, 1), objective, best, generator)
 
     def _random_start(self, restart: int) -> bool:
         """Whether a restart without a given start begins at random rather than at the image."""
@@ -185,7 +185,13 @@ class RestartAttack(Attack):
 
     @abstractmethod
     def _run_restart(
-        self, model: Model, clean: Tensor, start: Tensor, objective: Objective, best: BestAdversarial
+        self,
+        model: Model,
+        clean: Tensor,
+        start: Tensor,
+        objective: Objective,
+        best: BestAdversarial,
+        generator: torch.Generator,
     ) -> None:
         """Run one restart from ``start`` on the active samples of ``best``, which is updated."""
 
