@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zepad_mm.attacks.base import check_budget, check_generator, project, resize_delta
 from zepad_mm.utils.hub import Access, card_text, fetch, push_folder
-from zepad_mm.utils.io import read_tensors, write_tensors, write_text
+from zepad_mm.utils.io import parse_metadata, read_tensors, write_tensors, write_text
 from zepad_mm.utils.text import budget_text
 from zepad_mm.utils.validation import check_images
 
@@ -177,11 +177,14 @@ class Perturbation:
                 f"{path} is not a perturbation of zepad-mm: it holds {sorted(tensors)} and {metadata}"[:300]
             )
         try:
-            about = json.loads(metadata["perturbation"])
+            about = parse_metadata(metadata, "perturbation", path)
             place = {"place": about["place"]} if "place" in about else {}
             loaded = cls(tensors["delta"], about["epsilon"], about["norm"], about["provenance"], **place)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is a damaged perturbation file: {error!r}; download or craft it again") from error
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(
+                f"{path} is a damaged perturbation file: {reason:.300}; fetch or craft it again"
+            ) from error
         if epsilon is not None and abs(loaded.epsilon - epsilon) > 1e-9:
             given, expected = (budget_text(value, loaded.norm) for value in (loaded.epsilon, epsilon))
             raise ValueError(

@@ -13,6 +13,7 @@ from zepad_mm.encoders.state_dict import check_weights
 from zepad_mm.utils.hub import Access
 from zepad_mm.utils.images import Resize
 from zepad_mm.utils.isolation import preserved_process_state
+from zepad_mm.utils.registry import shorten
 from zepad_mm.utils.validation import check_images
 
 
@@ -28,7 +29,7 @@ class Preprocess(Resize):
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(
                 "mean and std: expected three numbers each, of pixels in [0, 1], std above 0; "
-                f"got {self.mean} and {self.std}"
+                f"got {shorten(self.mean)} and {shorten(self.std)}"
             )
 
     def __call__(self, images: Tensor) -> Tensor:

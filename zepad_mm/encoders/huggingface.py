@@ -30,6 +30,7 @@ from zepad_mm.encoders.state_dict import summary
 from zepad_mm.utils.hub import fetch
 
 log = logging.getLogger(__name__)
+LONGEST = 300  # letters of a library's message in ours
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -300,17 +301,20 @@ def _repository(source: Source) -> str:
 @contextmanager
 def _clear_errors(source: Source, what: str) -> Iterator[None]:
     """Translate errors of transformers into one line that names the source."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
+    damaged = (SafetensorError, StrictDataclassError, UnpicklingError, RuntimeError, ValueError, EOFError)
     try:
         yield
     except OSError as error:
         raise FileNotFoundError(f"{source}: {what} not found: {_first_line(error)}") from error
     except ImportError as error:  # SigLIP's tokenizer wants sentencepiece
         raise ImportError(f"{source}: {what} needs another package: {_first_line(error)}") from error
-    except (SafetensorError, UnpicklingError, RuntimeError, ValueError, EOFError, *WRONG_CONFIG) as error:
+    except (*damaged, *WRONG_CONFIG) as error:
         raise ValueError(f"{source}: {what} cannot be read: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return (" ".join(map(str.strip, lines[:2])) if lines[0].endswith(":") else lines[0])[:LONGEST]

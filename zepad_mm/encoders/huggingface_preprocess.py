@@ -11,6 +11,7 @@ from torch import Tensor
 
 from zepad_mm.encoders.base import Preprocess
 from zepad_mm.utils.images import Interpolation
+from zepad_mm.utils.registry import shorten
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,9 @@ def _sizes(about: dict[str, Any], config: Any, source: str) -> dict[str, Any]:
 def _square(size: dict[str, Any], source: str) -> int:
     height, width = size.get("height"), size.get("width")
     if not isinstance(height, int) or height != width:
-        raise ValueError(f"{source} wants images of {height} x {width} pixels; only square ones are supported")
+        raise ValueError(
+            f"{source} wants images of {shorten(height)} x {shorten(width)} pixels; only square ones are supported"
+        )
     return height
 
 

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from zepad_mm.utils.config import convert_value
-from zepad_mm.utils.io import read_json
+from zepad_mm.utils.io import WRONG_CONTENT, read_json
 from zepad_mm.utils.registry import did_you_mean
 
 DEEPEST = 12  # nested dictionaries and lists
@@ -30,8 +30,7 @@ LARGEST_SIDE, MOST_PATCHES = 8192, 2**16  # of images, in pixels
 COUNTS = re.compile(r"layers?$|layers_|depths?$|blocks?$|stages?$")
 Clean = Callable[[dict[str, Any], str], dict[str, Any]]
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model")  # other configurations are reduced, or left out
-# what libraries raise where a value has the right type and makes no sense to them
-WRONG_CONFIG = (KeyError, IndexError, TypeError, AttributeError, ZeroDivisionError, OverflowError, AssertionError)
+WRONG_CONFIG = WRONG_CONTENT  # what libraries raise where a value has the right type and makes no sense to them
 
 
 @contextmanager

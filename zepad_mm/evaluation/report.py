@@ -12,7 +12,7 @@ from typing import Any
 
 from zepad_mm.evaluation.threats import CLEAN, T1, T2, WORST, RowKind, strength
 from zepad_mm.utils.atomic import complete_folder, replacing_folder
-from zepad_mm.utils.io import read_json, write_json, write_text
+from zepad_mm.utils.io import damage_of, read_json, write_json, write_text
 from zepad_mm.utils.text import budget_text, interval_text, percent
 
 JSON, MARKDOWN = "report.json", "report.md"
@@ -150,9 +150,14 @@ class Report:
         values = read_json(path)
         if not isinstance(values, dict) or not {"meta", "rows", "detection"} <= set(values):
             raise ValueError(f"{path} is no report of zepad-mm: expected the keys meta, rows and detection")
-        if not all("kind" in row for row in values["rows"]):
-            raise ValueError(f"{path}: expected rows with a kind, which older versions did not write; evaluate again")
-        return cls(values["meta"], values["rows"], values["detection"])
+        with damage_of(path):
+            if not all("kind" in row for row in values["rows"]):
+                raise ValueError(
+                    f"{path}: expected rows with a kind, which older versions did not write; evaluate again"
+                )
+            report = cls(values["meta"], values["rows"], values["detection"])
+            report.markdown()  # reads all that is read of a report
+        return report
 
 
 def merged(evaluations: Mapping[tuple[str, str], Report], meta: dict[str, Any]) -> Report:

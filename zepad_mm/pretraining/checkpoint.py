@@ -10,9 +10,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from zepad_mm.encoders.state_dict import load_state_dict_strict
 from zepad_mm.pretraining.base import Learner
 from zepad_mm.utils.atomic import replacing_folder
-from zepad_mm.utils.io import read_tensors, write_tensors
+from zepad_mm.utils.io import damage_of, parse_metadata, read_tensors, write_tensors
 from zepad_mm.utils.provenance import check_identity
 from zepad_mm.utils.wrappers import unwrap, unwrapped
 
@@ -31,16 +32,22 @@ def load_state(path: Path, learner: Learner, optimizer: torch.optim.Optimizer, s
     """Restore a checkpoint; returns the number of epochs done. Raises ValueError if its settings differ."""
     tensors, about = read_tensors(path)
     check_identity(
-        json.loads(about["config"]), settings, path, ignore=("out", "data", "threads"), remedy="choose a new --out"
+        parse_metadata(about, "config", path),
+        settings,
+        path,
+        ignore=("out", "data", "threads"),
+        remedy="choose a new --out",
     )
-    learner.load_state_dict({key[6:]: value for key, value in tensors.items() if key.startswith("model.")})
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".", 2)
-            state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return int(about["epoch"])
+    weights = {key[6:]: value for key, value in tensors.items() if key.startswith("model.")}
+    load_state_dict_strict(learner.state_dict(), weights, str(path), "it is of another model")
+    with damage_of(path):
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".", 2)
+                state.setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        return int(about["epoch"])
 
 
 def save_encoder(encoder: nn.Module, folder: Path, model_args: dict[str, Any]) -> None:

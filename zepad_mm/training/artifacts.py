@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from zepad_mm.encoders import Encoder, Fingerprint, differences, fingerprint, has_lora, load_encoder, load_lora
+from zepad_mm.encoders.build_limits import BuildLimit
 from zepad_mm.encoders.state_dict import load_state_dict_strict
 from zepad_mm.models.heads import HEADS
 from zepad_mm.utils.atomic import complete_folder, replacing_folder
-from zepad_mm.utils.io import read_json, read_tensors, write_json, write_tensors
+from zepad_mm.utils.config import Config
+from zepad_mm.utils.io import damage_of, parse_metadata, read_json, read_tensors, write_json, write_tensors
 from zepad_mm.utils.provenance import origin
+from zepad_mm.utils.registry import check_choice
 from zepad_mm.utils.wrappers import unwrap, unwrapped
 
 FORMAT = "zepad-mm tuned encoder 2"
@@ -23,6 +27,23 @@ TUNED_RECORD = "tuned.json"
 WEIGHTS = "encoder.safetensors"
 HEAD = "head.safetensors"
 ADAPTER = "adapter"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadAbout(Config):
+    """What a file of a head says of it."""
+
+    kind: str  # a name of zepad_mm.models.heads.HEADS
+    feature_dim: int  # D, width of its input
+    num_classes: int  # C
+    class_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.feature_dim < 1 or self.num_classes < 1:
+            raise ValueError(
+                f"feature_dim and num_classes: expected at least 1, got {self.feature_dim} and {self.num_classes}"
+            )
 
 
 def write_tuned(
@@ -74,18 +95,20 @@ def load_tuned(folder: str | Path) -> Encoder:
     about = read_json(folder / TUNED_RECORD)
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise ValueError(f"{folder / TUNED_RECORD} is no {FORMAT!r}; it was written by another program or version")
-    if about["adaptation"] == "lora":
-        encoder = load_lora(load_encoder(about["source"]), folder / ADAPTER)
+    with damage_of(folder / TUNED_RECORD):
+        source, adaptation, saved = about["source"], about["adaptation"], Fingerprint.from_dict(about["fingerprint"])
+        check_choice("adaptation", adaptation, ("full", "lora"))
+    if adaptation == "lora":
+        encoder = load_lora(load_encoder(source), folder / ADAPTER)
     else:
-        encoder = load_encoder(about["source"], pretrained=False)
+        encoder = load_encoder(source, pretrained=False)
         tensors, _ = read_tensors(folder / WEIGHTS)
-        hint = f"it does not fit {about['source']}"
-        load_state_dict_strict(encoder.state_dict(), tensors, str(folder / WEIGHTS), hint)
-    causes = differences(Fingerprint.from_dict(about["fingerprint"]), encoder, tolerance=2e-3)
+        load_state_dict_strict(encoder.state_dict(), tensors, str(folder / WEIGHTS), f"it does not fit {source}")
+    causes = differences(saved, encoder, tolerance=2e-3)
     if causes:
         raise ValueError(
             f"{folder}: the encoder gives other features than when it was written: {'; '.join(causes)}. "
-            f"Is {about['source']} still the same model?"
+            f"Is {source} still the same model?"
         )
     return encoder.eval()
 
@@ -97,9 +120,9 @@ def write_head(path: str | Path, head: nn.Module, class_names: Sequence[str]) ->
     if not kinds:
         raise ValueError(f"{type(head).__name__} is not registered in HEADS; known: {', '.join(HEADS)}")
     feature_dim, num_classes = _head_size(head)
-    about = {"kind": kinds[0], "feature_dim": feature_dim, "num_classes": num_classes, "class_names": list(class_names)}
+    about = HeadAbout(kind=kinds[0], feature_dim=feature_dim, num_classes=num_classes, class_names=tuple(class_names))
     with unwrapped(head):
-        write_tensors(path, dict(head.state_dict()), {"format": HEAD_FORMAT, "head": json.dumps(about)})
+        write_tensors(path, dict(head.state_dict()), {"format": HEAD_FORMAT, "head": json.dumps(about.to_dict())})
 
 
 def load_head(path: str | Path) -> tuple[nn.Module, tuple[str, ...]]:
@@ -108,10 +131,11 @@ def load_head(path: str | Path) -> tuple[nn.Module, tuple[str, ...]]:
     tensors, metadata = read_tensors(path)
     if metadata.get("format") != HEAD_FORMAT:
         raise ValueError(f"{path} is no {HEAD_FORMAT!r}")
-    about = json.loads(metadata["head"])
-    head = HEADS.get(about["kind"])(about["feature_dim"], about["num_classes"])
-    load_state_dict_strict(head.state_dict(), tensors, str(path), f"it does not fit a {about['kind']} head")
-    return head.eval(), tuple(about["class_names"])
+    about = HeadAbout.from_dict(parse_metadata(metadata, "head", path))
+    with damage_of(path), BuildLimit(str(path), [Path(path)]):
+        head = HEADS.get(about.kind)(about.feature_dim, about.num_classes)
+    load_state_dict_strict(head.state_dict(), tensors, str(path), f"it does not fit a {about.kind} head")
+    return head.eval(), about.class_names
 
 
 def _head_size(head: nn.Module) -> tuple[int, int]:

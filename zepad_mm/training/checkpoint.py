@@ -19,15 +19,16 @@ from zepad_mm.data import LabelledImages, StoredImages, StreamedImages
 from zepad_mm.defences.base import Defence, Student
 from zepad_mm.encoders import has_lora
 from zepad_mm.training.settings import UNIDENTIFYING, TrainData, TrainSettings
-from zepad_mm.utils.io import read_tensors, write_tensors
+from zepad_mm.utils.config import Config
+from zepad_mm.utils.io import damage_of, parse_metadata, read_tensors, write_tensors
 from zepad_mm.utils.provenance import check_identity
 
 FORMAT = "zepad-mm training 1"
 CHECKPOINT = "checkpoint.safetensors"
 
 
-@dataclass(frozen=True)
-class Position:
+@dataclass(frozen=True, kw_only=True)
+class Position(Config):
     """How far a run is: optimiser steps done, and the best validation so far."""
 
     step: int
@@ -82,7 +83,7 @@ def save_checkpoint(
     for index, state in optimizer.state_dict()["state"].items():
         for key, value in state.items():
             tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value)
-    about = {"position": vars(position), "identity": identity}
+    about = {"position": position.to_dict(), "identity": identity}
     write_tensors(out / CHECKPOINT, tensors, {"format": FORMAT, "about": json.dumps(about, allow_nan=False)})
     for path in out.glob("best-*.safetensors"):
         if position.best_step is None or path != best_path(out, position.best_step):
@@ -99,8 +100,10 @@ def load_checkpoint(out: Path, student: nn.Module, optimizer: Any, identity: dic
     tensors, metadata = read_tensors(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} has the format {metadata.get('format')!r}, expected {FORMAT!r}; give another folder")
-    about = json.loads(metadata["about"])
-    check_identity(about["identity"], identity, path)
+    about = parse_metadata(metadata, "about", path)
+    with damage_of(path):
+        check_identity(about["identity"], identity, path)
+        position = Position.from_dict(about["position"])
     model = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
     load_state(student, model, path)
     states: dict[int, dict[str, Tensor]] = {}
@@ -109,7 +112,7 @@ def load_checkpoint(out: Path, student: nn.Module, optimizer: Any, identity: dic
             _, index, key = name.split(".", 2)
             states.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-    return Position(**about["position"])
+    return position
 
 
 def crc_of(module: nn.Module, only_frozen: bool = False) -> int:

@@ -173,7 +173,7 @@ class _Run:
 
     def _resume(self) -> Position:
         """The position of the checkpoint in the folder, which is loaded; the first one where there is none."""
-        position = Position(0, None, None, 0.0)
+        position = Position(step=0, best_step=None, best=None, seconds=0.0)
         if (self.out / CHECKPOINT).exists():
             position = load_checkpoint(self.out, self.student, self.trainer.optimizer, self.identity)
             log.info("resuming %s at step %d of %d", self.out, position.step, self.trainer.total)
@@ -200,7 +200,7 @@ class _Run:
                 best_step, best = position.step, metrics.to_dict()
         if best_step == position.step and self.accelerator.is_main_process:
             save_best(self.out, self.student, position.step)
-        position = Position(position.step, best_step, best, position.seconds)
+        position = replace(position, best_step=best_step, best=best)
         self._save(position)
         return position
 

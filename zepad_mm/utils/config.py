@@ -121,6 +121,14 @@ def _without_numpy(value: Any, where: str) -> Any:
     return value.tolist()
 
 
+def _convert_part(cls: type[C], value: Any, where: str) -> C:
+    """A configuration inside another one. Raises ValueError that names the key it stands under."""
+    try:
+        return cls.from_dict(value)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
 def _convert_to_one_of(options: tuple[Any, ...], value: Any, where: str) -> Any:
     """The first of a union's types that takes the value."""
     if value is None and type(None) in options:
@@ -145,7 +153,7 @@ def convert_value(hint: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         return _convert_to_one_of(get_args(hint), value, where)
     if isinstance(hint, type) and issubclass(hint, Config):
-        return value if isinstance(value, hint) else hint.from_dict(value)
+        return value if isinstance(value, hint) else _convert_part(hint, value, where)
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, list | tuple):
             raise ValueError(f"{where} wants a list, got {shorten(value)}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 from zepad_mm.utils.atomic import replacing
+from zepad_mm.utils.registry import shorten
 
+# what values of an unexpected type raise where they are used
+WRONG_CONTENT = (
+    *(KeyError, IndexError, TypeError, AttributeError, ZeroDivisionError, OverflowError, AssertionError),
+    RecursionError,
+)
 ASSETS = Path(__file__).parents[1] / "assets"  # what ships with the package
 
 
@@ -75,11 +82,38 @@ def _indented(value: Any, indent: str = "") -> str:
 def read_json(path: str | Path) -> Any:
     """Read JSON. Raises ValueError that names the file when it is cut off, no JSON, nested too deep or holds NaN."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except RecursionError as error:
-        raise ValueError(f"{path} is not a complete JSON file: it is nested too deep") from error
-    except ValueError as error:  # of the parser, of the encoding, and of integers with thousands of digits
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a complete JSON file: {error}") from error
+    return parse_json(text, f"{path} is not a complete JSON file")
+
+
+def parse_json(text: str, fault: str) -> Any:
+    """JSON in a string, as :func:`read_json`; the message begins with ``fault``."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ValueError(f"{fault}: it is nested too deep") from error
+    except ValueError as error:  # of the parser, and of integers with thousands of digits
+        raise ValueError(f"{fault}: {error}") from error
+
+
+def parse_metadata(metadata: dict[str, str], key: str, path: object) -> dict[str, Any]:
+    """A JSON dictionary in the metadata of a safetensors file. Raises ValueError that names the file."""
+    found = parse_json(metadata.get(key, "null"), f"{path} is damaged: {key!r} in its metadata is no JSON")
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: expected a dictionary as {key!r} in its metadata, got {shorten(found)}")
+    return found
+
+
+@contextmanager
+def damage_of(path: object) -> Iterator[None]:
+    """Within, what entries of a wrong type or missing ones of a file raise is a ValueError that names the file."""
+    try:
+        yield
+    except WRONG_CONTENT as error:
+        reason = f"it lacks {error}" if type(error) is KeyError else str(error)
+        raise ValueError(f"{path} is damaged, or of another version of zepad-mm: {reason:.300}") from error
 
 
 def _refuse_constant(name: str) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zepad_mm import __version__
+from zepad_mm.utils.registry import shorten
 
 
 def changed_keys(stored: Mapping[str, Any], current: Mapping[str, Any], ignore: Collection[str] = ()) -> list[str]:
@@ -46,7 +47,8 @@ def check_identity(
         first, before, now = changed[0], _flat(stored), _flat(current)
         also = f" (and other values of {', '.join(changed[1:])})" if changed[1:] else ""
         raise ValueError(
-            f"{where} belongs to a run with {first} = {before.get(first)!r}, now {first} = {now.get(first)!r}{also}; "
+            f"{where} belongs to a run with {first} = {shorten(before.get(first))}, now {first} = "
+            f"{shorten(now.get(first))}{also:.500}; "
             f"{remedy}"
         )
 
