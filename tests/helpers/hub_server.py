@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-LFS = (".safetensors", ".bin", ".parquet", ".png")
+LFS = (".safetensors", ".bin", ".parquet", ".png", ".tar")
 
 
 @dataclass

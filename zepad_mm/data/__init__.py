@@ -2,7 +2,7 @@
 
 from zepad_mm.data.catalogue import CATALOGUE, CatalogueEntry
 from zepad_mm.data.folders import SplitNotFoundError
-from zepad_mm.data.in_memory import LabelledImages, load_class_names, load_data, load_embedded
+from zepad_mm.data.in_memory import LabelledImages, load_class_names, load_data, load_embedded, load_templates
 from zepad_mm.data.loading import EMBEDDED_DATA, EMBEDDED_SPLITS, find_columns, open_table
 from zepad_mm.data.on_disk import StoredImages, open_images
 from zepad_mm.data.streaming import StreamedImages, stream_images
@@ -21,6 +21,7 @@ __all__ = [
     "load_class_names",
     "load_data",
     "load_embedded",
+    "load_templates",
     "open_images",
     "open_table",
     "stream_images",

@@ -79,9 +79,14 @@ class CatalogueEntry:
         return found
 
 
+def ordered_rows(name: str, n: int) -> list[int]:
+    """``n`` row indices in the order of the SHA-256 of "name:row": the same on every machine and library version."""
+    return sorted(range(n), key=lambda row: hashlib.sha256(f"{name}:{row}".encode()).digest())
+
+
 def split_rows(name: str, n: int, shares: Mapping[str, float]) -> dict[str, list[int]]:
     """``n`` row indices split by the SHA-256 of name and index: the same on every machine and library version."""
-    order = sorted(range(n), key=lambda row: hashlib.sha256(f"{name}:{row}".encode()).digest())
+    order = ordered_rows(name, n)
     parts, begin = {}, 0
     for number, (split, part) in enumerate(shares.items(), start=1):
         end = n if number == len(shares) else begin + round(part * n)

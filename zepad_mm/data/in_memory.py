@@ -20,6 +20,7 @@ from zepad_mm.data.loading import (
     raise_damaged,
     undecoded,
 )
+from zepad_mm.data.webdataset import Webdataset
 from zepad_mm.utils.images import Resize, as_resize
 from zepad_mm.utils.seeding import seeded_generator
 
@@ -64,8 +65,9 @@ def load_data(
 
     Args:
         source: ``"embedded"``; a folder with parquet files or class folders (see :mod:`zepad_mm.data.folders`); the
-            name of a dataset on the Hub, e.g. ``"uoft-cs/cifar10"``; or a short name of the ``CATALOGUE``, e.g.
-            ``"svhn"``. Where several columns fit, ``NAME?image=COLUMN&label=COLUMN`` says which.
+            name of a dataset on the Hub, e.g. ``"uoft-cs/cifar10"``; a short name of the ``CATALOGUE``, e.g.
+            ``"svhn"``; or ``"wds:OWNER/NAME"`` (see :mod:`zepad_mm.data.webdataset`). Where several columns fit,
+            ``NAME?image=COLUMN&label=COLUMN`` says which.
         split: ``train``, ``test``, ..., or several as ``train+surrogate``; the embedded dataset has ``surrogate``,
             ``train``, ``validation``, ``test``.
         image_size: an encoder's ``preprocess``: images are resized and cropped as it would do itself, so that it sees
@@ -113,8 +115,17 @@ def _decode_all(encoded: Iterable[Any], rows: Sequence[int], resize: Resize, whe
 
 def load_class_names(source: str, split: str) -> tuple[str, ...]:
     """The class names of a dataset, without its images; arguments and errors as :func:`load_data`."""
+    shards = Webdataset.parse(source)
+    if shards is not None:
+        return tuple(shards.class_names())
     table = open_table(source, split)
     return class_names_of(table.features, find_columns(table, source)[1])
+
+
+def load_templates(source: str) -> tuple[str, ...] | None:
+    """The prompt templates that come with a dataset, for zero-shot heads; None for one without."""
+    shards = Webdataset.parse(source)
+    return None if shards is None else shards.templates()
 
 
 def load_embedded(split: str, n: int | None = None) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor
 import zepad_mm.data.catalogue_entries  # noqa: F401  registers the entries
 from zepad_mm.data.catalogue import CATALOGUE, find_entry, select_split
 from zepad_mm.data.folders import ImageFiles, SplitNotFoundError, image_files, parquet_files
+from zepad_mm.data.webdataset import IMAGES, Webdataset
 from zepad_mm.encoders.prompts import clean_name
 from zepad_mm.utils.images import Resize, check_image, read_image
 from zepad_mm.utils.io import ASSETS
@@ -51,6 +52,8 @@ def open_table(source: str, split: str, streaming: bool = False) -> Any:
 
 def local_folder(source: str) -> Path | None:
     """The folder of a dataset; None for one of the Hub. Raises FileNotFoundError for a path that is no folder."""
+    if Webdataset.parse(source) is not None:
+        return None
     name = split_options(source)[0]
     folder = EMBEDDED_DATA if name == "embedded" else Path(name).expanduser()
     if folder.is_dir():
@@ -79,6 +82,11 @@ def _open(source: str, split: str, streaming: bool) -> Any:
     from pyarrow import ArrowException
 
     datasets.disable_progress_bars()
+    shards = Webdataset.parse(source)
+    if shards is not None:
+        if streaming:
+            raise ValueError(f"dataset {source!r} cannot be streamed; write storage='memory' or storage='disk'")
+        return _read_webdataset(shards, split)
     folder = local_folder(source)
     if folder is not None:
         files = parquet_files(folder, split)
@@ -107,6 +115,28 @@ def _open(source: str, split: str, streaming: bool) -> Any:
             f"the path of a folder, a Hub name, 'embedded', or one of {', '.join(CATALOGUE)}"
         ) from error
     return table if entry is None else select_split(entry, table, split)
+
+
+def _read_webdataset(source: Webdataset, split: str) -> Any:
+    """A split as a table of encoded images and class indices. Raises ValueError for shards of another form."""
+    from datasets import ClassLabel, load_dataset
+
+    shards, names = source.shards(split), source.class_names()
+    try:
+        table = load_dataset(
+            "webdataset", data_files={split: [_without_wildcards(path) for path in shards]}, split=split
+        )
+        images = [column for column in table.column_names if column in IMAGES]
+        if len(images) != 1 or "cls" not in table.column_names:
+            raise ValueError(f"expected one kind of image and .cls, got {', '.join(table.column_names)}")
+        table = table.select_columns([images[0], "cls"]).rename_columns({images[0]: "image", "cls": "label"})
+        return table.cast_column("label", ClassLabel(names=names))
+    except Exception as error:  # errors of datasets come wrapped in one another
+        _raise_cache_error(error)
+        reason = str(_causes(error)[-1]).partition("\n")[0]
+        raise ValueError(
+            f"dataset {str(source)!r}, split {split!r}: the shards cannot be read ({reason[:500]})"
+        ) from error
 
 
 def _image_table(files: ImageFiles) -> Any:
@@ -314,5 +344,6 @@ def raise_damaged(damaged: Sequence[str], total: int, where: str) -> None:
 
 def dataset_name(source: str) -> str:
     """The name of a dataset in reports, without local folders."""
-    name = split_options(source)[0]
+    shards = Webdataset.parse(source)
+    name = split_options(source)[0] if shards is None else shards.name
     return "clothing" if name == "embedded" else Path(name).name or Path(name).resolve().name

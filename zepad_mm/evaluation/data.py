@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from zepad_mm.data import LabelledImages, SplitNotFoundError, load_data
+from zepad_mm.data import LabelledImages, SplitNotFoundError, load_data, load_templates, open_images
+from zepad_mm.data.catalogue import ordered_rows, rows_digest
 from zepad_mm.evaluation.settings import EvalSettings
 from zepad_mm.utils.images import Resize
 from zepad_mm.utils.seeding import seeded_generator
@@ -36,11 +39,15 @@ class EvalData:
         test: what is reported on; nothing is chosen on it.
         validation: clean images that set detector thresholds.
         surrogate: the attacker's own images; their labels are not used.
+        prompts: templates that come with the data set, for zero-shot heads; None: the model's own.
+        origin: what names the images: source, split and, of images drawn by rule, their rows. JSON-able.
     """
 
     test: LabelledImages
     validation: LabelledImages
     surrogate: LabelledImages
+    prompts: tuple[str, ...] | None = None
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, source: str, settings: EvalSettings, resize: Resize | None = None) -> EvalData:
@@ -56,6 +63,8 @@ class EvalData:
             FileNotFoundError: no such data set or split. ValueError: a damaged one.
         """
         size = resize.at(settings.image_size) if resize else settings.image_size or DEFAULT_SIZE
+        if settings.test_split == settings.validation_split == settings.surrogate_split:
+            return cls._from_one_split(source, settings, size)
         seed = settings.seed
         test = load_data(source, settings.test_split, size, settings.n, seed)
         validation = surrogate = None
@@ -80,7 +89,34 @@ class EvalData:
                 f"data set {test.name!r} has the classes {', '.join(test.class_names)} in the split "
                 f"{settings.test_split!r} and {', '.join(validation.class_names)} in that of the validation images"
             )
-        return cls(test, validation, surrogate).limited(settings)
+        return cls(test, validation, surrogate, load_templates(source)).limited(settings)
+
+    @classmethod
+    def _from_one_split(cls, source: str, settings: EvalSettings, size: int | Resize) -> EvalData:
+        """Disjoint parts of one split, for data sets without others: test images first, then validation, surrogate.
+
+        The order is that of the SHA-256 of "name/seed:row": the same images on every machine, and those of a smaller
+        ``n`` are the first of a larger one. Too few images for all three are shared in the proportion of their numbers.
+        """
+        split = settings.test_split
+        stored = open_images(source, split, size)
+        wanted = {
+            "test": settings.n or len(stored),
+            "validation": settings.n_validation or len(stored),
+            "surrogate": settings.n_surrogate or len(stored),
+        }
+        share = min(1.0, len(stored) / sum(wanted.values()))
+        order, begin = ordered_rows(f"{stored.name}/{settings.seed}", len(stored)), 0
+        parts: dict[str, LabelledImages] = {}
+        rows: dict[str, list[int]] = {}
+        for kind, count in wanted.items():
+            rows[kind] = sorted(order[begin : begin + max(1, int(share * count))])
+            begin += len(rows[kind])
+            chosen = stored.subset(rows[kind])
+            images = chosen.fetch(torch.arange(len(chosen)))
+            parts[kind] = LabelledImages(images, chosen.labels, stored.class_names, stored.name)
+        origin = {"source": source, "split": split, "of": len(stored), "rows": rows["test"]}
+        return cls(**parts, prompts=load_templates(source), origin={**origin, "sha256": rows_digest(rows["test"])})
 
     def limited(self, settings: EvalSettings) -> EvalData:
         """Return at most as many images of each kind as the settings ask for."""
@@ -88,6 +124,8 @@ class EvalData:
             self.test.sample(settings.n, settings.seed),
             self.validation.sample(settings.n_validation, settings.seed),
             self.surrogate.sample(settings.n_surrogate, settings.seed),
+            self.prompts,
+            self.origin,
         )
 
     def check(self, class_names: tuple[str, ...] | None) -> None:

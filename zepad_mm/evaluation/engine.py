@@ -46,7 +46,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from zepad_mm.attacks import frozen
-from zepad_mm.data import load_class_names
+from zepad_mm.data import load_class_names, load_templates
 from zepad_mm.evaluation.data import EvalData
 from zepad_mm.evaluation.detection import (
     deployed_threshold,
@@ -221,8 +221,8 @@ class _Run:
     ) -> Report:
         started, processes = time.perf_counter(), self.processes
         source = str(model) if isinstance(model, str | Path) else ""
-        names = self._class_names(data)
-        model = self._model(model, names)
+        names, prompts = self._class_names(data)
+        model = self._model(model, names, prompts)
         images = self._load(data, resize_of(model), {} if loaded is None else loaded)
         subject = subject_of(model, class_names=names, rules=self.settings.rules, baselines=self.baselines)
         images.check(subject.class_names)
@@ -235,6 +235,8 @@ class _Run:
             with frozen(BranchView(list(session.members.values()))):
                 findings = _run_stages(session)
         described = {"model": dict(subject.about), "source": source, "data": images.test.name}
+        if images.origin:
+            described["images"] = {key: value for key, value in images.origin.items() if key != "rows"}
         meta = provenance(seed=self.settings.seed, config={"evaluation": self.settings.to_dict(), **described})
         meta["wall_s"] = round(time.perf_counter() - started, 2)
         report = findings.report(meta)
@@ -246,8 +248,11 @@ class _Run:
             log.warning(warning)
         return report
 
-    def _class_names(self, data: str | EvalData) -> tuple[str, ...]:
-        return load_class_names(data, self.settings.test_split) if isinstance(data, str) else data.test.class_names
+    def _class_names(self, data: str | EvalData) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+        """The class names of the data, and its prompt templates where it comes with some."""
+        if isinstance(data, str):
+            return load_class_names(data, self.settings.test_split), load_templates(data)
+        return data.test.class_names, data.prompts
 
     def _load(self, data: str | EvalData, resize: Resize | None, loaded: dict[Resize | None, EvalData]) -> EvalData:
         if not isinstance(data, str):
@@ -256,11 +261,11 @@ class _Run:
             loaded[resize] = EvalData.load(data, self.settings, resize)
         return loaded[resize]
 
-    def _model(self, model: Any, names: tuple[str, ...]) -> Any:
+    def _model(self, model: Any, names: tuple[str, ...], prompts: tuple[str, ...] | None) -> Any:
         """The model, loaded where it is given by name."""
         if not isinstance(model, str | Path):
             return model
-        model = load_model(model, names)
+        model = load_model(model, names, prompts)
         if self.accelerator is not None:
             for module in model if isinstance(model, tuple) else (model,):
                 module.to(self.accelerator.device)

@@ -31,7 +31,7 @@ class EvalSettings(Config):
     image_size: int | None = None  # side of the images of a named data set; None: of the public encoder
     test_split: str = "test"  # what is reported on
     validation_split: str = "validation"  # falls back to half of "train"
-    surrogate_split: str = "surrogate"  # falls back to the other half of "train"
+    surrogate_split: str = "surrogate"  # falls back to the other half of "train"; three equal names: disjoint parts
     batch_size: int = 64  # images per forward pass
 
     epsilon_universal: float = 10 / 255  # L-inf budget of T1 and T1b, in pixels of [0, 1]

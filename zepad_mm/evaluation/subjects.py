@@ -232,8 +232,15 @@ def is_encoder_source(model: str | Path) -> bool:
     return bool(separator) and kind in BACKENDS
 
 
-def load_model(model: str | Path, class_names: Sequence[str] | None) -> ZePAD | tuple[Encoder, nn.Module]:
+def load_model(
+    model: str | Path, class_names: Sequence[str] | None, prompts: Sequence[str] | None = None
+) -> ZePAD | tuple[Encoder, nn.Module]:
     """Load a defended model, or a CLIP with a zero-shot head, and point zero-shot heads at the class names.
+
+    Args:
+        model: a folder, a Hub name, "embedded", or the source of a CLIP.
+        class_names: what zero-shot heads answer; None leaves those of a defended model.
+        prompts: templates of the data set; None: the defended model's own, or "photo" for a CLIP.
 
     Raises:
         FileNotFoundError: no such model; ValueError: an encoder without a text tower, or class names that are missing.
@@ -242,10 +249,10 @@ def load_model(model: str | Path, class_names: Sequence[str] | None) -> ZePAD | 
         if class_names is None:
             raise ValueError(f"{model}: expected class names for its zero-shot head, got none")
         encoder, text = load_clip(str(model))
-        return encoder, zero_shot_head(text, class_names)
+        return encoder, zero_shot_head(text, class_names, "photo" if prompts is None else prompts)
     defence = ZePAD.from_pretrained(model)
     if class_names is not None and all(branch.head == "zero_shot" for branch in defence.config.branches):
-        defence.set_classes(class_names)
+        defence.set_classes(class_names, prompts)
     return defence
 
 
