@@ -15,10 +15,12 @@ text are refused before anything is decoded, pickles among them.
 from __future__ import annotations
 
 import logging
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 from zepad_mm.data.folders import SplitNotFoundError
@@ -32,6 +34,7 @@ PREFIX = "wds:"
 NAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
 IMAGES = ("webp", "png", "jpg", "jpeg")
 MEMBERS = (*IMAGES, "cls", "txt", "json")  # what a shard may hold
+COMMIT = re.compile("[0-9a-f]{40}")
 MAX_SHARDS = 10_000
 
 
@@ -115,12 +118,19 @@ class Webdataset:
         """The folder that holds these files. Raises FileNotFoundError where one of ``required`` (None: all) lacks."""
         required = files if required is None else required
         if not self.is_local:
-            return fetch(self.name, files, required=required, revision=self.revision, repo_type="dataset")
+            load = _fetch_once if COMMIT.fullmatch(self.revision or "") else _fetch_once.__wrapped__
+            return load(self.name, self.revision, tuple(files), tuple(required))
         folder = Path(self.name).expanduser()
         for name in required:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder / name} does not exist; expected the files of a webdataset there")
         return folder
+
+
+@lru_cache(maxsize=1000)
+def _fetch_once(name: str, revision: str | None, files: tuple[str, ...], required: tuple[str, ...]) -> Path:
+    """Fetch files; those of a commit once in a process, since each call compares the checksums of all shards."""
+    return fetch(name, files, required=required, revision=revision, repo_type="dataset")
 
 
 def _lines(path: Path) -> list[str]:

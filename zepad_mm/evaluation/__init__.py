@@ -3,6 +3,7 @@
 Where to find what::
 
     engine.py        evaluate(): models x tasks -> report
+    suites.py        evaluate_suite(): named collections of data sets at several budgets
     threats.py       threat models: what each attacker knows, which examples count
     subjects.py      any model as networks and rows
     settings.py      budgets, strengths of attacks, presets
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from zepad_mm.evaluation.settings import PRESETS, EvalSettings
     from zepad_mm.evaluation.stage_cache import read_stage
     from zepad_mm.evaluation.subjects import Row, RowKind, Subject, subject_of
+    from zepad_mm.evaluation.suites import evaluate_suite
     from zepad_mm.evaluation.threats import THREATS, ThreatModel
 
 _HOMES = {
@@ -49,6 +51,7 @@ _HOMES = {
     "ThreatModel": "threats",
     "acceptance": "report",
     "evaluate": "engine",
+    "evaluate_suite": "suites",
     "fetch_report": "publishing",
     "push_report": "publishing",
     "read_stage": "stage_cache",
@@ -68,6 +71,7 @@ __all__ = [
     "ThreatModel",
     "acceptance",
     "evaluate",
+    "evaluate_suite",
     "fetch_report",
     "push_report",
     "read_stage",

@@ -31,6 +31,27 @@ def _halves_of_train(source: str, settings: EvalSettings, size: int | Resize) ->
     return train.subset(order[:cut]), train.subset(order[cut:])
 
 
+def rows_by_rule(name: str, total: int, settings: EvalSettings) -> dict[str, list[int]]:
+    """Disjoint rows of one split of ``total``: "test", "validation" and "surrogate", each ascending.
+
+    The order is that of the SHA-256 of "name/seed:row": the same images on every machine, and those of a smaller ``n``
+    are among those of a larger one. Test images take at most four fifths; the others share the rest.
+
+    Raises:
+        ValueError: fewer than three images.
+    """
+    if total < 3:
+        raise ValueError(f"data set {name!r}: expected at least 3 images to draw disjoint parts from, got {total}")
+    order = ordered_rows(f"{name}/{settings.seed}", total)
+    n = min(settings.n or total, max(1, total * 4 // 5))
+    n_validation = min(settings.n_validation or total, (total - n + 1) // 2)
+    n_surrogate = min(settings.n_surrogate or total, total - n - n_validation)
+    ends = (n, n + n_validation, n + n_validation + n_surrogate)
+    begins = (0, *ends[:-1])
+    kinds = ("test", "validation", "surrogate")
+    return {kind: sorted(order[begin:end]) for kind, begin, end in zip(kinds, begins, ends, strict=True)}
+
+
 @dataclass(frozen=True)
 class EvalData:
     """Images by purpose.
@@ -40,7 +61,7 @@ class EvalData:
         validation: clean images that set detector thresholds.
         surrogate: the attacker's own images; their labels are not used.
         prompts: templates that come with the data set, for zero-shot heads; None: the model's own.
-        origin: what names the images: source, split and, of images drawn by rule, their rows. JSON-able.
+        origin: of test images drawn by rule: data set, split, its size, and the digest of their rows. JSON-able.
     """
 
     test: LabelledImages
@@ -93,30 +114,17 @@ class EvalData:
 
     @classmethod
     def _from_one_split(cls, source: str, settings: EvalSettings, size: int | Resize) -> EvalData:
-        """Disjoint parts of one split, for data sets without others: test images first, then validation, surrogate.
-
-        The order is that of the SHA-256 of "name/seed:row": the same images on every machine, and those of a smaller
-        ``n`` are the first of a larger one. Too few images for all three are shared in the proportion of their numbers.
-        """
-        split = settings.test_split
-        stored = open_images(source, split, size)
-        wanted = {
-            "test": settings.n or len(stored),
-            "validation": settings.n_validation or len(stored),
-            "surrogate": settings.n_surrogate or len(stored),
-        }
-        share = min(1.0, len(stored) / sum(wanted.values()))
-        order, begin = ordered_rows(f"{stored.name}/{settings.seed}", len(stored)), 0
+        """Disjoint parts of one split by :func:`rows_by_rule`, for data sets without others."""
+        stored = open_images(source, settings.test_split, size)
         parts: dict[str, LabelledImages] = {}
-        rows: dict[str, list[int]] = {}
-        for kind, count in wanted.items():
-            rows[kind] = sorted(order[begin : begin + max(1, int(share * count))])
-            begin += len(rows[kind])
-            chosen = stored.subset(rows[kind])
-            images = chosen.fetch(torch.arange(len(chosen)))
-            parts[kind] = LabelledImages(images, chosen.labels, stored.class_names, stored.name)
-        origin = {"source": source, "split": split, "of": len(stored), "rows": rows["test"]}
-        return cls(**parts, prompts=load_templates(source), origin={**origin, "sha256": rows_digest(rows["test"])})
+        rows = rows_by_rule(stored.name, len(stored), settings)
+        for kind, chosen in rows.items():
+            images = stored.subset(chosen)
+            pixels = images.fetch(torch.arange(len(images)))
+            parts[kind] = LabelledImages(pixels, images.labels, images.class_names, images.name)
+        origin = {"name": stored.name, "split": settings.test_split, "of": len(stored)}
+        origin["sha256"] = rows_digest(rows["test"])
+        return cls(**parts, prompts=load_templates(source), origin=origin)
 
     def limited(self, settings: EvalSettings) -> EvalData:
         """Return at most as many images of each kind as the settings ask for."""

@@ -170,9 +170,7 @@ class _Run:
 
     @property
     def processes(self) -> Processes:
-        if self.accelerator is None:
-            return Processes()
-        return Processes(self.accelerator.process_index, self.accelerator.num_processes)
+        return Processes.of(self.accelerator)
 
     def study(self, models: Mapping[str, Any], tasks: Mapping[str, str | EvalData], out: Path | None) -> Report:
         """Every model on every task."""
@@ -236,7 +234,7 @@ class _Run:
                 findings = _run_stages(session)
         described = {"model": dict(subject.about), "source": source, "data": images.test.name}
         if images.origin:
-            described["images"] = {key: value for key, value in images.origin.items() if key != "rows"}
+            described["images"] = dict(images.origin)
         meta = provenance(seed=self.settings.seed, config={"evaluation": self.settings.to_dict(), **described})
         meta["wall_s"] = round(time.perf_counter() - started, 2)
         report = findings.report(meta)

@@ -5,7 +5,7 @@ How the text of report.md is written is in ``report_text.py``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,22 @@ class Report:
         """Whether it is of one model on one data set."""
         return "evaluations" not in self.meta
 
+    def means(self) -> list[dict[str, Any]]:
+        """Return the mean accuracy over the data sets of each model, threat model and budget, in the worst case.
+
+        Only where every data set has the row.
+        """
+        found: dict[tuple[str, str, float], list[float]] = {}
+        for row in self.rows:
+            if row["attack"] == ("none" if row["threat"] == CLEAN.key else WORST):
+                found.setdefault((row["model"], row["threat"], row["epsilon"]), []).append(float(row["accuracy"]))
+        sets = len(self.datasets)
+        return [
+            {"model": model, "threat": threat, "epsilon": epsilon, "datasets": sets, "accuracy": sum(values) / sets}
+            for (model, threat, epsilon), values in found.items()
+            if len(values) == sets
+        ]
+
     # ---- diagnostics -----------------------------------------------------------------------------------------
 
     @property
@@ -176,6 +192,27 @@ def merged(evaluations: Mapping[tuple[str, str], Report], meta: dict[str, Any]) 
         parts.append({"model": model, "task": task, **report.meta})
         warnings += [f"{model} on {task}: {text}" for text in report.meta["warnings"]]
     return Report({**meta, "warnings": warnings, "evaluations": parts}, rows, detection)
+
+
+def joined(reports: Sequence[Report], meta: dict[str, Any]) -> Report:
+    """Return studies of the same models, on other data sets or at other budgets, as one report.
+
+    Clean rows that several of them hold are kept once.
+    """
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    keys = ("dataset", "model", "threat", "attack", "norm", "epsilon")
+    for report in reports:
+        for row in report.rows:
+            rows.setdefault(tuple(row[key] for key in keys), row)
+    return Report(
+        {
+            **meta,
+            "warnings": [text for report in reports for text in report.meta["warnings"]],
+            "evaluations": [part for report in reports for part in report.meta["evaluations"]],
+        },
+        list(rows.values()),
+        [row for report in reports for row in report.detection],
+    )
 
 
 def _renamed(row: dict[str, Any], default: str, model: str, task: str) -> dict[str, Any]:

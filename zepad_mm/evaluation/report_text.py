@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from zepad_mm.evaluation.report import OVERESTIMATED, Report, budget_of, by_strength, cell
-from zepad_mm.evaluation.threats import CLEAN, T1B, T2, T3, THREATS, WORST
-from zepad_mm.utils.text import bullets, interval_text, markdown_table, percent
+from zepad_mm.evaluation.threats import CLEAN, T1B, T2, T3, THREATS, WORST, strength
+from zepad_mm.utils.text import budget_text, bullets, interval_text, markdown_table, percent
 
 NOTE = (
     "Accuracy in %, with its 95 % Wilson interval. `worst`: an image counts only if it is answered right without an "
@@ -45,10 +45,27 @@ def _study_text(report: Report, doubt: str) -> str:
     from zepad_mm.evaluation.tables import as_markdown, entries
 
     parts = [f"# Robustness of {len(report.meta['evaluations'])} evaluations{doubt}"]
+    parts += _means_table(report)
     parts.append(as_markdown(entries({"study": report})).rstrip())
     if report.meta["warnings"]:
         parts.append("## Warnings\n\n" + bullets(report.meta["warnings"]))
     return "\n\n".join(parts) + "\n"
+
+
+def _means_table(report: Report) -> Iterator[str]:
+    """Of a suite: the mean over its data sets, one column for each budget."""
+    suite = report.meta.get("suite")
+    if not suite or not suite["means"]:
+        return
+    columns = sorted({(strength(row["threat"]), row["epsilon"], row["threat"]) for row in suite["means"]})
+    values = {(row["model"], row["threat"], row["epsilon"]): row["accuracy"] for row in suite["means"]}
+    lines = []
+    for name in dict.fromkeys(row["model"] for row in suite["means"]):
+        shares = [values.get((name, key, size)) for _, size, key in columns]
+        lines.append([f"`{name}`", *("-" if share is None else percent(share) for share in shares)])
+    head = ["model", *(key if key == CLEAN.key else f"{key} {budget_text(size, 'linf')}" for _, size, key in columns)]
+    count = suite["means"][0]["datasets"]
+    yield f"Mean accuracy in % over {count} data sets ({suite['about']}).\n\n" + markdown_table(head, lines)
 
 
 def _threat_table(report: Report, threat: str) -> str:

@@ -175,3 +175,19 @@ PRESETS.register("full")(
         out_of_distribution=tuple(OUT_OF_DISTRIBUTION),
     )
 )
+# the protocol of FARE (arXiv 2402.12336), LORE and others, so that rows stand beside theirs: APGD-CE with 5 restarts
+# and targeted APGD on 9 classes, 100 steps each, 1000 images of a data set; they run none targeted on two classes
+PRESETS.register("apgd_ce_t")(
+    EvalSettings(
+        threats=(CLEAN.key, T2.key),
+        n=1000,
+        n_validation=64,
+        n_surrogate=64,
+        steps=100,
+        restarts=5,
+        pools=(),
+        own_attacks=("apgd", "apgd_targeted"),
+        adaptive=(),
+        diagnostics_n=0,
+    )
+)

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from zepad_mm.utils.registry import check_choice
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+Result = TypeVar("Result")
 PRECISIONS = ("no", "fp16", "bf16")
 TRACKERS = ("none", "tensorboard", "trackio")
 
@@ -29,6 +30,11 @@ class Processes:
 
     rank: int = 0
     world: int = 1
+
+    @classmethod
+    def of(cls, accelerator: Accelerator | None) -> Processes:
+        """Those of an accelerator; this one alone for None."""
+        return cls() if accelerator is None else cls(accelerator.process_index, accelerator.num_processes)
 
     @property
     def first(self) -> bool:
@@ -44,13 +50,14 @@ class Processes:
         mine = [(number, work()) for number, work in enumerate(works) if number % self.world == self.rank]
         return [result for _, result in sorted(gather_object(mine), key=lambda entry: entry[0])]
 
-    def broadcast(self, result: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+    def broadcast(self, result: Result) -> Result:
         """Return the result of the first process on all of them, so that they go on alike."""
         if self.world == 1:
             return result
         from accelerate.utils import broadcast_object_list
 
-        return broadcast_object_list([result])[0]
+        shared: Result = broadcast_object_list([result])[0]
+        return shared
 
 
 @contextmanager
