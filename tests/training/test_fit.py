@@ -38,7 +38,7 @@ from zepad_mm.training import (
     write_head,
     write_tuned,
 )
-from zepad_mm.training.dataloader import augment
+from zepad_mm.training.augmentation import augment
 from zepad_mm.training.student import set_training_mode
 from zepad_mm.utils.io import read_tensors, write_tensors
 from zepad_mm.utils.seeding import derived_generator
@@ -397,13 +397,16 @@ def test_set_training_mode() -> None:
     assert not student.encoder.training
 
 
-def test_augmentation_does_not_depend_on_the_number_of_processes() -> None:
+@pytest.mark.parametrize("kind", ["flip_shift", "photo"])
+def test_augmentation_does_not_depend_on_the_number_of_processes(kind: str) -> None:
     images = colours(8).images
-    one = augment(images, "flip_shift", derived_generator(0, "augment", 3), slice(0, 8, 1))
+    one = augment(images, kind, derived_generator(0, "augment", 3), slice(0, 8, 1))
     assert not torch.equal(one, images)
+    assert one.shape == images.shape
+    assert 0 <= float(one.min()) <= float(one.max()) <= 1
     for rank in (0, 1):
-        part = augment(images[rank::2], "flip_shift", derived_generator(0, "augment", 3), slice(rank, 8, 2))
-        assert torch.equal(part, one[rank::2])
+        part = augment(images[rank::2], kind, derived_generator(0, "augment", 3), slice(rank, 8, 2))
+        torch.testing.assert_close(part, one[rank::2])
     flipped = augment(images, "flip", derived_generator(0, "augment", 3), slice(0, 8, 1))
     assert all(torch.equal(f, i) or torch.equal(f, i.flip(-1)) for f, i in zip(flipped, images, strict=True))
 

@@ -14,7 +14,7 @@ To add an objective, write one file with a frozen dataclass that is registered a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -98,7 +98,7 @@ class LossParts:
 
 @dataclass(frozen=True, kw_only=True)
 class Defence(Config, ABC):
-    """A tuning objective: an immutable, stateless, JSON-able configuration."""
+    """A tuning objective: an immutable, JSON-able configuration; what it learns is in buffers of the student."""
 
     epsilon: float = 4 / 255  # L-inf budget of the training attack, in pixels of [0, 1]
     attack_steps: int = 3  # gradient steps per batch
@@ -108,7 +108,6 @@ class Defence(Config, ABC):
 
     name: ClassVar[str] = ""
     needs_original: ClassVar[bool] = False  # whether Batch.original is required
-    per_sample: ClassVar[bool] = True  # whether the loss is a mean over independent samples
     trains_head: ClassVar[bool] = True  # whether the objective gives the head a gradient
     keeps_features: ClassVar[bool] = False  # whether it preserves features, and so zero-shot accuracy on other classes
 
@@ -121,6 +120,29 @@ class Defence(Config, ABC):
             raise ValueError(
                 f"clean_fraction: expected a share in [0, 1), got {self.clean_fraction}; for no attack use 'clean'"
             )
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether the loss is a mean over independent samples."""
+        return True
+
+    @property
+    def has_state(self) -> bool:
+        """Whether :meth:`update` changes buffers of the student."""
+        return False
+
+    def prepare(self, student: Student) -> None:
+        """Register the buffers that the objective keeps in the student; before the first step, also of a resumed run.
+
+        They are saved with the trainable weights, so that a resumed run has them again.
+        """
+
+    def update(self, student: Student, parts: Mapping[str, Tensor]) -> None:
+        """Change these buffers after an optimiser step.
+
+        Args:
+            parts: of its loss, means over the batch on all processes.
+        """
 
     def craft(self, student: Student, batch: Batch, epsilon: float, generator: torch.Generator) -> Tensor:
         """Adversarial images (B, 3, H, W), detached; the first ``clean_fraction`` of the rows stay clean.

@@ -44,7 +44,10 @@ class GenAF(Defence):
     unnormalised_selection: bool = False  # True: the validation attack skips the normalisation too
 
     name: ClassVar[str] = "gen_af"
-    per_sample: ClassVar[bool] = False
+
+    @property
+    def per_sample(self) -> bool:
+        return False
 
     def __post_init__(self) -> None:
         super().__post_init__()

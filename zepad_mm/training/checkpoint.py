@@ -1,7 +1,7 @@
 """Checkpoints of a run: one safetensors file that is either the old one or the new one, JSON in its metadata.
 
-Stored is what training changes: trainable parameters, buffers, the optimiser's tensors. Random generators and schedules
-have no state, because both follow from the settings and the step.
+Stored is what training changes: trainable parameters, their average, buffers, the optimiser's tensors. Random
+generators and schedules have no state, because both follow from the settings and the step.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from zepad_mm.data import LabelledImages, StoredImages, StreamedImages
 from zepad_mm.defences.base import Defence, Student
 from zepad_mm.encoders import has_lora
+from zepad_mm.training.average import WeightAverage
 from zepad_mm.training.settings import UNIDENTIFYING, TrainData, TrainSettings
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.io import damage_of, parse_metadata, read_tensors, write_tensors
@@ -76,10 +77,16 @@ def load_best(out: Path, student: nn.Module, step: int) -> None:
 
 
 def save_checkpoint(
-    out: Path, student: nn.Module, optimizer: Any, position: Position, identity: dict[str, Any]
+    out: Path,
+    student: nn.Module,
+    optimizer: Any,
+    average: WeightAverage,
+    position: Position,
+    identity: dict[str, Any],
 ) -> None:
     """Write the checkpoint, then remove selected weights that it no longer points at."""
     tensors = {f"model.{name}": tensor for name, tensor in trained_state(student).items()}
+    tensors |= {f"average.{name}": tensor for name, tensor in average.weights.items()}
     for index, state in optimizer.state_dict()["state"].items():
         for key, value in state.items():
             tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value)
@@ -90,8 +97,10 @@ def save_checkpoint(
             path.unlink(missing_ok=True)
 
 
-def load_checkpoint(out: Path, student: nn.Module, optimizer: Any, identity: dict[str, Any]) -> Position:
-    """Load the checkpoint of ``out`` into student and optimiser.
+def load_checkpoint(
+    out: Path, student: nn.Module, optimizer: Any, average: WeightAverage, identity: dict[str, Any]
+) -> Position:
+    """Load the checkpoint of ``out`` into student, optimiser and average.
 
     Raises:
         ValueError: damaged, of another format, or of a run with other settings; the message names the first one.
@@ -106,6 +115,8 @@ def load_checkpoint(out: Path, student: nn.Module, optimizer: Any, identity: dic
         position = Position.from_dict(about["position"])
     model = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
     load_state(student, model, path)
+    for name, weights in average.weights.items():
+        weights.copy_(tensors[f"average.{name}"])
     states: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer."):

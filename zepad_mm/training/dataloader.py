@@ -7,7 +7,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
@@ -114,26 +113,3 @@ class _Stream(IterableDataset):
 
 def _identity(fetched: Any) -> Any:
     return fetched
-
-
-def augment(images: Tensor, kind: str, generator: torch.Generator, share: slice) -> Tensor:
-    """Random flips and shifts of the rows ``share`` of a global batch, of which ``images`` (B, 3, H, W) are that share.
-
-    Drawn for the whole global batch, so that an image is augmented alike for every number of processes.
-    """
-    if kind == "none":
-        return images
-    size = share.stop
-    flips = (torch.rand(size, generator=generator) < 0.5)[share].to(images.device)
-    images = torch.where(flips[:, None, None, None], images.flip(-1), images)
-    if kind == "flip":
-        return images
-    height, width = images.shape[-2:]
-    pad = max(1, min(height, width) // 8)
-    shifts = torch.randint(0, 2 * pad + 1, (size, 2), generator=generator)[share].to(images.device)
-    padded = F.pad(images, (pad, pad, pad, pad), mode="reflect")
-    rows = shifts[:, :1] + torch.arange(height, device=images.device)
-    columns = shifts[:, 1:] + torch.arange(width, device=images.device)
-    batch = torch.arange(len(images), device=images.device)[:, None, None, None]
-    channels = torch.arange(images.shape[1], device=images.device)[None, :, None, None]
-    return padded[batch, channels, rows[:, None, :, None], columns[:, None, None, :]]

@@ -24,6 +24,8 @@ from tqdm import tqdm
 
 from zepad_mm.data import LabelledImages
 from zepad_mm.defences.base import Batch, Defence, Student, split_batch
+from zepad_mm.training.augmentation import augment
+from zepad_mm.training.average import WeightAverage
 from zepad_mm.training.checkpoint import (
     CHECKPOINT,
     Position,
@@ -34,7 +36,7 @@ from zepad_mm.training.checkpoint import (
     save_checkpoint,
 )
 from zepad_mm.training.checks import check_folder, check_run
-from zepad_mm.training.dataloader import Share, augment, order_of, shares, steps_of
+from zepad_mm.training.dataloader import Share, order_of, shares, steps_of
 from zepad_mm.training.feature_cache import clean_targets
 from zepad_mm.training.settings import TrainData, TrainSettings
 from zepad_mm.training.student import (
@@ -175,7 +177,8 @@ class _Run:
         """The position of the checkpoint in the folder, which is loaded; the first one where there is none."""
         position = Position(step=0, best_step=None, best=None, seconds=0.0)
         if (self.out / CHECKPOINT).exists():
-            position = load_checkpoint(self.out, self.student, self.trainer.optimizer, self.identity)
+            trainer = self.trainer
+            position = load_checkpoint(self.out, self.student, trainer.optimizer, trainer.average, self.identity)
             log.info("resuming %s at step %d of %d", self.out, position.step, self.trainer.total)
         if self.accelerator.is_main_process:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -192,14 +195,16 @@ class _Run:
         if self.validation is None:
             best_step, best = position.step, None
         else:
-            metrics = self._validate(self.validation)
+            with self.trainer.average.applied():
+                metrics = self._validate(self.validation)
             self._log({"step": position.step, "validation": metrics.to_dict()})
             before = None if best is None else Validation.from_dict(best).score(self.settings.selection)
             score = metrics.score(self.settings.selection)
             if before is None or score > before or self.settings.selection == "last":
                 best_step, best = position.step, metrics.to_dict()
         if best_step == position.step and self.accelerator.is_main_process:
-            save_best(self.out, self.student, position.step)
+            with self.trainer.average.applied():
+                save_best(self.out, self.student, position.step)
         position = replace(position, best_step=best_step, best=best)
         self._save(position)
         return position
@@ -220,7 +225,8 @@ class _Run:
 
     def _save(self, position: Position) -> None:
         if self.accelerator.is_main_process:
-            save_checkpoint(self.out, self.student, self.trainer.optimizer, position, self.identity)
+            trainer = self.trainer
+            save_checkpoint(self.out, self.student, trainer.optimizer, trainer.average, position, self.identity)
         self.accelerator.wait_for_everyone()
 
     def _write_samples(self, step: int) -> None:
@@ -268,6 +274,7 @@ class Trainer:
         self.rank, self.world, self.device = accelerator.process_index, accelerator.num_processes, accelerator.device
         self.total, self.per_epoch = steps_of(train, settings)
         leave_inference_mode(student)
+        defence.prepare(student)
         student.to(self.device)
         if not defence.trains_head:
             student.head.requires_grad_(False)
@@ -278,6 +285,7 @@ class Trainer:
         self.objective, self.optimizer = accelerator.prepare(
             Objective(student, defence), make_optimizer(student, settings)
         )
+        self.average = WeightAverage(student, settings.ema_decay)
         self.latest = (torch.empty(0), torch.empty(0))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
 
@@ -298,7 +306,8 @@ class Trainer:
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
         """(step, this process's share of its batch) for the steps from ``start`` to ``stop``."""
-        pin = self.device.type == "cuda"
+        at_home = isinstance(self.train, LabelledImages) and self.train.images.is_cuda
+        pin = self.device.type == "cuda" and not at_home
         loader = shares(self.train, self.settings, self.rank, self.world, start, stop, pin)
         for step, share in zip(range(start, stop), loader, strict=True):
             yield step, self._batch(step, share)
@@ -339,9 +348,12 @@ class Trainer:
         if self.accelerator.scaler is None:  # the fp16 scaler skips steps of infinite gradients by itself
             self._check_finite(norm, "gradient", step, part, self.latest[1])
         optimizer.step()
+        self.average.update(step)
         self.student.eval()
-        if self.world > 1 and ((step + 1) % settings.log_every == 0 or step + 1 == self.total):
+        logged = (step + 1) % settings.log_every == 0 or step + 1 == self.total
+        if self.world > 1 and (logged or self.defence.has_state):
             sums = self.accelerator.reduce(sums, "mean")  # type: ignore[assignment]
+        self.defence.update(self.student, sums)
         metrics = {name: float(value) for name, value in sums.items()}
         return {**metrics, "gradient_norm": float(norm), "lr": settings.lr_encoder * factor, "epsilon": epsilon}
 

@@ -34,8 +34,10 @@ class TrainSettings(Config):
     gamma: float = 0.96  # factor per epoch of the exponential schedule
     lr_warmup_steps: int = 0  # linear from 0
     epsilon_warmup_steps: int = 0  # linear from 0 to the defence's epsilon
-    augment: Literal["none", "flip", "flip_shift"] = "none"  # flip_shift: also moved by up to an eighth of the side
+    # flip_shift: also moved by up to an eighth of the side. photo: flipped, cropped, some recoloured or less sharp
+    augment: Literal["none", "flip", "flip_shift", "photo"] = "none"
     bn_mode: Literal["eval", "train"] = "eval"  # eval keeps the running statistics as they are
+    ema_decay: float = 0.0  # of the average of the weights that is validated and kept; 0: the weights themselves
     grad_clip: float | None = 1.0  # largest norm of the gradient; None: no clipping
     num_workers: int = 0  # processes that decode the images of a stored or streamed set; 0: the main one does
     accumulation: int = 1  # parts of equal size that a batch is crafted and back-propagated in, for less memory
@@ -74,6 +76,8 @@ class TrainSettings(Config):
             raise ValueError(f"accumulation: a batch of {self.batch_size} has no {self.accumulation} equal parts")
         if self.grad_clip is not None and not self.grad_clip > 0:
             raise ValueError(f"grad_clip: expected a positive norm or none, got {self.grad_clip}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay: expected a number in [0, 1), got {self.ema_decay}")
         if self.validation_epsilon is not None:
             check_epsilon(self.validation_epsilon)
 

@@ -1,0 +1,180 @@
+#!/usr/bin/env python
+"""Pack the images that the robust branch is tuned on into one small parquet file.
+
+    python -m tools.pack_images --data-root DIR --out images.parquet
+
+DIR holds the parquet folders of ``SOURCES``. Columns: source, part ("train" or "validation"), label, image (WebP, at
+most 128 pixels wide). The metadata of the schema names the classes of each source. No test split is read; validation
+is the split of that name, or the images of the train split that the embedded CLIP was not trained on either.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from tools.wordnet_clip.images import PACKED
+from tools.wordnet_clip.names import NEVER_READ
+from zepad_mm.utils.io import replacing
+
+SOURCES = ("imagenet20", "tinyimagenet80", "caltech69", "clothing144")
+SIDE = 128  # wider images are made as narrow as this
+QUALITY = 76  # WebP
+LARGEST = 45.0  # MB of the file
+METADATA = b"class_names"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One part: (N, 3, S, S) uint8, (N,) rows in ``class_names``, (N,) rows in ``SOURCES``."""
+
+    pixels: Tensor
+    labels: Tensor
+    source: Tensor
+    class_names: tuple[str, ...]
+
+    def of(self, source: str) -> Packed:
+        """The images of one source, under its own class names."""
+        rows = self.source == SOURCES.index(source)
+        found = self.labels[rows].unique()
+        names = tuple(self.class_names[row] for row in found.tolist())
+        return Packed(self.pixels[rows], torch.searchsorted(found, self.labels[rows]), self.source[rows], names)
+
+
+def main() -> None:
+    """Pack."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-root", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--quality", type=int, default=QUALITY, help="of WebP")
+    parser.add_argument("--largest", type=float, default=LARGEST, help="MB of the file; the rest is left out evenly")
+    options = parser.parse_args()
+    size = pack(options.data_root, options.out, options.quality, options.largest)
+    print(f"Written: {options.out}, {size / 1e6:.1f} MB")
+
+
+def pack(data_root: Path, path: Path, quality: int = QUALITY, largest: float = LARGEST) -> int:
+    """Write the images; the bytes of the file. Training images over ``largest`` MB are left out, validation is not."""
+    names: dict[str, list[str]] = {}
+    rows: list[tuple[str, str, int, bytes]] = []
+    for source in SOURCES:
+        names[source] = _class_names(data_root, source)
+        rows += _rows(data_root, source, len(names[source]), quality)
+    rows = _thinned(rows, 1e6 * largest)
+    table = pa.table(
+        {
+            key: [row[column] for row in rows]
+            for column, key in enumerate(("source", "part", "label", "image"))
+        }
+    ).replace_schema_metadata({METADATA: json.dumps(names)})  # fmt: skip
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary, compression="none", use_dictionary=["source", "part", "label"])
+    return path.stat().st_size
+
+
+def unpack(path: Path, part: str, side: int = SIDE) -> Packed:
+    """One part in memory, every image at ``side``; equal class names of two sources are one class."""
+    table = pq.read_table(path, filters=[("part", "=", part)])
+    found = json.loads(pq.read_schema(path).metadata[METADATA])
+    names = sorted({name for source in SOURCES for name in found[source]})
+    rows = {source: [names.index(name) for name in found[source]] for source in SOURCES}
+    sources, labels = table["source"].to_pylist(), table["label"].to_pylist()
+    with ThreadPoolExecutor() as pool:
+        pixels = list(pool.map(_decode, table["image"].to_pylist()))
+    joined = torch.empty(len(pixels), 3, side, side, dtype=torch.uint8)
+    for width in {image.shape[-1] for image in pixels}:
+        where = torch.tensor([row for row, image in enumerate(pixels) if image.shape[-1] == width])
+        for few in where.split(512):
+            joined[few] = _to_side(torch.stack([pixels[row] for row in few.tolist()]), side)
+    label = torch.tensor([rows[source][label] for source, label in zip(sources, labels, strict=True)])
+    return Packed(joined, label, torch.tensor([SOURCES.index(source) for source in sources]), tuple(names))
+
+
+def _rows(data_root: Path, source: str, classes: int, quality: int) -> list[tuple[str, str, int, bytes]]:
+    """(source, part, label, image) of a source. Classes that the CLIP never saw are not trained on here either."""
+    held = PACKED.get(source, (0, 0))[1]  # as the CLIP's own training holds them out
+    rows, seen = [], [0] * classes
+    never = {label for label, name in enumerate(_class_names(data_root, source)) if name in NEVER_READ.get(source, ())}
+    train = list(_read(data_root, source, "train"))
+    for index in np.random.default_rng(0).permutation(len(train)).tolist():
+        image, label = train[index]
+        seen[label] += 1
+        if seen[label] <= held or label not in never:
+            rows.append((source, "validation" if seen[label] <= held else "train", label, _encode(image, quality)))
+    if held == 0:
+        rows += [
+            (source, "validation", label, _encode(image, quality))
+            for image, label in _read(data_root, source, "validation")
+        ]
+    return rows
+
+
+def _thinned(rows: list[tuple[str, str, int, bytes]], largest: float) -> list[tuple[str, str, int, bytes]]:
+    """As many of the training rows as fit, the same share of every class."""
+    sizes = {part: sum(len(row[3]) + 8 for row in rows if row[1] == part) for part in ("train", "validation")}
+    share = min(1.0, (0.99 * largest - sizes["validation"]) / sizes["train"])
+    seen: dict[tuple[str, int], int] = {}
+    kept = []
+    for row in rows:
+        number = seen[row[0], row[2]] = seen.get((row[0], row[2]), 0) + (row[1] == "train")
+        if row[1] != "train" or int(number * share) > int((number - 1) * share):
+            kept.append(row)
+    return kept
+
+
+def _class_names(data_root: Path, source: str) -> list[str]:
+    schema = pq.read_schema(_files(data_root, source, "train")[0])
+    return list(json.loads(schema.metadata[b"huggingface"])["info"]["features"]["label"]["names"])
+
+
+def _read(data_root: Path, source: str, split: str) -> Iterator[tuple[bytes, int]]:
+    for file in _files(data_root, source, split):
+        table = pq.read_table(file, columns=["image", "label"])
+        for image, label in zip(table["image"], table["label"], strict=True):
+            yield image["bytes"].as_py(), label.as_py()
+
+
+def _files(data_root: Path, source: str, split: str) -> list[Path]:
+    files = sorted((data_root / source).glob(f"{split}-*.parquet"))
+    if not files:
+        raise SystemExit(
+            f"no {split}-*.parquet in {data_root / source}; give --data-root the folder of the parquet sets"
+        )
+    return files
+
+
+def _encode(data: bytes, quality: int) -> bytes:
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    if min(image.size) > SIDE:
+        image = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=quality, method=4)
+    return buffer.getvalue()
+
+
+def _decode(data: bytes) -> Tensor:
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("RGB"))).permute(2, 0, 1)
+
+
+def _to_side(pixels: Tensor, side: int) -> Tensor:
+    """(B, 3, S, S) uint8 at another side, by the filter of the encoders."""
+    if pixels.shape[-1] == side:
+        return pixels
+    return F.interpolate(pixels, (side, side), mode="bicubic", antialias=True, align_corners=False)
+
+
+if __name__ == "__main__":
+    main()
