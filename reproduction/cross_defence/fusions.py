@@ -1,0 +1,83 @@
+"""Fusions of the public and the robust encoder: ZePAD's rule, MixedNUTS, adaptive smoothing, and this project's.
+
+- ZePAD (the paper behind this project): RFDM, confidence weights on logits. Its authors attack with universal
+  perturbations made on the public encoder.
+- MixedNUTS (Bai et al. 2024): sharpened robust probabilities mixed with the accurate model's, constants of
+  ``zepad_mm.models.fusion``.
+- Adaptive smoothing (Bai et al. 2023): probabilities mixed with a weight that a network learns with labels for one set
+  of classes. Zero-shot there are no such labels, so the weight is constant here, a quarter for the public encoder.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from reproduction.cross_defence.base import DEFENCES, AuthorsAttack, Defence, Parts, Path, mean_answer
+from zepad_mm.models.fusion import Fusion
+from zepad_mm.models.fusion import build as build_fusion
+from zepad_mm.models.zepad import ZePAD
+
+ADAPTIVE_SMOOTHING_WEIGHT = 0.25  # of the public encoder
+
+
+class Fused(Defence):
+    """The branches of a defended model under a fusion rule.
+
+    The attackers go through the rule; aim at the robust branches alone, whose gradient a rule may hide; and at all
+    branches at once.
+
+    Args:
+        model: the defended model.
+        fusion: the rule; None: as the model ships.
+        attack: what its authors attacked it with.
+    """
+
+    def __init__(self, model: ZePAD, fusion: Fusion | None = None, attack: AuthorsAttack = "apgd_defence") -> None:
+        super().__init__()
+        self.model, self.fusion = model, fusion
+        self.attack = attack
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images) if self.fusion is None else self.fusion(self.model.branch_logits(images)).logits
+
+    def paths(self) -> list[Path]:
+        robust = [row for row, benign in enumerate(self.model.benign) if not benign]
+
+        def robust_alone(images: Tensor) -> Tensor:
+            names = list(self.model.branches)
+            return mean_answer(*(self.model.branches[names[row]](images) for row in robust))
+
+        def everyone(images: Tensor) -> Tensor:
+            return mean_answer(*self.model.branch_logits(images).unbind(0))
+
+        count = len(self.model.benign)
+        return [
+            Path("through", self, True, count),
+            Path("robust branches", robust_alone, False, len(robust)),
+            Path("all branches", everyone, False, count),
+        ]
+
+
+@DEFENCES.register("zepad_rule")
+def build_rfdm(parts: Parts) -> Defence:
+    """ZePAD's confidence weights, k = 3."""
+    return Fused(parts.defended, build_fusion("rfdm", parts.defended.benign), "universal")
+
+
+@DEFENCES.register("mixed_nuts")
+def build_mixed_nuts(parts: Parts) -> Defence:
+    """MixedNUTS."""
+    return Fused(parts.defended, build_fusion("mixed_nuts", parts.defended.benign))
+
+
+@DEFENCES.register("adaptive_smoothing")
+def build_adaptive_smoothing(parts: Parts) -> Defence:
+    """Adaptive smoothing with a constant weight."""
+    constants = {"benign_weight": ADAPTIVE_SMOOTHING_WEIGHT, "sharpness": 1.0}
+    return Fused(parts.defended, build_fusion("bounded_benign", parts.defended.benign, params=constants))
+
+
+@DEFENCES.register("ours")
+def build_ours(parts: Parts) -> Defence:
+    """The defended model as it ships."""
+    return Fused(parts.defended, None, "universal")

@@ -1,0 +1,238 @@
+"""docs/CROSS_DEFENCE.md from the record: protocol, tables, and what follows from the intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from zepad_mm.evaluation.metrics import Share
+from zepad_mm.utils.text import budget_text, bullets, interval_text, markdown_table, percent
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "CROSS_DEFENCE.md"
+TITLES = {
+    "undefended": "undefended CLIP",
+    "robust": "robust encoder alone",
+    "ttc": "TTC",
+    "csr": "CSR",
+    "agc": "AGC",
+    "r_adapt": "R-Adapt, training-free",
+    "r_adapt_guided": "R-Adapt, model-guided",
+    "interpolation": "weight interpolation",
+    "smoothing": "randomised smoothing",
+    "smoothing_robust": "smoothing of the robust encoder",
+    "zepad_rule": "ZePAD's rule",
+    "mixed_nuts": "MixedNUTS",
+    "adaptive_smoothing": "adaptive smoothing",
+    "ours": "this project's model",
+}
+GONE = 0.05  # an accuracy that is clearly below this share counts as none
+FAR = 0.10  # a difference of accuracies that the text names
+
+
+class Table:
+    """The cells of a record by defence, task and column."""
+
+    def __init__(self, record: dict[str, Any]) -> None:
+        self.cells = record["cells"]
+        self.defences = [about["key"] for about in record["defences"]]
+        self.config = record["meta"]["config"]
+        self.tasks = list(self.config["tasks"])
+        self.strong, self.weak = max(self.config["epsilons"]), min(self.config["epsilons"])
+
+    def share(self, defence: str, column: str, epsilon: float | None = None, task: str | None = None) -> Share | None:
+        """A cell, or all tasks together; None where it was not measured."""
+        cells = [
+            cell
+            for cell in self.cells
+            if (cell["defence"], cell["column"]) == (defence, column)
+            and (epsilon is None or abs((cell["epsilon"] or 0) - epsilon) < 1e-9)
+            and task in (None, cell["task"])
+        ]
+        if not cells:
+            return None
+        return Share(sum(cell["correct"] for cell in cells), sum(cell["n"] for cell in cells))
+
+    def of_authors(self, defence: str, task: str | None = None) -> Share | None:
+        """Under the attack of the authors at the larger budget: for universal perturbations that is T1."""
+        return self.share(defence, "authors", self.strong, task) or self.share(defence, "T1", None, task)
+
+    def adaptive(self, defence: str, task: str | None = None) -> Share:
+        """Under the adaptive attack at the larger budget."""
+        found = self.share(defence, "adaptive", self.strong, task)
+        assert found is not None
+        return found
+
+    def cost(self, defence: str) -> tuple[float, float, float]:
+        """Forward and backward passes per image, and milliseconds; mean over tasks."""
+        cells = [cell for cell in self.cells if (cell["defence"], cell["column"]) == (defence, "clean")]
+        keys = ("forward_passes", "backward_passes", "ms_per_image")
+        forward, backward, time = (sum(cell[key] for cell in cells) / len(cells) for key in keys)
+        return forward, backward, time
+
+
+def _text(share: Share | None) -> str:
+    return "" if share is None else interval_text(share.value, *share.interval)
+
+
+def title(key: str) -> str:
+    """A defence as tables name it; rows of further robust encoders are named by model and branch."""
+    return TITLES.get(key, f"robust encoder {key}")
+
+
+def page(record: dict[str, Any]) -> str:
+    """The page."""
+    table, meta = Table(record), record["meta"]
+    config = meta["config"]
+    parts = [
+        "# Published defences under one adaptive attack",
+        f"Training-free and test-time defences of CLIPs, all around the same CLIP (`{config['clip']}`, "
+        f"{config['image_size']} pixels) and, where they need a robust encoder, around the same one (of the model "
+        f"`{config['model']}`), on the same {config['n']} test images of each of {len(table.tasks)} tasks with "
+        "zero-shot heads. Each is attacked twice: as its authors did, and by an attack that knows it and "
+        "includes the others.",
+        "## All tasks together",
+        "Accuracy in % with 95 % Wilson intervals. Passes: forward + backward passes of an encoder for an answer; "
+        "time: as a multiple of the undefended CLIP's.",
+        _table(table, None),
+        "## What holds and what does not",
+        bullets(_findings(table)),
+        "These are statements about this CLIP, these budgets and these attacks. An attack gives an upper bound: "
+        "the true accuracy can only be lower. The defences are written anew from their papers and released constants, "
+        "for an encoder of another size than their authors used; a result here does not contradict a published number "
+        "that was measured under another threat model.",
+        *_certificates(table),
+        "## Protocol",
+        bullets(_protocol(config)),
+        "## The defences",
+        _legend(record),
+        "## Each task",
+        *(f"### {task}\n\n{_table(table, task)}" for task in table.tasks),
+        "Written by `python -m reproduction.cross_defence`, from `results/cross_defence.json`: commit "
+        f"{meta['commit']}, {meta['hardware']}, torch {meta['versions']['torch']}, seed {meta['seed']}, "
+        f"{meta['wall_s']:.0f} s.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(table: Table, task: str | None) -> str:
+    config = table.config
+    strong, weak = (budget_text(epsilon, "linf") for epsilon in (table.strong, table.weak))
+    head = ["defence", "clean", f"T1, {budget_text(config['epsilon_universal'], 'linf')}", f"authors' attack, {strong}"]
+    head += [f"adaptive, {strong}", f"adaptive, {weak}", "passes", "time"]
+    base = table.cost(table.defences[0])[2]
+    lines = []
+    for defence in table.defences:
+        shown = [table.share(defence, "clean", None, task), table.share(defence, "T1", None, task)]
+        shown += [table.share(defence, "authors", table.strong, task), table.adaptive(defence, task)]
+        shown += [table.share(defence, "adaptive", table.weak, task)]
+        forward, backward, time = table.cost(defence)
+        cells = ["as T1" if share is None else _text(share) for share in shown]
+        passes = f"{forward:.3g} + {backward:.3g}"
+        lines.append([title(defence), *cells, passes, f"{time / base:.1f}"])
+    return markdown_table(head, lines)
+
+
+def _findings(table: Table) -> list[str]:
+    """Sentences that follow from the intervals, all tasks together."""
+    robust, budget = table.adaptive("robust"), budget_text(table.strong, "linf")
+    others = [key for key in table.defences if key not in ("undefended", "robust")]
+    gone = [key for key in others if table.adaptive(key).interval[1] < GONE]
+    above = [key for key in others if table.adaptive(key).interval[0] > robust.interval[1]]
+    level = [key for key in others if key not in above and table.adaptive(key).interval[1] >= robust.interval[0]]
+    level = [key for key in level if key not in gone]
+    between = [key for key in others if key not in (*gone, *above, *level)]
+    adaptive = partial(_named, table.adaptive)
+    found = [
+        f"The robust encoder alone keeps {_text(robust)} under the adaptive attack at {budget}, at "
+        f"{_value(table, 'robust')} clean; the undefended CLIP keeps {_text(table.adaptive('undefended'))} and has "
+        f"{_value(table, 'undefended')} clean."
+    ]
+    groups = [
+        (f"Clearly above the robust encoder at {budget}", above),
+        (f"Not distinguishable from the robust encoder at {budget}", level),
+        ("Between nothing and the robust encoder", between),
+        (f"Clearly below {percent(GONE)} % at {budget}", gone),
+    ]
+    found += [f"{text}: {adaptive(keys)}." for text, keys in groups if keys]
+    drops = [(key, table.of_authors(key)) for key in others]
+    large = [(key, own) for key, own in drops if own and own.value - table.adaptive(key).value > FAR]
+    if large:
+        told = ", ".join(
+            f"{title(key)} {percent(own.value)} to {percent(table.adaptive(key).value)}" for key, own in large
+        )
+        found.append(
+            f"Attacks that do not know the defence, or not all of it, show more than {100 * FAR:.0f} points too much: "
+            f"{told}."
+        )
+    kept = [key for key in others if _above(table, key, "T1")]
+    if kept:
+        named = _named(lambda key: table.share(key, "T1"), kept)
+        found.append(f"Against universal perturbations made on the public CLIP (T1) clearly above it: {named}.")
+    return found
+
+
+def _above(table: Table, key: str, column: str) -> bool:
+    own, undefended = table.share(key, column), table.share("undefended", column)
+    return own is not None and undefended is not None and own.interval[0] > undefended.interval[1]
+
+
+def _value(table: Table, key: str) -> str:
+    clean = table.share(key, "clean")
+    return "" if clean is None else percent(clean.value)
+
+
+def _named(share: Callable[[str], Share | None], keys: Sequence[str]) -> str:
+    ordered = sorted(((share(key), key) for key in keys), key=lambda pair: -(pair[0].value if pair[0] else 0))
+    return ", ".join(f"{title(key)} {percent(found.value)}" for found, key in ordered if found)
+
+
+def _certificates(table: Table) -> list[str]:
+    columns = sorted({cell["column"] for cell in table.cells if cell["column"].startswith("certified")})
+    keys = [key for key in table.defences if any(table.share(key, column) for column in columns)]
+    if not keys:
+        return []
+    side = table.config["image_size"]
+    lines = [[title(key), *(_text(table.share(key, column)) for column in columns)] for key in keys]
+    return [
+        "## Certificates",
+        "Share of images that randomised smoothing answers right with a certified L2 radius of at least so much, in "
+        f"pixels of [0, 1], from {table.config['certify_n']} noisy copies (99.9 % confidence per image). An L-inf "
+        f"budget of {budget_text(table.weak, 'linf')} at {side} pixels is an L2 length of up to "
+        f"{table.weak * (3 * side * side) ** 0.5:.2f}, of {budget_text(table.strong, 'linf')} "
+        f"{table.strong * (3 * side * side) ** 0.5:.2f}.",
+        markdown_table(["defence", *(column.replace("certified ", "") for column in columns)], lines),
+    ]
+
+
+def _protocol(config: dict[str, Any]) -> list[str]:
+    strength = config["strength"]
+    return [
+        f"Images: {config['n']} of each test split, drawn by seed {config['seed']}, resized to the encoder's size "
+        "before the attack; budgets are L-inf. Thresholds come from clean training images, never from test images.",
+        f"T1: the worst case per image over {len(config['universal'])} universal perturbations "
+        f"({', '.join(config['universal'])}) made on the public CLIP; the defence is not attacked.",
+        "Authors' attack: the kind of attack in the defence's paper or code, at the budget of the column, see the list "
+        f"below: PGD ({strength['pgd_steps']} steps, cross-entropy) or APGD ({strength['steps']} steps, DLR) on the "
+        f"undefended CLIP, or APGD-CE ({strength['steps']} steps) through the defence.",
+        f"Adaptive attack: the worst case per image over both transferred attacks, the universal perturbations at this "
+        f"budget, and APGD-CE ({strength['steps']} steps) and APGD-T (DLR, {strength['targets']} targets, "
+        f"{strength['target_steps']} steps each) along every gradient path of the defence: through it, with steps "
+        "without a gradient held constant (BPDA), averaged over its randomness (EOT), and at its parts together. "
+        "Each attack continues with the images that are still answered right.",
+        f"Random defences: the accuracy is the mean over {strength['draws']} answers; the example that counts is "
+        "chosen by other answers than those that score it.",
+        "Per image and path: `after` in the record's cells gives the accuracy after each attack.",
+    ]
+
+
+def _legend(record: dict[str, Any]) -> str:
+    from reproduction.cross_defence.attacks import AUTHORS
+
+    lines = []
+    for about in record["defences"]:
+        constants = ", ".join(f"{key} {value:.4g}" for key, value in about["constants"].items())
+        lines.append([title(about["key"]), about["about"], AUTHORS[about["attack"]], constants])
+    return markdown_table(["defence", "what", "authors' attack", "constants"], lines)
