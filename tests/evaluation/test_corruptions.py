@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from zepad_mm.data import LabelledImages
+from zepad_mm.data.corruptions import CORRUPTIONS, OUT_OF_DISTRIBUTION, SEVERITIES, corrupt
 from zepad_mm.evaluation import PRESETS, EvalData, EvalSettings, Report, evaluate
-from zepad_mm.evaluation.corruptions import CORRUPTIONS, OUT_OF_DISTRIBUTION, SEVERITIES, corrupt
 from zepad_mm.evaluation.metrics import wilson
 from zepad_mm.models.detection import SCORES, threshold_at
 from zepad_mm.models.zepad import ZePAD

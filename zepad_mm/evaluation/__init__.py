@@ -10,8 +10,7 @@ Where to find what::
     universal.py     T1, T1p and T1b: one perturbation for all images
     white_box.py     T2 and T3: each image is attacked
     session.py       one evaluation in progress; stage_cache.py keeps its finished stages
-    detection.py     suspicion scores under attack (the scores are in models/detection.py)
-    false_alarms.py  suspicion scores without an attack; corruptions.py makes the images
+    detection.py     suspicion scores (models/detection.py) under attack and on unattacked images (data/corruptions.py)
     diagnostics.py   whether the attacks were too weak
     metrics.py       shares with intervals, attack success rates, AUROC
     records.py       answers per image, and the rows that follow from them

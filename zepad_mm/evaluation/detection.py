@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zepad_mm.evaluation.corruptions import OUT_OF_DISTRIBUTION, corrupt
+from zepad_mm.data.corruptions import OUT_OF_DISTRIBUTION, corrupt
 from zepad_mm.evaluation.metrics import FALSE_POSITIVE_RATES, Share, detect, paper_rule_accuracy, share
 from zepad_mm.evaluation.session import Session
 from zepad_mm.evaluation.settings import EvalSettings

@@ -1,9 +1,11 @@
-"""Training: one resumable loop for every tuning objective, heads on frozen features, and what they leave on disk."""
+"""Training: one resumable loop for every tuning objective, heads and gates on frozen features, and what they leave on disk."""
 
-from zepad_mm.training.artifacts import load_head, load_tuned, write_head, write_tuned
+from zepad_mm.training.artifacts import load_gate, load_head, load_tuned, write_gate, write_head, write_tuned
 from zepad_mm.training.cost import CostEstimate, estimate_cost
 from zepad_mm.training.dataloader import size_of
 from zepad_mm.training.feature_cache import encode_images
+from zepad_mm.training.gate import train_gate
+from zepad_mm.training.gate_settings import GateSettings
 from zepad_mm.training.heads import HeadResult, HeadSettings, fresh_head, train_head, train_head_on_features
 from zepad_mm.training.loop import FitResult, fit
 from zepad_mm.training.settings import DataSettings, TrainSettings
@@ -17,6 +19,7 @@ __all__ = [
     "CostEstimate",
     "DataSettings",
     "FitResult",
+    "GateSettings",
     "HeadResult",
     "HeadSettings",
     "TrainSettings",
@@ -29,15 +32,18 @@ __all__ = [
     "fit",
     "fresh_head",
     "load_encoder_or_tuned",
+    "load_gate",
     "load_head",
     "load_tuned",
     "make_accelerator",
     "make_student",
     "size_of",
+    "train_gate",
     "train_head",
     "train_head_on_features",
     "tune",
     "validate",
+    "write_gate",
     "write_head",
     "write_tuned",
 ]

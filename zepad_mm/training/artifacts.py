@@ -1,4 +1,4 @@
-"""Tuned encoders and heads on disk: weights or adapter, with the record of the tuning."""
+"""Tuned encoders, heads and gates on disk: weights or adapter, with the record of the tuning."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from zepad_mm.encoders import Encoder, Fingerprint, differences, fingerprint, has_lora, load_encoder, load_lora
 from zepad_mm.encoders.build_limits import BuildLimit
 from zepad_mm.encoders.state_dict import load_state_dict_strict
+from zepad_mm.models.gate import FeatureGate, GateConfig
 from zepad_mm.models.heads import HEADS
 from zepad_mm.utils.atomic import complete_folder, replacing_folder
 from zepad_mm.utils.config import Config
@@ -23,6 +24,7 @@ from zepad_mm.utils.wrappers import unwrap, unwrapped
 
 FORMAT = "zepad-mm tuned encoder 2"
 HEAD_FORMAT = "zepad-mm head 1"
+GATE_FORMAT = "zepad-mm gate 1"
 TUNED_RECORD = "tuned.json"
 WEIGHTS = "encoder.safetensors"
 HEAD = "head.safetensors"
@@ -136,6 +138,28 @@ def load_head(path: str | Path) -> tuple[nn.Module, tuple[str, ...]]:
         head = HEADS.get(about.kind)(about.feature_dim, about.num_classes)
     load_state_dict_strict(head.state_dict(), tensors, str(path), f"it does not fit a {about.kind} head")
     return head.eval(), about.class_names
+
+
+def write_gate(path: str | Path, gate: FeatureGate) -> None:
+    """Write a gate with its configuration and the widths of the features that it reads."""
+    about = {
+        "benign_width": gate.benign_width,
+        "robust_widths": list(gate.robust_widths),
+        "config": gate.config.to_dict(),
+    }
+    write_tensors(path, dict(gate.state_dict()), {"format": GATE_FORMAT, "gate": json.dumps(about)})
+
+
+def load_gate(path: str | Path) -> FeatureGate:
+    """A gate in eval mode. Raises ValueError for a damaged or foreign file."""
+    complete_folder(Path(path).parent)
+    tensors, metadata = read_tensors(path)
+    if metadata.get("format") != GATE_FORMAT:
+        raise ValueError(f"{path} is no {GATE_FORMAT!r}; write it with recipes/train_gate.py")
+    about = json.loads(metadata["gate"])
+    gate = FeatureGate(about["benign_width"], about["robust_widths"], GateConfig.from_dict(about["config"]))
+    load_state_dict_strict(gate.state_dict(), tensors, str(path), "it does not fit its own configuration")
+    return gate.eval().requires_grad_(False)
 
 
 def _head_size(head: nn.Module) -> tuple[int, int]:

@@ -1,0 +1,289 @@
+"""Train a feature gate on unlabelled images: attacked ones against clean and corrupted ones, by cached features.
+
+The gate reads what the benign encoder and the robust encoders say about one image (``zepad_mm/models/gate.py``). It
+learns from clean images, everyday corruptions, universal perturbations, per-image attacks, and attacks that know the
+gate of the round before. Thresholds are quantiles of its score on clean images that neither the fit nor its selection
+has seen. Which example is made of which image follows from the seed, so that a killed run continues.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from zepad_mm.encoders import Encoder
+from zepad_mm.evaluation.metrics import auroc
+from zepad_mm.evaluation.stage_cache import StageCache
+from zepad_mm.models.detection import threshold_at
+from zepad_mm.models.gate import FeatureGate, GateConfig
+from zepad_mm.training.checkpoint import crc_of
+from zepad_mm.training.gate_examples import BACKWARD, ExampleMaker, crafting_passes
+from zepad_mm.training.gate_fit import GateFit, fit_gate, gate_scores
+from zepad_mm.training.gate_images import Examples, ImagePool, Images
+from zepad_mm.training.gate_settings import UNIDENTIFYING, GateSettings
+from zepad_mm.utils.seeding import derived_generator
+
+log = logging.getLogger(__name__)
+
+FEWEST = 32  # images
+ATTACKED_VALIDATION = 64  # validation images under each per-image attack, and in all rounds together
+CLEAR = math.log(0.98 / 0.02)  # the logit of 98 %: what a typical clean image keeps of the benign weight
+SHARPNESS = (0.5, 20.0)  # lowest and highest
+
+
+@dataclass(frozen=True)
+class GateSplit:
+    """Disjoint rows of the pool (n,), sorted: the fit, its selection and the false alarms, and the thresholds."""
+
+    train: Tensor
+    validation: Tensor
+    calibration: Tensor
+
+
+def train_gate(
+    benign: Encoder,
+    robust: Sequence[Encoder],
+    images: Images | Mapping[str, Images],
+    settings: GateSettings | None = None,
+    *,
+    calibration: Mapping[str, Images] | None = None,
+    public: Encoder | None = None,
+    directions: Tensor | None = None,
+    out: str | Path | None = None,
+    progress: bool = False,
+) -> tuple[FeatureGate, dict[str, Any]]:
+    """Train and calibrate a gate around frozen encoders, on the benign encoder's device. Labels are never read.
+
+    Args:
+        benign: the encoder whose weight the gate sets.
+        robust: the robust encoders, in the order of the model's branches.
+        images: (N, 3, S, S) in [0, 1], a data set in memory or on disk, or several by name, all of one size.
+        settings: everything else.
+        calibration: further sets by name, of the same image size, that no example is trained on: half of each sets the
+            thresholds, the other half measures false alarms.
+        public: the encoder that attackers know; None: ``benign``.
+        directions: (K, D) class embeddings of the public encoder, for attacks on margins; None: drawn from features.
+        out: folder that keeps what is finished, so that a killed run continues; None: nothing is kept.
+        progress: show a bar with the time left.
+
+    Returns:
+        The gate, frozen and in eval mode, with its thresholds; and a JSON-able record of how it was made, its false
+        alarms by set and its AUROC by kind of attack, measured on validation images.
+
+    Raises:
+        ValueError: no robust encoder, too few images, images of different sizes, or ``out`` holds another run.
+    """
+    settings, started = settings or GateSettings(), time.perf_counter()
+    if not robust:
+        raise ValueError("robust: expected at least one robust encoder to compare the benign one with, got none")
+    sources = dict(images) if isinstance(images, Mapping) else {getattr(images, "name", "images"): images}
+    extra = {name if name not in sources else f"{name} (calibration)": one for name, one in (calibration or {}).items()}
+    pool = ImagePool({**sources, **extra})
+    parts = split_pool(pool, list(sources), settings)
+    cache = _open_cache(out, pool, (benign, *robust, *([public] if public else [])), directions, settings)
+    with tqdm(total=_work(parts, settings), disable=not progress, unit="image") as bar:
+        maker = ExampleMaker(
+            benign, robust, pool, settings, public=public, directions=directions, cache=cache, progress=bar
+        )
+        run = _learn(maker, parts)
+    gate = _calibrate(run, parts, maker)
+    record = {
+        "settings": settings.to_dict(),
+        "images": {name: len(pool.rows(name)) for name in pool.sources},
+        "rows": {name: len(rows) for name, rows in vars(parts).items()},
+        "examples": {part.name: len(part.rows) for part in run.train},
+        "seen_attacks": list(gate.config.seen_attacks),
+        "selected_step": run.fit.step,
+        "mean_auroc": round(run.fit.auroc, 4),
+        **_measure(gate, run, parts, maker),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    log.info("gate: mean AUROC %.3f on validation, %s s", run.fit.auroc, record["seconds"])
+    return gate, record
+
+
+def split_pool(pool: ImagePool, trained: Sequence[str], settings: GateSettings) -> GateSplit:
+    """Disjoint rows for the fit, its validation and calibration; sets that are not ``trained`` on have no fit rows.
+
+    Raises ValueError for fewer than 32 images to train on.
+    """
+    total = sum(len(pool.rows(name)) for name in trained)
+    if total < FEWEST:
+        raise ValueError(f"images: expected at least {FEWEST} to train a gate and to calibrate it, got {total}")
+    share = 1.0 if settings.n is None else min(1.0, settings.n / total)
+    split: dict[str, list[Tensor]] = {"train": [], "validation": [], "calibration": []}
+    for name in pool.sources:
+        rows = pool.rows(name)
+        rows = rows[torch.randperm(len(rows), generator=derived_generator(settings.seed, "gate split", name))]
+        if name in trained:
+            rows = rows[: max(1, round(share * len(rows)))]
+            first = -(-int(len(rows) * settings.validation_share * 1000) // 1000)
+            second = -(-int(len(rows) * settings.calibration_share * 1000) // 1000)
+        else:
+            first, second = len(rows) // 2, len(rows) - len(rows) // 2
+        split["validation"].append(rows[:first])
+        split["calibration"].append(rows[first : first + second])
+        split["train"].append(rows[first + second :])
+    return GateSplit(**{name: torch.cat(rows).sort().values for name, rows in split.items()})
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Examples by use, and the last fit."""
+
+    clean: Examples  # of all rows
+    train: list[Examples]
+    validation: list[Examples]
+    fit: GateFit
+
+
+def _learn(maker: ExampleMaker, parts: GateSplit) -> _Run:
+    """Make examples and fit; then, in each round, add attacks that know the gate so far, and fit again."""
+    settings, device = maker.settings, maker.device
+    clean = maker.clean(torch.cat([parts.train, parts.validation, parts.calibration]).sort().values)
+    order = _shuffled(parts.train, settings, "attacked")
+    train = [clean.at(parts.train)]
+    train += [maker.corrupted(parts.train, str(view)) for view in range(settings.corrupted_views)]
+    validation = [clean.at(parts.validation)]
+    validation += [maker.corrupted(parts.validation, name, (name,)) for name in settings.corruptions]
+    if settings.universal and settings.universal_views:
+        half = order[: min(settings.universal_images, max(1, len(order) // 2))].sort().values
+        made = {name: maker.perturbation(name, half) for name in settings.universal}
+        train += [maker.universal(made, parts.train, str(view)) for view in range(settings.universal_views)]
+        validation += [maker.universal({name: one}, parts.validation, name) for name, one in made.items()]
+        if settings.held_out:
+            own = {settings.held_out: maker.perturbation(settings.held_out, half)}
+            validation += [maker.universal(own, parts.validation, settings.held_out, group="held_out")]
+    if settings.per_image and settings.per_image_n:
+        train.append(maker.per_image(order[: settings.per_image_n], "train", settings.per_image))
+        few = _shuffled(parts.validation, settings, "attacked")[:ATTACKED_VALIDATION]
+        validation += [maker.per_image(few, name, (name,)) for name in settings.per_image]
+    config = GateConfig(
+        kind=settings.kind, hidden=settings.hidden, dropout=settings.dropout, seen_attacks=_seen(settings)
+    )
+    fit = fit_gate(train, validation, maker.widths, config, settings, device)
+    held = _shuffled(parts.validation, settings, "gate-aware")
+    for number in range(settings.rounds if settings.round_n and settings.kind == "learned" else 0):
+        rows = order.roll(-number * settings.round_n - settings.per_image_n)[: settings.round_n]
+        part = -(-ATTACKED_VALIDATION // settings.rounds)
+        few = held.roll(-number * part)[:part]
+        train.append(maker.gate_aware(fit.gate, rows, f"{number} train"))
+        validation.append(maker.gate_aware(fit.gate, few, f"{number} validation"))
+        fit = fit_gate(train, validation, maker.widths, config, settings, device)
+    return _Run(clean, train, validation, fit)
+
+
+def _calibrate(run: _Run, parts: GateSplit, maker: ExampleMaker) -> FeatureGate:
+    """The gate with its threshold, and as steep as keeps the weight of typical clean images near the cap."""
+    settings, gate = maker.settings, run.fit.gate
+    scores = gate_scores(gate, run.clean.at(parts.calibration).features, maker.widths)
+    threshold = threshold_at(scores, settings.gating_rate)
+    sharpness = CLEAR / max(threshold - float(scores.median()), 1e-6)
+    gate.config = replace(
+        gate.config,
+        threshold=threshold,
+        sharpness=min(max(sharpness, SHARPNESS[0]), SHARPNESS[1]),
+        false_alarm_rate=settings.gating_rate,
+    )
+    return gate
+
+
+def _measure(gate: FeatureGate, run: _Run, parts: GateSplit, maker: ExampleMaker) -> dict[str, Any]:
+    """Thresholds, false alarms by set and by corruption, AUROC by kind of attack; all on validation images."""
+    widths, pool, settings = maker.widths, maker.pool, maker.settings
+    detection = threshold_at(
+        gate_scores(gate, run.clean.at(parts.calibration).features, widths), settings.detection_rate
+    )
+    thresholds = {"gating": gate.config.calibrated_threshold, "detection": detection}
+    scores = {part.name: gate_scores(gate, part.features, widths) for part in run.validation if len(part.rows)}
+    clean = {name: run.clean.at(parts.validation).at(pool.rows(name)).features for name in pool.sources}
+    unattacked = {name: gate_scores(gate, features, widths) for name, features in clean.items() if len(features)}
+    unattacked |= {part.kind: scores[part.name] for part in run.validation if part.group == "corrupted"}
+    reference = scores[run.validation[0].name]
+    return {
+        "thresholds": thresholds,
+        "false_alarms": {
+            name: {"n": len(found), **{which: _rate(found > at) for which, at in thresholds.items()}}
+            for name, found in unattacked.items()
+        },
+        "clean_weight": round(float(gate.weight(reference).mean()), 4),
+        "attacks": {
+            part.name: {
+                "n": len(part.rows),
+                "auroc": round(auroc(reference, scores[part.name]), 4),
+                "detected": _rate(scores[part.name] > detection),
+                "weight": round(float(gate.weight(scores[part.name]).mean()), 4),
+            }
+            for part in run.validation
+            if part.attacked and len(part.rows)
+        },
+    }
+
+
+def _rate(mask: Tensor) -> float:
+    return round(float(mask.float().mean()), 4)
+
+
+def _shuffled(rows: Tensor, settings: GateSettings, purpose: str) -> Tensor:
+    return rows[torch.randperm(len(rows), generator=derived_generator(settings.seed, "gate order", purpose))]
+
+
+def _seen(settings: GateSettings) -> tuple[str, ...]:
+    """Kinds of attacks that the fit or its selection has seen."""
+    universal = (*settings.universal, *([settings.held_out] if settings.held_out else []))
+    aware = ("gate_aware",) if settings.rounds and settings.round_n else ()
+    return (
+        *(universal if settings.universal_views else ()),
+        *(settings.per_image if settings.per_image_n else ()),
+        *aware,
+    )
+
+
+def _work(parts: GateSplit, settings: GateSettings) -> int:
+    """How many passes of an image through the encoders the bar counts."""
+    train, held = len(parts.train), len(parts.validation)
+    passes = train + held + len(parts.calibration) + train * settings.corrupted_views
+    passes += held * len(settings.corruptions)
+    if settings.universal and settings.universal_views:
+        kinds = [*settings.universal, *([settings.held_out] if settings.held_out else [])]
+        passes += train * settings.universal_views + held * len(kinds)
+        passes += sum(crafting_passes(name, settings) for name in kinds)
+    few = min(held, ATTACKED_VALIDATION)
+    if settings.per_image_n:
+        attacked = min(train, settings.per_image_n) + few * len(settings.per_image)
+        passes += attacked * BACKWARD * settings.per_image_steps
+    if settings.round_n and settings.rounds:
+        attacked = min(train, settings.round_n) + min(held, -(-ATTACKED_VALIDATION // settings.rounds))
+        passes += settings.rounds * attacked * 2 * BACKWARD * settings.round_steps
+    return passes
+
+
+def _open_cache(
+    out: str | Path | None,
+    pool: ImagePool,
+    encoders: Sequence[Encoder],
+    directions: Tensor | None,
+    settings: GateSettings,
+) -> StageCache | None:
+    """The cache in ``out``. Raises ValueError where it belongs to other encoders, images or settings."""
+    if out is None:
+        return None
+    kept = {key: value for key, value in settings.to_dict().items() if key not in UNIDENTIFYING}
+    identity = {
+        "encoders": str([crc_of(encoder) for encoder in encoders]),
+        "images": pool.checksum(),
+        "directions": "none" if directions is None else str(tuple(directions.shape)),
+        **{f"settings.{key}": str(value) for key, value in kept.items()},
+    }
+    cache = StageCache(Path(out))
+    cache.open(identity, resume=True)
+    return cache

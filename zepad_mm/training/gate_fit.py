@@ -1,0 +1,129 @@
+"""Fit a feature gate to cached features by binary cross-entropy, and measure it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zepad_mm.evaluation.metrics import auroc
+from zepad_mm.models.gate import FeatureGate, GateConfig
+from zepad_mm.training.gate_images import Examples
+from zepad_mm.training.gate_settings import GateSettings
+from zepad_mm.utils.seeding import derived_generator, seeded
+
+VALIDATION_EVERY = 25  # optimiser steps
+SCALED = 4096  # examples that standardise the inputs, drawn as those of the fit
+
+
+@dataclass(frozen=True)
+class GateFit:
+    """The gate in eval mode, the step that it was selected at, and its mean AUROC on validation examples."""
+
+    gate: FeatureGate
+    step: int
+    auroc: float
+
+
+def gate_scores(gate: FeatureGate, features: Tensor, widths: Sequence[int], batch_size: int = 4096) -> Tensor:
+    """Scores (n,) on the CPU, higher for attacked images, of features (n, D) of all encoders side by side."""
+    device = next(gate.parameters(), features).device  # the cosine gate has none
+    with torch.no_grad():
+        parts = [gate(*split(batch.to(device), widths)).float().cpu() for batch in features.split(batch_size)]
+    return torch.cat(parts) if parts else torch.zeros(0)
+
+
+def gate_inputs(gate: FeatureGate, features: Tensor, widths: Sequence[int], batch_size: int = 4096) -> Tensor:
+    """What a learned gate reads, (n, F) on its device, of features (n, D) of all encoders side by side."""
+    device = next(gate.parameters()).device
+    with torch.no_grad():
+        return torch.cat([gate.inputs(*split(batch.to(device), widths)) for batch in features.split(batch_size)])
+
+
+def split(features: Tensor, widths: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    """Features side by side to those of the benign encoder and of each robust one."""
+    benign, *robust = features.split(list(widths), 1)
+    return benign, robust
+
+
+def mean_auroc(gate: FeatureGate, validation: Sequence[Examples], widths: Sequence[int]) -> float:
+    """The mean over groups of attacked examples of their AUROC against all unattacked ones."""
+    scores = [gate_scores(gate, part.features, widths) for part in validation]
+    clean = torch.cat([score for score, part in zip(scores, validation, strict=True) if not part.attacked])
+    groups: dict[str, list[Tensor]] = {}
+    for score, part in zip(scores, validation, strict=True):
+        if part.attacked and len(score):
+            groups.setdefault(part.group, []).append(score)
+    found = [auroc(clean, torch.cat(group)) for group in groups.values()]
+    return sum(found) / len(found) if found else 0.5
+
+
+def fit_gate(
+    train: Sequence[Examples],
+    validation: Sequence[Examples],
+    widths: Sequence[int],
+    config: GateConfig,
+    settings: GateSettings,
+    device: torch.device,
+) -> GateFit:
+    """A new gate, fitted to ``train`` and selected on ``validation``; the same for the same seed and examples.
+
+    Attacked and unattacked examples count alike, and so do the groups among each.
+
+    Raises:
+        FloatingPointError: a non-finite loss.
+    """
+    with seeded(torch.device("cpu"), settings.seed, "gate weights"):
+        gate = FeatureGate(widths[0], widths[1:], config)
+    gate = gate.to(device)
+    if config.kind == "cosine":
+        return GateFit(gate.eval(), 0, mean_auroc(gate, validation, widths))
+    inputs = torch.cat([gate_inputs(gate, part.features, widths) for part in train])
+    shares = _shares(train)
+    gate.fit_scale(inputs[shares.multinomial(SCALED, True, generator=derived_generator(settings.seed, "gate scale"))])
+    labels = torch.cat([torch.full((len(part.rows),), float(part.attacked)) for part in train]).to(device)
+    targets = labels * (1 - settings.label_smoothing) + settings.label_smoothing / 2
+    drawn = shares.multinomial(
+        settings.steps * settings.batch_size, True, generator=derived_generator(settings.seed, "gate batches")
+    ).view(settings.steps, settings.batch_size)
+    optimizer = torch.optim.AdamW(gate.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
+    best, best_state, best_step = -1.0, copy.deepcopy(gate.state_dict()), 0
+    with torch.inference_mode(False), torch.enable_grad(), seeded(device, settings.seed, "gate dropout"):
+        for step, batch in enumerate(drawn.to(device), start=1):
+            gate.train()
+            loss = F.binary_cross_entropy_with_logits(gate.logit(inputs[batch]), targets[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            if step % VALIDATION_EVERY and step != settings.steps:
+                continue
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"the gate's loss is {float(loss)} in step {step}; lower lr")
+            found = mean_auroc(gate.eval(), validation, widths)
+            if found > best:
+                best, best_state, best_step = found, copy.deepcopy(gate.state_dict()), step
+            elif step - best_step >= settings.patience * VALIDATION_EVERY:
+                break
+    gate.load_state_dict(best_state)
+    return GateFit(gate.eval().requires_grad_(False), best_step, best)
+
+
+def _shares(train: Sequence[Examples]) -> Tensor:
+    """(n,) probabilities of the examples: half for each label, in equal parts for its groups."""
+    weights = torch.cat([torch.zeros(len(part.rows)) for part in train])
+    groups = {(part.attacked, part.group) for part in train if len(part.rows)}
+    start = 0
+    sizes = {key: sum(len(p.rows) for p in train if (p.attacked, p.group) == key) for key in groups}
+    for part in train:
+        key = (part.attacked, part.group)
+        if len(part.rows):
+            alike = sum(attacked == part.attacked for attacked, _ in groups)
+            weights[start : start + len(part.rows)] = 0.5 / alike / sizes[key]
+        start += len(part.rows)
+    return weights
