@@ -27,7 +27,7 @@ from torch import Tensor
 
 from zepad_mm.data import LabelledImages, StoredImages, load_data, open_images
 from zepad_mm.encoders import Encoder, load_clip
-from zepad_mm.encoders.sources import is_clip
+from zepad_mm.encoders.clip import is_clip
 from zepad_mm.models.zepad import ZePAD
 from zepad_mm.training import GateSettings, load_encoder_or_tuned, make_accelerator, train_gate, write_gate
 from zepad_mm.utils.atomic import replacing_folder
@@ -101,7 +101,9 @@ def main(recipe: Recipe) -> dict[str, Any]:
         with replacing_folder(recipe.out) as staged:
             write_gate(staged / "gate.safetensors", gate)
             write_json(staged / "gate.json", {"recipe": recipe.to_dict(), **origin(), **record})
-    print(f"{recipe.out}: thresholds {record['thresholds']}, mean AUROC {record['mean_auroc']:.3f} on validation images")
+    print(
+        f"{recipe.out}: thresholds {record['thresholds']}, mean AUROC {record['mean_auroc']:.3f} on validation images"
+    )
     return record
 
 

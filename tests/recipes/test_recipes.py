@@ -19,7 +19,7 @@ from zepad_mm.utils.config import Config
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "recipes" / "configs" / "smoke"
 OWN_TESTS = {"pretrain"}  # run in test_pretraining_recipes.py
-OWN_TESTS |= {"train_heads"}  # run in tests/training
+OWN_TESTS |= {"train_heads", "train_gate"}  # run in tests/training
 OWN_TESTS |= {"evaluate"}  # run in tests/evaluation/test_regression.py
 
 

@@ -1,4 +1,4 @@
-"""Training: one resumable loop for every tuning objective, heads and gates on frozen features, and what they leave on disk."""
+"""Training: one loop for every tuning objective, heads and gates on frozen features, and what they leave on disk."""
 
 from zepad_mm.training.artifacts import load_gate, load_head, load_tuned, write_gate, write_head, write_tuned
 from zepad_mm.training.cost import CostEstimate, estimate_cost
