@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from scipy.io import savemat
 from torch import Tensor, nn
 
 from zepad_mm.attacks import (
@@ -25,6 +26,7 @@ from zepad_mm.attacks import (
     Perturbation,
     XTransfer,
     load_published,
+    published_variants,
 )
 from zepad_mm.attacks.perturbation import paste
 from zepad_mm.attacks.universal.activations import Activations, blocks_of
@@ -243,7 +245,7 @@ RAW = (torch.rand(3, 6, 8, generator=torch.Generator().manual_seed(0)) - 0.5) / 
 @pytest.mark.parametrize(
     "laid", [RAW, RAW[None], RAW.permute(1, 2, 0), RAW.permute(1, 2, 0)[None]], ids=["chw", "1chw", "hwc", "1hwc"]
 )
-@pytest.mark.parametrize("kind", [".pt", ".npy", ".npz", ".safetensors"])
+@pytest.mark.parametrize("kind", [".pt", ".npy", ".npz", ".mat", ".safetensors"])
 def test_load_published(kind, laid, scale, tmp_path):
     path, laid = tmp_path / f"delta{kind}", (laid * scale).contiguous()
     if kind == ".pt":
@@ -252,6 +254,8 @@ def test_load_published(kind, laid, scale, tmp_path):
         np.save(path, laid.numpy())
     elif kind == ".npz":
         np.savez(path, delta=laid.numpy())
+    elif kind == ".mat":
+        savemat(path, {"delta": laid.numpy(), "about": "text", "cell": np.array([1, "a"], dtype=object)})
     else:
         save_file({"delta": laid}, path)
     made = load_published(path)
@@ -261,6 +265,38 @@ def test_load_published(kind, laid, scale, tmp_path):
     assert smaller.delta.shape == (3, 12, 12)
     assert smaller.delta.abs().max() <= 2 / 255
     assert load_published(path, norm="l2", epsilon=0.1).delta.norm() <= 0.1 + 1e-6
+
+
+@pytest.mark.parametrize(("shape", "fits"), [((40, 40), 2), ((8, 8), 2), ((8, 40), 2), ((16, 16), 1), ((40, 30), 2)])
+def test_published_variants_keep_their_length(shape, fits, tmp_path):
+    raw = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)) * 4 / 255
+    np.save(tmp_path / "delta.npy", raw.numpy())
+    variants = published_variants(tmp_path / "delta.npy", epsilon=10 / 255, image_size=16)
+    assert [one.provenance["restore"] for one in variants] == ["original", "rescale", "sign"] * fits
+    for one in variants:
+        assert one.delta.shape == (3, 16, 16)
+        if (one.provenance["fit"], one.provenance["restore"]) != ("crop", "original"):
+            assert float(one.delta.abs().max()) == pytest.approx(min(10 / 255, float(raw.abs().max())), rel=1e-5)
+    assert (variants[-1].delta.abs() == torch.tensor(10 / 255)).all()
+    whole = variants[3].delta if fits == 2 else variants[0].delta  # cropped or tiled: pixels as in the file
+    assert whole[0, 3, 5] in raw.clamp(-10 / 255, 10 / 255)
+
+
+def test_load_published_with_fits_that_do_not_work(tmp_path):
+    np.save(tmp_path / "delta.npy", RAW.numpy())
+    for wrong, message in (
+        ({"fit": "crop", "image_size": 12}, "fewer than 12 x 12"),
+        ({"fit": "stretch"}, "fit: expected one of resize, crop, tile"),
+        ({"restore": "sign", "norm": "patch", "epsilon": 0.03}, "of a patch the first"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_published(tmp_path / "delta.npy", **wrong)
+    savemat(tmp_path / "cell.mat", {"delta": np.array([1, "a"], dtype=object)})
+    with pytest.raises(ValueError, match=r"holds dict; name a tensor"):
+        load_published(tmp_path / "cell.mat")
+    (tmp_path / "text.mat").write_text("no matrix")
+    with pytest.raises(ValueError, match="could not be read as plain tensors"):
+        load_published(tmp_path / "text.mat")
 
 
 def test_load_published_bad_files_raise(tmp_path):

@@ -93,7 +93,9 @@ def test_published_perturbation_is_clipped_to_the_budget_of_t1(
     attacked = (data.test.images + raw.clamp(-10 / 255, 10 / 255)).clamp(0, 1)
     with torch.no_grad():
         right = (model(attacked).argmax(-1) == data.test.labels).float().mean()
-    assert report.accuracy("zepad", "T1", "published:published") == pytest.approx(float(right))
+    assert report.accuracy("zepad", "T1", "published:published") <= float(right) + 1e-6
+    used = Perturbation.load(out / "perturbations" / "published_published.safetensors", 10 / 255)
+    assert used.provenance["restore"] in ("original", "rescale", "sign")
 
 
 def test_write_figures_draws_an_l2_evaluation(finished: tuple[Report, Path], model: ZePAD, data: EvalData) -> None:

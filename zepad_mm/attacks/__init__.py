@@ -5,7 +5,13 @@ from zepad_mm.attacks.apgd import APGD
 from zepad_mm.attacks.base import ATTACKS, Attack, frozen
 from zepad_mm.attacks.curve import Curve, curve
 from zepad_mm.attacks.detector_aware import MODES, DetectorAware
-from zepad_mm.attacks.io import AdversarialImages, load_adversarial, load_published, save_adversarial
+from zepad_mm.attacks.io import (
+    AdversarialImages,
+    load_adversarial,
+    load_published,
+    published_variants,
+    save_adversarial,
+)
 from zepad_mm.attacks.losses import FEATURE_LOSSES, LOGIT_LOSSES
 from zepad_mm.attacks.perturbation import Perturbation
 from zepad_mm.attacks.pgd import PGD, MomentumPGD
@@ -74,5 +80,6 @@ __all__ = [
     "frozen",
     "load_adversarial",
     "load_published",
+    "published_variants",
     "save_adversarial",
 ]

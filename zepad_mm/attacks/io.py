@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,8 @@ from zepad_mm.utils.validation import check_images, check_labels
 
 ADVERSARIAL_FORMAT = "zepad-mm adversarial images 1"
 ADVERSARIAL_FILE = "adversarial.json"
+Fit = Literal["resize", "crop", "tile"]  # how a perturbation is brought to the size of the images
+Restore = Literal["original", "rescale", "sign"]  # its length afterwards
 TORCH_FILES = (".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -129,26 +131,32 @@ def load_published(
     scale: float | None = None,
     image_size: int | None = None,
     key: str | None = None,
+    fit: Fit = "resize",
+    restore: Restore = "original",
 ) -> Perturbation:
-    """A perturbation from a file of another project: ``.pt``, ``.pth``, ``.npy``, ``.npz`` or ``.safetensors``.
+    """A perturbation from a file of another project: ``.pt``, ``.npy``, ``.npz``, ``.mat`` or ``.safetensors``.
 
-    No code in the file is run: torch files are read with ``weights_only=True``, numpy files without pickles.
+    No code in the file is run: torch files are read with ``weights_only=True``, numpy files without pickles, and of
+    MATLAB files the numeric arrays alone. :func:`published_variants` returns what else an attacker would try.
 
     Args:
         path: holds (3, H, W), (1, 3, H, W), (H, W, 3) or (1, H, W, 3), alone or in a dictionary.
-        epsilon: budget that the perturbation is projected into; it is never scaled up (see
-            :meth:`Perturbation.rescaled`). None: the budget is the file's own length in ``norm``. Required for a patch:
-            its share of the area.
+        epsilon: budget that the perturbation is projected into. None: the budget is the file's own length in ``norm``.
+            Required for a patch: its share of the area.
         norm: "linf", "l2" or "patch".
         scale: value of a full pixel in the file, 1 or 255. None: 255 if any value exceeds 1, otherwise 1. Set it for
             files in bytes whose values are all at most 1.
-        image_size: side that it is resized to now; None: it is resized to the images when applied.
+        image_size: side that it is brought to now; None: it is resized to the images when applied.
         key: name of the tensor, where the file holds several.
+        fit: how it is brought to ``image_size``: "resize" (bilinear); "crop" the centre of a larger one; "tile" copies
+            of a smaller one.
+        restore: its length afterwards: "original", as in the file and at most ``epsilon``, although resizing averages
+            pixels; "rescale" to all of ``epsilon``; "sign": plus or minus ``epsilon`` in each pixel.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an unknown kind of file, a shape that is not an image's, NaN, several tensors and no key, or a patch
-            without a budget.
+        ValueError: an unknown kind of file, a shape that is not an image's, NaN, several tensors and no key, a patch
+            without a budget, or a fit that its size does not allow.
     """
     path = Path(path)
     if not path.is_file():
@@ -157,6 +165,9 @@ def load_published(
         raise ValueError("epsilon: a patch needs the share of the area that it may cover, e.g. epsilon=0.03")
     if scale is not None and not scale > 0:
         raise ValueError(f"scale: expected the value of one full pixel in the file, 1 or 255, got {scale}")
+    for name, value, known in (("fit", fit, get_args(Fit)), ("restore", restore, get_args(Restore))):
+        if value not in known or (norm == "patch" and value != known[0]):
+            raise ValueError(f"{name}: expected one of {', '.join(known)} (of a patch the first), got {value!r}")
     raw = _channels_first(_select_tensor(_read_tensors(path), key, path), path).double()
     if not bool(torch.isfinite(raw).all()):
         raise ValueError(f"{path} holds NaN or infinity; fetch it again")
@@ -166,12 +177,56 @@ def load_published(
     if largest / scale > 1 + 1e-6:
         raise ValueError(f"{path} has values up to {largest:.4g}, more than one full pixel at scale {scale:g}")
     delta = (raw / scale).float()
-    if image_size is not None and delta.shape[-2:] != (image_size, image_size):
-        delta = F.interpolate(delta[None], (image_size, image_size), mode="bilinear", align_corners=False)[0]
     if epsilon is None:
-        epsilon = float(delta.abs().max() if norm == "linf" else delta.double().norm())
+        epsilon = _length(delta, norm)
     about = {"file": path.name, "scale": scale, "shape": list(raw.shape), "largest": largest / scale}
+    about |= {"fit": fit, "restore": restore}
+    if image_size is not None:
+        fitted = _fitted(delta, image_size, fit, path)
+        averaged = fit == "resize" and norm != "patch"  # which shrinks it
+        delta = fitted * (_length(delta, norm) / max(_length(fitted, norm), 1e-12)) if averaged else fitted
+    if restore == "rescale":
+        delta = delta * (epsilon / max(_length(delta, norm), 1e-12))
+    elif restore == "sign":
+        delta = delta.sign() * epsilon
     return Perturbation.fit_budget(delta, epsilon, norm, about)
+
+
+def published_variants(
+    path: str | Path, *, epsilon: float, image_size: int, scale: float | None = None, key: str | None = None
+) -> list[Perturbation]:
+    """What an attacker makes of a file in the L-inf budget: each fit that its size allows, with each restored length.
+
+    Arguments and errors as for :func:`load_published`. The first is what that returns by default.
+    """
+    height, width = load_published(path, scale=scale, key=key).delta.shape[-2:]
+    fits: list[Fit] = ["resize"]
+    if min(height, width) >= image_size and (height, width) != (image_size, image_size):
+        fits.append("crop")
+    elif min(height, width) < image_size:
+        fits.append("tile")
+    options: dict[str, Any] = {"epsilon": epsilon, "image_size": image_size, "scale": scale, "key": key}
+    return [load_published(path, fit=fit, restore=restore, **options) for fit in fits for restore in get_args(Restore)]
+
+
+def _length(delta: Tensor, norm: str) -> float:
+    return float(delta.abs().max() if norm == "linf" else delta.double().norm())
+
+
+def _fitted(delta: Tensor, size: int, fit: Fit, path: Path) -> Tensor:
+    """(3, H, W) to (3, size, size)."""
+    height, width = delta.shape[-2:]
+    if (height, width) == (size, size):
+        return delta
+    if fit == "resize":
+        return F.interpolate(delta[None], (size, size), mode="bilinear", align_corners=False)[0]
+    if fit == "tile":
+        copies = (1, -(-size // height), -(-size // width))
+        return delta.repeat(copies)[:, :size, :size]
+    if min(height, width) < size:
+        raise ValueError(f"{path} has {height} x {width} pixels, fewer than {size} x {size}; write fit='tile'")
+    top, left = (height - size) // 2, (width - size) // 2
+    return delta[:, top : top + size, left : left + size]
 
 
 def _read_tensors(path: Path) -> Any:
@@ -188,6 +243,8 @@ def _read_tensors(path: Path) -> Any:
                 return torch.from_numpy(content)
             with content:
                 return {name: torch.from_numpy(content[name]) for name in content.files}
+        if kind == ".mat":
+            return _matlab_arrays(path)
     except Exception as error:  # damaged files raise many kinds of errors, UnpicklingError among them
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
@@ -199,7 +256,20 @@ def _read_tensors(path: Path) -> Any:
         if metadata.get("format") == PERTURBATION_FORMAT:
             raise ValueError(f"{path} was written by zepad-mm; use Perturbation.load(path)")
         return tensors
-    raise ValueError(f"{path}: expected a file that ends in .npy, .npz, .safetensors or one of {TORCH_FILES}")
+    raise ValueError(f"{path}: expected a file that ends in .npy, .npz, .mat, .safetensors or one of {TORCH_FILES}")
+
+
+def _matlab_arrays(path: Path) -> dict[str, Tensor]:
+    """The numeric arrays of a MATLAB file up to version 7; structures, cells, functions and objects are left out."""
+    import numpy as np
+    from scipy.io import loadmat
+
+    content = loadmat(str(path), appendmat=False, struct_as_record=True, verify_compressed_data_integrity=True)
+    return {
+        name: torch.from_numpy(np.ascontiguousarray(value, dtype=np.float64))
+        for name, value in content.items()
+        if not name.startswith("__") and isinstance(value, np.ndarray) and value.dtype.kind in "fiu"
+    }
 
 
 def _select_tensor(content: Any, key: str | None, path: Path) -> Tensor:

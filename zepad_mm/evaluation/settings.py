@@ -42,7 +42,7 @@ class EvalSettings(Config):
 
     area: float = 0.03  # budget of T1p: the share of the area that a patch covers
     patches: tuple[str, ...] = ("adv_encoder_patch", "adv_clip")  # T1p: made on the public encoder
-    published: tuple[str, ...] = ()  # T1: files of perturbations that others published, clipped to T1's budget
+    published: tuple[str, ...] = ()  # T1: files of perturbations that others published, brought to T1's size and budget
 
     epsilon: float = 4 / 255  # budget of T2 and T3, in pixels of [0, 1]
     norm: Literal["linf", "l2"] = "linf"  # of T2 and T3; the budget of "l2" is a length such as 0.5

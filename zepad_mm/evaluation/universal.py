@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -10,12 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from zepad_mm.attacks import UNIVERSAL_ATTACKS, Perturbation, UniversalAttack, load_published
+from zepad_mm.attacks import UNIVERSAL_ATTACKS, Perturbation, UniversalAttack, published_variants
 from zepad_mm.attacks.perturbation import patch_size
 from zepad_mm.attacks.universal.base import PatchAttack
 from zepad_mm.evaluation.session import Example, Session
 from zepad_mm.evaluation.subjects import UNDEFENDED
 from zepad_mm.evaluation.threats import CLEAN, T1, T1B, T1P, ThreatModel
+
+log = logging.getLogger(__name__)
 
 FAMILY = "family"  # target of a perturbation made on all branches at once
 
@@ -109,12 +112,24 @@ def _score_noise(session: Session) -> None:
 
 
 def _score_published(session: Session, path: str) -> None:
-    """A perturbation that others published, clipped to T1's budget."""
+    """A perturbation that others published, in the form that leaves the model as it ships the fewest right answers.
+
+    A file of another size or budget is brought to T1's in several ways (see ``published_variants``); the attacker
+    takes the best.
+    """
     algorithm, epsilon = f"published:{Path(path).stem}", session.settings.epsilon_universal
 
     def work() -> dict[str, Tensor]:
-        perturbation = load_published(path, epsilon=epsilon, image_size=session.images.shape[-1])
-        return {"delta": perturbation.delta, "logits": session.score(perturbation(session.images))}
+        tried = list[tuple[int, Perturbation, Tensor]]()
+        for perturbation in published_variants(path, epsilon=epsilon, image_size=session.images.shape[-1]):
+            logits = session.score(perturbation(session.images))
+            right = int((session.default.answer(logits).argmax(-1) == session.labels).sum())
+            tried.append((right, perturbation, logits))
+        _, chosen, logits = min(tried, key=lambda entry: entry[0])
+        log.info("%s: fit by %s, length by %s", path, chosen.provenance["fit"], chosen.provenance["restore"])
+        if session.out is not None and session.processes.first:
+            chosen.save(session.out / "perturbations" / f"{algorithm.replace(':', '_')}.safetensors")
+        return {"delta": chosen.delta, "logits": logits}
 
     found = session.stage(f"{T1} {algorithm}", work)
     session.deltas[algorithm, ""] = found["delta"]
