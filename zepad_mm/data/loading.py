@@ -20,6 +20,7 @@ from zepad_mm.data.webdataset import IMAGES, Webdataset
 from zepad_mm.encoders.prompts import clean_name
 from zepad_mm.utils.images import Resize, check_image, read_image
 from zepad_mm.utils.io import ASSETS
+from zepad_mm.utils.registry import did_you_mean
 from zepad_mm.utils.validation import check_names
 
 EMBEDDED_DATA = ASSETS / "clothing"
@@ -111,8 +112,9 @@ def _open(source: str, split: str, streaming: bool) -> Any:
             f"dataset {source!r} is neither a folder here nor reachable on the Hub"
             f"{f' as {hub}' if hub != source else ''} ({type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else ''})"
-            f"{'; HF_HUB_OFFLINE is set, so only downloaded datasets are found' if HF_HUB_OFFLINE else ''}; give "
-            f"the path of a folder, a Hub name, 'embedded', or one of {', '.join(CATALOGUE)}"
+            f"{'; HF_HUB_OFFLINE is set, so only downloaded datasets are found' if HF_HUB_OFFLINE else ''}"
+            f"{did_you_mean(source, ['embedded', *CATALOGUE]) or '.'} Give the path of a folder, a Hub name, "
+            f"'embedded', or one of {', '.join(CATALOGUE)}"
         ) from error
     return table if entry is None else select_split(entry, table, split)
 

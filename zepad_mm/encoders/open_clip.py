@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from difflib import get_close_matches
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -33,6 +32,7 @@ from zepad_mm.encoders.state_dict import SHOWN, load_state_dict_strict, read_for
 from zepad_mm.utils.hub import fetch
 from zepad_mm.utils.io import ASSETS
 from zepad_mm.utils.isolation import library_logs
+from zepad_mm.utils.registry import did_you_mean
 
 log = logging.getLogger(__name__)
 EMBEDDED = "embedded"  # the CLIP that is shipped with this package
@@ -214,10 +214,15 @@ def _name_and_tag(source: Source) -> tuple[str, str | None]:
 
     name, _, tag = source.name.partition("/")
     if name not in open_clip.list_models():
-        near = get_close_matches(name, open_clip.list_models(), n=3)
+        near = did_you_mean(name, [EMBEDDED, *open_clip.list_models()])
         raise ValueError(
-            f"open_clip has no model {name!r}{'; near: ' + ', '.join(near) if near else ''}. "
+            f"open_clip has no model {name!r}{near or '.'} "
             "Write open_clip:NAME/TAG as in open_clip.list_pretrained(), hf-hub:org/repo or local-dir:PATH"
+        )
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if tag and not open_clip.get_pretrained_cfg(name, tag) and not Path(tag).is_file():
+        raise ValueError(
+            f"open_clip has no weights {tag!r} of {name}{did_you_mean(tag, tags) or '.'} Known: {', '.join(tags)}"
         )
     return name, tag or None
 

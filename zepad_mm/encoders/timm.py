@@ -15,6 +15,7 @@ from zepad_mm.encoders.library_configs import TIMM_CONFIGS, WRONG_CONFIG, cleane
 from zepad_mm.encoders.sources import BACKENDS, FOLDER, HUB, EncoderBackend, HubFiles, Source
 from zepad_mm.utils.atomic import complete_folder
 from zepad_mm.utils.images import Interpolation
+from zepad_mm.utils.registry import did_you_mean
 
 log = logging.getLogger(__name__)
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -59,10 +60,8 @@ def _load(source: Source, pretrained: bool) -> Encoder:
             )
         backbone = _create_from_folder(source, folder, pretrained)
     elif not timm.is_model(source.name.partition(".")[0]):
-        near = timm.list_models(f"*{source.name.partition('_')[0].partition('.')[0]}*")[:5]
-        raise ValueError(
-            f"timm has no model {source.name!r}; near: {', '.join(near) or 'none'}. See timm.list_models()"
-        )
+        near = did_you_mean(source.name.partition(".")[0], timm.list_models())
+        raise ValueError(f"timm has no model {source.name!r}{near or '.'} See timm.list_models()")
     else:
         backbone = _create(source, source.name, timm.get_pretrained_cfg(source.name), pretrained)
     return _encoder(backbone, source)

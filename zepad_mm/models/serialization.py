@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from zepad_mm import __version__
 from zepad_mm.encoders import Encoder, describe_changes, fingerprint, has_lora, load_encoder, load_lora
-from zepad_mm.encoders.sources import repositories
+from zepad_mm.encoders.sources import BACKENDS, repositories
 from zepad_mm.encoders.state_dict import load_state_dict_strict
 from zepad_mm.models.branch import Branch, BranchConfig
 from zepad_mm.models.heads import HEADS
@@ -112,7 +112,9 @@ def find_model_folder(name: str | Path, revision: str | None, access: Access) ->
     """
     name = str(name)
     if name != "embedded" and not Path(name).is_dir():
-        hint = "" if "/" in name else did_you_mean(name, ("embedded",))
+        kind, colon, rest = name.partition(":")
+        known = [f"{known}:{rest}" for known in BACKENDS] if colon else ["embedded"]
+        hint = "" if "/" in kind or (not rest and colon) else did_you_mean(name, known)
         if hint:  # before the Hub is asked for it
             raise FileNotFoundError(f"{name!r} is neither a folder here nor a name on the Hub (owner/name){hint}")
         files = (CONFIG, WEIGHTS, f"{ADAPTERS}/*", "README.md")

@@ -57,7 +57,7 @@ class Registry(Generic[T]):
         if isinstance(name, str) and name in self._entries:
             return self._entries[name]
         hint = did_you_mean(name, self._entries)
-        raise ValueError(f"unknown {self.kind} {shorten(name)}{hint}. Known: {', '.join(self.names())}")
+        raise ValueError(f"unknown {self.kind} {shorten(name)}{hint or '.'} Known: {', '.join(self.names())}")
 
     def names(self) -> list[str]:
         """All names, sorted."""
