@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from zepad_mm.encoders import add_lora, count_parameters, load_encoder
+from zepad_mm.training.artifacts import TUNED_RECORD
 from zepad_mm.utils.io import write_json
 from zepad_mm.utils.provenance import provenance
 
@@ -37,7 +38,9 @@ def images_per_second(processes: int, options: argparse.Namespace, out: Path) ->
     recipe += [f"--settings.{key}={value}" for key, value in settings.items()]
     recipe += ["--data.n_train=64", "--data.n_validation=16", "--defence_options={attack_steps: 3}"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, options.threads // processes))}
-    subprocess.run([*launch, *recipe], cwd=ROOT, check=True, capture_output=True, env=environment)
+    done = subprocess.run([*launch, *recipe], cwd=ROOT, check=False, capture_output=True, env=environment)
+    if not (out / TUNED_RECORD).is_file():  # the exit code also says whether weights improved
+        raise RuntimeError(done.stderr.decode()[-3000:])
     lines = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return statistics.median([line["images_per_s"] for line in lines if line.get("images_per_s")][1:])
 

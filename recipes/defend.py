@@ -28,12 +28,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from zepad_mm.defend import DefendSettings, defend, tune_branches
-from zepad_mm.evaluation import Report, evaluate
+from zepad_mm.defend import DefendSettings, defend, tune_branches, untuned_warning
+from zepad_mm.evaluation import evaluate
 from zepad_mm.evaluation.model_card import write_card
 from zepad_mm.training import make_accelerator
 from zepad_mm.utils.config import Config
-from zepad_mm.utils.stopping import run_program
+from zepad_mm.utils.stopping import UNTUNED, run_program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,8 @@ class Recipe(Config):
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None  # None: as accelerate launch says
 
 
-def main(recipe: Recipe) -> Report | None:
-    """Run every stage; returns the report on the first process, None on the others."""
+def main(recipe: Recipe) -> int:
+    """Run every stage; returns the exit code, 3 where a branch keeps the public weights."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     accelerator = make_accelerator(recipe.processes, recipe.mixed_precision)
     if not recipe.robust:
@@ -62,7 +62,7 @@ def main(recipe: Recipe) -> Report | None:
             recipe.source, out=recipe.out, data=recipe.data, settings=recipe.settings, accelerator=accelerator
         )
     if not accelerator.is_main_process:  # the remaining stages run on one process
-        return None
+        return 0
     out = Path(recipe.out)
     model = defend(recipe.source, robust=recipe.robust, data=recipe.data, out=out, settings=recipe.settings)
     report = evaluate(
@@ -78,7 +78,9 @@ def main(recipe: Recipe) -> Report | None:
     )
     write_card(out, report)
     print((out / "evaluation" / "report.md").read_text(encoding="utf-8"))
-    return report
+    if untuned := untuned_warning(model.config):
+        print(f"{out}: {untuned}")
+    return UNTUNED if untuned else 0
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from typing import Literal
 from zepad_mm.defences import make_defence
 from zepad_mm.encoders import load_encoder
 from zepad_mm.training import DataSettings, TuneSettings, estimate_cost, make_accelerator, make_student, tune
-from zepad_mm.utils.stopping import run_program
+from zepad_mm.utils.stopping import UNTUNED, run_program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,9 @@ class Recipe(TuneSettings):
     )
 
 
-def main(recipe: Recipe) -> None:
-    """Tune and write."""
+def main(recipe: Recipe) -> int:
+    """Tune and write; returns the exit code, 3 where no tuned weights were better than the public ones."""
+    code = 0
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     accelerator = make_accelerator(recipe.processes, recipe.mixed_precision, recipe.tracker, recipe.out)
     train, validation = recipe.data.load(recipe.settings.seed, load_encoder(recipe.source).preprocess)
@@ -62,13 +63,18 @@ def main(recipe: Recipe) -> None:
         defence = make_defence(recipe.defence, recipe.defence_options)
         print(estimate_cost(student, train, validation, defence, recipe.settings, accelerator))
     else:
-        record = tune(
+        tuned = tune(
             recipe, train, validation, out=recipe.out, accelerator=accelerator, extra={"recipe": recipe.to_dict()}
-        ).record
+        )
+        record = tuned.record
         accelerator.print(
             f"{recipe.out}: step {record['best_step']} of {record['steps']} selected, validation {record['validation']}"
         )
+        if tuned.untuned:
+            accelerator.print(f"{recipe.out}: NOTHING WAS TUNED, no tuned weights were better than the public ones")
+            code = UNTUNED
     accelerator.end_training()
+    return code
 
 
 if __name__ == "__main__":

@@ -82,6 +82,7 @@ def test_defend_tunes_branches_and_resumes(clip_source: str, image_folders: str,
     assert {name: branch.adaptation for name, branch in branches.items()} == {"tecoa": "lora", "benign": "lora"}
     # too few steps to beat the public weights, which the model says
     assert branches["tecoa"].objective == "untuned: tecoa at 4/255 kept the public weights"
+    assert branches["tecoa"].untuned
     assert classify.model.config.nothing_tuned
     assert classify.model.config.detector.threshold is None
     assert "this model defends against nothing" in (out / "README.md").read_text()
@@ -110,5 +111,7 @@ def test_defend_rejects_impossible_input(clip_source: str, tmp_path: Path) -> No
         defend(clip_source, data=str(tmp_path / "nowhere"), out=tmp_path)
     with pytest.raises(ValueError, match="did you mean 'tecoa'"):
         DefendSettings(defences=("tecao",))
+    with pytest.raises(ValueError, match="'clean' tunes benign branches"):
+        DefendSettings(defences=("tecoa", "clean"))
     with pytest.raises(ValueError, match="unknown defence 'fair'"):
         DefendSettings(defence_options={"fair": {}})

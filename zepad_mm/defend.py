@@ -20,7 +20,7 @@ from zepad_mm.data import LabelledImages, SplitNotFoundError, load_data
 from zepad_mm.defences import DEFENCES
 from zepad_mm.encoders import Encoder, LoraSettings, has_lora, load_clip, load_encoder
 from zepad_mm.encoders.prompts import templates_of
-from zepad_mm.models.branch import UNTUNED, Adaptation, Branch, BranchConfig, Role
+from zepad_mm.models.branch import Adaptation, Branch, BranchConfig, Role
 from zepad_mm.models.heads import zero_shot_head
 from zepad_mm.models.zepad import ZePAD, ZePADConfig
 from zepad_mm.selection import select_detector, select_fusion
@@ -68,7 +68,8 @@ class DefendSettings(Config):
         super().__post_init__()
         check_epsilon(self.epsilon)
         for name in check_names(self.defences, "defences"):
-            DEFENCES.get(name)
+            if DEFENCES.get(name).role == "benign":
+                raise ValueError(f"defences: {name!r} tunes benign branches, which tune_benign=True adds; leave it out")
         for name in sorted(self.defence_options):
             DEFENCES.get(name)
         templates_of(self.prompts)
@@ -158,7 +159,7 @@ def _defend(
 
 def untuned_warning(config: ZePADConfig) -> str:
     """What to say of a model whose tuning kept public weights; empty where every branch was tuned."""
-    names = ", ".join(branch.name for branch in config.branches if branch.is_untuned)
+    names = ", ".join(branch.name for branch in config.branches if branch.untuned)
     if not names:
         return ""
     what = "NOTHING WAS TUNED, the model is not defended" if config.nothing_tuned else "not every branch was tuned"
@@ -249,15 +250,18 @@ def _tuned_branch(name: str, role: Role, source: str, tuned: Tuned, objective: s
     encoder = tuned.encoder.cpu()
     adaptation: Adaptation = "lora" if has_lora(encoder) else "full"
     if tuned.untuned:
-        objective = f"{UNTUNED}: {objective} kept the public weights"
-    return BranchConfig(name=name, role=role, source=source, adaptation=adaptation, objective=objective), encoder
+        objective = f"untuned: {objective} kept the public weights"
+    config = BranchConfig(
+        name=name, role=role, source=source, adaptation=adaptation, objective=objective, untuned=tuned.untuned
+    )
+    return config, encoder
 
 
 def _tuning_of(defence: str, source: str, settings: DefendSettings) -> TuneSettings:
     """How the branch of one defence is tuned; "clean" is the benign one."""
     options = dict(settings.defence_options.get(defence, {}))
     train_settings = settings.train
-    if defence == "clean":
+    if DEFENCES.get(defence).role == "benign":
         train_settings = replace(train_settings, selection="clean", validation_epsilon=0.0, epsilon_warmup_steps=0)
     else:
         options.setdefault("epsilon", settings.epsilon)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from zepad_mm.data import load_data
 from zepad_mm.encoders import (
     LoraSettings,
     add_lora,
@@ -23,6 +25,7 @@ from zepad_mm.encoders import (
 )
 from zepad_mm.encoders.attention import SeparateAttention, unfuse_attention, use_fast_attention
 from zepad_mm.encoders.base import Encoder, Preprocess
+from zepad_mm.models.zepad import ZePAD
 
 
 def perturb_adapter(encoder: nn.Module, scale: float = 0.1) -> None:
@@ -209,14 +212,24 @@ def test_lora_adapter_loads_with_peft_alone(clip_source: str, images: torch.Tens
     [
         ("resnet18", "expected KIND:NAME"),
         ("timn:resnet18", "did you mean 'timm'"),
-        ("timm:resnet18x", "timm has no model"),
-        ("open_clip:ViT-B-33/openai", "near: ViT-B-32"),
+        ("timm:resnet18x", "timm has no model 'resnet18x'; did you mean 'resnet18'?"),
+        ("open_clip:ViT-B-33/openai", "did you mean 'ViT-B-32'?"),
+        ("open_clip:embeded", "did you mean 'embedded'?"),
+        ("open_clip:ViT-B-32/open-ai", "no weights 'open-ai' of ViT-B-32; did you mean 'openai'?"),
         ("open_clip:", "expected KIND:NAME"),
     ],
 )
 def test_load_encoder_rejects_unknown_sources(source: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         load_encoder(source)
+
+
+def test_models_and_data_sets_suggest_the_nearest_name() -> None:
+    for name, nearest in (("embeded", "embedded"), ("openclip:embedded", "open_clip:embedded")):
+        with pytest.raises(FileNotFoundError, match=f"did you mean '{nearest}'"):
+            ZePAD.from_pretrained(name)
+    with pytest.raises(FileNotFoundError, match="did you mean 'embedded'"):
+        load_data("embeded", "train")
 
 
 def test_load_encoder_names_missing_and_truncated_checkpoints(clip_source: str, tmp_path: Path) -> None:

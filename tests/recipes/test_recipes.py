@@ -15,6 +15,7 @@ import pytest
 
 from zepad_mm.defences import make_defence
 from zepad_mm.utils.config import Config
+from zepad_mm.utils.stopping import UNTUNED
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "recipes" / "configs" / "smoke"
@@ -23,12 +24,14 @@ OWN_TESTS |= {"train_heads", "train_gate"}  # run in tests/training
 OWN_TESTS |= {"evaluate"}  # run in tests/evaluation/test_regression.py
 
 
-def run(*command: str, cwd: Path = ROOT, timeout: int = 280) -> subprocess.CompletedProcess[str]:
+def run(
+    *command: str, cwd: Path = ROOT, timeout: int = 280, codes: tuple[int, ...] = (0,)
+) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         command, check=False, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode in codes, done.stderr[-3000:]
     return done
 
 
@@ -93,7 +96,9 @@ def test_config_header_names_its_recipe(path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in SMOKE.glob("*.yaml") if path.stem not in OWN_TESTS))
 def test_recipe_runs_its_smoke_config(recipe: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run(sys.executable, f"recipes/{recipe}.py", "--config", f"recipes/configs/smoke/{recipe}.yaml", "--out", str(out))
+    words = [f"recipes/{recipe}.py", "--config", f"recipes/configs/smoke/{recipe}.yaml", "--out", str(out)]
+    done = run(sys.executable, *words, codes=(0, UNTUNED))
+    assert (done.returncode == UNTUNED) == ("than the public ones" in done.stdout)  # a few steps improve little
     assert any(out.rglob("*.json")) or any(out.rglob("*.safetensors"))
 
 

@@ -15,7 +15,7 @@ from tests.helpers.models import write_clip
 from tests.training.test_fit import colours, run, tiny_encoder, tiny_student
 from zepad_mm.defend import untuned_warning
 from zepad_mm.encoders import load_encoder
-from zepad_mm.models.branch import UNTUNED, BranchConfig
+from zepad_mm.models.branch import BranchConfig
 from zepad_mm.models.serialization import describe_model
 from zepad_mm.models.zepad import DetectorConfig, ZePADConfig
 from zepad_mm.training import load_tuned, make_accelerator, validate, write_tuned
@@ -52,14 +52,14 @@ def test_configs_hold_numbers_of_numpy_as_plain_ones() -> None:
 
 @pytest.mark.parametrize(("tuned", "nothing"), [((False, False), True), ((True, False), False)])
 def test_a_model_says_which_branches_are_untuned(tuned: tuple[bool, ...], nothing: bool) -> None:
-    objectives = ["tecoa at 4/255" if done else f"{UNTUNED}: tecoa at 4/255 kept the public weights" for done in tuned]
     branches = tuple(
-        BranchConfig(name=f"r{number}", role="robust", source="open_clip:embedded", objective=objective)
-        for number, objective in enumerate(objectives)
+        BranchConfig(name=f"r{number}", role="robust", source="open_clip:embedded", untuned=not done)
+        for number, done in enumerate(tuned)
     )
     config = ZePADConfig(public_source="open_clip:embedded", branches=branches, class_names=("a",))
     assert config.nothing_tuned == nothing
     assert ("NOTHING WAS TUNED" in untuned_warning(config)) == nothing
+    assert untuned_warning(config)  # the exit code is 3 for one untuned branch as for all
     assert "Untuned: " in describe_model(config)
 
 

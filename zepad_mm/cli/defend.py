@@ -7,6 +7,7 @@ from typing import Any
 
 from zepad_mm.cli.common import DATA, SOURCE, Command, print_result
 from zepad_mm.cli.settings_options import SettingsOptions, settings_fields
+from zepad_mm.utils.stopping import UNTUNED
 
 DEFEND_SETTINGS = "defend.py:DefendSettings"
 DEFEND_OPTIONS = SettingsOptions(
@@ -19,7 +20,6 @@ DEFEND_OPTIONS = SettingsOptions(
         "--n-validation": "n_validation",
     },
 )
-UNTUNED_EXIT = 3  # code of a defended model in which no robust branch was tuned
 TRAIN_FIELDS = {"--steps": "steps", "--batch-size": "batch_size", "--seed": "seed"}
 
 
@@ -56,7 +56,7 @@ def _run(options: Any) -> int:
     )
     if untuned := untuned_warning(model.config):
         print(f"zepad: {untuned}", file=sys.stderr, flush=True)
-    return UNTUNED_EXIT if model.config.nothing_tuned else 0
+    return UNTUNED if untuned else 0
 
 
 DEFEND = Command(

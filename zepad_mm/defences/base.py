@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,7 @@ class Defence(Config, ABC):
     clean_fraction: float = 0.0  # share of each batch that stays clean, in [0, 1)
 
     name: ClassVar[str] = ""
+    role: ClassVar[Literal["robust", "benign"]] = "robust"  # of a branch that is tuned by it
     needs_original: ClassVar[bool] = False  # whether Batch.original is required
     trains_head: ClassVar[bool] = True  # whether the objective gives the head a gradient
     keeps_features: ClassVar[bool] = False  # whether it preserves features, and so zero-shot accuracy on other classes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ class Clean(Defence):
     """L = CE(x). ``epsilon`` is used by the validation attack only."""
 
     name: ClassVar[str] = "clean"
+    role: ClassVar[Literal["robust", "benign"]] = "benign"
 
     def craft(self, student: Student, batch: Batch, epsilon: float, generator: torch.Generator) -> Tensor:
         return batch.images

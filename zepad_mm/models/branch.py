@@ -17,7 +17,6 @@ from zepad_mm.encoders import Encoder
 from zepad_mm.models.heads import HEADS
 from zepad_mm.utils.config import Config
 
-UNTUNED = "untuned"  # start of the objective of a branch whose tuning kept the public weights
 Role = Literal["robust", "benign"]
 Adaptation = Literal["none", "full", "lora"]
 
@@ -32,6 +31,7 @@ class BranchConfig(Config):
     adaptation: Adaptation = "none"  # "none": the base as it is; "full": all weights tuned; "lora": an adapter
     head: str = "zero_shot"  # a name of zepad_mm.models.heads.HEADS
     objective: str = ""  # how it was tuned, for the model card
+    untuned: bool = False  # it was to be tuned, and no tuned weights were better on validation than the public ones
 
     def __post_init__(self) -> None:
         if str(self.role) in ("mpae", "bmp"):
@@ -43,11 +43,6 @@ class BranchConfig(Config):
         if not self.name or "." in self.name or "/" in self.name:
             raise ValueError(f"branch name {self.name!r}: expected a non-empty name without '.' and '/'")
         HEADS.get(self.head)
-
-    @property
-    def is_untuned(self) -> bool:
-        """Whether the branch was to be tuned and has the public weights still."""
-        return self.objective.startswith(UNTUNED)
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ class ZePADConfig(Config):
     def nothing_tuned(self) -> bool:
         """Whether every robust branch is the public encoder still, so that the model defends nothing."""
         robust = [branch for branch in self.branches if branch.role == "robust"]
-        return bool(robust) and all(branch.is_untuned for branch in robust)
+        return bool(robust) and all(branch.untuned for branch in robust)
 
     @property
     def zero_shot(self) -> bool:
@@ -225,7 +225,7 @@ def describe_model(config: ZePADConfig) -> str:
         for b in config.branches
     ]
     head = "| branch | role | base | commit of the base | adaptation | objective |\n|---|---|---|---|---|---|\n"
-    untuned = ", ".join(branch.name for branch in config.branches if branch.is_untuned)
+    untuned = ", ".join(branch.name for branch in config.branches if branch.untuned)
     warning = f"**Untuned: {untuned}.** On validation no tuned weights were better than the public ones."
     if config.nothing_tuned:
         warning += " No robust branch is tuned: this model defends against nothing."

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from zepad_mm.data import LabelledImages
-from zepad_mm.defences import Defence, Student, make_defence
+from zepad_mm.defences import DEFENCES, Defence, Student, make_defence
 from zepad_mm.encoders import Encoder, LoraSettings, is_clip
 from zepad_mm.training.artifacts import TUNED_RECORD, load_tuned, write_tuned
 from zepad_mm.training.dataloader import size_of
@@ -32,7 +32,7 @@ RUN = "run"  # folder of the checkpoint and the metrics, beside the tuned encode
 
 @dataclass(frozen=True, kw_only=True)
 class TuneSettings(Config):
-    """What is tuned and how. The defence "clean" gives a benign branch, every other a robust one."""
+    """What is tuned and how. The role of the branch is that of the defence: benign for "clean", else robust."""
 
     source: str = "open_clip:embedded"  # the public encoder to start from
     adaptation: Literal["full", "lora"] = "full"
@@ -162,7 +162,7 @@ def _identity(tuning: TuneSettings, defence: Defence, train: TrainData, validati
 def _record(identity: dict[str, Any], result: FitResult, train: TrainData, accelerator: Accelerator) -> dict[str, Any]:
     """What is stored beside a tuned encoder."""
     return {
-        "role": "benign" if identity["defence"]["name"] == "clean" else "robust",
+        "role": DEFENCES.get(identity["defence"]["name"]).role,
         "identity": identity,
         "class_names": list(train.class_names),
         "steps": result.steps,
