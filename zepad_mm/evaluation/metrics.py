@@ -7,7 +7,6 @@ from functools import lru_cache
 
 import torch
 from scipy.stats import binomtest
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from zepad_mm.models.detection import PAPER_GAP, threshold_at
@@ -81,10 +80,17 @@ class Detection:
 
 
 def auroc(clean: Tensor, attacked: Tensor) -> float:
-    """Return the area under the ROC curve of (n,) clean and (m,) attacked scores. NaN counts as unsuspicious."""
-    truth = [0] * len(clean) + [1] * len(attacked)
-    scores = torch.cat([clean, attacked]).double()
-    return float(roc_auc_score(truth, scores.nan_to_num(nan=-1e30, posinf=1e30, neginf=-1e30).tolist()))
+    """Return the area under the ROC curve of (n,) clean and (m,) attacked scores. NaN counts as unsuspicious.
+
+    It is the share of pairs in which the attacked score is the higher one; equal scores count half. Raises ValueError
+    where there is no score of one kind.
+    """
+    if not len(clean) or not len(attacked):
+        raise ValueError(f"auroc: expected scores of both kinds, got {len(clean)} clean and {len(attacked)} attacked")
+    ordered, scores = (values.double().nan_to_num(-1e30, 1e30, -1e30) for values in (clean, attacked))
+    ordered = ordered.sort().values
+    lower, not_higher = (torch.searchsorted(ordered, scores, right=right).sum() for right in (False, True))
+    return float(lower + not_higher) / (2 * len(clean) * len(attacked))
 
 
 def detect(validation: Tensor, clean: Tensor, attacked: Tensor) -> Detection:

@@ -35,6 +35,7 @@ from zepad_mm.utils.seeding import derived_generator
 log = logging.getLogger(__name__)
 
 FEWEST = 32  # images
+MEASURED = 512  # validation images under each corruption and universal attack
 ATTACKED_VALIDATION = 64  # validation images under each per-image attack, and in all rounds together
 CLEAR = math.log(0.98 / 0.02)  # the logit of 98 %: what a typical clean image keeps of the benign weight
 SHARPNESS = (0.5, 20.0)  # lowest and highest
@@ -154,15 +155,16 @@ def _learn(maker: ExampleMaker, parts: GateSplit) -> _Run:
     train = [clean.at(parts.train)]
     train += [maker.corrupted(parts.train, str(view)) for view in range(settings.corrupted_views)]
     validation = [clean.at(parts.validation)]
-    validation += [maker.corrupted(parts.validation, name, (name,)) for name in settings.corruptions]
+    some = _shuffled(parts.validation, settings, "measured")[:MEASURED].sort().values
+    validation += [maker.corrupted(some, name, (name,)) for name in settings.corruptions]
     if settings.universal and settings.universal_views:
         half = order[: min(settings.universal_images, max(1, len(order) // 2))].sort().values
         made = {name: maker.perturbation(name, half) for name in settings.universal}
         train += [maker.universal(made, parts.train, str(view)) for view in range(settings.universal_views)]
-        validation += [maker.universal({name: one}, parts.validation, name) for name, one in made.items()]
+        validation += [maker.universal({name: one}, some, name) for name, one in made.items()]
         if settings.held_out:
             own = {settings.held_out: maker.perturbation(settings.held_out, half)}
-            validation += [maker.universal(own, parts.validation, settings.held_out, group="held_out")]
+            validation += [maker.universal(own, some, settings.held_out, group="held_out")]
     if settings.per_image and settings.per_image_n:
         train.append(maker.per_image(order[: settings.per_image_n], "train", settings.per_image))
         few = _shuffled(parts.validation, settings, "attacked")[:ATTACKED_VALIDATION]
@@ -250,8 +252,8 @@ def _seen(settings: GateSettings) -> tuple[str, ...]:
 
 def _work(parts: GateSplit, settings: GateSettings) -> int:
     """How many passes of an image through the encoders the bar counts."""
-    train, held = len(parts.train), len(parts.validation)
-    passes = train + held + len(parts.calibration) + train * settings.corrupted_views
+    train, held = len(parts.train), min(MEASURED, len(parts.validation))
+    passes = train + len(parts.validation) + len(parts.calibration) + train * settings.corrupted_views
     passes += held * len(settings.corruptions)
     if settings.universal and settings.universal_views:
         kinds = [*settings.universal, *([settings.held_out] if settings.held_out else [])]

@@ -17,6 +17,7 @@ from zepad_mm.training.gate_settings import GateSettings
 from zepad_mm.utils.seeding import derived_generator, seeded
 
 VALIDATION_EVERY = 25  # optimiser steps
+SELECTING = 512  # validation examples of each kind that the weights are selected on
 SCALED = 4096  # examples that standardise the inputs, drawn as those of the fit
 
 
@@ -41,7 +42,8 @@ def gate_inputs(gate: FeatureGate, features: Tensor, widths: Sequence[int], batc
     """What a learned gate reads, (n, F) on its device, of features (n, D) of all encoders side by side."""
     device = next(gate.parameters()).device
     with torch.no_grad():
-        return torch.cat([gate.inputs(*split(batch.to(device), widths)) for batch in features.split(batch_size)])
+        parts = [gate.inputs(*split(batch.to(device), widths)) for batch in features.split(batch_size)]
+    return torch.cat(parts) if parts else torch.zeros(0, gate.input_width, device=device)
 
 
 def split(features: Tensor, widths: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
@@ -50,9 +52,8 @@ def split(features: Tensor, widths: Sequence[int]) -> tuple[Tensor, list[Tensor]
     return benign, robust
 
 
-def mean_auroc(gate: FeatureGate, validation: Sequence[Examples], widths: Sequence[int]) -> float:
+def mean_auroc(scores: Sequence[Tensor], validation: Sequence[Examples]) -> float:
     """The mean over groups of attacked examples of their AUROC against all unattacked ones."""
-    scores = [gate_scores(gate, part.features, widths) for part in validation]
     clean = torch.cat([score for score, part in zip(scores, validation, strict=True) if not part.attacked])
     groups: dict[str, list[Tensor]] = {}
     for score, part in zip(scores, validation, strict=True):
@@ -81,10 +82,12 @@ def fit_gate(
         gate = FeatureGate(widths[0], widths[1:], config)
     gate = gate.to(device)
     if config.kind == "cosine":
-        return GateFit(gate.eval(), 0, mean_auroc(gate, validation, widths))
+        scores = [gate_scores(gate, part.features, widths) for part in validation]
+        return GateFit(gate.eval(), 0, mean_auroc(scores, validation))
     inputs = torch.cat([gate_inputs(gate, part.features, widths) for part in train])
     shares = _shares(train)
     gate.fit_scale(inputs[shares.multinomial(SCALED, True, generator=derived_generator(settings.seed, "gate scale"))])
+    held = [gate_inputs(gate, part.features[:: -(-len(part.rows) // SELECTING) or 1], widths) for part in validation]
     labels = torch.cat([torch.full((len(part.rows),), float(part.attacked)) for part in train]).to(device)
     targets = labels * (1 - settings.label_smoothing) + settings.label_smoothing / 2
     drawn = shares.multinomial(
@@ -105,7 +108,9 @@ def fit_gate(
                 continue
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the gate's loss is {float(loss)} in step {step}; lower lr")
-            found = mean_auroc(gate.eval(), validation, widths)
+            with torch.no_grad():
+                gate.eval()
+                found = mean_auroc([gate.logit(part) for part in held], validation)
             if found > best:
                 best, best_state, best_step = found, copy.deepcopy(gate.state_dict()), step
             elif step - best_step >= settings.patience * VALIDATION_EVERY:
