@@ -386,7 +386,11 @@ def test_full_preset_runs_every_attack(model: ZePAD, data: EvalData) -> None:
     report = evaluate(model, data=data, settings=settings)
     ran = {row["attack"] for row in report.rows}
     assert {f"{name}@undefended" for name in full.universal} <= ran
-    assert {f"{kind}@zepad" for kind in (*full.own_attacks, *full.adaptive, *full.evasion)} <= ran
+    elsewhere = {"prompts", "patch_tokens"}  # for zero-shot heads; on each encoder
+    own = [name for name in full.own_attacks if name not in elsewhere]
+    assert {f"{kind}@zepad" for kind in (*own, *full.adaptive, *full.evasion)} <= ran
+    assert {f"patch_tokens@{name}:own" for name in report.models if name.startswith("branch:")} <= ran
+    assert {f"{kind}@undefended 4/255" for kind in full.transfer} <= ran
     assert {check["name"] for check in report.meta["diagnostics"]} >= {"square_not_stronger", "no_randomness"}
 
 

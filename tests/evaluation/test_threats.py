@@ -10,8 +10,8 @@ from zepad_mm.evaluation.threats import ATTACKS, strength, threat_model
 
 
 def test_threats_have_the_keys_of_files_from_weak_to_strong() -> None:
-    assert list(THREATS) == ["clean", "T1", "T1p", "T1b", "T2", "T3"]
-    assert [strength(key) for key in (*THREATS, "T9")] == list(range(7))
+    assert list(THREATS) == ["clean", "T1", "T1p", "T1b", "T1i", "T1ib", "T2", "T3"]
+    assert [strength(key) for key in (*THREATS, "T9")] == list(range(9))
 
 
 @pytest.mark.parametrize("threat", ATTACKS, ids=str)

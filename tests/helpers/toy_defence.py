@@ -25,6 +25,8 @@ SETTINGS = EvalSettings(
     universal=("feature_uap",),
     steps=6,
     restarts=1,
+    own_attacks=("pgd",),
+    adaptive=("average_logit", "weight_hijack"),
     detector_steps=5,
     diagnostics_n=24,
 )

@@ -132,7 +132,10 @@ def load_embedded(split: str, n: int | None = None) -> tuple[Tensor, Tensor]:
     """The embedded images: ``(images (N, 3, 64, 64) in [0, 1], labels (N,))``.
 
     ``test`` is used in no training or selection; ``surrogate`` is the training data of the embedded CLIP and of
-    attackers; ``train`` is the defender's own; ``validation`` selects thresholds and fusion constants.
+    attackers; ``train`` is the defender's own; ``validation`` selects thresholds and fusion constants. The images are
+    the first ``n`` of one fixed random order: those of a smaller ``n`` are the first of those of a larger one.
     """
     data = load_data("embedded", split, n=n)
-    return data.images, data.labels
+    order = torch.randperm(len(open_table("embedded", split)), generator=seeded_generator(0))[: len(data)]
+    ranks = order.argsort().argsort()  # load_data gives the same rows in ascending order
+    return data.images[ranks], data.labels[ranks]

@@ -17,7 +17,7 @@ from zepad_mm.data.corruptions import OUT_OF_DISTRIBUTION, corrupt
 from zepad_mm.evaluation.metrics import FALSE_POSITIVE_RATES, Share, detect, paper_rule_accuracy, share
 from zepad_mm.evaluation.session import Session
 from zepad_mm.evaluation.settings import EvalSettings
-from zepad_mm.evaluation.threats import T2, T3, UNIVERSAL
+from zepad_mm.evaluation.threats import T1I, T1IB, T2, T3, THREATS, UNIVERSAL
 from zepad_mm.models.detection import SCORES, threshold_at
 
 FIRST, WORST = "first_success", "worst"  # which successful example of an image is shown
@@ -47,18 +47,25 @@ def detection_rows(session: Session, validation: Tensor) -> list[dict[str, Any]]
     """
     benign = session.subject.benign
     attacked = [example for example in session.examples[1:] if not example.control]
-    wrong = {example.key: _wrong(session, session.branch_logits(example.logits)) for example in attacked}
+    wrong = {
+        example.key: _wrong(session, session.branch_logits(example.logits))[: session.count(THREATS[example.threat])]
+        for example in attacked
+    }
     rows = []
     for name in SCORES:
         score = SCORES.get(name)
         clean = [score(logits, benign) for logits in (validation, session.branch_logits(session.clean.logits))]
         scores = {example.key: score(session.branch_logits(example.logits), benign) for example in attacked}
-        found = [(e.threat, e.attack, scores[e.key], wrong[e.key]) for e in attacked if e.threat in UNIVERSAL]
+        found = [
+            (e.threat, e.attack, scores[e.key][: len(wrong[e.key])], wrong[e.key])
+            for e in attacked
+            if e.threat in (*UNIVERSAL, T1I.key, T1IB.key)
+        ]
         for threat, shown in ((T2, (FIRST, WORST)), (T3, (WORST,))):
             keys = [example.key for example in attacked if example.threat in threat.counts]
             if any(example.threat == threat.key for example in attacked):
                 for attack in shown:
-                    successes = [scores[key] for key in keys], [wrong[key] for key in keys]
+                    successes = [scores[key][: session.count(threat)] for key in keys], [wrong[key] for key in keys]
                     chosen = _one_success_per_image(*successes, least_suspicious=attack == WORST)
                     found.append((threat.key, attack, chosen, torch.ones_like(chosen, dtype=torch.bool)))
         rows += [_row(session, name, *group, clean) for group in found if len(group[2])]

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zepad_mm.attacks import APGD, Attack, frozen
+from zepad_mm.attacks import APGD, Attack, MomentumPGD, frozen
 from zepad_mm.attacks.base import steepest
 from zepad_mm.attacks.losses import margin
 from zepad_mm.attacks.objective import input_gradient
 from zepad_mm.evaluation.records import Attempt, Records
+from zepad_mm.evaluation.report import HELD, NOT_CHECKED, OVERESTIMATED, UPPER_BOUND
 from zepad_mm.evaluation.session import Session
+from zepad_mm.evaluation.subjects import Row
 from zepad_mm.evaluation.threats import ATTACKS, T1, T1B, T1P, T2, ThreatModel
-from zepad_mm.evaluation.white_box import attack_batches, own_attack
+from zepad_mm.evaluation.white_box import attack_batches, attacked_rows, own_attack
 from zepad_mm.utils.text import budget_text
 
 SWEEP = (1, 2, 4, 16)  # times the budget; at the last one no model can be robust
@@ -76,10 +79,10 @@ def _not_above_clean(records: Records) -> Check:
     above: list[str] = []
     plain = [threat.key for threat in ATTACKS if not threat.flagged_is_right]
     for model in records.models:
-        clean = records.right(model, records.attempts[0])
+        right = records.right(model, records.attempts[0])
         for attempt in records.attempts[1:]:
             if attempt.threat in plain and not attempt.control:
-                attacked = records.right(model, attempt)
+                attacked, clean = records.right(model, attempt), right[: attempt.n]
                 gained, lost = int((attacked & ~clean).sum()), int((clean & ~attacked).sum())
                 if gained - lost > 3 * math.sqrt(gained + lost):
                     above.append(f"{model} under {attempt.threat} {attempt.attack}")
@@ -131,7 +134,7 @@ def _square(session: Session) -> Check:
     wrong = torch.zeros(len(session.labels), dtype=torch.bool)
     for example in squares:
         wrong |= example.attacked & (row.answer(example.logits).argmax(-1) != session.labels)
-    share = float(wrong.float().mean())
+    share = int(wrong.sum()) / session.count(T2)
     passed = share <= MOVED or int(wrong.sum()) <= 1
     detail = f"Square breaks {100 * share:.1f} points more of {row.name} than all gradient attacks"
     return Check("square_not_stronger", passed, detail, {"moved": share})
@@ -151,7 +154,7 @@ def _noise_within_budget(session: Session) -> Check:
             largest = session.settings.epsilon * steepest(signs, session.settings.norm)
             noisy = (images + largest).clamp(0, 1).to(session.device)
             broken |= target(noisy).argmax(-1).cpu() != labels
-    moved = float(survivors.float().mean()) * float(broken.float().mean()) if len(index) else 0.0
+    moved = int(survivors.sum()) / session.count(T2) * float(broken.float().mean()) if len(index) else 0.0
     passed = moved <= MOVED or int(broken.sum()) <= 1
     detail = f"{NOISE_DRAWS} draws of random noise take {100 * moved:.1f} points more from {row.name} than T2 did"
     return Check("noise_not_stronger_than_t2", passed, detail, {"moved": moved, "n": float(len(index))})
@@ -204,19 +207,67 @@ def _nonzero_gradients(session: Session) -> Check:
 
 
 def _more_steps(session: Session) -> Check:
-    """A longer attack of another kind must not break noticeably more of the images that survived T2."""
-    settings, row = session.settings, session.default
-    survivors = session.still_right(row)
-    held = float(survivors.float().mean())
-    index = _some(session, survivors, "more steps")
-    steps = settings.steps * settings.diagnostics_factor
-    attack = APGD(epsilon=settings.epsilon, norm=settings.norm, steps=steps, loss="targeted", targets=TARGETS)
-    broken = _wrong(session, attack, index, "more steps")
-    moved = held * float(broken.float().mean()) if len(index) else 0.0
-    # on a sample, a single image may weigh more than a point: one image alone does not count
-    passed = moved <= MOVED or int(broken.sum()) <= 1
-    detail = f"targeted APGD with {steps} steps takes {100 * moved:.1f} points more from {row.name} than T2 did"
-    return Check("more_steps", passed, detail, {"moved": moved, "steps": float(steps), "n": float(len(index))})
+    """A longer attack of other kinds must not break noticeably more of the images that survived T2, for any row.
+
+    It takes so many of them that one point of accuracy is two images or more, or all there are.
+    """
+    factor = session.settings.diagnostics_factor
+    found = {row.name: _broken_by_more(session, row) for row in _attacked_rows(session)}
+    moved = {name: share for name, (share, count) in found.items()}
+    # a single image may weigh more than a point: one image alone does not count
+    failed = [name for name, (share, count) in found.items() if share > MOVED and count > 1]
+    worst = max(moved, key=lambda name: moved[name]) if moved else session.default.name
+    detail = (
+        f"momentum PGD and targeted APGD with {factor} times the steps take {100 * moved[session.default.name]:.1f} "
+        f"points more from {session.default.name} than T2 did, and at most {100 * moved[worst]:.1f} ({worst})"
+    )
+    values = {"moved": moved[session.default.name], "steps": float(session.settings.steps * factor)}
+    return Check("more_steps", not failed, detail, {**values, **{f"moved:{name}": moved[name] for name in moved}})
+
+
+def _attacked_rows(session: Session) -> list[Row]:
+    return [row for row in attacked_rows(session) if row.name not in session.skipped_rows]
+
+
+def _broken_by_more(session: Session, row: Row) -> tuple[float, int]:
+    """The points of accuracy, and the images of the sample, that the longer attack takes from a row beyond T2."""
+    settings, survivors = session.settings, session.still_right(row)
+    held = int(survivors.sum()) / session.count(T2)
+    needed = max(settings.diagnostics_n, math.ceil(2 * held / MOVED))
+    index = _some(session, survivors, "more steps", needed)
+    if len(index) == 0:
+        return 0.0, 0
+    left, steps, size, norm = index, settings.steps * settings.diagnostics_factor, settings.epsilon, settings.norm
+    loss = "dlr" if _classes(session) >= 3 else "margin"
+    for attack in (
+        MomentumPGD(epsilon=size, norm=norm, steps=steps, loss=loss),
+        APGD(epsilon=size, norm=norm, steps=steps, loss="targeted", targets=TARGETS),
+    ):
+        left = left[~_wrong(session, attack, left, f"more steps {type(attack).__name__} {row.name}", row)]
+    broken = len(index) - len(left)
+    return held * broken / len(index), broken
+
+
+def _classes(session: Session) -> int:
+    return int(session.clean.logits.shape[-1])
+
+
+def verdicts(session: Session, checks: Sequence[Check]) -> dict[str, str]:
+    """Return for each row what the diagnostics say of its accuracy under T2; empty where T2 did not run."""
+    if all(example.threat != T2.key for example in session.examples):
+        return {}
+    found = next((check.values for check in checks if check.name == "more_steps"), {})
+    general = any(not check.passed for check in checks if check.name not in ("more_steps", "robust_not_above_clean"))
+    stated = {}
+    for row in session.rows:
+        moved = found.get(f"moved:{(session.equivalent_row(row) or row).name}")
+        if row.name in session.skipped_rows:
+            stated[row.name] = UPPER_BOUND
+        elif moved is None:
+            stated[row.name] = NOT_CHECKED
+        else:
+            stated[row.name] = OVERESTIMATED if general or moved > MOVED else HELD
+    return stated
 
 
 def _sweep(session: Session) -> Check:
@@ -243,7 +294,7 @@ def _transfer(session: Session) -> Check:
     index = _some(session, session.still_right(row, threats=()), "transfer")
     if len(index) == 0:
         return Check("transfer_not_stronger", True, "no image is right without an attack", {})
-    attack = own_attack(session, "pgd")
+    attack = own_attack(session, "pgd_momentum")
     own = _wrong(session, attack, index, "transfer")
     best, name = 0.0, "none"
     for example in session.examples:
@@ -257,18 +308,18 @@ def _transfer(session: Session) -> Check:
     return Check("transfer_not_stronger", passed, detail, {"transfer": best, "white_box": share})
 
 
-def _some(session: Session, mask: Tensor, purpose: str) -> Tensor:
-    """At most ``diagnostics_n`` indices of a (n,) mask, drawn by the seed."""
+def _some(session: Session, mask: Tensor, purpose: str, most: int | None = None) -> Tensor:
+    """At most ``most``, or ``diagnostics_n``, indices of a (n,) mask, drawn by the seed."""
     index = mask.nonzero()[:, 0]
     order = torch.randperm(len(index), generator=session.generator("diagnostics", purpose))
-    return index[order[: session.settings.diagnostics_n]].sort().values
+    return index[order[: most or session.settings.diagnostics_n]].sort().values
 
 
-def _wrong(session: Session, attack: Attack, index: Tensor, purpose: str) -> Tensor:
-    """(k,) bool: under this attack the model as it ships is wrong on the images at ``index``."""
+def _wrong(session: Session, attack: Attack, index: Tensor, purpose: str, row: Row | None = None) -> Tensor:
+    """(k,) bool: under this attack a row, or the model as it ships, is wrong on the images at ``index``."""
     if len(index) == 0:
         return torch.zeros(0, dtype=torch.bool)
-    target = session.view(session.default)
+    target = session.view(row or session.default)
     attacked = attack_batches(session, attack, target, index, purpose)
     with torch.no_grad():
         parts = attacked.split(session.settings.batch_size)

@@ -55,13 +55,19 @@ from zepad_mm.evaluation.detection import (
     false_alarm_stages,
     score_validation,
 )
-from zepad_mm.evaluation.diagnostics import Check, run_checks
+from zepad_mm.evaluation.diagnostics import Check, run_checks, verdicts
 from zepad_mm.evaluation.records import Records
 from zepad_mm.evaluation.report import JSON, OVERESTIMATED, Report, merged
 from zepad_mm.evaluation.session import PerturbationStore, Session
 from zepad_mm.evaluation.settings import PRESETS, EvalSettings
 from zepad_mm.evaluation.subjects import BranchView, load_model, resize_of, subject_of
-from zepad_mm.evaluation.threats import CLEAN, T1, T1B, T1P, T2, T3, THREATS
+from zepad_mm.evaluation.threats import CLEAN, T1, T1B, T1I, T1IB, T1P, T2, T3, THREATS, RowKind
+from zepad_mm.evaluation.transfer import (
+    count_branch_transfer,
+    count_public_transfer,
+    run_branch_transfer,
+    run_public_transfer,
+)
 from zepad_mm.evaluation.universal import (
     count_family,
     count_patches,
@@ -99,6 +105,8 @@ STAGES = {
     T1.key: Stages(run_public_universal, count_public),
     T1P.key: Stages(run_patches, count_patches),
     T1B.key: Stages(run_family_universal, count_family),
+    T1I.key: Stages(run_public_transfer, count_public_transfer),
+    T1IB.key: Stages(run_branch_transfer, count_branch_transfer),
     T2.key: Stages(run_white_box, count_white_box),
     T3.key: Stages(run_detector_aware, count_detector_aware),
 }
@@ -319,6 +327,7 @@ def _run_stages(session: Session) -> _Findings:
     false_alarms = false_alarm_rows(session, validation) if has_detector else []
     records = Records.of(session)
     checks = run_checks(session, records)
+    records = replace(records, verdicts=verdicts(session, checks))
     session.finish()
     detection = detection_rows(session, validation) if has_detector else []
     return _Findings(records, detection, false_alarms, checks, certified_accuracy(session), not_applicable)
@@ -339,6 +348,8 @@ def _not_applicable(session: Session) -> dict[str, str]:
     available = {
         "": True,
         "public encoder": subject.public_encoder is not None,
+        "undefended model": any(row.kind is RowKind.UNDEFENDED for row in session.rows)
+        or (subject.public_encoder is not None and subject.fusion is None),
         "branches": bool(session.branch_rows),
         "detector": subject.fusion is not None,
     }

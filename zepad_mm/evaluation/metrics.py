@@ -69,7 +69,9 @@ class Detection:
         auroc: over clean and attacked test images; 0.5 is chance.
         tpr_at_fpr1, tpr_at_fpr5: share of attacked images above the threshold that 1 % / 5 % of clean VALIDATION
             images exceed.
-        fpr_at_fpr1, fpr_at_fpr5: share of clean TEST images above those thresholds: the true false-positive rate.
+        fpr_at_fpr1, fpr_at_fpr5: share of clean TEST images above those thresholds: the false alarms really paid.
+        tpr_at_real_fpr1, tpr_at_real_fpr5: share of attacked images above the threshold that 1 % / 5 % of clean TEST
+            images exceed: what the score detects at these false alarms.
     """
 
     auroc: float
@@ -77,6 +79,8 @@ class Detection:
     tpr_at_fpr5: float
     fpr_at_fpr1: float
     fpr_at_fpr5: float
+    tpr_at_real_fpr1: float
+    tpr_at_real_fpr5: float
 
 
 def auroc(clean: Tensor, attacked: Tensor) -> float:
@@ -98,7 +102,8 @@ def detect(validation: Tensor, clean: Tensor, attacked: Tensor) -> Detection:
     thresholds = [threshold_at(validation, rate) for rate in FALSE_POSITIVE_RATES]
     true_rates = [share(attacked > threshold).value for threshold in thresholds]
     false_rates = [share(clean > threshold).value for threshold in thresholds]
-    return Detection(auroc(clean, attacked), *true_rates, *false_rates)
+    real = [share(attacked > threshold_at(clean, rate)).value for rate in FALSE_POSITIVE_RATES]
+    return Detection(auroc(clean, attacked), *true_rates, *false_rates, *real)
 
 
 def paper_rule_accuracy(clean_gap: Tensor, attacked_gap: Tensor) -> float:

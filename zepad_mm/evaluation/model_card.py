@@ -15,8 +15,8 @@ from huggingface_hub import EvalResult
 
 from zepad_mm.encoders.sources import is_local
 from zepad_mm.evaluation.report import OVERESTIMATED, Report, budget_of, cell
-from zepad_mm.evaluation.report_text import summary
-from zepad_mm.evaluation.threats import CLEAN, T2, T3, THREATS, WORST, RowKind
+from zepad_mm.evaluation.report_text import OPERATING_POINTS, operating_points, summary
+from zepad_mm.evaluation.threats import CLEAN, T1I, T1IB, T2, T3, THREATS, WORST, RowKind
 from zepad_mm.models.serialization import (
     CONFIG,
     GENERATED,
@@ -158,7 +158,7 @@ def _effort(report: Report) -> Iterator[str]:
     for threat in report.threats:
         rows = [row for row in report.rows if row["model"] == report.default and row["threat"] == threat]
         attacks = ", ".join(f"`{row['attack']}`" for row in rows if row["attack"] != WORST and not row["control"])
-        if THREATS[threat].universal:
+        if THREATS[threat].universal or threat in (T1I.key, T1IB.key):
             yield f"{threat}: {attacks}."
         elif threat == T2.key:
             restarts = f"{settings['restarts']} restart{'s' if settings['restarts'] > 1 else ''}"
@@ -173,8 +173,7 @@ def _detection(config: ZePADConfig, report: Report) -> Iterator[str]:
         [
             f"{row['threat']} `{row['attack']}`",
             f"{row['auroc']:.3f}",
-            percent(row["tpr_at_fpr1"]),
-            f"{percent(row['tpr_at_fpr5'])} ({percent(row['fpr_at_fpr5'])})",
+            *operating_points(row),
             str(row["n"]),
         ]
         for row in report.detection
@@ -182,7 +181,7 @@ def _detection(config: ZePADConfig, report: Report) -> Iterator[str]:
     ]
     if not lines:
         return
-    head = ["attack", "AUROC", "TPR at 1 % FPR", "at 5 % (true FPR)", "n"]
+    head = ["attack", "AUROC", *OPERATING_POINTS, "n"]
     alarms = [row for row in report.meta.get("false_alarms") or [] if row["score"] == score and row["kind"] != "clean"]
     unattacked = ""
     if alarms:
@@ -192,7 +191,10 @@ def _detection(config: ZePADConfig, report: Report) -> Iterator[str]:
             f"\n\nWithout any attack, under `{most['name']}`{degree} it flags {percent(most['flagged_at_fpr5'])} % of "
             f"the images at the threshold for 5 %, the most of the {len(alarms)} kinds tried."
         )
-    note = f"Score `{score}`; thresholds from clean validation images. Advisory: an attacker who knows it evades it."
+    note = (
+        f"Score `{score}`. Nominal thresholds come from clean validation images, with the false alarms paid on test "
+        "images in brackets; real ones from the test images. Advisory: an attacker who knows it evades it."
+    )
     yield f"## Detection\n\n{note}\n\n{markdown_table(head, lines)}{unattacked}"
 
 

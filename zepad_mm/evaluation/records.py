@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Attempt:
     norm: str = "linf"
     algorithm: str = ""
     target: str = ""
+    n: int | None = None  # images that it was tried on, the first of the test images; None: all
 
     @property
     def key(self) -> str:
@@ -52,6 +53,8 @@ class Records:
         flagged: attempt key -> (n,) bool, what the detector of the model as it ships flags; empty without a detector.
         kinds: model -> kind of its row, of ``RowKind``.
         skipped: models whose T2 accuracy is an upper bound, since they were not attacked themselves.
+        full_strength: whether T2's attacks were strong enough for what is called T2.
+        verdicts: model -> what the diagnostics say of its T2 accuracy; empty before they ran.
     """
 
     dataset: str
@@ -62,6 +65,8 @@ class Records:
     flagged: dict[str, Tensor]
     kinds: Mapping[str, str]
     skipped: Sequence[str] = ()
+    full_strength: bool = True
+    verdicts: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, session: Session) -> Records:
@@ -79,6 +84,7 @@ class Records:
                     example.norm,
                     example.algorithm,
                     example.target,
+                    session.count(THREATS[example.threat]),
                 )
             )
             for row in session.rows:
@@ -95,6 +101,7 @@ class Records:
             flagged,
             {row.name: str(row.kind) for row in session.rows},
             tuple(session.skipped_rows),
+            session.settings.full_strength,
         )
 
     @property
@@ -103,13 +110,28 @@ class Records:
         return list(dict.fromkeys(model for model, _ in self.predictions))
 
     def right(self, model: str, attempt: Attempt) -> Tensor:
-        """(n,) bool: right under this attack; for T3, right or flagged."""
-        return self._right(model, attempt, attempt.threat)
+        """(n,) bool, of the images that were attacked: right under this attack; for T3, right or flagged."""
+        return self._right(model, attempt, attempt.threat)[: attempt.n]
 
-    def worst(self, model: str, threat: str) -> Tensor:
-        """(n,) bool: right on the clean image and under every attack that counts for this threat model."""
-        counted = [a for a in self.attempts if a.threat in (CLEAN.key, *_counts(threat)) and not a.control]
-        return torch.stack([self._right(model, attempt, threat) for attempt in counted]).all(0)
+    def worst(self, model: str, threat: str, epsilon: float | None = None) -> Tensor:
+        """(n,) bool, of the images that the threat model takes: right on the clean image and under every attack.
+
+        With ``epsilon`` under those of at most this budget.
+        """
+        counted = self.counted(threat, epsilon)
+        images = min((attempt.n for attempt in counted if attempt.n), default=len(self.labels))
+        right = [self._right(model, attempt, threat) for attempt in (self.attempts[0], *counted)]
+        return torch.stack(right).all(0)[:images]
+
+    def counted(self, threat: str, epsilon: float | None = None) -> list[Attempt]:
+        """The attacks that count for the worst case of a threat model, at this budget or a smaller one."""
+        return [
+            attempt
+            for attempt in self.attempts
+            if attempt.threat in _counts(threat)
+            and not attempt.control
+            and (epsilon is None or attempt.epsilon <= epsilon * (1 + 1e-9))
+        ]
 
     def _right(self, model: str, attempt: Attempt, threat: str) -> Tensor:
         right = self.predictions[model, attempt.key] == self.labels
@@ -128,7 +150,8 @@ class Records:
                 if THREATS[threat].flagged_is_right:
                     rows.append(self._clean_with_rejection(model))
                 if threat != CLEAN.key:
-                    rows.append(self._worst_row(model, threat, attempts))
+                    for epsilon in sorted({attempt.epsilon for attempt in attempts}, reverse=True):
+                        rows.append(self._worst_row(model, threat, [a for a in attempts if a.epsilon == epsilon]))
         return rows
 
     def _row(self, model: str, attempt: Attempt) -> dict[str, Any]:
@@ -136,8 +159,8 @@ class Records:
         return {
             **self._accuracy(model, attempt.attack, attempt, self.right(model, attempt)),
             "seconds": attempt.seconds,
-            "asr": fooling_rate(clean, now),
-            "asr_correct": flipped_when_right(clean, now, self.labels),
+            "asr": fooling_rate(clean[: attempt.n], now[: attempt.n]),
+            "asr_correct": flipped_when_right(clean[: attempt.n], now[: attempt.n], self.labels[: attempt.n]),
             "attacked": attempt.attacked,
             "control": attempt.control,
             "algorithm": attempt.algorithm,
@@ -147,19 +170,23 @@ class Records:
     def _worst_row(self, model: str, threat: str, attempts: Sequence[Attempt]) -> dict[str, Any]:
         clean = self.predictions[model, self.attempts[0].key]
         changed, wrong = torch.zeros(2, len(self.labels), dtype=torch.bool)
-        for attempt in self.attempts:
-            if attempt.threat in _counts(threat) and not attempt.control:
-                changed |= self.predictions[model, attempt.key] != clean
-                wrong |= self.predictions[model, attempt.key] != self.labels
-        right = clean == self.labels
+        counted, held = self.counted(threat, attempts[0].epsilon), self.worst(model, threat, attempts[0].epsilon)
+        for attempt in counted:
+            changed |= self.predictions[model, attempt.key] != clean
+            wrong |= self.predictions[model, attempt.key] != self.labels
+        changed, wrong, right = changed[: len(held)], wrong[: len(held)], (clean == self.labels)[: len(held)]
+        strength = {"strength": "full" if self.full_strength else "reduced"} if threat == T2.key else {}
+        verdict = {"verdict": self.verdicts[model]} if threat == T2.key and model in self.verdicts else {}
         return {
-            **self._accuracy(model, WORST, attempts[0], self.worst(model, threat)),
+            **self._accuracy(model, WORST, attempts[0], held),
             "seconds": round(sum(attempt.seconds for attempt in attempts), 3),
             "asr": share(changed).value,
             "asr_correct": share(wrong[right]).value if bool(right.any()) else None,
-            "attacked": len(self.labels),
+            "attacked": len(held),
             "control": False,
             "upper_bound": threat == T2.key and model in self.skipped,
+            **strength,
+            **verdict,
         }
 
     def _clean_with_rejection(self, model: str) -> dict[str, Any]:
@@ -168,7 +195,8 @@ class Records:
         accepted = (self.predictions[model, key] == self.labels) & ~self.flagged[key]
         extra = {"seconds": 0.0, "asr": None, "asr_correct": None, "attacked": 0, "control": True}
         unattacked = replace(self.attempts[0], threat=T3.key)
-        return {**self._accuracy(model, "none", unattacked, accepted), **extra}
+        images = min((attempt.n for attempt in self.counted(T3.key) if attempt.n), default=len(self.labels))
+        return {**self._accuracy(model, "none", unattacked, accepted[:images]), **extra}
 
     def _accuracy(self, model: str, attack: str, attempt: Attempt, right: Tensor) -> dict[str, Any]:
         held = share(right)
@@ -201,7 +229,7 @@ class Records:
         arrays = {name: pyarrow.array(list(values)) for name, values in columns.items()}
         attempts = [vars(attempt) for attempt in self.attempts]
         about: dict[str, Any] = {"dataset": self.dataset, "attempts": attempts, "skipped": list(self.skipped)}
-        about["kinds"] = dict(self.kinds)
+        about |= {"kinds": dict(self.kinds), "full_strength": self.full_strength, "verdicts": dict(self.verdicts)}
         table = pyarrow.table(arrays).replace_schema_metadata({"zepad-mm": json.dumps(about)})
         with replacing(Path(folder) / FILE) as path:
             pyarrow.parquet.write_table(table, path)
@@ -230,8 +258,18 @@ class Records:
             elif key:
                 predictions[first, key] = torch.tensor(values)
         attempts = [Attempt(**attempt) for attempt in about["attempts"]]
-        labels, skipped = torch.tensor(columns["label"]), tuple(about["skipped"])
-        return cls(about["dataset"], columns["image"], labels, attempts, predictions, flagged, about["kinds"], skipped)
+        return cls(
+            about["dataset"],
+            columns["image"],
+            torch.tensor(columns["label"]),
+            attempts,
+            predictions,
+            flagged,
+            about["kinds"],
+            tuple(about["skipped"]),
+            about.get("full_strength", True),
+            about.get("verdicts", {}),
+        )
 
 
 def _counts(threat: str) -> tuple[str, ...]:

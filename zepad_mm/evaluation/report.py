@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zepad_mm.evaluation.threats import CLEAN, T1, T2, WORST, RowKind, strength
+from zepad_mm.evaluation.threats import CLEAN, T1, T2, THREATS, WORST, RowKind, strength
 from zepad_mm.utils.atomic import complete_folder, replacing_folder
 from zepad_mm.utils.io import damage_of, read_json, write_json, write_text
 from zepad_mm.utils.text import budget_text, interval_text, percent
 
 JSON, MARKDOWN = "report.json", "report.md"
 OVERESTIMATED = "likely overestimated"  # said wherever a diagnostic failed
+HELD, UPPER_BOUND, NOT_CHECKED = "held", "upper bound", "not checked"  # the other verdicts on a row under T2
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,12 @@ class Report:
     # ---- rows ------------------------------------------------------------------------------------------------
 
     def row(
-        self, model: str, threat: str = CLEAN.key, attack: str | None = None, dataset: str | None = None
+        self,
+        model: str,
+        threat: str = CLEAN.key,
+        attack: str | None = None,
+        dataset: str | None = None,
+        epsilon: float | None = None,
     ) -> dict[str, Any]:
         """Return a row by its names.
 
@@ -46,6 +52,7 @@ class Report:
             threat: key of a threat model.
             attack: name of an attack; None is "none" for clean and "worst" else.
             dataset: name of a data set; None takes the first that has the row.
+            epsilon: budget, of a threat model with several; None takes the largest.
 
         Raises:
             KeyError: no such row.
@@ -53,7 +60,7 @@ class Report:
         attack = attack or ("none" if threat == CLEAN.key else WORST)
         for row in self.rows:
             same = (row["model"], row["threat"], row["attack"]) == (model, threat, attack)
-            if same and dataset in (None, row.get("dataset")):
+            if same and dataset in (None, row.get("dataset")) and epsilon in (None, row.get("epsilon")):
                 return row
         raise KeyError(f"no row for {model} under {threat} {attack}; models: {', '.join(self.models)}")
 
@@ -93,6 +100,23 @@ class Report:
         """Name of the branch with the highest accuracy under a threat model; None without branches."""
         branches = self.models_of(RowKind.BRANCH)
         return max(branches, key=lambda name: self.accuracy(name, threat)) if branches else None
+
+    def counted(self, model: str, threat: str, epsilon: float | None = None) -> list[dict[str, Any]]:
+        """Return the rows of the attacks that count for the worst case of a model, at this budget or a smaller one."""
+        most = self.row(model, threat)["epsilon"] if epsilon is None else epsilon
+        return [
+            row
+            for row in self.rows
+            if row["model"] == model
+            and row["threat"] in THREATS[threat].counts
+            and row["attack"] != WORST
+            and not row.get("control")
+            and row["epsilon"] <= most * (1 + 1e-9)
+        ]
+
+    def budgets(self, threat: str) -> list[float]:
+        """Return the budgets of a threat model, largest first."""
+        return sorted({row["epsilon"] for row in self.rows if row["threat"] == threat}, reverse=True)
 
     @property
     def threats(self) -> list[str]:

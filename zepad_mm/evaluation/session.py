@@ -22,7 +22,7 @@ from zepad_mm.evaluation.data import EvalData
 from zepad_mm.evaluation.settings import EvalSettings
 from zepad_mm.evaluation.stage_cache import StageCache
 from zepad_mm.evaluation.subjects import UNDEFENDED, BranchView, Row, RowKind, Subject
-from zepad_mm.evaluation.threats import CLEAN, T2
+from zepad_mm.evaluation.threats import CLEAN, T2, ThreatModel
 from zepad_mm.models.fusion import Fusion
 from zepad_mm.utils.distributed import Processes
 from zepad_mm.utils.seeding import derived_generator
@@ -223,12 +223,20 @@ class Session:
         return example
 
     def still_right(self, row: Row, threats: tuple[str, ...] = (T2.key,)) -> Tensor:
-        """(n,) bool: right on the clean image and under every attack of these threats so far."""
-        right = torch.ones(len(self.labels), dtype=torch.bool)
+        """(n,) bool: of the images that T2 takes, those right on the clean one and under these threats so far."""
+        right = self.scope(T2)
         for example in self.examples:
             if example.threat == CLEAN.key or (example.threat in threats and not example.control):
                 right &= row.answer(example.logits).argmax(-1) == self.labels
         return right
+
+    def count(self, threat: ThreatModel) -> int:
+        """How many of the test images a threat model takes, the first ones."""
+        return min(threat.images(self.settings) or len(self.labels), len(self.labels))
+
+    def scope(self, threat: ThreatModel) -> Tensor:
+        """(n,) bool: the images that a threat model takes."""
+        return torch.arange(len(self.labels)) < self.count(threat)
 
     def branch_logits(self, logits: Tensor) -> Tensor:
         """Logits of all members (M, n, C) to those of the branches of the model as it ships (N, n, C)."""

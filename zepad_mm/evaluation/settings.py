@@ -8,14 +8,23 @@ from typing import Literal
 from zepad_mm.attacks import FUSED_LOSSES, MODES, UNIVERSAL_ATTACKS
 from zepad_mm.attacks.base import check_budget
 from zepad_mm.data.corruptions import CORRUPTIONS, OUT_OF_DISTRIBUTION, SEVERITIES, check_severity
-from zepad_mm.evaluation.threats import ATTACKS, CLEAN, T1, T1B, T1P, T2, THREATS, threat_model
+from zepad_mm.evaluation.threats import ATTACKS, CLEAN, T1, T1B, T1IB, T1P, T2, THREATS, threat_model
 from zepad_mm.models.fusion import RULES
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.registry import Registry
 
 PATCHES = tuple(name for name in UNIVERSAL_ATTACKS if UNIVERSAL_ATTACKS.get(name)().norm == "patch")
-STANDARD_THREATS = tuple(key for key in THREATS if key != T1P.key)  # of the demo and of recipes/evaluate.py
-OWN_ATTACKS = ("pgd", "pgd_from_t1", "apgd", "apgd_targeted", "square")
+STANDARD_THREATS = tuple(
+    key for key in THREATS if key not in (T1P.key, T1IB.key)
+)  # of the demo and of recipes/evaluate.py
+# each model's own attacks, in the order in which they are worth their cost
+OWN_ATTACKS = (
+    "pgd_quick", "pgd", "pgd_from_t1", "pgd_momentum", "apgd_ce", "apgd", "apgd_targeted", "prompts", "patch_tokens",
+    "square", "rays",
+)  # fmt: skip
+FULL_STRENGTH = ("pgd_quick", "pgd_momentum", "apgd_ce", "apgd_targeted")  # what a printed T2 needs at least
+LEAST_STEPS, LEAST_TARGETS = 20, 3  # of it
+TRANSFER = ("pgd", "apgd", "mi", "di", "ti")
 POOLS = ("branch", "robust_branches", "all_branches")  # on each branch; on the robust ones at once; on all at once
 
 
@@ -44,17 +53,25 @@ class EvalSettings(Config):
     patches: tuple[str, ...] = ("adv_encoder_patch", "adv_clip")  # T1p: made on the public encoder
     published: tuple[str, ...] = ()  # T1: files of perturbations that others published, brought to T1's size and budget
 
+    transfer: tuple[str, ...] = TRANSFER  # T1i and T1ib: names of ATTACKS
+    epsilons_transfer: tuple[float, ...] = (4 / 255, 10 / 255)  # their budgets, in the norm of T2
+    transfer_steps: int = 10  # gradient steps of each
+    n_transfer: int | None = None  # how many of the test images they take, the first ones; None: all
+
+    n_white_box: int | None = None  # how many of the test images T2 and T3 take, the first ones; None: all
     epsilon: float = 4 / 255  # budget of T2 and T3, in pixels of [0, 1]
     norm: Literal["linf", "l2"] = "linf"  # of T2 and T3; the budget of "l2" is a length such as 0.5
     rules: tuple[str, ...] = ()  # fusion rules that get a row and an attack of their own; empty: all
     steps: int = 20  # gradient steps of every T2 attack: the same for branches and for fused models
-    restarts: int = 2  # of each model's own attack, on the images that survived the shared pool
-    own_attacks: tuple[str, ...] = ("pgd",)  # each model's own, of OWN_ATTACKS
-    adaptive: tuple[str, ...] = ("average_logit", "weight_hijack")  # losses on the model as it ships
+    restarts: int = 1  # of each model's own attack, on the images that survived the shared pool
+    own_attacks: tuple[str, ...] = FULL_STRENGTH  # each model's own, of OWN_ATTACKS
+    adaptive: tuple[str, ...] = ("mora", "average_logit", "weight_hijack")  # losses on the model as it ships
+    prompt_sets: tuple[str, ...] = ("single", "photo", "style")  # that "prompts" attacks at once
+    superclasses: tuple[int, ...] = ()  # the superclass of each class; given, T2 also attacks to leave it
     pools: tuple[str, ...] = POOLS  # what T2's shared pool is made on; see POOLS
     skip_settled: bool = False  # no own attack for a rule that is below the default already: its row says "at most"
     targets: int = 9  # wrong classes that "apgd_targeted" tries
-    square_queries: int = 1000  # forward passes per image of "square"
+    square_queries: int = 1000  # forward passes per image of "square" and "rays"
     evasion: tuple[str, ...] = ("selective", "lagrangian")  # T3: ways around the detector
     detector_steps: int = 20  # gradient steps of each T3 attack
 
@@ -76,7 +93,19 @@ class EvalSettings(Config):
                 raise ValueError("epsilon: expected a positive budget; for no attack write threats=('clean',)")
             if threat.requires and threat.key in self.threats and not threat.attacks(self):
                 raise ValueError(f"{threat.requires}: expected at least one attack for {threat.key}, got none")
-        least = {"batch_size": 1, "steps": 1, "restarts": 1, "detector_steps": 1, "diagnostics_factor": 1}
+        for epsilon in self.epsilons_transfer:
+            check_budget(epsilon, self.norm)
+        least = {
+            "batch_size": 1,
+            "n_transfer": 1,
+            "n_white_box": 1,
+            "transfer_steps": 1,
+            "steps": 1,
+            "restarts": 1,
+            "detector_steps": 1,
+            "diagnostics_factor": 1,
+        }
+        least |= {"n_transfer": 1, "n_white_box": 1, "transfer_steps": 1}
         least |= {"n": 1, "n_validation": 1, "n_surrogate": 1, "square_queries": 1, "targets": 1, "diagnostics_n": 0}
         for key, smallest in least.items():
             value = getattr(self, key)
@@ -86,6 +115,12 @@ class EvalSettings(Config):
             raise ValueError("severities: expected at least one of 1 to 5 for the corruptions, got none")
         for severity in self.severities:
             check_severity(severity)
+
+    @property
+    def full_strength(self) -> bool:
+        """Whether T2 is strong enough to be believed: APGD-CE, targeted APGD and adaptive attacks with enough steps."""
+        enough = self.steps >= LEAST_STEPS and self.targets >= LEAST_TARGETS
+        return enough and bool(self.adaptive) and set(FULL_STRENGTH) <= set(self.own_attacks)
 
     def _check_names(self) -> None:
         """Raise ValueError unless everything named is registered and of a kind that fits."""
@@ -102,7 +137,7 @@ class EvalSettings(Config):
         ):
             for name in names:
                 registry.get(name)
-        for key, known in (("own_attacks", OWN_ATTACKS), ("pools", POOLS)):
+        for key, known in (("own_attacks", OWN_ATTACKS), ("pools", POOLS), ("transfer", TRANSFER)):
             for name in getattr(self, key):
                 if name not in known:
                     raise ValueError(f"{key}: expected names of {', '.join(known)}, got {name!r}")
@@ -126,8 +161,12 @@ PRESETS.register("smoke")(
         universal=("adv_encoder", "feature_uap"),
         universal_steps={"adv_encoder": 2, "feature_uap": 3},
         family_steps={"feature_uap": 3},
+        own_attacks=("pgd",),  # not at full strength, and the report says so
         steps=2,
         restarts=1,
+        transfer=("mi",),
+        transfer_steps=2,
+        epsilons_transfer=(4 / 255,),
         pools=("branch",),
         adaptive=("weight_hijack",),
         detector_steps=2,
@@ -138,18 +177,22 @@ PRESETS.register("smoke")(
 )
 PRESETS.register("demo")(
     EvalSettings(
-        n=500,
+        n=300,
+        n_white_box=48,
+        n_transfer=64,
         n_surrogate=1000,
         universal_steps={"adv_encoder": 40, "feature_uap": 150},
         family_steps={"feature_uap": 60},
-        steps=10,
-        restarts=1,
-        pools=("branch", "robust_branches"),
+        rules=("rfdm",),
+        transfer=("mi", "di", "ti"),
+        steps=20,
+        targets=3,
+        pools=(),
         skip_settled=True,
-        adaptive=(),
+        adaptive=("mora",),
         evasion=("selective",),
         detector_steps=6,
-        diagnostics_n=32,
+        diagnostics_n=24,
         diagnostics_factor=2,
     )
 )
@@ -163,6 +206,8 @@ PRESETS.register("full")(
         universal_family=("adv_encoder", "feature_uap"),
         universal_steps={"adv_encoder": 300, "feature_uap": 1000},
         family_steps={"adv_encoder": 300, "feature_uap": 600},
+        epsilons_transfer=(2 / 255, 4 / 255, 8 / 255, 10 / 255),
+        transfer_steps=20,
         steps=50,
         restarts=5,
         own_attacks=OWN_ATTACKS,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zepad_mm.encoders import BACKENDS, Encoder, load_clip
+from zepad_mm.encoders import BACKENDS, Encoder, TextEncoder, load_clip
 from zepad_mm.evaluation.threats import RowKind
 from zepad_mm.models.branch import Branch
 from zepad_mm.models.fusion import RULES, Fusion, build
@@ -103,6 +103,7 @@ class Subject:
             its encoder is the public one.
         fusion: of the model as it ships; None for a single network, which has no detector (no T3, no detection rows).
         detector: score and threshold of the fusion's detector.
+        text: gives the text tower that made its zero-shot heads; None where there is none.
         about: what identifies the model, for the report.
     """
 
@@ -112,6 +113,7 @@ class Subject:
     public_encoder: Encoder | None = None
     fusion: Fusion | None = None
     detector: DetectorConfig | None = None
+    text: Callable[[], TextEncoder] | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -276,6 +278,7 @@ def _defence(model: ZePAD, rules: Sequence[str], baselines: Mapping[str, nn.Modu
         public_encoder=model.undefended.encoder,
         fusion=model.fusion,
         detector=model.config.detector,
+        text=(lambda: model.text) if all(branch.head == "zero_shot" for branch in model.config.branches) else None,
         about=model.config.to_dict(),
     )
 

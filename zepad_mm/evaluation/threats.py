@@ -46,6 +46,7 @@ class ThreatModel:
         counts: threat models whose examples count for the worst case of a row, beside the clean images. An
             attacker who knows more can still do less.
         universal: one perturbation for all images; otherwise each image is attacked by itself.
+        images: settings to the number of images that it takes, the first of the test images; None: all of them.
         needs: what a model must have for this threat model to apply.
         requires: the setting that must name at least one attack.
         default_only: only the model as it ships gets a row.
@@ -60,7 +61,8 @@ class ThreatModel:
     attacks: Callable[[EvalSettings], tuple[str, ...]] = lambda settings: ()
     counts: tuple[str, ...] = ()
     universal: bool = False
-    needs: Literal["", "public encoder", "branches", "detector"] = ""
+    images: Callable[[EvalSettings], int | None] = lambda settings: None
+    needs: Literal["", "public encoder", "undefended model", "branches", "detector"] = ""
     requires: str = ""
     default_only: bool = False
     flagged_is_right: bool = False
@@ -72,8 +74,8 @@ class ThreatModel:
 CLEAN = ThreatModel(key="clean", title="Without an attack", description="no attack")
 T1 = ThreatModel(
     key="T1",
-    title="T1: one perturbation for all images, made on the public encoder",
-    description="one perturbation for all images, made on the public encoder (the paper's setting)",
+    title="T1: universal perturbations, each made once for all images on the public encoder",
+    description="universal perturbations, each made once for all images on the public encoder (the paper's setting)",
     attacker="An attacker who knows only the public encoder",
     budget=lambda settings: (settings.epsilon_universal, "linf"),
     attacks=lambda settings: (*settings.published, *settings.universal),
@@ -84,9 +86,9 @@ T1 = ThreatModel(
 )
 T1P = ThreatModel(
     key="T1p",
-    title="T1p: one patch for all images, made on the public encoder",
-    description="one patch for all images, made on the public encoder",
-    attacker="An attacker who puts one patch, made on the public encoder, on every image",
+    title="T1p: patches, each made once for all images on the public encoder",
+    description="patches, each made once for all images on the public encoder",
+    attacker="An attacker who puts patches, each made once on the public encoder, on every image",
     budget=lambda settings: (settings.area, "patch"),
     attacks=lambda settings: settings.patches,
     counts=("T1p",),
@@ -96,14 +98,38 @@ T1P = ThreatModel(
 )
 T1B = ThreatModel(
     key="T1b",
-    title="T1b: one perturbation for all images, made on the defence's own encoders",
-    description="one perturbation for all images, made on the defence's own encoders",
-    attacker="An attacker who also has the defence's encoders, but makes one perturbation for all images,",
+    title="T1b: universal perturbations, each made once for all images on the defence's own encoders",
+    description="universal perturbations, each made once for all images on the defence's own encoders",
+    attacker="An attacker who also has the defence's encoders, but makes each perturbation once for all images,",
     budget=lambda settings: (settings.epsilon_universal, "linf"),
     attacks=lambda settings: settings.universal_family,
     counts=("T1", "T1b"),
     universal=True,
     needs="branches",
+)
+T1I = ThreatModel(
+    key="T1i",
+    title="T1i: each image attacked on the public encoder",
+    description="each image is attacked on the public encoder with the class names alone, and transferred",
+    attacker="An attacker who attacks each image, but knows only the public encoder and the class names,",
+    budget=lambda settings: (max(settings.epsilons_transfer), settings.norm),
+    attacks=lambda settings: settings.transfer,
+    counts=("T1i",),
+    images=lambda settings: settings.n_transfer,
+    needs="undefended model",
+    requires="transfer",
+)
+T1IB = ThreatModel(
+    key="T1ib",
+    title="T1ib: each image attacked on each branch of the defence",
+    description="each image is attacked on one branch of the defence at a time, and transferred",
+    attacker="An attacker who attacks each image on one branch of the defence at a time",
+    budget=lambda settings: (max(settings.epsilons_transfer), settings.norm),
+    attacks=lambda settings: settings.transfer,
+    counts=("T1i", "T1ib"),
+    images=lambda settings: settings.n_transfer,
+    needs="branches",
+    requires="transfer",
 )
 T2 = ThreatModel(
     key="T2",
@@ -113,6 +139,7 @@ T2 = ThreatModel(
     budget=lambda settings: (settings.epsilon, settings.norm),
     attacks=lambda settings: (*settings.own_attacks, *settings.adaptive),
     counts=("T2",),
+    images=lambda settings: settings.n_white_box,
 )
 T3 = ThreatModel(
     key="T3",
@@ -122,13 +149,14 @@ T3 = ThreatModel(
     budget=lambda settings: (settings.epsilon, settings.norm),
     attacks=lambda settings: settings.evasion,
     counts=("T2", "T3"),
+    images=lambda settings: settings.n_white_box,
     needs="detector",
     default_only=True,
     flagged_is_right=True,
 )
 
 # key -> threat model, from weak to strong
-THREATS: dict[str, ThreatModel] = {threat.key: threat for threat in (CLEAN, T1, T1P, T1B, T2, T3)}
+THREATS: dict[str, ThreatModel] = {threat.key: threat for threat in (CLEAN, T1, T1P, T1B, T1I, T1IB, T2, T3)}
 ATTACKS = tuple(threat for threat in THREATS.values() if threat is not CLEAN)
 UNIVERSAL = tuple(threat.key for threat in ATTACKS if threat.universal)
 

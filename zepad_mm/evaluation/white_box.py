@@ -8,19 +8,34 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from zepad_mm.attacks import APGD, PGD, Attack, DetectorAware, FusedAttack, Perturbation, Square
+from zepad_mm.attacks import (
+    APGD,
+    PGD,
+    Attack,
+    DetectorAware,
+    FusedAttack,
+    MomentumIterative,
+    MomentumPGD,
+    Perturbation,
+    RayS,
+    Square,
+    SuperclassAttack,
+)
 from zepad_mm.evaluation.session import Example, Session
 from zepad_mm.evaluation.subjects import BranchView, Row
-from zepad_mm.evaluation.threats import CLEAN, T2, T3, ThreatModel
+from zepad_mm.evaluation.surrogate_views import can_change_prompts, has_encoder, on_patch_tokens, with_prompts
+from zepad_mm.evaluation.threats import CLEAN, T2, T3, THREATS, RowKind, ThreatModel
 from zepad_mm.evaluation.universal import attack_name, on_all_images
 
 log = logging.getLogger(__name__)
+
+QUICK_STEPS = 10  # of "pgd_quick", which removes the images that any attack breaks
 
 
 @dataclass(frozen=True)
@@ -42,19 +57,25 @@ def run_white_box(session: Session) -> None:
     for row in attacked_rows(session):
         if session.settings.skip_settled and row.fused and _below_default(session, row):
             session.skipped_rows.append(row.name)
-            session.bar.total -= len(algorithms)
+            session.bar.total -= sum(attacks_row(session, row, algorithm) for algorithm in algorithms)
             continue
         for algorithm in algorithms:
-            _attack_row(session, row, algorithm)
+            if attacks_row(session, row, algorithm):
+                _attack_row(session, row, algorithm)
         if row is session.default and has_adaptive(session):
             for loss in session.settings.adaptive:
                 _attack_fusion(session, loss)
+            if session.settings.superclasses:
+                _attack_superclass(session)
 
 
 def count_white_box(session: Session) -> int:
     """Number of stages of :func:`run_white_box` beside the rescaled perturbations; rows may be skipped later."""
-    adaptive = len(session.settings.adaptive) if has_adaptive(session) else 0
-    return len(pool_attacks(session)) + len(attacked_rows(session)) * len(own_algorithms(session)) + adaptive
+    settings = session.settings
+    adaptive = len(settings.adaptive) + bool(settings.superclasses) if has_adaptive(session) else 0
+    rows, algorithms = attacked_rows(session), own_algorithms(session)
+    own = sum(attacks_row(session, row, algorithm) for row in rows for algorithm in algorithms)
+    return len(pool_attacks(session)) + own + adaptive
 
 
 def pool_attacks(session: Session) -> list[PoolAttack]:
@@ -77,10 +98,26 @@ def pool_attacks(session: Session) -> list[PoolAttack]:
 def own_algorithms(session: Session) -> list[str]:
     """The attacks that every row faces on its own, of ``OWN_ATTACKS``."""
     chosen = [name for name in session.settings.own_attacks if name != "pgd_from_t1" or session.deltas]
-    if session.settings.norm != "linf" and "square" in chosen:
-        log.warning("square has an L-inf budget only: left out")
-        chosen.remove("square")
+    for name in ("square", "rays"):
+        if session.settings.norm != "linf" and name in chosen:
+            log.warning("%s has an L-inf budget only: left out", name)
+            chosen.remove(name)
     return chosen
+
+
+def attacks_row(session: Session, row: Row, algorithm: str) -> bool:
+    """Whether an attack of ``OWN_ATTACKS`` applies to a row.
+
+    Attacks on other prompts and without any gradient take the model as it ships, which is what they may uncover; those
+    on patch tokens take networks that are an encoder with a head.
+    """
+    if algorithm == "prompts":
+        return row is session.default and can_change_prompts(session, row)
+    if algorithm == "rays":
+        return row is session.default
+    if algorithm == "patch_tokens":
+        return not row.fused and row.kind is not RowKind.UNDEFENDED and has_encoder(session, row)
+    return True
 
 
 def attacked_rows(session: Session) -> list[Row]:
@@ -105,6 +142,14 @@ def own_attack(session: Session, algorithm: str, *, steps: int | None = None, ep
     budget = settings.epsilon if epsilon is None else epsilon
     count, restarts, norm = steps or settings.steps, settings.restarts, settings.norm
     attacks: dict[str, Callable[[], Attack]] = {
+        "pgd_quick": lambda: PGD(epsilon=budget, norm=norm, steps=min(count, QUICK_STEPS), loss="margin"),
+        "pgd_momentum": lambda: MomentumPGD(
+            epsilon=budget, norm=norm, steps=2 * count, restarts=restarts, loss="margin"
+        ),
+        "apgd_ce": lambda: APGD(epsilon=budget, norm=norm, steps=count, restarts=restarts, loss="ce"),
+        "prompts": lambda: APGD(epsilon=budget, norm=norm, steps=count, loss="margin", stop_when_wrong=False),
+        "patch_tokens": lambda: MomentumIterative(epsilon=budget, norm=norm, steps=count, loss="feature_cosine"),
+        "rays": lambda: RayS(epsilon=budget, queries=settings.square_queries),
         "pgd": lambda: PGD(epsilon=budget, norm=norm, steps=count, restarts=restarts, loss="margin"),
         "pgd_from_t1": lambda: PGD(epsilon=budget, norm=norm, steps=count, loss="margin"),
         "apgd": lambda: APGD(epsilon=budget, norm=norm, steps=count, restarts=restarts, loss="margin"),
@@ -136,7 +181,7 @@ def attack_batches(
     return torch.cat([session.images[:0], *session.processes.shared(works)])
 
 
-def _attack_and_add(
+def attack_and_add(
     session: Session,
     threat: ThreatModel,
     name: tuple[str, str, str],
@@ -153,16 +198,15 @@ def _attack_and_add(
         return {"logits": session.score(attacked, mask), "attacked": mask}
 
     found = session.stage(f"{threat} {shown}", work)
-    settings, seconds = session.settings, float(found["seconds"])
     session.add(
         Example(
             threat.key,
             shown,
-            settings.epsilon,
+            attack.epsilon,
             found["logits"],
             found["attacked"].bool(),
-            seconds,
-            norm=settings.norm,
+            float(found["seconds"]),
+            norm=attack.norm,
             algorithm=algorithm,
             target=target,
         )
@@ -177,7 +221,7 @@ def _attack_pool(session: Session, pool: PoolAttack) -> None:
         epsilon=settings.epsilon, norm=settings.norm, steps=settings.steps, loss="margin", stop_when_wrong=False
     )
     name = (attack_name("pgd", pool.target), "pgd", pool.target)
-    _attack_and_add(session, T2, name, attack, session.branch_view(pool.members), mask)
+    attack_and_add(session, T2, name, attack, session.branch_view(pool.members), mask)
 
 
 def _attack_row(session: Session, row: Row, algorithm: str) -> None:
@@ -187,8 +231,13 @@ def _attack_row(session: Session, row: Row, algorithm: str) -> None:
     if algorithm == "pgd_from_t1":  # the last one was made on the most encoders
         start = _at_white_box_budget(session, list(session.deltas.values())[-1])
     name = (shown, algorithm, row.name)
-    attack = own_attack(session, algorithm)
-    _attack_and_add(session, T2, name, attack, session.view(row), session.still_right(row), start)
+    attack, view, mask = own_attack(session, algorithm), session.view(row), session.still_right(row)
+    if algorithm == "prompts":
+        view = with_prompts(session, row)
+    elif algorithm == "patch_tokens":
+        view = on_patch_tokens(session, row)
+        mask = torch.stack([session.still_right(other) for other in (row, *session.fused_rows)]).any(0)
+    attack_and_add(session, T2, name, attack, view, mask, start)
 
 
 def _attack_fusion(session: Session, loss: str) -> None:
@@ -201,16 +250,32 @@ def _attack_fusion(session: Session, loss: str) -> None:
         norm=settings.norm,
         steps=settings.steps,
         restarts=settings.restarts,
+        driver="momentum" if loss == "mora" else "apgd",
     )
     name = (attack_name(loss, row.name), loss, row.name)
-    _attack_and_add(session, T2, name, attack, session.branch_view(row.members), session.still_right(row))
+    attack_and_add(session, T2, name, attack, session.branch_view(row.members), session.still_right(row))
+
+
+def _attack_superclass(session: Session) -> None:
+    """An attack on the model as it ships for answers outside the superclass of the true class."""
+    settings, row = session.settings, session.default
+    attack = SuperclassAttack(
+        fuse=session.fusion,
+        groups=settings.superclasses,
+        epsilon=settings.epsilon,
+        norm=settings.norm,
+        steps=2 * settings.steps,
+    )
+    name = (attack_name("superclass", row.name), "superclass", row.name)
+    attack_and_add(session, T2, name, attack, session.branch_view(row.members), session.still_right(row))
 
 
 def _score_rescaled(session: Session, algorithm: str, target: str, delta: Tensor) -> None:
     """A universal perturbation at T2's budget, in the pool: transfer must not beat the white-box attack."""
     perturbation, name = _at_white_box_budget(session, delta), attack_name(algorithm, target)
-    found = session.stage(f"{T2} {name}", lambda: {"logits": session.score(perturbation(session.images))})
-    session.add(on_all_images(session, T2, algorithm, target, found))
+    mask = session.scope(T2)
+    found = session.stage(f"{T2} {name}", lambda: {"logits": session.score(perturbation(session.images[mask]), mask)})
+    session.add(replace(on_all_images(session, T2, algorithm, target, found), attacked=mask))
 
 
 def _at_white_box_budget(session: Session, delta: Tensor) -> Perturbation:
@@ -231,7 +296,7 @@ def run_detector_aware(session: Session) -> None:
         for example in session.examples:
             if example.threat in (CLEAN.key, *T3.counts):
                 broken |= evades_detector(session, example.logits)
-        _evade_detector(session, mode, ~broken)
+        _evade_detector(session, mode, ~broken & session.scope(T3))
 
 
 def count_detector_aware(session: Session) -> int:
@@ -259,7 +324,7 @@ def _evade_detector(session: Session, mode: str, mask: Tensor) -> None:
         steps=settings.detector_steps,
     )
     name = (attack_name(mode, row.name), mode, row.name)
-    _attack_and_add(session, T3, name, attack, session.branch_view(row.members), mask)
+    attack_and_add(session, T3, name, attack, session.branch_view(row.members), mask)
 
 
 # ---- without trust in the benign branches ----------------------------------------------------------------------
@@ -282,5 +347,5 @@ def certified_accuracy(session: Session) -> dict[str, float] | None:
         if certified is None:
             return None
         held &= certified & (session.fusion(logits).logits.argmax(-1) == session.labels)
-        shares[example.threat] = float(held.float().mean())
+        shares[example.threat] = float(held[: session.count(THREATS[example.threat])].float().mean())
     return shares
