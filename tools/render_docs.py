@@ -20,6 +20,7 @@ from tools.recipes_readme import recipes_readme
 from zepad_mm.evaluation import THREATS, Report, RowKind
 from zepad_mm.evaluation.model_card import model_card
 from zepad_mm.evaluation.report import MARKDOWN, budget_of, by_strength
+from zepad_mm.evaluation.report_text import strongest_single
 from zepad_mm.evaluation.threats import CLEAN, T1, T2
 from zepad_mm.models.serialization import CONFIG, EMBEDDED_MODEL, PLACEHOLDER, ZePADConfig
 from zepad_mm.utils.io import read_json, write_text
@@ -78,16 +79,19 @@ def explanation(report: Report) -> list[str]:
     clean, white_box = report.row(default), report.row(default, T2.key)
     paper = report.row(f"{default}:{PAPERS_RULE}", T2.key)
     at_most = "at most " if paper["upper_bound"] else ""
-    lost = 1 - white_box["accuracy"] / clean["accuracy"]
+    lost = white_box["asr_correct"]
+    singles = {name: strongest_single(report, name, T1.key) for name in (undefended, default)}
+    count = len(report.counted(default, T1.key))
     return [
         f"n = {clean['n']} clothing photos that no training and no selection has used, zero-shot over ten class names, "
         "one seed, the small embedded CLIP; every cell is the worst case per image over all attacks of its column.",
         f"**A white-box attack still succeeds often**: changing no pixel by more than {budget_of(white_box)}, it "
         f"breaks {100 * lost:.0f} % of the answers that ZePAD gets right on clean images "
-        f"({percent(clean['accuracy'])} to {percent(white_box['accuracy'])} %). Under one perturbation made on the "
-        "public encoder the undefended CLIP "
-        f"falls from {percent(report.accuracy(undefended))} to {percent(report.accuracy(undefended, T1.key))} %, ZePAD "
-        f"to {percent(report.accuracy(default, T1.key))} %. The default rule is not the paper's: under the same "
+        f"({percent(clean['accuracy'])} to {percent(white_box['accuracy'])} %). Under the strongest one perturbation "
+        f"made on the public encoder the undefended CLIP falls from {percent(report.accuracy(undefended))} to "
+        f"{percent(singles[undefended]['accuracy'])} %, ZePAD to {percent(singles[default]['accuracy'])} %; in the "
+        f"worst case per image over {count} perturbations to {percent(report.accuracy(undefended, T1.key))} and "
+        f"{percent(report.accuracy(default, T1.key))} %. The default rule is not the paper's: under the same "
         f"white-box attack the paper's rule has {at_most}{percent(paper['accuracy'])} %. The rule was selected on "
         "validation images (`zepad_mm/assets/zepad/build.json`).",
         f"Measured by `scripts/demo` at commit {meta['commit']} in {meta['wall_s'] / 60:.1f} minutes, on "

@@ -13,7 +13,7 @@ from zepad_mm.data import LabelledImages, SplitNotFoundError, load_data, load_te
 from zepad_mm.data.catalogue import ordered_rows, rows_digest
 from zepad_mm.evaluation.settings import EvalSettings
 from zepad_mm.utils.images import Resize
-from zepad_mm.utils.seeding import seeded_generator
+from zepad_mm.utils.seeding import derived_generator, seeded_generator
 
 log = logging.getLogger(__name__)
 
@@ -127,9 +127,15 @@ class EvalData:
         return cls(**parts, prompts=load_templates(source), origin=origin)
 
     def limited(self, settings: EvalSettings) -> EvalData:
-        """Return at most as many images of each kind as the settings ask for."""
+        """Return at most as many images of each kind as the settings ask for.
+
+        Where a threat model takes only the first test images, these are in random order: files may be sorted by class.
+        """
+        test = self.test.sample(settings.n, settings.seed)
+        if settings.n_white_box or settings.n_transfer:
+            test = test.subset(torch.randperm(len(test), generator=derived_generator(settings.seed, "order of images")))
         return EvalData(
-            self.test.sample(settings.n, settings.seed),
+            test,
             self.validation.sample(settings.n_validation, settings.seed),
             self.surrogate.sample(settings.n_surrogate, settings.seed),
             self.prompts,

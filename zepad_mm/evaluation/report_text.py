@@ -201,15 +201,16 @@ def _under_attack(report: Report, threat: str) -> str:
         text += f" This is no T2 at full strength: {REDUCED}."
     if len(counted) == 1 or not model.universal:
         return text
-    single = _strongest_single(report, report.default, threat)
+    single = strongest_single(report, report.default, threat)
     both = f"{percent(single['accuracy'])} % with the defence"
     if report.undefended is not None:
-        without = _strongest_single(report, report.undefended, threat)
+        without = strongest_single(report, report.undefended, threat)
         both += f" (`{single['attack']}`) and {percent(without['accuracy'])} % without it (`{without['attack']}`)"
     return f"{text} The strongest single one leaves {both}."
 
 
-def _strongest_single(report: Report, model: str, threat: str) -> dict[str, Any]:
+def strongest_single(report: Report, model: str, threat: str) -> dict[str, Any]:
+    """Return the row of the one attack that leaves a model the lowest accuracy under a threat model."""
     return min(report.counted(model, threat), key=lambda row: row["accuracy"])
 
 

@@ -231,7 +231,7 @@ PRESETS.register("apgd_ce_t")(
         steps=100,
         restarts=5,
         pools=(),
-        own_attacks=("apgd", "apgd_targeted"),
+        own_attacks=("apgd_ce", "apgd_targeted"),
         adaptive=(),
         diagnostics_n=0,
     )
