@@ -22,15 +22,15 @@ from typing import Any
 
 import torch
 
-from tools.clip_names import UNSEEN, Names
-from tools.clip_record import restrict
+from tools.wordnet_clip.names import NEVER_READ
 from zepad_mm import ZePAD, evaluate
 from zepad_mm.data import LabelledImages, load_data
-from zepad_mm.encoders import Encoder, LoraSettings, load_clip
+from zepad_mm.encoders import Encoder, LoraSettings, load_clip, load_encoder
 from zepad_mm.evaluation import EvalData, EvalSettings, Report, Subject, subject_of
 from zepad_mm.models.heads import zero_shot_head
 from zepad_mm.training import TrainSettings, Tuned, TuneSettings, tune
 from zepad_mm.utils.config import Config
+from zepad_mm.utils.images import Resize
 from zepad_mm.utils.io import write_json, write_text
 from zepad_mm.utils.provenance import provenance
 from zepad_mm.utils.text import interval_text, markdown_table
@@ -38,10 +38,7 @@ from zepad_mm.utils.text import interval_text, markdown_table
 NAME = "clip"
 SOURCE = "open_clip:embedded"
 THREATS = ("clean", "T1", "T2")
-DEFENCES: dict[str, str | Path] = {
-    "embedded": "embedded",
-    "general": Path(__file__).parents[1] / "recipes" / "models" / "general",
-}
+DEFENCES = ("embedded",)  # names or folders of defended models
 BASELINES: dict[str, dict[str, Any]] = {  # with two attack steps, as the shipped branches
     "tecoa": {"attack_steps": 2, "clean_fraction": 0.25},
     "fare": {"attack_steps": 2, "clean_weight": 0.5},
@@ -49,7 +46,9 @@ BASELINES: dict[str, dict[str, Any]] = {  # with two attack steps, as the shippe
 }
 SWEPT = "tecoa"  # the defence of the rank sweep; the others are tuned in full and with COMMON_RANK
 COMMON_RANK = 8
-TRAINED_ON = ("clothing", "imagenet20", "tinyimagenet80")  # data sets in the training of the embedded CLIP
+# data sets in the training of the embedded CLIP, and all class names that it never read
+TRAINED_ON = ("clothing", "imagenet20", "tinyimagenet80", "caltech69")
+UNSEEN = tuple(name for names in NEVER_READ.values() for name in names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +72,7 @@ class Task:
     """Test images with their class names, and what the embedded CLIP was trained on of them."""
 
     data: LabelledImages
-    names_in_training: int  # class names in the texts of its training
+    names_in_training: int  # class names that were not left out of its training texts
     images: str  # "seen set" or "unseen set"
 
     def about(self, name: str) -> dict[str, Any]:
@@ -82,22 +81,26 @@ class Task:
         return {"task": name, "n_classes": len(self.data.class_names), **seen, "n": len(self.data)}
 
 
+@cache
+def _resize() -> Resize:
+    """How images become what the embedded CLIP sees."""
+    return load_encoder(SOURCE).preprocess
+
+
 def load_tasks(config: ClipTable) -> dict[str, Task]:
     """The embedded data set and those of the configuration; one with held-out class names as two tasks."""
-    clothes = load_data("embedded", "validation", n=1).class_names
-    trained = {word.lower() for words in Names(clothes, clothes).synonyms for word in words}
     tasks = {}
     for source in ("embedded:test", *config.data):
         folder, _, split = source.partition(":")
-        data = load_data(folder, split or "test", 64)
+        data = load_data(folder, split or "test", _resize())
         title = data.name if split in ("", "test") else f"{data.name} {split}"
         unseen = torch.tensor([name in UNSEEN for name in data.class_names])
         parts = [(title, torch.ones_like(unseen))]
         if bool(unseen.any()):
             parts = [(f"{title}, names read", ~unseen), (f"{title}, names never read", unseen)]
         for name, keep in parts:
-            part = restrict(data, keep).sample(config.evaluation.n, config.evaluation.seed)
-            in_training = sum(word.lower() in trained for word in part.class_names)
+            part = data.keep_classes(keep).sample(config.evaluation.n, config.evaluation.seed)
+            in_training = sum(word not in UNSEEN for word in part.class_names)
             tasks[name] = Task(part, in_training, "seen set" if data.name in TRAINED_ON else "unseen set")
     return tasks
 
@@ -105,8 +108,8 @@ def load_tasks(config: ClipTable) -> dict[str, Task]:
 def tune_baseline(config: ClipTable, defence: str, rank: int) -> Tuned:
     """The embedded CLIP tuned by a defence, with LoRA of this rank or, for 0, in full; tuned once, then loaded."""
     seed, steps = config.evaluation.seed, config.tune_steps
-    train = load_data(config.tune_on, "train+surrogate" if config.tune_on == "embedded" else "train", 64)
-    validation = load_data(config.tune_on, "validation", 64, config.n_validation, seed)
+    train = load_data(config.tune_on, "train+surrogate" if config.tune_on == "embedded" else "train", _resize())
+    validation = load_data(config.tune_on, "validation", _resize(), config.n_validation, seed)
     settings = TrainSettings(
         steps=steps,
         batch_size=config.batch_size,
@@ -134,7 +137,7 @@ def tune_baseline(config: ClipTable, defence: str, rank: int) -> Tuned:
 def build_models(config: ClipTable) -> tuple[dict[str, Callable[..., Any]], dict[str, dict[str, Any]]]:
     """Name -> function of a task that returns the model; and name -> its columns in the table."""
     encoder, text = load_clip(SOURCE)
-    defences = {name: ZePAD.from_pretrained(folder) for name, folder in DEFENCES.items()}
+    defences = {name: ZePAD.from_pretrained(name) for name in DEFENCES}
 
     def undefended(prompts: str, task: str, data: EvalData) -> Any:
         return encoder, zero_shot_head(text, data.test.class_names, prompts)
@@ -170,8 +173,8 @@ def build_models(config: ClipTable) -> tuple[dict[str, Callable[..., Any]], dict
 def main(config: ClipTable) -> dict[str, Any]:
     """Craft, tune, evaluate and write both files; returns the record."""
     settings = replace(config.evaluation, threats=("T1", "T2"), pools=(), adaptive=(), diagnostics_n=0)
-    surrogate = load_data("embedded", "surrogate", 64, settings.n_surrogate, settings.seed)
-    validation = load_data("embedded", "validation", 64, settings.n_validation, settings.seed)
+    surrogate = load_data("embedded", "surrogate", _resize(), settings.n_surrogate, settings.seed)
+    validation = load_data("embedded", "validation", _resize(), settings.n_validation, settings.seed)
     tasks = load_tasks(config)
     data = {name: EvalData(task.data, validation, surrogate) for name, task in tasks.items()}
     models, columns = build_models(config)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from zepad_mm.data import LabelledImages, load_data, load_embedded, to_tensor
+from zepad_mm.data import EMBEDDED_SIZE, LabelledImages, load_data, load_embedded, to_tensor
 
 
 def test_load_data_reads_class_folders_and_names_bad_files(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_load_embedded_splits_are_disjoint() -> None:
     seen: dict[bytes, str] = {}
     for split in ("surrogate", "train", "validation", "test"):
         images, labels = load_embedded(split)
-        assert images.shape[1:] == (3, 64, 64)
+        assert images.shape[1:] == (3, EMBEDDED_SIZE, EMBEDDED_SIZE)
         assert set(labels.tolist()) == set(range(10))
         for image in images:
             key = (image * 255).byte().numpy().tobytes()

@@ -12,7 +12,7 @@ from zepad_mm.encoders import LoraSettings, add_lora, folded_lora, load_encoder
 
 
 def adapted() -> Student:
-    encoder = load_encoder("open_clip:embedded").requires_grad_(False)
+    encoder = load_encoder("open_clip:embedded", image_size=64).requires_grad_(False)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         add_lora(encoder, LoraSettings(rank=2))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from zepad_mm.encoders import LoraSettings, folded_lora, load_encoder, load_lora, merge_lora
 
-SOURCE = "open_clip:embedded"
+SOURCE = "open_clip:embedded?image_size=64"
 A = "base_model.model.head.proj.lora_A.weight"
 
 

@@ -131,9 +131,10 @@ def test_single_models_get_what_applies(model: ZePAD, data: EvalData) -> None:
 
 
 def test_plain_clip_by_source_has_zero_shot_heads() -> None:
-    report = evaluate("open_clip:embedded", settings=replace(FEW, n=8, n_surrogate=16))
+    source = "open_clip:embedded?image_size=64"
+    report = evaluate(source, settings=replace(FEW, n=8, n_surrogate=16))
     assert report.threats == ["clean", "T1", "T2"]
-    assert report.meta["config"]["source"] == "open_clip:embedded"
+    assert report.meta["config"]["source"] == source
     assert report.row("model", "T1", "feature_uap@undefended")["target"] == "undefended"
 
 

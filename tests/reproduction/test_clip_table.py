@@ -52,7 +52,7 @@ def test_join_uses_the_union_of_the_class_names(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_clip_table_evaluates_every_model_and_baseline(tmp_path: Path) -> None:
-    names = ["goldfish", "school bus", "teapot", "acorn"]  # the last two were held out of the text training
+    names = ["goldfish", "school bus", "lampshade", "acorn"]  # the last two were held out of the text training
     folder = few(tmp_path / "few", names)
     words = ["--config", str(ROOT / "reproduction" / "configs" / "clip_smoke.yaml"), "--data", f"[{folder}:odd]"]
     words += ["--out", str(tmp_path / "out"), "--result", str(tmp_path)]
@@ -62,7 +62,7 @@ def test_clip_table_evaluates_every_model_and_baseline(tmp_path: Path) -> None:
     tasks = {row["task"]: row for row in record["zero_shot"]}
     assert set(tasks) == {"clothing", "few odd, names read", "few odd, names never read"}
     assert [row["names_in_training"] for row in tasks.values()] == [10, 2, 0]
-    assert {row["model"] for row in record["zero_shot"]} == {"undefended", "embedded", "general"}
+    assert {row["model"] for row in record["zero_shot"]} == {"undefended", "embedded"}
     for row in (*record["zero_shot"], *record["baselines"]):
         assert row["T1"]["accuracy"] <= row["clean"]["accuracy"]
         assert row["T2"]["ci_low"] <= row["T2"]["accuracy"] <= row["clean"]["accuracy"]

@@ -21,7 +21,7 @@ SETTINGS = TrainSettings(steps=4, batch_size=8, validation_every=4, validation_a
 
 
 def student(lora: bool = False) -> Student:
-    encoder = load_encoder("open_clip:embedded").requires_grad_(not lora)
+    encoder = load_encoder("open_clip:embedded", image_size=64).requires_grad_(not lora)
     if lora:
         add_lora(encoder)
     return Student(encoder, LinearHead(encoder.feature_dim, 10))

@@ -11,11 +11,14 @@ from torch import Tensor
 
 from zepad_mm.data.base import IndexedDataset
 from zepad_mm.data.loading import (
+    EMBEDDED_DATA,
+    EMBEDDED_SIZE,
     check_label_column,
     class_names_of,
     dataset_name,
     decode,
     find_columns,
+    local_folder,
     open_table,
     raise_damaged,
     undecoded,
@@ -25,6 +28,7 @@ from zepad_mm.utils.images import Resize, as_resize
 from zepad_mm.utils.seeding import seeded_generator
 
 UNLABELLED = -1
+DEFAULT_SIZE = 64  # side in pixels
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,12 @@ class LabelledImages(IndexedDataset):
         index = torch.as_tensor(indices, dtype=torch.long)
         return LabelledImages(self.images[index], self.labels[index], self.class_names, self.name)
 
+    def keep_classes(self, keep: Tensor) -> LabelledImages:
+        """Only the images of the classes in ``keep`` (C,) bool, relabelled."""
+        rows, relabel = keep[self.labels].nonzero().squeeze(1), keep.cumsum(0) - 1
+        names = tuple(name for name, kept in zip(self.class_names, keep.tolist(), strict=True) if kept)
+        return LabelledImages(self.images[rows], relabel[self.labels[rows]], names, self.name)
+
     def fetch(self, indices: Tensor) -> Tensor:
         """The images (B, 3, S, S) at ``indices`` (B,)."""
         return self.images[indices]
@@ -56,7 +66,7 @@ class LabelledImages(IndexedDataset):
 def load_data(
     source: str,
     split: str,
-    image_size: int | Resize = 64,
+    image_size: int | Resize | None = None,
     n: int | None = None,
     seed: int = 0,
     labelled: bool = True,
@@ -72,7 +82,7 @@ def load_data(
             ``train``, ``validation``, ``test``.
         image_size: an encoder's ``preprocess``: images are resized and cropped as it would do itself, so that it sees
             the same pixels as of the files; or a side in pixels, which every image is squashed to, as the embedded
-            CLIP does.
+            CLIP does; None: 64, and for the embedded images what the embedded CLIP sees.
         n: number of images, drawn by ``seed``; None: all.
         labelled: whether labels are needed; without, a folder of images needs no class folders, and labels that are
             not there are -1.
@@ -96,6 +106,8 @@ def load_data(
     if label_column is not None:
         labels = check_label_column(table[label_column][:], len(names), where)
     encoded = undecoded(table.select_columns([image_column]), image_column)
+    if image_size is None:
+        image_size = EMBEDDED_SIZE if local_folder(source) == EMBEDDED_DATA else DEFAULT_SIZE
     return LabelledImages(_decode_all(encoded[image_column], rows, as_resize(image_size), where), labels, names, name)
 
 
@@ -129,7 +141,7 @@ def load_templates(source: str) -> tuple[str, ...] | None:
 
 
 def load_embedded(split: str, n: int | None = None) -> tuple[Tensor, Tensor]:
-    """The embedded images: ``(images (N, 3, 64, 64) in [0, 1], labels (N,))``.
+    """The embedded images: ``(images (N, 3, S, S) in [0, 1], labels (N,))``, S as the embedded CLIP sees them.
 
     ``test`` is used in no training or selection; ``surrogate`` is the training data of the embedded CLIP and of
     attackers; ``train`` is the defender's own; ``validation`` selects thresholds and fusion constants. The images are
