@@ -217,9 +217,10 @@ def test_attack_reads_a_config_file_and_several_encoders(
     assert main(words) == 0
     assert json.loads(capsys.readouterr().out)["encoders"] == [clip_source]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"uapgd.safetensors", "uapgd.png"}
-    assert main([*words, "--encoders", json.dumps([clip_source, "open_clip:embedded"]), "--steps", "1"]) == 0
+    small = "open_clip:embedded?image_size=64"
+    assert main([*words, "--encoders", json.dumps([clip_source, small]), "--steps", "1"]) == 0
     about = json.loads(capsys.readouterr().out)
-    assert (about["encoders"], about["steps"]) == ([clip_source, "open_clip:embedded"], 1)
+    assert (about["encoders"], about["steps"]) == ([clip_source, small], 1)
     config.write_text("epsilom: 0.1\n")
     assert main(words) == 2
     assert "epsilom" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The smoke evaluation of the embedded model reproduces committed rows: refactoring must not move a number.
+"""The smoke evaluation of the embedded model at 64 pixels reproduces committed rows: no refactoring moves a number.
 
 After a change of the embedded images or models, ``python -m tests.evaluation.test_regression`` writes the rows again.
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.models import write_embedded_at
 from zepad_mm.evaluation import Report
 
 ROOT = Path(__file__).parents[2]
@@ -40,13 +41,15 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
 
 
 def evaluate_smoke(out: Path) -> Report:
-    """``recipes/evaluate.py`` by its smoke configuration, whose rows are those of ``scripts/demo --preset smoke``."""
+    """``recipes/evaluate.py`` by its smoke configuration."""
     config = ROOT / "recipes" / "configs" / "smoke" / "evaluate.yaml"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "recipes/evaluate.py", "--config", str(config), "--out", str(out)]
+    model = write_embedded_at(64, out / "model")
+    command = [sys.executable, "recipes/evaluate.py", "--config", str(config), "--out", str(out / "report")]
+    command += ["--model", str(model)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return Report.load(out)
+    return Report.load(out / "report")
 
 
 def test_smoke_rows_match_the_committed_rows(report: Report) -> None:

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from zepad_mm.encoders import LoraSettings, add_lora, load_clip
+from zepad_mm.encoders.sources import with_image_size
 from zepad_mm.models.branch import Adaptation, Branch, BranchConfig, Role
 from zepad_mm.models.heads import zero_shot_head
-from zepad_mm.models.zepad import DetectorConfig, ZePAD, ZePADConfig
+from zepad_mm.models.zepad import EMBEDDED_MODEL, DetectorConfig, ZePAD, ZePADConfig
 
 CLASSES = ("dress", "hat", "shoes")
 TINY_CLIP: dict[str, Any] = {
@@ -41,6 +42,23 @@ def write_clip(folder: Path, seed: int = 0) -> str:
     save_file(state, folder / "open_clip_model.safetensors")
     (folder / "open_clip_config.json").write_text(json.dumps(TINY_CLIP))
     return f"open_clip:local-dir:{folder}"
+
+
+def write_embedded_at(image_size: int, folder: Path) -> Path:
+    """The embedded model at another image size, in ``folder``: fewer pixels make it faster, and less accurate."""
+    folder.mkdir(parents=True)
+    config = json.loads((EMBEDDED_MODEL / "config.json").read_text())
+    resized = {source: with_image_size(source, image_size) for source in ZePADConfig.from_dict(config).sources}
+    config["public_source"] = resized[config["public_source"]]
+    for branch in config["branches"]:
+        branch["source"] = resized[branch["source"]]
+    for key in ("fingerprint", "encoders"):  # of the original size
+        config.pop(key, None)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").symlink_to(EMBEDDED_MODEL / "model.safetensors")
+    if (EMBEDDED_MODEL / "branches").is_dir():
+        (folder / "branches").symlink_to(EMBEDDED_MODEL / "branches")
+    return folder
 
 
 def make_zepad(source: str, fusion: str = "bounded_benign") -> ZePAD:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.models import write_embedded_at
 from zepad_mm.defences import make_defence
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.stopping import UNTUNED
@@ -153,7 +154,8 @@ def test_recipe_names_an_unknown_key(tmp_path: Path) -> None:
 
 def test_demo_writes_report_and_plots(tmp_path: Path) -> None:
     """The script behind scripts/demo, with the weakest attacks."""
-    run(sys.executable, "scripts/demo.py", "--preset", "smoke", "--out", str(tmp_path))
+    model = write_embedded_at(64, tmp_path / "model")
+    run(sys.executable, "scripts/demo.py", "--preset", "smoke", "--model", str(model), "--out", str(tmp_path))
     report = json.loads((tmp_path / "report.json").read_text())
     assert {"commit", "config", "seed", "hardware", "versions", "wall_s", "warnings"} <= set(report["meta"])
     assert {row["threat"] for row in report["rows"]} == {"clean", "T1", "T1b", "T2", "T3"}
