@@ -31,19 +31,19 @@ class Recipe:
     """Sizes and rates of the two stages."""
 
     image_size: int = 128
-    text_steps: int = 600
-    text_batch: int = 384
+    text_steps: int = 3000
+    text_batch: int = 768
     text_rate: float = 2e-3
     finish_rounds: int = 2  # each has its own schedule and starts from the last one's weights
-    finish_steps: int = 250  # of a round
-    finish_batch: int = 96
-    tower_rate: float = 1e-4
+    finish_steps: int = 1000  # of a round
+    finish_batch: int = 192
+    tower_rate: float = 2e-4
     projection_rate: float = 2e-4
     finish_text_rate: float = 3e-4
     names_per_step: int = 500
     nouns_per_step: int = 192
     text_every: int = 4  # steps between updates of the text tower; its embeddings are reused between them
-    views: int = 2  # cached views of each training image
+    views: int = 8  # cached views of each training image
     distill: float = 1.5
     keep: float = 4.0
     seed: int = 0
