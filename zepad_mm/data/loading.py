@@ -282,7 +282,8 @@ def class_names_of(features: Any, label_column: str | None) -> tuple[str, ...]:
     """The class names, cleaned for prompts; none without a label column. Raises ValueError for equal ones."""
     if label_column is None:
         return ()
-    return tuple(clean_name(name) for name in check_names(features[label_column].names, "class names of the data set"))
+    names = check_names(features[label_column].names, "class names of the data set", fold_case=False)
+    return tuple(clean_name(name) for name in names)
 
 
 def check_label_column(labels: Sequence[int | None], classes: int, where: str) -> Tensor:

@@ -63,9 +63,10 @@ class TextEncoder(nn.Module):
         """Prompt-ensembled class embeddings (C, D): unit-length mean over the templates of unit-length embeddings.
 
         Kept for the next call with the same names and templates; of many such sets the last CACHED_SETS. Warns of names
-        that the tokenizer cuts off. Raises ValueError for names that are the same to it.
+        that the tokenizer cuts off, or that differ in case alone and have the same embedding. Raises ValueError for
+        other names that are the same to it.
         """
-        names = [clean_name(name) for name in check_names(class_names)]
+        names = [clean_name(name) for name in check_names(class_names, fold_case=False)]
         templates = templates_of(prompts)
         key = (tuple(names), templates)
         if key not in self._cache:
@@ -80,16 +81,20 @@ class TextEncoder(nn.Module):
         return self._cache[key]
 
     def _check_tokens(self, names: list[str], templates: tuple[str, ...]) -> None:
-        """Raise ValueError for names with the same tokens; warn of those that are cut off."""
+        """Raise ValueError for names with the same tokens; warn of those that differ in case alone or are cut off."""
         shortest, longest = min(templates, key=len), max(templates, key=len)
         rows = self._tokens([shortest.format(name) for name in names])
         first: dict[tuple[int, ...], str] = {}
         for name, row in zip(names, rows, strict=True):
-            if first.setdefault(row, name) is not name:
-                raise ValueError(
-                    f"class names: {first[row]!r:.100} and {name!r:.100} are the same tokens to {self.source}; "
-                    "give names that differ in letters and within the tokens that it reads"
-                )
+            if first.setdefault(row, name) is name:
+                continue
+            same = (
+                f"class names: {first[row]!r:.100} and {name!r:.100} are the same tokens to {self.source}; "
+                "give names that differ in letters and within the tokens that it reads"
+            )
+            if first[row].casefold() != name.casefold():
+                raise ValueError(same)
+            warnings.warn(f"{same}: every image is taken for the first of them", stacklevel=4)
         whole = rows if shortest == longest else self._tokens([longest.format(name) for name in names])
         width, short = max(map(len, whole)), self._tokens(["a"])[0]
         padded = len(short) == width

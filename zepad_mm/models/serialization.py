@@ -69,7 +69,7 @@ class ZePADConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_names([branch.name for branch in self.branches], "branch names")
-        check_names(self.class_names)
+        check_names(self.class_names, fold_case=False)
         if self.format != FORMAT:
             raise ValueError(f"the model is of format {self.format}, this zepad-mm reads {FORMAT}; upgrade zepad-mm")
 

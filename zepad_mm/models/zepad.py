@@ -203,7 +203,7 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
         Raises:
             ValueError: empty or double names, a bad template, or a branch whose head was trained.
         """
-        names = tuple(check_names(class_names))
+        names = tuple(check_names(class_names, fold_case=False))
         templates = templates_of(self.config.prompts if prompts is None else prompts)
         trained = [branch.name for branch in self.config.branches if branch.head != "zero_shot"]
         if trained:

@@ -73,10 +73,15 @@ def clean_name(name: str) -> str:
     return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").split())
 
 
-def check_names(names: Sequence[str], what: str = "class names") -> list[str]:
+def check_names(names: Sequence[str], what: str = "class names", *, fold_case: bool = True) -> list[str]:
     """The names as a list, if there is at least one and none is empty, or the same text as another.
 
     Names are the same text if they differ in case, underscores, white space or Unicode form alone.
+
+    Args:
+        names: to check.
+        what: they are, for messages.
+        fold_case: False for the names of published data sets: ImageNet has a Cardigan and a cardigan.
 
     Raises:
         ValueError: no names, too many, an empty one, or duplicates.
@@ -93,7 +98,7 @@ def check_names(names: Sequence[str], what: str = "class names") -> list[str]:
     for name in names:
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"{what}: expected non-empty strings, got {name!r:.100}")
-        text = unicodedata.normalize("NFC", clean_name(name).casefold())
+        text = unicodedata.normalize("NFC", clean_name(name).casefold() if fold_case else clean_name(name))
         if not text:
             raise ValueError(f"{what}: expected names with letters, got {name!r:.100}")
         if text in first:
