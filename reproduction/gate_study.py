@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
+from zepad_mm.evaluation.corruptions import CORRUPTIONS, corrupt
 
 from zepad_mm import ZePAD
 from zepad_mm.attacks import (
@@ -43,7 +44,6 @@ from zepad_mm.attacks import (
 )
 from zepad_mm.data import LabelledImages, load_data
 from zepad_mm.encoders import load_encoder
-from zepad_mm.evaluation.corruptions import CORRUPTIONS, corrupt
 from zepad_mm.models.branch import Branch
 from zepad_mm.models.gate import FeatureGate
 from zepad_mm.utils.io import read_json, write_json

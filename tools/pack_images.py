@@ -3,9 +3,11 @@
 
     python -m tools.pack_images --data-root DIR --out images.parquet
 
-DIR holds the parquet folders of ``SOURCES``. Columns: source, part ("train" or "validation"), label, image (WebP, at
-most 128 pixels wide). The metadata of the schema names the classes of each source. No test split is read; validation
-is the split of that name, or the images of the train split that the embedded CLIP was not trained on either.
+DIR holds the parquet folders of ``SOURCES``; the clothing photos are the embedded ones, whose test split differs from
+that of other packagings. Columns: source, part ("train", "gate" or "validation"), label, image (WebP, at most 128
+pixels wide). Every fifth image of a train split is left to the gate, which must see clean images that the robust branch
+was not tuned on. The metadata of the schema names the classes of each source. No test split is read; validation is the
+split of that name, or the images of the train split that the embedded CLIP was not trained on either.
 """
 
 from __future__ import annotations
@@ -28,11 +30,13 @@ from torch import Tensor
 
 from tools.wordnet_clip.images import PACKED
 from tools.wordnet_clip.names import NEVER_READ
-from zepad_mm.utils.io import replacing
+from zepad_mm.utils.io import ASSETS, replacing
 
-SOURCES = ("imagenet20", "tinyimagenet80", "caltech69", "clothing144")
+SOURCES = ("imagenet20", "tinyimagenet80", "caltech69", "clothing")
+TRAIN = {"clothing": ("surrogate", "train")}  # splits that are trained on; "train" of the others
 SIDE = 128  # wider images are made as narrow as this
 QUALITY = 76  # WebP
+GATE = 5  # every so many images of a class are left to the gate
 LARGEST = 45.0  # MB of the file
 METADATA = b"class_names"
 
@@ -108,12 +112,13 @@ def _rows(data_root: Path, source: str, classes: int, quality: int) -> list[tupl
     held = PACKED.get(source, (0, 0))[1]  # as the CLIP's own training holds them out
     rows, seen = [], [0] * classes
     never = {label for label, name in enumerate(_class_names(data_root, source)) if name in NEVER_READ.get(source, ())}
-    train = list(_read(data_root, source, "train"))
+    train = [row for split in TRAIN.get(source, ("train",)) for row in _read(data_root, source, split)]
     for index in np.random.default_rng(0).permutation(len(train)).tolist():
         image, label = train[index]
         seen[label] += 1
         if seen[label] <= held or label not in never:
-            rows.append((source, "validation" if seen[label] <= held else "train", label, _encode(image, quality)))
+            part = "validation" if seen[label] <= held else "gate" if seen[label] % GATE == 0 else "train"
+            rows.append((source, part, label, _encode(image, quality)))
     if held == 0:
         rows += [
             (source, "validation", label, _encode(image, quality))
@@ -124,8 +129,8 @@ def _rows(data_root: Path, source: str, classes: int, quality: int) -> list[tupl
 
 def _thinned(rows: list[tuple[str, str, int, bytes]], largest: float) -> list[tuple[str, str, int, bytes]]:
     """As many of the training rows as fit, the same share of every class."""
-    sizes = {part: sum(len(row[3]) + 8 for row in rows if row[1] == part) for part in ("train", "validation")}
-    share = min(1.0, (0.99 * largest - sizes["validation"]) / sizes["train"])
+    sizes = {chosen: sum(len(row[3]) + 8 for row in rows if (row[1] == "train") == chosen) for chosen in (True, False)}
+    share = min(1.0, (0.99 * largest - sizes[False]) / sizes[True])
     seen: dict[tuple[str, int], int] = {}
     kept = []
     for row in rows:
@@ -148,11 +153,10 @@ def _read(data_root: Path, source: str, split: str) -> Iterator[tuple[bytes, int
 
 
 def _files(data_root: Path, source: str, split: str) -> list[Path]:
-    files = sorted((data_root / source).glob(f"{split}-*.parquet"))
+    folder = ASSETS / source if source == "clothing" else data_root / source
+    files = sorted(folder.glob(f"{split}*.parquet"))
     if not files:
-        raise SystemExit(
-            f"no {split}-*.parquet in {data_root / source}; give --data-root the folder of the parquet sets"
-        )
+        raise SystemExit(f"no {split}*.parquet in {folder}; give --data-root the folder of the parquet sets")
     return files
 
 

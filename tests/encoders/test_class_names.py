@@ -31,3 +31,12 @@ def test_class_names_that_are_cut_off_are_named(text: TextEncoder) -> None:
 def test_class_names_that_become_the_same_when_cut_off_are_refused(text: TextEncoder) -> None:
     with pytest.raises(ValueError, match="are the same tokens to"):
         text.class_embeddings([LONG * 3 + "red", LONG * 3 + "blue"], "single")
+
+
+def test_class_names_that_differ_in_case_alone_have_one_embedding_and_a_warning(text: TextEncoder) -> None:
+    if text._tokens(["Hat"]) != text._tokens(["hat"]):
+        pytest.skip("this tokenizer reads upper case")
+    with pytest.warns(UserWarning, match="'Hat' and 'hat' are the same tokens"):
+        embeddings = text.class_embeddings(["Hat", "dress", "hat"], "single")
+    assert embeddings[0].equal(embeddings[2])
+    assert not embeddings[0].allclose(embeddings[1])

@@ -97,6 +97,12 @@ def test_check_names_refuses_names_that_are_the_same_text(names: tuple[str, str]
         check_names(names)
 
 
+def test_names_of_published_data_sets_may_differ_in_case_alone() -> None:
+    assert check_names(["Cardigan", "cardigan"], fold_case=False) == ["Cardigan", "cardigan"]
+    with pytest.raises(ValueError, match="given more than once"):
+        check_names(["cardigan", "cardigan "], fold_case=False)
+
+
 def test_check_names_is_bounded_and_fast() -> None:
     names = [f"name {number}" for number in range(100_000)]
     assert check_names(names) == names

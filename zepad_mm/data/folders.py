@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zepad_mm.utils.images import SUFFIXES
+from zepad_mm.utils.validation import check_names
 
 log = logging.getLogger(__name__)
 
@@ -192,6 +193,7 @@ def held_out_split(folder: Path, paths: Iterable[str], split: str) -> list[str]:
 
 
 def _labelled(classes: dict[str, list[str]], names: list[str]) -> ImageFiles:
+    check_names(names, "class folders")
     index = {name: number for number, name in enumerate(names)}
     rows = [(path, index[name]) for name in sorted(classes) for path in classes[name]]
     return ImageFiles(tuple(path for path, _ in rows), tuple(label for _, label in rows), tuple(names))
