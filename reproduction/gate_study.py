@@ -20,7 +20,7 @@ import argparse
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ from zepad_mm.models.branch import Branch
 from zepad_mm.models.gate import FeatureGate
 from zepad_mm.utils.io import read_json, write_json
 from zepad_mm.utils.provenance import check_identity, provenance
-from zepad_mm.utils.seeding import seeded_generator
+from zepad_mm.utils.seeding import derived_generator, seeded_generator
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ class Study:
         """The images under an attack on the public model."""
         with frozen(self.benign):
             parts = [
-                attack(self.undefended, images, labels, generator=seeded_generator(seed, number))
+                attack(self.undefended, images, labels, generator=derived_generator(seed, number))
                 for number, (images, labels) in enumerate(self.batches())
             ]
         return torch.cat(parts)
@@ -178,7 +178,7 @@ class Study:
         for number, attack in enumerate(attacks):
             rows = right.nonzero().squeeze(1)
             for few in rows.split(self.batch):
-                adversarial = attack(answers, images[few], labels[few], generator=seeded_generator(seed, number))
+                adversarial = attack(answers, images[few], labels[few], generator=derived_generator(seed, number))
                 with torch.no_grad():
                     right[few] = answers(adversarial).argmax(-1) == labels[few]
             kept.append(int(right.sum()))
@@ -233,8 +233,8 @@ def craft(encoder: nn.Module, surrogate: Tensor, folder: Path, seed: int) -> dic
         if not path.is_file():
             started = time.perf_counter()
             kind = UNIVERSAL_ATTACKS.get(name)
-            budget = {} if name in PATCHES else {"epsilon": UNIVERSAL_EPSILON}
-            attack = kind(image_size=surrogate.shape[-1], **budget)
+            attack = kind(image_size=surrogate.shape[-1])
+            attack = attack if name in PATCHES else replace(attack, epsilon=UNIVERSAL_EPSILON)
             attack.fit(encoder, surrogate, generator=seeded_generator(seed)).save(path)
             log.info("%s in %.0f s", name, time.perf_counter() - started)
         found[name] = Perturbation.load(path)
@@ -325,7 +325,7 @@ def main() -> None:
 
 def _gate(model: ZePAD) -> FeatureGate:
     gate = model.gate
-    if gate is None:
+    if not isinstance(gate, FeatureGate):
         raise SystemExit("the model has no gate; train one with recipes/train_gate.py")
     return gate
 
