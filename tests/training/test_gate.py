@@ -106,9 +106,9 @@ def test_thresholds_are_quantiles_of_images_that_were_not_trained_on(
     benign, robust = encoders()
     pool = ImagePool(photos)
     parts = split_pool(pool, ["train"], SETTINGS)
-    rows = torch.cat([parts.train, parts.validation, parts.calibration])
+    rows = torch.cat([parts.train, parts.validation, parts.calibration, parts.unseen])
     assert len(rows) == len(rows.unique()) == 300
-    assert not torch.isin(parts.train, pool.rows("validation")).any()
+    assert not torch.isin(torch.cat([parts.train, parts.validation]), pool.rows("validation")).any()
     images = pool.fetch(parts.calibration)
     with torch.no_grad():
         scores = gate(benign(images), [robust(images)])
@@ -117,6 +117,21 @@ def test_thresholds_are_quantiles_of_images_that_were_not_trained_on(
         assert int(rate * len(scores)) - 1 <= alarms <= int(rate * len(scores))
     assert record["thresholds"]["gating"] == gate.config.threshold > record["thresholds"]["detection"]
     assert record["false_alarms"]["validation"]["n"] == 50
+
+
+def test_several_sets_make_thresholds_stricter_for_sets_never_seen(photos: dict[str, LabelledImages]) -> None:
+    """One of the sets is blurred, so that its features differ: a gate that has not seen it gives more false alarms."""
+    images = photos["train"].images
+    shifted = F.avg_pool2d(F.pad(images.flip(1), (2, 2, 2, 2), mode="reflect"), 5, 1)
+    benign, robust = encoders()
+    settings = replace(SETTINGS, rounds=0, per_image_n=0)
+    gate, record = train_gate(benign, [robust], {"as they are": images, "shifted": shifted}, settings)
+    assert set(record["false_alarms_of_sets_left_out"]) == {"gating", "detection"}
+    for name, rate in (("gating", settings.gating_rate), ("detection", settings.detection_rate)):
+        assert 0 < record["quantiles"][name] <= rate
+        strict = record["quantiles"][name] < rate
+        assert strict == (record["false_alarms_of_sets_left_out"][name] > rate)
+    assert gate.config.threshold == record["thresholds"]["gating"]
 
 
 def test_same_seed_gives_the_same_gate_and_another_seed_another(
@@ -178,7 +193,7 @@ def test_recipe_runs_its_smoke_config(tmp_path: Path) -> None:
     record = train_gate_recipe.main(Recipe.from_cli(["--config", str(config), "--out", str(tmp_path)]))
     written = read_json(tmp_path / "gate.json")
     assert written["mean_auroc"] == record["mean_auroc"]
-    assert set(written["rows"]) == {"train", "validation", "calibration"}
+    assert set(written["rows"]) == {"train", "validation", "calibration", "unseen"}
     assert load_gate(tmp_path / "gate.safetensors").config.threshold == record["thresholds"]["gating"]
 
 

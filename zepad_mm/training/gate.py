@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import math
 import time
+import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from zepad_mm.encoders import Encoder
-from zepad_mm.evaluation.metrics import auroc
 from zepad_mm.evaluation.stage_cache import StageCache
-from zepad_mm.models.detection import threshold_at
 from zepad_mm.models.gate import FeatureGate, GateConfig
 from zepad_mm.training.checkpoint import crc_of
+from zepad_mm.training.gate_calibration import GateRun, GateSplit, calibrate, measure
 from zepad_mm.training.gate_examples import BACKWARD, ExampleMaker, crafting_passes
-from zepad_mm.training.gate_fit import GateFit, fit_gate, gate_scores
-from zepad_mm.training.gate_images import Examples, ImagePool, Images
+from zepad_mm.training.gate_fit import fit_gate
+from zepad_mm.training.gate_images import ImagePool, Images
 from zepad_mm.training.gate_settings import UNIDENTIFYING, GateSettings
 from zepad_mm.utils.seeding import derived_generator
 
@@ -37,17 +36,6 @@ log = logging.getLogger(__name__)
 FEWEST = 32  # images
 MEASURED = 512  # validation images under each corruption and universal attack
 ATTACKED_VALIDATION = 64  # validation images under each per-image attack, and in all rounds together
-CLEAR = math.log(0.98 / 0.02)  # the logit of 98 %: what a typical clean image keeps of the benign weight
-SHARPNESS = (0.5, 20.0)  # lowest and highest
-
-
-@dataclass(frozen=True)
-class GateSplit:
-    """Disjoint rows of the pool (n,), sorted: the fit, its selection and the false alarms, and the thresholds."""
-
-    train: Tensor
-    validation: Tensor
-    calibration: Tensor
 
 
 def train_gate(
@@ -96,7 +84,7 @@ def train_gate(
             benign, robust, pool, settings, public=public, directions=directions, cache=cache, progress=bar
         )
         run = _learn(maker, parts)
-    gate = _calibrate(run, parts, maker)
+    gate, thresholds = calibrate(run, maker.widths, settings)
     record = {
         "settings": settings.to_dict(),
         "images": {name: len(pool.rows(name)) for name in pool.sources},
@@ -105,7 +93,8 @@ def train_gate(
         "seen_attacks": list(gate.config.seen_attacks),
         "selected_step": run.fit.step,
         "mean_auroc": round(run.fit.auroc, 4),
-        **_measure(gate, run, parts, maker),
+        **thresholds,
+        **measure(gate, run, maker.widths, thresholds),
         "seconds": round(time.perf_counter() - started, 1),
     }
     log.info("gate: mean AUROC %.3f on validation, %s s", run.fit.auroc, record["seconds"])
@@ -113,7 +102,7 @@ def train_gate(
 
 
 def split_pool(pool: ImagePool, trained: Sequence[str], settings: GateSettings) -> GateSplit:
-    """Disjoint rows for the fit, its validation and calibration; sets that are not ``trained`` on have no fit rows.
+    """Disjoint rows by use; sets that are not ``trained`` on set thresholds and measure false alarms only.
 
     Raises ValueError for fewer than 32 images to train on.
     """
@@ -121,36 +110,28 @@ def split_pool(pool: ImagePool, trained: Sequence[str], settings: GateSettings) 
     if total < FEWEST:
         raise ValueError(f"images: expected at least {FEWEST} to train a gate and to calibrate it, got {total}")
     share = 1.0 if settings.n is None else min(1.0, settings.n / total)
-    split: dict[str, list[Tensor]] = {"train": [], "validation": [], "calibration": []}
+    split: dict[str, list[Tensor]] = {"train": [], "validation": [], "calibration": [], "unseen": []}
     for name in pool.sources:
         rows = pool.rows(name)
         rows = rows[torch.randperm(len(rows), generator=derived_generator(settings.seed, "gate split", name))]
         if name in trained:
             rows = rows[: max(1, round(share * len(rows)))]
-            first = -(-int(len(rows) * settings.validation_share * 1000) // 1000)
-            second = -(-int(len(rows) * settings.calibration_share * 1000) // 1000)
+            first = math.ceil(len(rows) * settings.validation_share)
+            second = first + math.ceil(len(rows) * settings.calibration_share)
+            split["validation"].append(rows[:first])
+            split["train"].append(rows[second:])
         else:
-            first, second = len(rows) // 2, len(rows) - len(rows) // 2
-        split["validation"].append(rows[:first])
-        split["calibration"].append(rows[first : first + second])
-        split["train"].append(rows[first + second :])
-    return GateSplit(**{name: torch.cat(rows).sort().values for name, rows in split.items()})
+            first, second = len(rows) // 2, len(rows)
+            split["unseen"].append(rows[:first])
+        split["calibration"].append(rows[first:second])
+    none = torch.zeros(0, dtype=torch.long)
+    return GateSplit(**{name: torch.cat([none, *rows]).sort().values for name, rows in split.items()})
 
 
-@dataclass(frozen=True)
-class _Run:
-    """Examples by use, and the last fit."""
-
-    clean: Examples  # of all rows
-    train: list[Examples]
-    validation: list[Examples]
-    fit: GateFit
-
-
-def _learn(maker: ExampleMaker, parts: GateSplit) -> _Run:
+def _learn(maker: ExampleMaker, parts: GateSplit) -> GateRun:
     """Make examples and fit; then, in each round, add attacks that know the gate so far, and fit again."""
     settings, device = maker.settings, maker.device
-    clean = maker.clean(torch.cat([parts.train, parts.validation, parts.calibration]).sort().values)
+    clean = maker.clean(torch.cat(list(vars(parts).values())).sort().values)
     order = _shuffled(parts.train, settings, "attacked")
     train = [clean.at(parts.train)]
     train += [maker.corrupted(parts.train, str(view)) for view in range(settings.corrupted_views)]
@@ -181,58 +162,7 @@ def _learn(maker: ExampleMaker, parts: GateSplit) -> _Run:
         train.append(maker.gate_aware(fit.gate, rows, f"{number} train"))
         validation.append(maker.gate_aware(fit.gate, few, f"{number} validation"))
         fit = fit_gate(train, validation, maker.widths, config, settings, device)
-    return _Run(clean, train, validation, fit)
-
-
-def _calibrate(run: _Run, parts: GateSplit, maker: ExampleMaker) -> FeatureGate:
-    """The gate with its threshold, and as steep as keeps the weight of typical clean images near the cap."""
-    settings, gate = maker.settings, run.fit.gate
-    scores = gate_scores(gate, run.clean.at(parts.calibration).features, maker.widths)
-    threshold = threshold_at(scores, settings.gating_rate)
-    sharpness = CLEAR / max(threshold - float(scores.median()), 1e-6)
-    gate.config = replace(
-        gate.config,
-        threshold=threshold,
-        sharpness=min(max(sharpness, SHARPNESS[0]), SHARPNESS[1]),
-        false_alarm_rate=settings.gating_rate,
-    )
-    return gate
-
-
-def _measure(gate: FeatureGate, run: _Run, parts: GateSplit, maker: ExampleMaker) -> dict[str, Any]:
-    """Thresholds, false alarms by set and by corruption, AUROC by kind of attack; all on validation images."""
-    widths, pool, settings = maker.widths, maker.pool, maker.settings
-    detection = threshold_at(
-        gate_scores(gate, run.clean.at(parts.calibration).features, widths), settings.detection_rate
-    )
-    thresholds = {"gating": gate.config.calibrated_threshold, "detection": detection}
-    scores = {part.name: gate_scores(gate, part.features, widths) for part in run.validation if len(part.rows)}
-    clean = {name: run.clean.at(parts.validation).at(pool.rows(name)).features for name in pool.sources}
-    unattacked = {name: gate_scores(gate, features, widths) for name, features in clean.items() if len(features)}
-    unattacked |= {part.kind: scores[part.name] for part in run.validation if part.group == "corrupted"}
-    reference = scores[run.validation[0].name]
-    return {
-        "thresholds": thresholds,
-        "false_alarms": {
-            name: {"n": len(found), **{which: _rate(found > at) for which, at in thresholds.items()}}
-            for name, found in unattacked.items()
-        },
-        "clean_weight": round(float(gate.weight(reference).mean()), 4),
-        "attacks": {
-            part.name: {
-                "n": len(part.rows),
-                "auroc": round(auroc(reference, scores[part.name]), 4),
-                "detected": _rate(scores[part.name] > detection),
-                "weight": round(float(gate.weight(scores[part.name]).mean()), 4),
-            }
-            for part in run.validation
-            if part.attacked and len(part.rows)
-        },
-    }
-
-
-def _rate(mask: Tensor) -> float:
-    return round(float(mask.float().mean()), 4)
+    return GateRun(clean, train, validation, fit, parts, {name: maker.pool.rows(name) for name in maker.pool.sources})
 
 
 def _shuffled(rows: Tensor, settings: GateSettings, purpose: str) -> Tensor:
@@ -242,7 +172,7 @@ def _shuffled(rows: Tensor, settings: GateSettings, purpose: str) -> Tensor:
 def _seen(settings: GateSettings) -> tuple[str, ...]:
     """Kinds of attacks that the fit or its selection has seen."""
     universal = (*settings.universal, *([settings.held_out] if settings.held_out else []))
-    aware = ("gate_aware",) if settings.rounds and settings.round_n else ()
+    aware = ("gate_aware",) if settings.rounds and settings.round_n and settings.kind == "learned" else ()
     return (
         *(universal if settings.universal_views else ()),
         *(settings.per_image if settings.per_image_n else ()),
@@ -253,7 +183,7 @@ def _seen(settings: GateSettings) -> tuple[str, ...]:
 def _work(parts: GateSplit, settings: GateSettings) -> int:
     """How many passes of an image through the encoders the bar counts."""
     train, held = len(parts.train), min(MEASURED, len(parts.validation))
-    passes = train + len(parts.validation) + len(parts.calibration) + train * settings.corrupted_views
+    passes = sum(map(len, vars(parts).values())) + train * settings.corrupted_views
     passes += held * len(settings.corruptions)
     if settings.universal and settings.universal_views:
         kinds = [*settings.universal, *([settings.held_out] if settings.held_out else [])]
@@ -283,7 +213,7 @@ def _open_cache(
     identity = {
         "encoders": str([crc_of(encoder) for encoder in encoders]),
         "images": pool.checksum(),
-        "directions": "none" if directions is None else str(tuple(directions.shape)),
+        "directions": "none" if directions is None else str(zlib.crc32(directions.float().cpu().numpy().data)),
         **{f"settings.{key}": str(value) for key, value in kept.items()},
     }
     cache = StageCache(Path(out))

@@ -23,11 +23,12 @@ SCALED = 4096  # examples that standardise the inputs, drawn as those of the fit
 
 @dataclass(frozen=True)
 class GateFit:
-    """The gate in eval mode, the step that it was selected at, and its mean AUROC on validation examples."""
+    """The gate in eval mode on its device, the step it was selected at, and its mean AUROC on validation examples."""
 
     gate: FeatureGate
     step: int
     auroc: float
+    device: torch.device
 
 
 def gate_scores(gate: FeatureGate, features: Tensor, widths: Sequence[int], batch_size: int = 4096) -> Tensor:
@@ -83,7 +84,7 @@ def fit_gate(
     gate = gate.to(device)
     if config.kind == "cosine":
         scores = [gate_scores(gate, part.features, widths) for part in validation]
-        return GateFit(gate.eval(), 0, mean_auroc(scores, validation))
+        return GateFit(gate.eval(), 0, mean_auroc(scores, validation), device)
     inputs = torch.cat([gate_inputs(gate, part.features, widths) for part in train])
     shares = _shares(train)
     gate.fit_scale(inputs[shares.multinomial(SCALED, True, generator=derived_generator(settings.seed, "gate scale"))])
@@ -116,7 +117,7 @@ def fit_gate(
             elif step - best_step >= settings.patience * VALIDATION_EVERY:
                 break
     gate.load_state_dict(best_state)
-    return GateFit(gate.eval().requires_grad_(False), best_step, best)
+    return GateFit(gate.eval().requires_grad_(False), best_step, best, device)
 
 
 def _shares(train: Sequence[Examples]) -> Tensor:

@@ -92,6 +92,10 @@ class Examples:
         """Those of the given rows of the pool."""
         return self.select(torch.isin(self.rows, rows))
 
+    def without(self, rows: Tensor) -> Examples:
+        """Those of other rows of the pool."""
+        return self.select(~torch.isin(self.rows, rows))
+
     def select(self, mask: Tensor) -> Examples:
         return replace(self, features=self.features[mask], rows=self.rows[mask])
 
