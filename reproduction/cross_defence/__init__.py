@@ -7,6 +7,7 @@ Where to find what::
     base.py          what a defence provides; the registry
     ttc.py, csr.py, agc.py, r_adapt.py, interpolation.py, smoothing.py, fusions.py   the defences, one idea each
     images.py        test images from parquet folders or one packed file
+    cost.py          passes and time of an answer
     attacks.py       what the authors attacked with, the adaptive attack, scoring
     table.py         all cells of the table, in several processes, resumable
     page.py          docs/CROSS_DEFENCE.md from the record

@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--work", default="outputs/cross_defence", help="cells, perturbations and examples")
     found.add_argument("--device", default="cpu")
     found.add_argument("--workers", type=int, default=0, help="processes on that device; 0: this one")
+    found.add_argument("--limit", type=float, help="seconds after which no further cell is begun")
     found.add_argument("--n", type=int, default=200, help="test images of each task")
     found.add_argument("--seed", type=int, default=0)
     found.add_argument("--tasks", nargs="*", default=list(TASKS))
@@ -64,7 +65,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"Written: {options.pack}, {size / 1e6:.1f} MB")
         return
     strength = Strength(**{name: getattr(options, name) for name in Strength().to_dict()})
-    chosen = {key: getattr(options, key) for key in ("model", "clip", "work", "device", "workers", "n", "seed")}
+    chosen = {
+        key: getattr(options, key) for key in ("model", "clip", "work", "device", "workers", "limit", "n", "seed")
+    }
     lists = {key: tuple(getattr(options, key)) for key in ("branches", "tasks", "defences")}
     settings = Settings.from_dict({**chosen, **lists, "images": str(place), "strength": strength})
     record = measure(smoke(settings) if options.smoke else settings)

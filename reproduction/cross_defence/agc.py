@@ -65,7 +65,7 @@ class AGC(Defence):
 
     Args:
         model: encoder with a zero-shot head.
-        views: random perspectives per image.
+        views: random perspectives per image; the released code takes 32.
         beta_clean, beta_adversarial: share of the angle for an image that looks clean, and for one that looks attacked.
         usual: mean cosine distance of the views from a clean image, in [0, 1).
         distortion: of the perspectives, in [0, 1].
@@ -73,11 +73,12 @@ class AGC(Defence):
 
     attack: AuthorsAttack = "pgd_undefended"
     random = True
+    averages = True
 
     def __init__(
         self,
         model: EncoderWithHead,
-        views: int = 32,
+        views: int = 16,
         beta_clean: float = 0.45,
         beta_adversarial: float = 2.25,
         usual: float = 0.0,
@@ -129,7 +130,7 @@ class AGC(Defence):
 
     def paths(self) -> list[Path]:
         few = copy.copy(self)
-        few.views = min(6, self.views)
+        few.views = min(4, self.views)
 
         def joint(images: Tensor) -> Tensor:
             own, others = few.features(images, few.views)

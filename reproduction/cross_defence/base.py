@@ -56,6 +56,7 @@ class Defence(nn.Module):
     attack: AuthorsAttack = "pgd_undefended"  # what its authors attacked it with
     random: bool = False
     views: int = 1  # images in the encoder at once for each image that it answers
+    averages: bool = False  # whether a random defence averages over its randomness by itself: one answer tells enough
 
     def paths(self) -> list[Path]:
         """The attacker's gradients: by default straight through."""

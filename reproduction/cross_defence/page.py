@@ -37,10 +37,16 @@ class Table:
 
     def __init__(self, record: dict[str, Any]) -> None:
         self.cells = record["cells"]
-        self.defences = [about["key"] for about in record["defences"]]
         self.config = record["meta"]["config"]
         self.tasks = list(self.config["tasks"])
         self.strong, self.weak = max(self.config["epsilons"]), min(self.config["epsilons"])
+        every = [about["key"] for about in record["defences"]]
+        self.defences = sorted((key for key in every if self._complete(key)), key=_place)
+        self.missing = [key for key in every if key not in self.defences]  # of a run that was cut off
+
+    def _complete(self, key: str) -> bool:
+        columns = [("clean", None), ("adaptive", self.strong)]
+        return all(self.share(key, column, epsilon, task) for task in self.tasks for column, epsilon in columns)
 
     def share(self, defence: str, column: str, epsilon: float | None = None, task: str | None = None) -> Share | None:
         """A cell, or all tasks together; None where it was not measured."""
@@ -73,6 +79,12 @@ class Table:
         return forward, backward, time
 
 
+def _place(key: str) -> tuple[int, str]:
+    """Where a defence stands in tables: further robust encoders behind the first one."""
+    order = list(TITLES)
+    return (order.index(key) if key in order else order.index("robust"), key)
+
+
 def _text(share: Share | None) -> str:
     return "" if share is None else interval_text(share.value, *share.interval)
 
@@ -98,12 +110,13 @@ def page(record: dict[str, Any]) -> str:
         "time: as a multiple of the undefended CLIP's.",
         _table(table, None),
         "## What holds and what does not",
-        bullets(_findings(table)),
+        bullets(_findings(table)) or "The rows to compare with were not measured.",
         "These are statements about this CLIP, these budgets and these attacks. An attack gives an upper bound: "
         "the true accuracy can only be lower. The defences are written anew from their papers and released constants, "
         "for an encoder of another size than their authors used; a result here does not contradict a published number "
         "that was measured under another threat model.",
         *_certificates(table),
+        *([f"Not measured on every task: {', '.join(map(title, table.missing))}."] if table.missing else ()),
         "## Protocol",
         bullets(_protocol(config)),
         "## The defences",
@@ -122,14 +135,16 @@ def _table(table: Table, task: str | None) -> str:
     strong, weak = (budget_text(epsilon, "linf") for epsilon in (table.strong, table.weak))
     head = ["defence", "clean", f"T1, {budget_text(config['epsilon_universal'], 'linf')}", f"authors' attack, {strong}"]
     head += [f"adaptive, {strong}", f"adaptive, {weak}", "passes", "time"]
-    base = table.cost(table.defences[0])[2]
+    base = table.cost("undefended" if "undefended" in table.defences else table.defences[0])[2]
     lines = []
     for defence in table.defences:
         shown = [table.share(defence, "clean", None, task), table.share(defence, "T1", None, task)]
         shown += [table.share(defence, "authors", table.strong, task), table.adaptive(defence, task)]
         shown += [table.share(defence, "adaptive", table.weak, task)]
         forward, backward, time = table.cost(defence)
-        cells = ["as T1" if share is None else _text(share) for share in shown]
+        cells = [_text(share) for share in shown]
+        if not cells[2] and table.of_authors(defence, task):
+            cells[2] = "as T1"
         passes = f"{forward:.3g} + {backward:.3g}"
         lines.append([title(defence), *cells, passes, f"{time / base:.1f}"])
     return markdown_table(head, lines)
@@ -137,6 +152,8 @@ def _table(table: Table, task: str | None) -> str:
 
 def _findings(table: Table) -> list[str]:
     """Sentences that follow from the intervals, all tasks together."""
+    if not {"undefended", "robust"} <= set(table.defences):
+        return []
     robust, budget = table.adaptive("robust"), budget_text(table.strong, "linf")
     others = [key for key in table.defences if key not in ("undefended", "robust")]
     gone = [key for key in others if table.adaptive(key).interval[1] < GONE]
@@ -218,12 +235,13 @@ def _protocol(config: dict[str, Any]) -> list[str]:
         f"below: PGD ({strength['pgd_steps']} steps, cross-entropy) or APGD ({strength['steps']} steps, DLR) on the "
         f"undefended CLIP, or APGD-CE ({strength['steps']} steps) through the defence.",
         f"Adaptive attack: the worst case per image over both transferred attacks, the universal perturbations at this "
-        f"budget, and APGD-CE ({strength['steps']} steps) and APGD-T (DLR, {strength['targets']} targets, "
-        f"{strength['target_steps']} steps each) along every gradient path of the defence: through it, with steps "
-        "without a gradient held constant (BPDA), averaged over its randomness (EOT), and at its parts together. "
-        "Each attack continues with the images that are still answered right.",
-        f"Random defences: the accuracy is the mean over {strength['draws']} answers; the example that counts is "
-        "chosen by other answers than those that score it.",
+        f"budget, APGD-CE ({strength['steps']} steps) along every gradient path of the defence, and APGD-T (DLR, "
+        f"{strength['targets']} targets, {strength['target_steps']} steps each) along the first. Paths: through it, "
+        "with steps without a gradient held constant (BPDA), with new randomness at each step (EOT), and at its parts "
+        "together. Each attack continues with the images that are still answered right.",
+        f"Random defences: the accuracy is the mean over {strength['draws']} answers, or of one where the defence "
+        "averages over its randomness itself. The example that counts is chosen by other answers than those that score "
+        "it.",
         "Per image and path: `after` in the record's cells gives the accuracy after each attack.",
     ]
 
@@ -232,7 +250,7 @@ def _legend(record: dict[str, Any]) -> str:
     from reproduction.cross_defence.attacks import AUTHORS
 
     lines = []
-    for about in record["defences"]:
+    for about in sorted(record["defences"], key=lambda about: _place(about["key"])):
         constants = ", ".join(f"{key} {value:.4g}" for key, value in about["constants"].items())
         lines.append([title(about["key"]), about["about"], AUTHORS[about["attack"]], constants])
     return markdown_table(["defence", "what", "authors' attack", "constants"], lines)

@@ -25,8 +25,9 @@ class Smoothing(Defence):
 
     attack: AuthorsAttack = "apgd_defence"
     random = True
+    averages = True
 
-    def __init__(self, model: nn.Module, sigma: float = 0.12, views: int = 32) -> None:
+    def __init__(self, model: nn.Module, sigma: float = 0.12, views: int = 16) -> None:
         super().__init__()
         self.model, self.sigma, self.views = model, sigma, views
 
@@ -38,7 +39,7 @@ class Smoothing(Defence):
         return soft + (votes.clamp_min(1e-6).log() - soft).detach()
 
     def paths(self) -> list[Path]:
-        views = min(8, self.views)
+        views = min(4, self.views)
 
         def soft(images: Tensor) -> Tensor:
             return self._noisy_logits(images, views).softmax(-1).mean(0).clamp_min(1e-12).log()

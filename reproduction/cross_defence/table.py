@@ -10,10 +10,9 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from reproduction.cross_defence.attacks import (
     transferred,
 )
 from reproduction.cross_defence.base import DEFENCES, Defence, Parts, Plain
+from reproduction.cross_defence.cost import ABOUT, about, cost
 from reproduction.cross_defence.images import Rows, read_rows
 from zepad_mm.attacks import UNIVERSAL_ATTACKS, Perturbation, frozen
 from zepad_mm.data import LabelledImages
@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 TASKS = ("clothing144", "imagenet20", "caltech69", "tinyimagenet80")
 CERTIFIED_RADII = (0.1, 0.25, 0.5)  # L2, in pixels of [0, 1]
-PLACES = ("images", "work", "device", "workers", "model", "clip", "branches")  # may differ in a resumed run
+PLACES = ("images", "work", "device", "workers", "limit", "model", "clip", "branches")  # may differ in a resumed run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +77,7 @@ class Settings(Config):
     work: str = "outputs/cross_defence"
     device: str = "cpu"
     workers: int = 0  # processes; 0: this one
+    limit: float | None = None  # seconds after which no further cell is begun; the record then lacks the rest
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common."""
@@ -213,7 +214,8 @@ class Bench:
     def _base_cells(self, job: Job, defence: Defence) -> Iterator[dict[str, Any]]:
         data, strength, since = self.data(job.task), self.settings.strength, time.perf_counter()
         right = share_right(defence, data.images, data.labels, strength)
-        yield self._cell(job, "clean", right, since, **cost(defence, data.images, strength))
+        described = cost(defence, data.images, strength) | about(job.defence, defence)
+        yield self._cell(job, "clean", right, since, **described)
         since, worst, after = time.perf_counter(), right, {}
         for name, perturbation in self.perturbations().items():
             found = share_right(defence, perturbation(data.images), data.labels, strength)
@@ -239,6 +241,7 @@ class Bench:
             examples = authors_attack(defence, data.images, data.labels, epsilon, strength, made)
             right = share_right(defence, examples, data.labels, strength)
             cells.append(self._cell(job, "authors", right, since, attack=AUTHORS[defence.attack]))
+            made = {**made, "authors": examples}
         since = time.perf_counter()
         found = adaptive_attack(defence, data.images, data.labels, epsilon, strength, made)
         return [*cells, self._cell(job, "adaptive", found.right, since, after=found.after)]
@@ -262,46 +265,6 @@ def _merged(encoder: Encoder) -> Encoder:
     encoder = copy.deepcopy(encoder)
     merge_lora(encoder)
     return encoder
-
-
-@contextmanager
-def _counting(defence: Defence, counts: dict[str, int]) -> Iterator[None]:
-    """Count the images that pass its encoders forwards and backwards."""
-
-    def forward(module: Any, inputs: Any, output: Tensor) -> None:
-        counts["forward"] += len(output)
-        if output.requires_grad:
-            output.register_hook(backward)
-
-    def backward(gradient: Tensor) -> None:
-        counts["backward"] += len(gradient)
-
-    handles = [part.register_forward_hook(forward) for part in defence.modules() if isinstance(part, Encoder)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def cost(defence: Defence, images: Tensor, strength: Strength) -> dict[str, float]:
-    """Passes of an encoder per answered image, and milliseconds per image in batches."""
-    counts = {"forward": 0, "backward": 0}
-    batch = images[: max(1, strength.capacity // defence.views)]
-    with torch.no_grad():
-        with _counting(defence, counts):
-            defence(batch)
-        started = _now(images.device)
-        defence(batch)
-        seconds = _now(images.device) - started
-    passes = {f"{key}_passes": round(count / len(batch), 2) for key, count in counts.items()}
-    return {**passes, "ms_per_image": round(1000 * seconds / len(batch), 4)}
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------
@@ -330,7 +293,7 @@ def _measure(job: Job) -> list[dict[str, Any]]:
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Measure every cell that is missing; returns the record of all."""
+    """Measure every cell that is missing; returns the record of all that are there."""
     work, started = Path(settings.work), time.perf_counter()
     identity = work / "settings.json"
     if identity.is_file():
@@ -339,44 +302,62 @@ def measure(settings: Settings) -> dict[str, Any]:
     bench = Bench(settings)
     bench.perturbations()
     epsilons = [None, *settings.epsilons]
-    jobs = [Job(task, name, epsilon) for task in settings.tasks for name in bench.names for epsilon in epsilons]
+    jobs = [Job(task, name, epsilon) for epsilon in epsilons for task in settings.tasks for name in bench.names]
     missing = [job for job in jobs if not (work / "cells" / job.file).is_file()]
     log.info("%d of %d jobs to do", len(missing), len(jobs))
-    _run(settings, bench, missing, lambda job, cells: write_json(work / "cells" / job.file, cells))
-    cells = [cell for job in jobs for cell in read_json(work / "cells" / job.file)]
-    about = [{"key": name, **_about(bench, name)} for name in bench.names]
+    _run(settings, bench, missing, started, lambda job, cells: write_json(work / "cells" / job.file, cells))
+    files = [path for job in jobs if (path := work / "cells" / job.file).is_file()]
+    cells = [cell for path in files for cell in read_json(path)]
+    clean = {cell["defence"]: cell for cell in cells if cell["column"] == "clean"}
+    shown = [{"key": name} | {key: clean[name][key] for key in ABOUT} for name in bench.names if name in clean]
     config = {key: value for key, value in settings.to_dict().items() if key not in PLACES}
     config |= {"model": Path(settings.model).name, "clip": settings.clip, "image_size": bench.side}
     meta = provenance(seed=settings.seed, config=config) | {"wall_s": round(time.perf_counter() - started, 1)}
-    return {"meta": meta, "defences": about, "cells": cells}
+    return {"meta": meta, "defences": shown, "cells": cells}
 
 
-def _about(bench: Bench, name: str) -> dict[str, Any]:
-    """What the page says of a defence."""
-    defence = bench.defence(bench.settings.tasks[0], name)
-    text = DEFENCES.get(name).__doc__ if name in DEFENCES else "A robust encoder alone."
-    constants = {key: value for key, value in vars(defence).items() if isinstance(value, float | int) and key[0] != "_"}
-    constants.pop("training", None)
-    return {"about": text, "attack": defence.attack, "random": defence.random, "constants": constants}
+def _run(
+    settings: Settings,
+    bench: Bench,
+    jobs: list[Job],
+    began: float,
+    done: Callable[[Job, list[dict[str, Any]]], None],
+) -> None:
+    """Do the jobs in this process or in several until the limit, and hand over the cells of each.
 
+    A job that fails is logged and leaves its cells out: the other rows do not depend on it.
+    """
+    started, finished = time.perf_counter(), 0
 
-def _run(settings: Settings, bench: Bench, jobs: list[Job], done: Callable[[Job, list[dict[str, Any]]], None]) -> None:
-    """Do the jobs in this process or in several, and hand over the cells of each."""
-    started = time.perf_counter()
-
-    def finish(number: int, job: Job, cells: list[dict[str, Any]]) -> None:
-        done(job, cells)
-        left = (time.perf_counter() - started) / number * (len(jobs) - number)
+    def finish(job: Job, work: Callable[[], list[dict[str, Any]]]) -> bool:
+        """Hand over, and say whether to go on."""
+        nonlocal finished
+        cells: list[dict[str, Any]] = []
+        try:
+            cells = work()
+            done(job, cells)
+        except Exception:
+            log.exception("%s on %s failed", job.defence, job.task)
+        finished, now = finished + 1, time.perf_counter()
+        left = (now - started) / finished * (len(jobs) - finished)
         shown = ", ".join(f"{cell['column']} {100 * cell['accuracy']:.1f}" for cell in cells)
-        log.info("%d of %d, about %.0f s left: %s on %s: %s", number, len(jobs), left, job.defence, job.task, shown)
+        log.info("%d of %d, about %.0f s left: %s on %s: %s", finished, len(jobs), left, job.defence, job.task, shown)
+        return settings.limit is None or now - began < settings.limit
 
     if not settings.workers:
-        for number, job in enumerate(jobs, 1):
-            finish(number, job, bench.measure(job))
+        for job in jobs:
+            if not finish(job, partial(bench.measure, job)):
+                return
         return
     context = get_context("spawn")  # CUDA does not survive a fork
     with ProcessPoolExecutor(settings.workers, context, initializer=_start, initargs=(settings,)) as pool:
         keys = sorted({(job.task, job.epsilon) for job in jobs if job.epsilon is not None})
         list(pool.map(_transfer, *zip(*keys, strict=True)) if keys else ())
-        for number, (job, cells) in enumerate(zip(jobs, pool.map(_measure, jobs), strict=True), 1):
-            finish(number, job, cells)
+        waiting = {pool.submit(_measure, job): job for job in jobs}
+        for future in as_completed(list(waiting)):
+            if not finish(waiting.pop(future), future.result):
+                break
+        pool.shutdown(cancel_futures=True)  # what runs is waited for
+        for future, job in waiting.items():
+            if not future.cancelled():
+                finish(job, future.result)
