@@ -9,6 +9,7 @@ single robust branch, the one with the highest clean accuracy is selected.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -23,8 +24,9 @@ from tqdm import tqdm
 from zepad_mm.attacks import PGD
 from zepad_mm.data import LabelledImages
 from zepad_mm.encoders import optimize_for_inference
-from zepad_mm.models.detection import SCORES, threshold_at
-from zepad_mm.models.fusion import Fusion, build
+from zepad_mm.evaluation.subjects import BranchView
+from zepad_mm.models.detection import SCORES, score_names, threshold_at
+from zepad_mm.models.fusion import Fusion, build, rule_names
 from zepad_mm.models.zepad import DetectorConfig, ZePAD
 from zepad_mm.utils.seeding import seeded_generator
 
@@ -38,6 +40,7 @@ GRIDS: dict[str, dict[str, Sequence[float]]] = {
     "bounded_benign": {"benign_weight": (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.35), "sharpness": (1.0, 1.5, 2.0)},
     "capped_rfdm": {"cap": (0.15, 0.25, 0.35)},
     "mixed_nuts": {"benign_weight": (0.2, 0.35, 0.45), "power": (1.0, 2.0), "scale": (2.0, 4.0)},
+    "gated": {"cap": (0.25, 0.35, 0.45, 0.6, 0.8, 1.0)},
 }
 FINALISTS = 8  # candidates, from the most accurate to the most robust, that are attacked through their own output
 CONTENDERS = 8  # further candidates at most, the most accurate first, while the pool leaves them robust enough
@@ -111,12 +114,12 @@ def select_fusion(
         raise ValueError("select_fusion: the model has no robust branch, so there is no robustness to keep")
     pool = _AttackPool(model, data, PGD(epsilon=epsilon, steps=steps, loss="margin"), seed)
     views: dict[str, Callable[[Tensor], Tensor]] = dict(zip(model.branches, pool.branches, strict=True))
-    views["robust branches"] = lambda x: torch.stack([pool.branches[index](x) for index in robust])
-    views["all branches"] = pool.logits_of
+    views["robust branches"] = BranchView([pool.branches[index] for index in robust])
+    views["all branches"] = BranchView(pool.branches)
     for name, view in (bar := tqdm(views.items(), desc="validation attacks", leave=False)):
         bar.set_postfix_str(name)
         pool.attack_all(view)
-    rules, tried = _score_candidates(pool, model.benign)
+    rules, tried = _score_candidates(pool, model)
     single_branches = [_single_branch(index) for index in range(len(pool.branches))]
     branches = {
         name: {"clean": pool.clean_accuracy(rule), "pool": pool.robust_accuracy(rule)}
@@ -129,13 +132,14 @@ def select_fusion(
     return Selection(chosen, branches, tried, len(data), epsilon, steps, tolerance)
 
 
-def _score_candidates(pool: _AttackPool, benign: Sequence[bool]) -> tuple[dict[str, FusionRule], list[Candidate]]:
+def _score_candidates(pool: _AttackPool, model: ZePAD) -> tuple[dict[str, FusionRule], list[Candidate]]:
     """Every rule of :data:`GRIDS` with every choice of constants, by its key, and its accuracies on the pool."""
-    rules, tried = {}, []
-    for name, grid in GRIDS.items():
+    rules, tried, gate = {}, [], model.config.gate
+    known = rule_names(gate is not None and gate.threshold is not None)
+    for name, grid in ((name, grid) for name, grid in GRIDS.items() if name in known):
         for values in product(*grid.values()):
             params = dict(zip(grid, values, strict=True))
-            rule = _fused(build(name, benign, params=params))
+            rule = _fused(build(name, model.benign, params=params, gate=gate))
             candidate = Candidate(name, params, pool.clean_accuracy(rule), pool.robust_accuracy(rule))
             rules[candidate.key] = rule
             tried.append(candidate)
@@ -181,12 +185,13 @@ def select_detector(
         the share detected by each score; 0 and no threshold where all branches are the same network.
     """
     clean, attacked = _in_batches(model.branch_logits, validation.images), _in_batches(model.branch_logits, adversarial)
-    if torch.allclose(clean, clean[:1].expand_as(clean), rtol=0, atol=1e-3):
+    names, alike = score_names(model.gate is not None), clean[: len(model.benign)]
+    if torch.allclose(alike, alike[:1].expand_as(alike), rtol=0, atol=1e-3):
         log.warning("no detector: all branches answer alike, so that no score tells anything; nothing will be flagged")
         model.set_detector(DetectorConfig(threshold=None, false_positive_rate=false_positive_rate))
-        return dict.fromkeys(SCORES, 0.0)
+        return dict.fromkeys(names, 0.0)
     detected, thresholds = {}, {}
-    for name in SCORES:
+    for name in names:
         score = SCORES.get(name)
         thresholds[name] = threshold_at(score(clean, model.benign), false_positive_rate)
         detected[name] = float((score(attacked, model.benign) > thresholds[name]).float().mean())
@@ -195,20 +200,22 @@ def select_detector(
     return detected
 
 
-FusionRule = Callable[[Tensor], Tensor]  # branch logits (N, B, C) to fused logits (B, C)
+FusionRule = Callable[[Tensor], Tensor]  # branch logits (N, B, C), with the gate's (N + 1, B, C), to fused logits
 
 
 class _AttackPool:
-    """Validation images under attack: the branch logits of all examples found so far, the clean images first."""
+    """Validation images under attack: the branch logits of all examples found so far, the clean images first.
+
+    With a gate, its logit is one more row.
+    """
 
     def __init__(self, model: ZePAD, data: LabelledImages, attack: PGD, seed: int) -> None:
         self.images, self.labels, self.attack = data.images, data.labels, attack
         self.branches = [optimize_for_inference(model.branch(name), data.images.shape[-1]) for name in model.branches]
+        gate = None if model.gate is None else copy.deepcopy(model.gate).requires_grad_(False)
+        self.logits_of = BranchView(self.branches, None, gate)
         self.generator = seeded_generator(seed)
         self.examples = [_in_batches(self.logits_of, self.images)]
-
-    def logits_of(self, images: Tensor) -> Tensor:
-        return torch.stack([branch(images) for branch in self.branches])
 
     def clean_accuracy(self, rule: FusionRule) -> float:
         return float(self._correct(rule, 1).float().mean())

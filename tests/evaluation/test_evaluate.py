@@ -33,7 +33,7 @@ from zepad_mm.evaluation.report_text import summary
 from zepad_mm.evaluation.session import Session
 from zepad_mm.evaluation.threats import THREATS
 from zepad_mm.models.branch import Branch, BranchConfig
-from zepad_mm.models.fusion import RULES, Decision, Fusion, build
+from zepad_mm.models.fusion import Decision, Fusion, build, rule_names
 from zepad_mm.models.zepad import DetectorConfig, ZePAD, ZePADConfig
 
 
@@ -64,7 +64,7 @@ def test_report_has_the_documented_keys_rows_and_order(finished: tuple[Report, P
         assert wanted | {"seconds", "asr", "asr_correct"} <= set(row)
         assert row["n"] == 96
         assert 0 <= row["ci_low"] <= row["accuracy"] <= row["ci_high"] <= 1
-    rules = {f"zepad:{rule}" for rule in RULES}
+    rules = {f"zepad:{rule}" for rule in rule_names(gated=False)}
     branches = {f"branch:{name}" for name in model.branches}
     assert set(report.models) == {"undefended", "zepad", "baseline:equal"} | rules | branches
     for name in report.models:
@@ -90,7 +90,7 @@ def test_accuracies_order_models_as_expected(finished: tuple[Report, Path]) -> N
     assert report.accuracy("zepad", "T2") <= min(row["accuracy"] for row in pool)
     names = {row["attack"] for row in pool}
     assert {"pgd@branch:benign", "pgd@robust_branches", "pgd@all_branches", "pgd@zepad"} <= names
-    assert {f"pgd@zepad:{rule}" for rule in RULES if rule != "bounded_benign"} <= names
+    assert {f"pgd@zepad:{rule}" for rule in rule_names(gated=False) if rule != "bounded_benign"} <= names
     assert "pgd@zepad:bounded_benign" not in names  # the same rule as zepad's, attacked once
     assert any(name.startswith("feature_uap@") for name in names)
     # the shipped rule and its namesake share every example, so they must agree

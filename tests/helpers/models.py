@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -13,6 +14,7 @@ from torch import nn
 from zepad_mm.encoders import LoraSettings, add_lora, load_clip
 from zepad_mm.encoders.sources import with_image_size
 from zepad_mm.models.branch import Adaptation, Branch, BranchConfig, Role
+from zepad_mm.models.gate import GateConfig, gate_for
 from zepad_mm.models.heads import zero_shot_head
 from zepad_mm.models.zepad import EMBEDDED_MODEL, DetectorConfig, ZePAD, ZePADConfig
 
@@ -90,6 +92,17 @@ def make_zepad(source: str, fusion: str = "bounded_benign") -> ZePAD:
         detector=DetectorConfig(threshold=0.1),
     )
     return ZePAD(about, branches)
+
+
+def make_gated_zepad(source: str, kind: Literal["learned", "cosine"] = "learned", **config: Any) -> ZePAD:
+    """The model of :func:`make_zepad` with a gate of random weights, which sets fusion weights and the score."""
+    model = make_zepad(source)
+    torch.manual_seed(2)
+    settings = GateConfig(kind=kind, threshold=0.0, hidden=16, seen_attacks=("feature_uap",), **config)
+    widths = [model.branch(name).encoder.feature_dim for name in model.branches]
+    model.set_gate(gate_for(widths, model.benign, settings))
+    model.config = replace(model.config, policy_caps={"zero_sacrifice": 0.9, "white_box": 0.3})
+    return model.set_fusion("gated").set_detector(DetectorConfig(score="feature_gate", threshold=0.0))
 
 
 class ConvNet(nn.Module):

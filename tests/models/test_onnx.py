@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.models import CLASSES, make_zepad
+from tests.helpers.models import CLASSES, make_gated_zepad
 from zepad_mm.models.onnx import OUTPUTS, Exported, export_onnx
 from zepad_mm.models.zepad import ZePAD
 
@@ -20,7 +20,7 @@ SIZE = 48  # not the encoder's 32: the antialiased resize is part of the graph
 
 @pytest.fixture(scope="module")
 def model(clip_source: str) -> ZePAD:
-    return make_zepad(clip_source, "capped_rfdm")
+    return make_gated_zepad(clip_source)
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +34,13 @@ def test_export_onnx_matches_torch(model: ZePAD, exported: Exported, batch: int)
 
     session = onnxruntime.InferenceSession(exported.path, providers=["CPUExecutionProvider"])
     images = torch.rand(batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(3))
-    decision = model.decide(images)
-    for name, theirs in zip(OUTPUTS, session.run(list(OUTPUTS), {"images": images.numpy()}), strict=True):
+    decision, names = model.decide(images), [*OUTPUTS, "gate"]
+    for name, theirs in zip(names, session.run(names, {"images": images.numpy()}), strict=True):
         torch.testing.assert_close(torch.from_numpy(theirs), getattr(decision, name), atol=1e-4, rtol=1e-4)
     about = session.get_modelmeta().custom_metadata_map
     assert json.loads(about["zepad_mm.class_names"]) == list(CLASSES)
-    assert json.loads(about["zepad_mm.fusion"])["rule"] == "capped_rfdm"
+    assert json.loads(about["zepad_mm.fusion"]) == {"rule": "gated", "threshold": 0.0, "sharpness": 2.0, "cap": 0.9}
+    assert json.loads(about["zepad_mm.gate"])["seen_attacks"] == ["feature_uap"]
 
 
 def louder(model: ZePAD) -> ZePAD:

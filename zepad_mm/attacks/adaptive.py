@@ -33,7 +33,8 @@ class Fused(Protocol):
         """(N, B) weights of the branches for each image."""
 
 
-Fuse = Callable[[Tensor], Fused]  # branch logits (N, B, C) to the fused output
+# branch logits (N, B, C) to the fused output; a gate's logit may follow them as one more row (N + 1, B, C)
+Fuse = Callable[[Tensor], Fused]
 Loss = Callable[[Tensor, Tensor], Tensor]  # branch logits (N, B, C) and labels (B,) to losses (B,)
 
 # name -> attack class; it is called with the branches, (B, 3, H, W) to (N, B, C), in place of a model
@@ -75,8 +76,9 @@ class BranchedAttack(Attack):
         target = check_labels(labels, images)
         with torch.no_grad():
             outputs = model(images)
-        check_branches(outputs, len(images))
-        objectives = self.objectives(target, len(outputs))
+            check_branches(outputs, len(images))
+            branches = len(self.fuse(outputs).weights)  # what follows them is for the fusion, as the logit of a gate
+        objectives = self.objectives(target, branches)
         objectives[0].check(outputs, len(images))
         best = BestAdversarial(images)
         best.update(images, outputs, objectives[0])
@@ -176,13 +178,15 @@ def fused_dlr(fuse: Fuse, branches: int) -> list[Loss]:
 @FUSED_LOSSES.register("weight_hijack")
 def weight_hijack(fuse: Fuse, branches: int) -> list[Loss]:
     """Weighted sum of branch margins: grows with the margin of a wrong branch and with its weight."""
-    return [lambda logits, labels: (fuse(logits).weights * margin_per_branch(logits, labels)).sum(0)]
+    return [lambda logits, labels: (fuse(logits).weights * margin_per_branch(logits[:branches], labels)).sum(0)]
 
 
 @FUSED_LOSSES.register("weight_hijack_frozen")
 def weight_hijack_frozen(fuse: Fuse, branches: int) -> list[Loss]:
     """The same with detached weights: for fusion rules whose weights mask the gradient."""
-    return [lambda logits, labels: (fuse(logits).weights.detach() * margin_per_branch(logits, labels)).sum(0)]
+    return [
+        lambda logits, labels: (fuse(logits).weights.detach() * margin_per_branch(logits[:branches], labels)).sum(0)
+    ]
 
 
 # ---- losses on the branches alone ------------------------------------------------------------------------------------
@@ -209,19 +213,19 @@ def sum_margin(fuse: Fuse, branches: int) -> list[Loss]:
 @FUSED_LOSSES.register("min_margin")
 def min_margin(fuse: Fuse, branches: int) -> list[Loss]:
     """Smallest branch margin: attacks the most robust branch until all are wrong."""
-    return [lambda logits, labels: margin_per_branch(logits, labels).amin(0)]
+    return [lambda logits, labels: margin_per_branch(logits[:branches], labels).amin(0)]
 
 
 @FUSED_LOSSES.register("average_logit")
 def average_logit(fuse: Fuse, branches: int) -> list[Loss]:
     """Margin of the mean logits."""
-    return [lambda logits, labels: margin(logits.mean(0), labels)]
+    return [lambda logits, labels: margin(logits[:branches].mean(0), labels)]
 
 
 @FUSED_LOSSES.register("average_probability")
 def average_probability(fuse: Fuse, branches: int) -> list[Loss]:
     """Margin of the log of the mean probability."""
-    return [lambda logits, labels: margin(logits.log_softmax(-1).logsumexp(0), labels)]
+    return [lambda logits, labels: margin(logits[:branches].log_softmax(-1).logsumexp(0), labels)]
 
 
 MORA_BETAS = (0.5, 0.0, 0.25, 0.75, 1.0)  # share of the re-weighted branches in the loss of each run, in their order
@@ -240,8 +244,9 @@ def mora(fuse: Fuse, branches: int) -> list[Loss]:
     return [partial(_mora_loss, fuse, beta) for beta in MORA_BETAS]
 
 
-def _mora_loss(fuse: Fuse, beta: float, logits: Tensor, labels: Tensor) -> Tensor:
-    fused = fuse(logits)
+def _mora_loss(fuse: Fuse, beta: float, outputs: Tensor, labels: Tensor) -> Tensor:
+    fused = fuse(outputs)
+    logits = outputs[: len(fused.weights)]
     gap, gaps = _top_gap(fused.logits.detach()), _top_gap(logits.detach())
     whole = fused.logits / gap.clamp_min(1e-6).unsqueeze(-1)
     cooled = logits / (gaps.amax(0) / 10).clamp_min(1).view(1, -1, 1)

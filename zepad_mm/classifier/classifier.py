@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from zepad_mm.encoders.prompts import templates_of
 from zepad_mm.models.branch import BranchOutputs, encode
 from zepad_mm.models.fusion import Decision
 from zepad_mm.models.heads import ZeroShotHead
+from zepad_mm.models.serialization import Policy
 from zepad_mm.models.zepad import ZePAD
 from zepad_mm.utils.images import Resize
 from zepad_mm.utils.isolation import preserved_process_state
@@ -33,20 +34,26 @@ class Task:
         names: the labels in the order of the logits.
         heads: branch name to its zero-shot head for these labels.
         undefended_head: the zero-shot head of the undefended encoder.
+        policy: as for :meth:`ZePAD.set_policy`; None: the model's own.
     """
 
     model: ZePAD
     names: tuple[str, ...]
     heads: Mapping[str, ZeroShotHead]
     undefended_head: ZeroShotHead
+    policy: Policy | None = None
 
     def branch_logits(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] to the logits of each branch (N, B, C)."""
-        return self.model.branch_outputs(images, self.heads).logits
+        """(B, 3, H, W) in [0, 1] to the logits of each branch (N, B, C); as :meth:`ZePAD.branch_logits`."""
+        return self.model.branch_outputs(images, self.heads).stacked
+
+    def fuse(self, outputs: BranchOutputs | Tensor) -> Decision:
+        """As :meth:`ZePAD.fuse`, by the policy of the task."""
+        return self.model.fuse(outputs, self.policy)
 
     def decide(self, images: Tensor) -> Decision:
         """(B, 3, H, W) in [0, 1] to a Decision with fused logits (B, C); differentiable."""
-        return self.model.fuse(self.branch_logits(images))
+        return self.fuse(self.branch_logits(images))
 
     def defended(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to fused logits (B, C), the target of a white-box attack."""
@@ -68,18 +75,21 @@ class RobustZeroShotClassifier:
         model: a defended CLIP whose heads are all zero-shot. Its heads and classes are not changed.
         batch_size: images per forward pass.
         max_pixels: width times height beyond which a file is refused before it is decoded.
+        policy: "zero_sacrifice" or "white_box", as for :meth:`ZePAD.set_policy`; None: the model's own.
 
     Raises:
-        ValueError: a branch has a trained head, which is tied to its labels.
+        ValueError: a branch has a trained head, which is tied to its labels, or the model has no such policy.
     """
 
-    def __init__(self, model: ZePAD, batch_size: int = 32, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(
+        self, model: ZePAD, batch_size: int = 32, max_pixels: int = MAX_PIXELS, policy: Policy | None = None
+    ) -> None:
         trained = [branch.name for branch in model.config.branches if branch.head != "zero_shot"]
         if trained:
             raise ValueError(f"zero-shot classification needs zero-shot heads; {', '.join(trained)} have trained ones")
         if batch_size < 1 or max_pixels < 1:
             raise ValueError(f"expected batch_size and max_pixels of at least 1, got {batch_size} and {max_pixels}")
-        self.model = model.eval()
+        self.model = model.eval() if policy is None else model.eval().set_policy(policy)
         self.batch_size = batch_size
         self.max_pixels = max_pixels
         self._text_lock = threading.Lock()  # tokenizers, embedding cache and lazy loading are not thread-safe
@@ -99,6 +109,7 @@ class RobustZeroShotClassifier:
         batch_size: int = 32,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        policy: Policy | None = None,
         **hub: Any,
     ) -> RobustZeroShotClassifier:
         """Load from ``"embedded"``, a folder or the Hub.
@@ -107,9 +118,10 @@ class RobustZeroShotClassifier:
             name: ``"embedded"``, a folder, or a name on the Hub.
             batch_size: images per forward pass.
             device, dtype: as for :meth:`to`.
+            policy: "zero_sacrifice" or "white_box"; None: the model's own.
             hub: as for :meth:`ZePAD.from_pretrained`.
         """
-        return cls(ZePAD.from_pretrained(name, **hub), batch_size).to(device, dtype)
+        return cls(ZePAD.from_pretrained(name, **hub), batch_size, policy=policy).to(device, dtype)
 
     @classmethod
     def defend(
@@ -150,10 +162,15 @@ class RobustZeroShotClassifier:
         self.model.to(device)
         return self
 
-    def task(self, candidate_labels: Sequence[str], hypothesis_template: str | Sequence[str] = "photo") -> Task:
+    def task(
+        self,
+        candidate_labels: Sequence[str],
+        hypothesis_template: str | Sequence[str] = "photo",
+        policy: Policy | None = None,
+    ) -> Task:
         """Logits of the defended and the undefended model for a set of labels, e.g. for custom attacks.
 
-        Text embeddings are cached for the last 64 label sets.
+        Text embeddings are cached for the last 64 label sets. ``policy`` applies to this task alone.
 
         Raises:
             ValueError: no labels, empty or duplicate ones, or a template without ``{}``.
@@ -167,7 +184,8 @@ class RobustZeroShotClassifier:
             self.model.undefended.encoder.to(device)  # loaded lazily, perhaps before the model was moved
             scales = {name: self.model.branch(name).head.logit_scale for name in self.model.branches}
             heads = {name: ZeroShotHead.from_embeddings(embeddings, float(scale)) for name, scale in scales.items()}  # type: ignore[arg-type]
-            return Task(self.model, tuple(names), heads, ZeroShotHead.from_embeddings(embeddings, text.logit_scale))
+            undefended_head = ZeroShotHead.from_embeddings(embeddings, text.logit_scale)
+        return Task(self.model, tuple(names), heads, undefended_head, policy)
 
     def __call__(
         self,
@@ -179,6 +197,7 @@ class RobustZeroShotClassifier:
         return_evidence: bool = False,
         on_adversarial: str = "ignore",
         return_errors: bool = False,
+        policy: Policy | None = None,
     ) -> Any:
         """Classify one image, many, or a stream of them.
 
@@ -190,11 +209,12 @@ class RobustZeroShotClassifier:
             hypothesis_template: a template with one ``{}``, several, or a named prompt set.
             top_k: number of best labels to return; None: all.
             return_evidence: return ``{"labels", "evidence"}`` for each image, with the branch confidences, the fusion
-                weights, the suspicion score, whether it is flagged (None: the model has no threshold), and the
-                labels of the undefended encoder.
+                weights, the suspicion score, whether it is flagged (None: the model has no threshold), the gate's
+                logit with its threshold (None: the model has no gate), and the labels of the undefended encoder.
             on_adversarial: treatment of images whose suspicion score exceeds the model's threshold. "ignore": nothing;
                 "flag": every label gets a third key, "flagged"; "abstain": no labels, ``[]``.
             return_errors: an image that cannot be read has its ValueError in place of an answer; False: it is raised.
+            policy: for this call alone, "zero_sacrifice" or "white_box"; None: the model's own.
 
         Returns:
             ``[{"score", "label"}, ...]``, best first, for one image, as transformers'
@@ -216,7 +236,7 @@ class RobustZeroShotClassifier:
                 f"on_adversarial={on_adversarial!r} needs a threshold, and this model has none; choose one on "
                 "clean images: zepad_mm.selection.select_detector"
             )
-        task = self.task(candidate_labels, hypothesis_template)
+        task = self.task(candidate_labels, hypothesis_template, policy)
         single, stream = as_iterable(images)
         wanted = _Wanted(top_k, return_evidence, on_adversarial, return_errors)
         answers = self._answers(task, stream, single, wanted)
@@ -240,7 +260,7 @@ class RobustZeroShotClassifier:
         """The answers to a batch that is resized for each branch, and under the name "" for the undefended encoder."""
         branches = {name: images for name, images in resized.items() if name}
         outputs = self.model.branch_outputs(branches, task.heads)
-        decision = _on_cpu(self.model.fuse(outputs.logits))
+        decision = _on_cpu(task.fuse(outputs))
         flags = self.model.is_adversarial(decision).tolist()
         answers: list[Any] = []
         for row, flagged in zip(decision.logits.softmax(-1), flags, strict=True):
@@ -276,7 +296,14 @@ class RobustZeroShotClassifier:
             "weights": dict(zip(names, decision.weights[:, index].tolist(), strict=True)),
             "score": float(decision.score[index]),
             "flagged": None if self.model.config.detector.threshold is None else flagged,
+            "gate": self._gate_evidence(decision, index),
         }
+
+    def _gate_evidence(self, decision: Decision, index: int) -> dict[str, float | None] | None:
+        """The gate's logit and the value at which it halves the weight of the benign branches."""
+        if decision.gate is None or self.model.config.gate is None:
+            return None
+        return {"logit": float(decision.gate[index]), "threshold": self.model.config.gate.threshold}
 
     def _batches(
         self, stream: Iterable[Any], geometries: set[Resize], single: bool, keep_errors: bool
@@ -332,5 +359,5 @@ def _ranked(scores: Tensor, names: Sequence[str], top_k: int | None) -> Labels:
 
 
 def _on_cpu(decision: Decision) -> Decision:
-    parts = (decision.logits, decision.weights, decision.confidences, decision.score)
-    return Decision(*(part.cpu() for part in parts))
+    parts = {name: part for name, part in vars(decision).items() if part is not None}
+    return replace(decision, **{name: part.cpu() for name, part in parts.items()})

@@ -18,7 +18,7 @@ from zepad_mm.evaluation.metrics import FALSE_POSITIVE_RATES, Share, detect, pap
 from zepad_mm.evaluation.session import Session
 from zepad_mm.evaluation.settings import EvalSettings
 from zepad_mm.evaluation.threats import T1I, T1IB, T2, T3, THREATS, UNIVERSAL
-from zepad_mm.models.detection import SCORES, threshold_at
+from zepad_mm.models.detection import SCORES, score_names, threshold_at
 
 FIRST, WORST = "first_success", "worst"  # which successful example of an image is shown
 
@@ -52,7 +52,7 @@ def detection_rows(session: Session, validation: Tensor) -> list[dict[str, Any]]
         for example in attacked
     }
     rows = []
-    for name in SCORES:
+    for name in score_names(session.gate is not None):
         score = SCORES.get(name)
         clean = [score(logits, benign) for logits in (validation, session.branch_logits(session.clean.logits))]
         scores = {example.key: score(session.branch_logits(example.logits), benign) for example in attacked}
@@ -152,7 +152,7 @@ def _false_alarm_rows(
     benign, (kind, name, severity) = session.subject.benign, condition
     branch_logits = session.branch_logits(logits)
     rows = []
-    for score_name in SCORES:
+    for score_name in score_names(session.gate is not None):
         score = SCORES.get(score_name)
         reference, scores = score(validation, benign), score(branch_logits, benign)
         row = {

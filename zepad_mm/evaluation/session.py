@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -139,6 +140,8 @@ class Session:
         self.bar = tqdm(total=0, disable=None if self.processes.first else True, unit="stage", desc="evaluate")
         self._equal_members: dict[int, int] = {}  # member -> an earlier one that is the same network
         self._public = None if UNDEFENDED in self.members else subject.public_encoder
+        # without gradients of its own in attacks, as the copies
+        self.gate = None if subject.gate is None else copy.deepcopy(subject.gate).eval().requires_grad_(False)
         if self._public is not None:
             self._public = optimize_for_inference(self._public, side)
         self.cache = None if out is None else StageCache(out)
@@ -174,11 +177,15 @@ class Session:
 
     def view(self, row: Row) -> BranchView:
         """A row as one differentiable module."""
-        return BranchView(self.networks(row.members), row.combine)
+        return BranchView(self.networks(row.members), row.combine, self.gate if row.gated else None)
 
     def branch_view(self, members: tuple[int, ...]) -> BranchView:
         """Some members side by side, without a fusion."""
         return BranchView(self.networks(members))
+
+    def fusion_inputs(self) -> BranchView:
+        """What the fusion of the model as it ships reads: its branches side by side, and its gate."""
+        return BranchView(self.networks(self.default.members), None, self.gate)
 
     def networks(self, members: tuple[int, ...]) -> list[nn.Module]:
         """The networks at these indices."""
@@ -216,7 +223,7 @@ class Session:
             log.warning("%s: a model returns non-finite logits", example.key)
         self.examples.append(example)
         if example.threat == CLEAN.key:
-            for index in range(len(example.logits)):
+            for index in range(len(self.members)):
                 for earlier in range(index):
                     if torch.equal(example.logits[index], example.logits[earlier]):
                         self._equal_members.setdefault(index, earlier)
@@ -239,32 +246,46 @@ class Session:
         return torch.arange(len(self.labels)) < self.count(threat)
 
     def branch_logits(self, logits: Tensor) -> Tensor:
-        """Logits of all members (M, n, C) to those of the branches of the model as it ships (N, n, C)."""
-        return logits[list(self.default.members)]
+        """Logits of :meth:`score` to what the fusion of the model as it ships reads.
+
+        The logits of its branches (N, n, C), and the logit of its gate where it has one, (N + 1, n, C).
+        """
+        return logits[[*self.default.members, -1] if self.gate is not None else list(self.default.members)]
 
     # ---- work --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def score(self, images: Tensor, attacked: Tensor | None = None) -> Tensor:
-        """Logits of all members (M, n, C). With ``attacked`` (n,), ``images`` are those images alone."""
+        """Logits of all members (M, n, C), and of the gate as the last row (M + 1, n, C) for a model that has one.
+
+        With ``attacked`` (n,), ``images`` are those images alone.
+        """
         batches = images.split(self.settings.batch_size) if len(images) else ()
-        distinct = [member for index, member in enumerate(self.members.values()) if index not in self._equal_members]
-        works = [partial(self._logits, member, batch) for member in distinct for batch in batches]
+        units = self._scored_together()
+        works = [partial(self._logits, view, batch) for view in units.values() for batch in batches]
         scored = iter(self.processes.shared(works))
-        found = list[Tensor]()
-        for index in range(len(self.members)):
-            if index in self._equal_members:
-                found.append(found[self._equal_members[index]])
-            elif batches:
-                found.append(torch.cat(list(islice(scored, len(batches)))))
-            else:
-                found.append(torch.empty(0, len(self.data.test.class_names)))
-        logits = torch.stack(found)
+        found = dict[int, Tensor]()
+        for members in units:
+            empty = torch.empty(len(members), 0, len(self.data.test.class_names))
+            found |= zip(members, torch.cat([empty, *islice(scored, len(batches))], dim=1), strict=True)
+        rows = range(len(self.members) + (self.gate is not None))
+        logits = torch.stack([found[self._equal_members.get(index, index)] for index in rows])
         if attacked is None:
             return logits
         full = self.clean.logits.clone()
         full[:, attacked] = logits
         return full
+
+    def _scored_together(self) -> dict[tuple[int, ...], BranchView]:
+        """The distinct members, each as a view of its own; branches that the gate reads together, its row last."""
+        units = {}
+        if self.gate is not None:
+            units[(*self.default.members, len(self.members))] = self.fusion_inputs()
+        done = {index for members in units for index in members}
+        for index in range(len(self.members)):
+            if index not in self._equal_members and index not in done:
+                units[index,] = self.branch_view((index,))
+        return units
 
     @torch.no_grad()
     def _logits(self, member: nn.Module, images: Tensor) -> Tensor:
@@ -308,6 +329,8 @@ class Session:
         state = hashlib.blake2b(digest_size=16)
         for name, member in self.subject.members.items():
             _hash_state(state, f"{name}.", member)
+        if self.gate is not None:
+            _hash_state(state, "gate.", self.gate)
         if self._public is not None and self.subject.public_encoder is not None:
             _hash_state(state, "public.", self.subject.public_encoder)
         pixels = hashlib.blake2b(digest_size=16)

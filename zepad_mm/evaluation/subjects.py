@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from zepad_mm.encoders import BACKENDS, Encoder, TextEncoder, load_clip
 from zepad_mm.evaluation.threats import RowKind
-from zepad_mm.models.branch import Branch
-from zepad_mm.models.fusion import RULES, Fusion, build
+from zepad_mm.models.branch import Branch, run_branches
+from zepad_mm.models.fusion import Fusion, build, rule_names
+from zepad_mm.models.gate import FeatureGate
 from zepad_mm.models.heads import zero_shot_head
 from zepad_mm.models.zepad import DetectorConfig, ZePAD
 from zepad_mm.utils.images import Resize
@@ -38,12 +39,14 @@ class Row:
         members: which networks it needs, as indices into the members of its subject.
         combine: logits of those members (N, B, C) to one answer (B, C).
         kind: what it is.
+        gated: whether ``combine`` takes the logit of the subject's gate as one more row (N + 1, B, C).
     """
 
     name: str
     members: tuple[int, ...]
     combine: Combine
     kind: RowKind = RowKind.BASELINE
+    gated: bool = False
 
     @property
     def fused(self) -> bool:
@@ -51,23 +54,31 @@ class Row:
         return len(self.members) > 1
 
     def answer(self, logits: Tensor) -> Tensor:
-        """Logits of all members (M, n, C) to those of this row (n, C)."""
-        return self.combine(logits[list(self.members)])
+        """Logits of all members (M, n, C), and of the gate where there is one, to those of this row (n, C)."""
+        return self.combine(logits[[*self.members, -1] if self.gated else list(self.members)])
 
 
 class BranchView(nn.Module):
     """Some members as one differentiable module for attacks, with what combines them unless that is None.
 
-    Images (B, 3, H, W) to (B, C); without ``combine`` to the stacked logits (N, B, C), whose losses attacks sum.
+    Images (B, 3, H, W) to (B, C); without ``combine`` to the stacked logits (N, B, C), whose losses attacks sum. With a
+    gate, which reads the features of the members, all of them branches, its logit is one more row (N + 1, B, C).
     """
 
-    def __init__(self, members: Sequence[nn.Module], combine: Combine | None = None) -> None:
+    def __init__(
+        self, members: Sequence[nn.Module], combine: Combine | None = None, gate: FeatureGate | None = None
+    ) -> None:
         super().__init__()
         self.members = nn.ModuleList(members)
         self.combine = combine
+        self.gate = gate
 
     def forward(self, images: Tensor) -> Tensor:
-        logits = torch.stack([member(images) for member in self.members])
+        if self.gate is None:
+            logits = torch.stack([member(images) for member in self.members])
+        else:
+            branches: list[Any] = list(self.members)
+            logits = run_branches(branches, [images] * len(branches), self.gate).stacked
         return logits if self.combine is None else self.combine(logits)
 
 
@@ -104,6 +115,7 @@ class Subject:
         fusion: of the model as it ships; None for a single network, which has no detector (no T3, no detection rows).
         detector: score and threshold of the fusion's detector.
         text: gives the text tower that made its zero-shot heads; None where there is none.
+        gate: of the model as it ships, whose branches it reads; None for a model without one.
         about: what identifies the model, for the report.
     """
 
@@ -114,6 +126,7 @@ class Subject:
     fusion: Fusion | None = None
     detector: DetectorConfig | None = None
     text: Callable[[], TextEncoder] | None = None
+    gate: FeatureGate | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -264,10 +277,11 @@ def _defence(model: ZePAD, rules: Sequence[str], baselines: Mapping[str, nn.Modu
     fused = tuple(range(len(branches)))
     members: dict[str, nn.Module] = {**branches, UNDEFENDED: model.undefended}
     members |= {f"baseline:{name}": module for name, module in baselines.items()}
-    rows = [Row(DEFENCE, fused, FusedAnswer(model.fusion), RowKind.DEFAULT)]
-    for rule in rules or tuple(RULES):
-        fusion = build(rule, model.benign, model.config.detector.score)
-        rows.append(Row(f"{DEFENCE}:{rule}", fused, FusedAnswer(fusion), RowKind.RULE))
+    gate = model.config.gate
+    rows = [Row(DEFENCE, fused, FusedAnswer(model.fusion), RowKind.DEFAULT, gate is not None)]
+    for rule in rules or rule_names(gate is not None and gate.threshold is not None):
+        fusion = build(rule, model.benign, model.config.detector.score, gate=gate)
+        rows.append(Row(f"{DEFENCE}:{rule}", fused, FusedAnswer(fusion), RowKind.RULE, gate is not None))
     rows.append(Row("baseline:equal", fused, soft_vote))
     kinds = [RowKind.BRANCH] * len(branches) + [RowKind.UNDEFENDED] + [RowKind.BASELINE] * len(baselines)
     rows += [Row(name, (index,), first_logits, kinds[index]) for index, name in enumerate(members)]
@@ -279,6 +293,7 @@ def _defence(model: ZePAD, rules: Sequence[str], baselines: Mapping[str, nn.Modu
         fusion=model.fusion,
         detector=model.config.detector,
         text=(lambda: model.text) if all(branch.head == "zero_shot" for branch in model.config.branches) else None,
+        gate=model.gate,
         about=model.config.to_dict(),
     )
 

@@ -253,7 +253,7 @@ def _attack_fusion(session: Session, loss: str) -> None:
         driver="momentum" if loss == "mora" else "apgd",
     )
     name = (attack_name(loss, row.name), loss, row.name)
-    attack_and_add(session, T2, name, attack, session.branch_view(row.members), session.still_right(row))
+    attack_and_add(session, T2, name, attack, session.fusion_inputs(), session.still_right(row))
 
 
 def _attack_superclass(session: Session) -> None:
@@ -267,7 +267,7 @@ def _attack_superclass(session: Session) -> None:
         steps=2 * settings.steps,
     )
     name = (attack_name("superclass", row.name), "superclass", row.name)
-    attack_and_add(session, T2, name, attack, session.branch_view(row.members), session.still_right(row))
+    attack_and_add(session, T2, name, attack, session.fusion_inputs(), session.still_right(row))
 
 
 def _score_rescaled(session: Session, algorithm: str, target: str, delta: Tensor) -> None:
@@ -324,7 +324,7 @@ def _evade_detector(session: Session, mode: str, mask: Tensor) -> None:
         steps=settings.detector_steps,
     )
     name = (attack_name(mode, row.name), mode, row.name)
-    attack_and_add(session, T3, name, attack, session.branch_view(row.members), mask)
+    attack_and_add(session, T3, name, attack, session.fusion_inputs(), mask)
 
 
 # ---- without trust in the benign branches ----------------------------------------------------------------------

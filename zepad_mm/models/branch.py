@@ -7,6 +7,7 @@ branches never saw one (BMP in the paper).
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zepad_mm.encoders import Encoder
+from zepad_mm.models.gate import FeatureGate, with_gate
 from zepad_mm.models.heads import HEADS
 from zepad_mm.utils.config import Config
 
@@ -52,16 +54,46 @@ class BranchOutputs:
     Attributes:
         features: for each of the N branches (B, D), what its encoder gives; D may differ between branches.
         logits: (N, B, C), what its head makes of them.
+        gate: (B,), the logit z of the model's gate; None for a model without one.
     """
 
     features: tuple[Tensor, ...]
     logits: Tensor
+    gate: Tensor | None = None
+
+    @property
+    def stacked(self) -> Tensor:
+        """What fusion rules and scores read: the logits and, for a model with a gate, z; (N, B, C) or (N + 1, B, C)."""
+        return with_gate(self.logits, self.gate)
 
 
 def encode(encoder: nn.Module, images: Tensor) -> Tensor:
     """Features, computed on the encoder's device in its precision, and returned in float32 for heads and fusion."""
     parameter = next(encoder.parameters())
     return encoder(images.to(parameter.device, parameter.dtype)).float()
+
+
+def run_branches(
+    branches: Sequence[Branch],
+    images: Sequence[Tensor],
+    gate: FeatureGate | None = None,
+    heads: Sequence[nn.Module] | None = None,
+) -> BranchOutputs:
+    """Features and logits of each branch, and the gate's logit, differentiable.
+
+    Args:
+        branches: at least one.
+        images: (B, 3, H, W) in [0, 1] for each branch: the same ones, resized for its encoder or not.
+        gate: what reads the features of these branches.
+        heads: for each branch the head to use in place of its own.
+    """
+    features = tuple(encode(branch.encoder, own) for branch, own in zip(branches, images, strict=True))
+    if heads is None:
+        logits = [branch.logits(own) for branch, own in zip(branches, features, strict=True)]
+    else:
+        logits = [head(own) for head, own in zip(heads, features, strict=True)]
+    z = None if gate is None else gate.read(features, [branch.role == "benign" for branch in branches])
+    return BranchOutputs(features, torch.stack(logits), z)
 
 
 class Branch(nn.Module):

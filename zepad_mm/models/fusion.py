@@ -1,7 +1,8 @@
 """Fusion rules: branch logits to fused logits. Every rule is smooth in the logits, so gradients are not masked.
 
 A rule takes ``branch_logits (N, B, C)`` and for each branch whether it is benign, and gives fused logits (B, C) and the
-weight of each branch for each image (N, B), summing to 1 over branches. The roles are plain booleans, not a tensor:
+weight of each branch for each image (N, B), summing to 1 over branches. For rules that need a gate, its logit z is one
+more row (N + 1, B, C), see :func:`zepad_mm.models.gate.with_gate`. The roles are plain booleans, not a tensor:
 what depends on them alone is decided when a model is compiled or exported, not for each image.
 """
 
@@ -11,18 +12,20 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zepad_mm.models.detection import SCORES, entropy
+from zepad_mm.models.detection import GATE_SCORE, SCORES, entropy
+from zepad_mm.models.gate import GateConfig
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.registry import Registry
 
 # name -> rule class; its fields are the constants
 RULES: Registry[type[Rule]] = Registry("fusion rule")
+GATED_RULE = "gated"  # needs a model with a gate
 
 
 @dataclass(frozen=True)
@@ -34,17 +37,21 @@ class Decision:
         weights: (N, B), of each branch for each image, summing to 1 over N.
         confidences: (N, B), max softmax of each branch, in [0, 1].
         score: (B,) suspicion score, higher for more suspicious inputs; see :mod:`zepad_mm.models.detection`.
+        gate: (B,) logit z of the gate, higher for images that look attacked; None for a model without one.
     """
 
     logits: Tensor
     weights: Tensor
     confidences: Tensor
     score: Tensor
+    gate: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule(Config, ABC):
     """A fusion rule with its constants."""
+
+    needs_gate: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, branch_logits: Tensor, benign: Sequence[bool]) -> tuple[Tensor, Tensor]:
@@ -183,6 +190,40 @@ class MixedNUTS(Rule):
         return _role_weights(branch_logits, benign, self.benign_weight)[_rows(benign, True)].sum(0)
 
 
+@RULES.register(GATED_RULE)
+@dataclass(frozen=True, kw_only=True)
+class Gated(Rule):
+    """Probabilities with the benign weight cap * sigmoid(sharpness * (threshold - z)), z being the gate's logit.
+
+    The benign branches share the weight, the robust ones the rest. An image that looks clean is answered by the benign
+    branches up to ``cap``, one that looks attacked by the robust ones.
+    """
+
+    needs_gate: ClassVar[bool] = True
+    threshold: float = 0.0  # z at which the benign weight is half the cap
+    sharpness: float = 2.0  # per unit of z
+    cap: float = 1.0  # in [0, 1], largest benign weight
+
+    def __call__(self, branch_logits: Tensor, benign: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        logits, own = branch_logits[: len(benign)], self.benign_bound(branch_logits, benign)
+        if all(benign) or not any(benign):
+            return _mix_probabilities(logits, _role_weights(logits, benign, 0.0))
+        margin = self.sharpness * (self.threshold - branch_logits[len(benign), :, 0])
+        cap, rest = (math.log(max(share, 1e-12)) for share in (self.cap, 1 - self.cap))
+        # log w and log (1 - w) = log (1 - cap + cap * sigmoid(-margin)): exact where the sigmoid saturates
+        trusted = cap + F.logsigmoid(margin)
+        cautious = torch.stack([torch.full_like(own, rest), cap + F.logsigmoid(-margin)]).logsumexp(0)
+        count = {kind: math.log(len(_rows(benign, kind))) for kind in (True, False)}
+        logs = torch.stack([trusted - count[True] if kind else cautious - count[False] for kind in benign])
+        return (logits.log_softmax(-1) + logs.unsqueeze(-1)).logsumexp(0), logs.exp()
+
+    def benign_bound(self, branch_logits: Tensor, benign: Sequence[bool]) -> Tensor:
+        if not 0 <= self.cap <= 1:
+            raise ValueError(f"cap: expected a share in [0, 1], got {self.cap}")
+        bound = float(all(benign)) if all(benign) or not any(benign) else self.cap
+        return branch_logits.new_full(branch_logits.shape[1:2], bound)
+
+
 @dataclass(frozen=True)
 class Fusion:
     """Branch logits (N, B, C) to a :class:`Decision`: a rule, the roles of the branches, and a detection score.
@@ -191,22 +232,28 @@ class Fusion:
         rule: how to mix.
         benign: for each of the N branches whether it is benign.
         score: a name of :data:`zepad_mm.models.detection.SCORES`.
+        gated: whether the model has a gate, whose logit is one more row: (N + 1, B, C).
     """
 
     rule: Rule
     benign: tuple[bool, ...]
     score: str = "jensen_shannon"
+    gated: bool = False
 
     def __call__(self, branch_logits: Tensor) -> Decision:
-        """(N, B, C) to a :class:`Decision`. Raises ValueError when N is not the number of branches."""
-        if branch_logits.ndim != 3 or len(branch_logits) != len(self.benign):
-            raise ValueError(f"branch_logits: expected ({len(self.benign)}, B, C), got {tuple(branch_logits.shape)}")
-        if len(self.benign) == 1:
-            logits, weights = branch_logits[0], torch.ones_like(branch_logits[..., 0])
+        """(N, B, C), or (N + 1, B, C) with a gate, to a :class:`Decision`. Raises ValueError for other shapes."""
+        branches, rows = len(self.benign), len(self.benign) + self.gated
+        if branch_logits.ndim != 3 or len(branch_logits) != rows:
+            hint = "; the last row is the gate's logit: write fuse(model.branch_outputs(images))" if self.gated else ""
+            raise ValueError(f"branch_logits: expected ({rows}, B, C), got {tuple(branch_logits.shape)}{hint}")
+        own = branch_logits[:branches]
+        if branches == 1:
+            logits, weights = own[0], torch.ones_like(own[..., 0])
         else:
-            logits, weights = self.rule(branch_logits, self.benign)
-        confidences = branch_logits.softmax(-1).amax(-1)
-        return Decision(logits, weights, confidences, SCORES.get(self.score)(branch_logits, self.benign))
+            logits, weights = self.rule(branch_logits if self.rule.needs_gate else own, self.benign)
+        score = SCORES.get(self.score)(branch_logits, self.benign)
+        gate = branch_logits[branches, :, 0] if self.gated else None
+        return Decision(logits, weights, own.softmax(-1).amax(-1), score, gate)
 
     def certified(self, branch_logits: Tensor) -> Tensor | None:
         """(B,) bool: no output of the benign branches would change the answer for this input.
@@ -216,6 +263,7 @@ class Fusion:
         adaptive smoothing, Bai et al. 2023). It does not cover attackers who move the robust branches. None where
         the rule has no bound.
         """
+        branch_logits = branch_logits[: len(self.benign)]  # the gate's logit is an output of the benign branches too
         bound = self.rule.benign_bound(branch_logits, self.benign)
         if bound is None or all(self.benign):
             return None if bound is None else torch.zeros(branch_logits.shape[1], dtype=torch.bool)
@@ -226,11 +274,40 @@ class Fusion:
 
 
 def build(
-    name: str, benign: Sequence[bool], score: str = "jensen_shannon", params: dict[str, Any] | None = None
+    name: str,
+    benign: Sequence[bool],
+    score: str = "jensen_shannon",
+    params: dict[str, Any] | None = None,
+    gate: GateConfig | None = None,
 ) -> Fusion:
-    """A fusion by the name of its rule. Raises ValueError for an unknown rule, constant or score."""
+    """A fusion by the name of its rule.
+
+    Args:
+        name: of :data:`RULES`.
+        benign: for each branch whether it is benign.
+        score: a name of :data:`zepad_mm.models.detection.SCORES`.
+        params: constants of the rule.
+        gate: of a model that has one; gives constants of the rule "gated" that ``params`` leaves out.
+
+    Raises:
+        ValueError: an unknown rule, constant or score, or one that needs a gate without a calibrated one.
+    """
     SCORES.get(score)
-    return Fusion(RULES.get(name).from_dict(params or {}), tuple(benign), score)
+    rule, constants = RULES.get(name), dict(params or {})
+    needs = {f"the fusion rule {name!r}": rule.needs_gate, f"the score {score!r}": score == GATE_SCORE}
+    for what in (what for what, needed in needs.items() if needed and gate is None):
+        raise ValueError(f"{what} needs a gate, and the model has none; give it one: model.set_gate(FeatureGate(...))")
+    if rule.needs_gate and gate is not None:
+        constants.setdefault("sharpness", gate.sharpness)
+        constants.setdefault("cap", gate.cap)
+        if "threshold" not in constants:
+            constants["threshold"] = gate.calibrated_threshold
+    return Fusion(rule.from_dict(constants), tuple(benign), score, gate is not None)
+
+
+def rule_names(gated: bool) -> list[str]:
+    """Names of the rules that a model with or without a calibrated gate has."""
+    return [name for name in RULES if gated or not RULES.get(name).needs_gate]
 
 
 def _mix_logits(branch_logits: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

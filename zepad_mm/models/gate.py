@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from zepad_mm.utils.config import Config
 
+T = TypeVar("T")
 COSINE_FACTOR = 5.0  # brings the cosine, one number, to the scale of the many small entries of unit features
 MOST_HIDDEN = 65_536  # hidden units that a file may ask for
 
@@ -146,9 +147,20 @@ class FeatureGate(nn.Module):
         self.mean.copy_(mean)
         self.std.copy_(std.clamp_min(max(float(std.mean()) * 0.1, 1e-6)))
 
+    def read(self, features: Sequence[Tensor], benign: Sequence[bool]) -> Tensor:
+        """Features (B, D) of every branch and its role to z (B,); of several benign branches the first one counts."""
+        return self(features[list(benign).index(True)], robust_of(features, benign))
+
     def weight(self, z: Tensor) -> Tensor:
         """The benign weight (B,) in [0, cap] for z (B,). Raises ValueError for a gate without a threshold."""
         return gate_weight(z, self.config.calibrated_threshold, self.config.sharpness, self.config.cap)
+
+    def check_fits(self, widths: Sequence[int], benign: Sequence[bool]) -> None:
+        """Raise ValueError unless it was made for branches of these feature widths and roles."""
+        own = (self.benign_width, *self.robust_widths)
+        got = tuple([width for width, kind in zip(widths, benign, strict=True) if kind][:1] + robust_of(widths, benign))
+        if got != own:
+            raise ValueError(f"gate: made for features of widths {own}, the benign branch first; the model has {got}")
 
     def _logit(self, benign: Tensor, robust: Sequence[Tensor]) -> Tensor:
         if self.config.kind == "learned":
@@ -162,6 +174,28 @@ class FeatureGate(nn.Module):
         expected = (self.benign_width, *self.robust_widths)
         if got != expected:
             raise ValueError(f"gate: expected features of widths {expected}, the benign branch first, got {got}")
+
+
+def gate_for(widths: Sequence[int], benign: Sequence[bool], config: GateConfig | None = None) -> FeatureGate:
+    """A gate for branches of these feature widths and roles. Raises ValueError without a branch of each role."""
+    if True not in benign:
+        raise ValueError("gate: expected a benign branch beside the robust ones, got none")
+    return FeatureGate(widths[list(benign).index(True)], robust_of(widths, benign), config)
+
+
+def robust_of(values: Sequence[T], benign: Sequence[bool]) -> list[T]:
+    """The values of the robust branches."""
+    return [value for value, own in zip(values, benign, strict=True) if not own]
+
+
+def with_gate(branch_logits: Tensor, z: Tensor | None) -> Tensor:
+    """Branch logits (N, B, C) and z (B,) as one tensor (N + 1, B, C) for fusion rules, scores and attacks.
+
+    Its last row is z, repeated over the classes. Without a gate (None) the branch logits as they are.
+    """
+    if z is None:
+        return branch_logits
+    return torch.cat([branch_logits, z.to(branch_logits.dtype).view(1, -1, 1).expand_as(branch_logits[:1])])
 
 
 def gate_weight(z: Tensor, threshold: float, sharpness: float, cap: float) -> Tensor:

@@ -16,7 +16,7 @@ from zepad_mm.models.serialization import check_float32
 from zepad_mm.models.zepad import ZePAD
 from zepad_mm.utils.seeding import seeded_generator
 
-OUTPUTS = ("logits", "weights", "confidences", "score")
+OUTPUTS = ("logits", "weights", "confidences", "score")  # a model with a gate has "gate" too
 LARGEST_FILE = 1_900_000_000  # bytes; ONNX itself allows 2 GiB, the weights of a larger graph lie beside it
 
 
@@ -36,15 +36,16 @@ class Exported:
 
 
 class _Graph(nn.Module):
-    """The model with its evidence as a tuple, in the order of ``OUTPUTS``."""
+    """The model with its evidence as a tuple, in the order of ``outputs``."""
 
     def __init__(self, model: ZePAD) -> None:
         super().__init__()
         self.model = model
+        self.outputs = OUTPUTS if model.gate is None else (*OUTPUTS, "gate")
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        decision = self.model.fuse(self.model.branch_outputs(images).logits)
-        return tuple(getattr(decision, name) for name in OUTPUTS)
+        decision = self.model.fuse(self.model.branch_outputs(images))
+        return tuple(getattr(decision, name) for name in self.outputs)
 
 
 def export_onnx(
@@ -53,8 +54,10 @@ def export_onnx(
     """Write the fused classifier, all branches, heads and the rule, as an ONNX graph for any batch size.
 
     The graph takes ``images`` (B, 3, S, S) float32 in [0, 1] and gives ``logits`` (B, C), ``weights`` and
-    ``confidences`` (N, B) and ``score`` (B,), as :class:`zepad_mm.models.fusion.Decision`. Preprocessing is inside.
-    It does not check its input. Class names, branch names, the rule and the detector's threshold are in its metadata.
+    ``confidences`` (N, B), ``score`` (B,) and, of a model with a gate, its logit ``gate`` (B,), as
+    :class:`zepad_mm.models.fusion.Decision`. Preprocessing is inside.
+    It does not check its input. Class names, branch names, the rule, the gate's configuration and the detector's
+    threshold are in its metadata.
 
     Args:
         model: a defended model; for other labels call :meth:`ZePAD.set_classes` first.
@@ -104,7 +107,7 @@ def export_onnx(
     return Exported(path, size, difference)
 
 
-def _export_program(graph: nn.Module, images: Tensor) -> Any:
+def _export_program(graph: _Graph, images: Tensor) -> Any:
     with torch.no_grad():
         return torch.onnx.export(
             graph,
@@ -112,7 +115,7 @@ def _export_program(graph: nn.Module, images: Tensor) -> Any:
             dynamo=True,
             verbose=False,
             input_names=["images"],
-            output_names=list(OUTPUTS),
+            output_names=list(graph.outputs),
             dynamic_shapes=({0: torch.export.Dim("batch")},),
         )
 
@@ -129,7 +132,8 @@ def _metadata(model: ZePAD, size: int) -> dict[str, str]:
     values = {
         "class_names": list(model.class_names),
         "branches": list(model.branches),
-        "fusion": {"rule": model.config.fusion, **model.config.fusion_params},
+        "fusion": {"rule": model.config.fusion, **model.fusion.rule.to_dict()},
+        "gate": None if model.config.gate is None else model.config.gate.to_dict(),
         "detector": model.config.detector.to_dict(),
         "image_size": size,
     }

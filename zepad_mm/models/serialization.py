@@ -1,7 +1,7 @@
 """Saving and loading of defended models: what was trained, and references to the base encoders.
 
 ``config.json`` (what it is made of, and a fingerprint of its answers), ``model.safetensors`` (heads, encoders tuned in
-full), ``branches/NAME/`` (adapters, loadable by peft alone).
+full, the gate), ``branches/NAME/`` (adapters, loadable by peft alone).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,14 @@ from zepad_mm.encoders import Encoder, describe_changes, fingerprint, has_lora, 
 from zepad_mm.encoders.sources import BACKENDS, repositories
 from zepad_mm.encoders.state_dict import load_state_dict_strict
 from zepad_mm.models.branch import Branch, BranchConfig
+from zepad_mm.models.fusion import GATED_RULE
+from zepad_mm.models.gate import FeatureGate, GateConfig, gate_for
 from zepad_mm.models.heads import HEADS
 from zepad_mm.utils.atomic import complete_folder, replacing_folder
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.hub import Access, card_text, fetch
 from zepad_mm.utils.io import ASSETS, read_json, read_tensors, write_json, write_tensors, write_text
-from zepad_mm.utils.registry import did_you_mean
+from zepad_mm.utils.registry import check_choice, did_you_mean
 from zepad_mm.utils.text import quoted
 from zepad_mm.utils.validation import check_names
 from zepad_mm.utils.wrappers import unwrapped
@@ -36,6 +38,9 @@ FORMAT = 1
 CONFIG, WEIGHTS, ADAPTERS, CARD = "config.json", "model.safetensors", "branches", "README.md"
 GENERATED = "<!-- written with the model, and again at each save; remove this line to keep a text of your own -->"
 PLACEHOLDER = "owner/name"  # stands in a card for the name it is published under
+
+
+Policy = Literal["zero_sacrifice", "white_box"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +63,9 @@ class ZePADConfig(Config):
     fusion: str = "bounded_benign"  # a name of zepad_mm.models.fusion.RULES
     fusion_params: dict[str, Any] = field(default_factory=dict)  # constants of the rule; missing ones are its defaults
     detector: DetectorConfig = field(default_factory=DetectorConfig)
+    gate: GateConfig | None = None  # of the feature gate; None: the model has none
+    policy: Policy = "zero_sacrifice"  # against attackers who do not know the defence, or "white_box" against all
+    policy_caps: dict[str, float] = field(default_factory=dict)  # policy -> largest benign weight of the rule "gated"
     revisions: dict[str, str] = field(default_factory=dict)  # source -> commit of the base, where it is known
     tuned_names: tuple[str, ...] = ()  # all that the robust branches know; empty: tuned to keep other names too
     storage_dtype: Literal["float32", "float16"] = "float32"  # of the saved weights
@@ -70,8 +78,24 @@ class ZePADConfig(Config):
         super().__post_init__()
         check_names([branch.name for branch in self.branches], "branch names")
         check_names(self.class_names, fold_case=False)
+        for policy, cap in self.policy_caps.items():
+            check_choice("policy_caps", policy, get_args(Policy))
+            if not 0 <= cap <= 1:
+                raise ValueError(f"policy_caps.{policy}: expected a share in [0, 1], got {cap}")
         if self.format != FORMAT:
             raise ValueError(f"the model is of format {self.format}, this zepad-mm reads {FORMAT}; upgrade zepad-mm")
+
+    @property
+    def benign(self) -> tuple[bool, ...]:
+        """For each branch whether it is benign."""
+        return tuple(branch.role == "benign" for branch in self.branches)
+
+    @property
+    def rule_params(self) -> dict[str, Any]:
+        """Constants of the rule, with the cap that the policy sets."""
+        if self.fusion != GATED_RULE or self.policy not in self.policy_caps:
+            return self.fusion_params
+        return {"cap": self.policy_caps[self.policy], **self.fusion_params}
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -131,8 +155,8 @@ def find_model_folder(name: str | Path, revision: str | None, access: Access) ->
     return Path(name)
 
 
-def read_model(folder: Path, access: Access) -> tuple[ZePADConfig, list[Branch]]:
-    """The branches as they were saved, around base encoders of the recorded revisions.
+def read_model(folder: Path, access: Access) -> tuple[ZePADConfig, list[Branch], FeatureGate | None]:
+    """The branches and the gate as they were saved, around base encoders of the recorded revisions.
 
     Raises:
         ValueError: damaged, mismatched, or a fingerprint that differs from the saved one; else as ``hub.fetch``.
@@ -142,26 +166,39 @@ def read_model(folder: Path, access: Access) -> tuple[ZePADConfig, list[Branch]]
     bases: dict[str, Encoder] = {}
     branches = {branch.name: _build_branch(branch, config, folder, bases, access) for branch in config.branches}
     hint = f"it does not belong to its {CONFIG}"
-    load_state_dict_strict(dict(_trained_tensors(branches)), tensors, str(folder / WEIGHTS), hint)
-    _check_fingerprint(config, branches, folder)
-    return config, list(branches.values())
+    gate = None
+    if config.gate is not None:
+        widths = [branch.encoder.feature_dim for branch in branches.values()]
+        gate = gate_for(widths, config.benign, config.gate).eval()
+    load_state_dict_strict(dict(_trained_tensors(branches, gate)), tensors, str(folder / WEIGHTS), hint)
+    _check_fingerprint(config, branches, gate, folder)
+    return config, list(branches.values()), gate
 
 
-def write_model(folder: Path, config: ZePADConfig, branches: Mapping[str, Branch], card: str | None = None) -> None:
+def write_model(
+    folder: Path,
+    config: ZePADConfig,
+    branches: Mapping[str, Branch],
+    gate: FeatureGate | None = None,
+    card: str | None = None,
+) -> None:
     """Write what was trained and a card. The folder holds the old model whole or the new one whole at any moment.
 
     A card that a user wrote is kept. Compiled or parallel modules are written under their plain names.
     """
     with unwrapped(*branches.values()):
-        _write_model(folder, config, branches, card)
+        _write_model(folder, config, branches, gate, card)
 
 
-def _write_model(folder: Path, config: ZePADConfig, branches: Mapping[str, Branch], card: str | None) -> None:
+def _write_model(
+    folder: Path, config: ZePADConfig, branches: Mapping[str, Branch], gate: FeatureGate | None, card: str | None
+) -> None:
     dtype = getattr(torch, config.storage_dtype)
     tensors = {
-        key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in _trained_tensors(branches)
+        key: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for key, tensor in _trained_tensors(branches, gate)
     }
-    logits = [round(value, 5) for value in _fingerprint_with(branches, dtype)]
+    logits = [round(value, 5) for value in _fingerprint_with(branches, gate, dtype)]
     encoders = {name: fingerprint(branch.encoder).to_dict() for name, branch in branches.items()}
     complete_folder(folder)
     with replacing_folder(folder) as staged:
@@ -229,7 +266,8 @@ def describe_model(config: ZePADConfig) -> str:
     warning = f"**Untuned: {untuned}.** On validation no tuned weights were better than the public ones."
     if config.nothing_tuned:
         warning += " No robust branch is tuned: this model defends against nothing."
-    table = head + "\n".join(lines) + f"\n\nFusion: `{config.fusion}` {config.fusion_params}. "
+    policy = f" (policy `{config.policy}`)" if config.policy_caps else ""
+    table = head + "\n".join(lines) + f"\n\nFusion: `{config.fusion}` {config.rule_params}{policy}. "
     return (f"{warning}\n\n" if untuned else "") + table + f"Detector: `{config.detector.score}`, advisory."
 
 
@@ -260,8 +298,8 @@ def _save_adapter(branch: Branch, folder: Path, dtype: torch.dtype) -> None:
     write_tensors(weights, {key: tensor.to(dtype) for key, tensor in tensors.items()}, metadata)
 
 
-def _trained_tensors(branches: Mapping[str, Branch]) -> list[tuple[str, Tensor]]:
-    """What belongs into model.safetensors: heads, and encoders that were tuned in full."""
+def _trained_tensors(branches: Mapping[str, Branch], gate: FeatureGate | None) -> list[tuple[str, Tensor]]:
+    """What belongs into model.safetensors: heads, encoders that were tuned in full, and the gate."""
     pairs: list[tuple[str, Tensor]] = []
     for name, branch in branches.items():
         parts: dict[str, nn.Module] = {"head": branch.head}
@@ -269,25 +307,27 @@ def _trained_tensors(branches: Mapping[str, Branch]) -> list[tuple[str, Tensor]]
             parts["encoder"] = branch.encoder
         for part, module in parts.items():
             pairs += [(f"branches.{name}.{part}.{key}", tensor) for key, tensor in module.state_dict().items()]
-    return pairs
+    return pairs + ([] if gate is None else [(f"gate.{key}", tensor) for key, tensor in gate.state_dict().items()])
 
 
-def _fingerprint(branches: Sequence[Branch]) -> list[float]:
-    """Logits of a fixed image, up to 8 classes per branch: catches another activation or preprocessing."""
+def _fingerprint(branches: Sequence[Branch], gate: FeatureGate | None) -> list[float]:
+    """Logits of a fixed image, up to 8 classes per branch, then the gate's: catches another activation or resizing."""
     grid = torch.linspace(0, 1, 48)
     image = torch.stack(
         [grid.view(-1, 1) * grid, 1 - grid.view(-1, 1).expand(48, 48), (grid * 6).sin().abs().expand(48, 48)]
     )
     device = next(branches[0].parameters()).device
     with torch.no_grad():
-        logits = torch.stack([branch(image[None].to(device)) for branch in branches])
-    return logits[:, 0, :8].flatten().tolist()
+        features = [branch.encoder(image[None].to(device)) for branch in branches]
+        logits = torch.stack([branch.logits(own) for branch, own in zip(branches, features, strict=True)])
+        values = logits[:, 0, :8].flatten().tolist()
+        return values if gate is None else [*values, float(gate.read(features, [b.role == "benign" for b in branches]))]
 
 
-def _fingerprint_with(branches: Mapping[str, Branch], dtype: torch.dtype) -> list[float]:
+def _fingerprint_with(branches: Mapping[str, Branch], gate: FeatureGate | None, dtype: torch.dtype) -> list[float]:
     """The fingerprint that the saved weights will give once they are read back."""
     if dtype == torch.float32:
-        return _fingerprint(list(branches.values()))
+        return _fingerprint(list(branches.values()), gate)
     rounded = [copy.deepcopy(branch) for branch in branches.values()]
     with torch.no_grad():
         for branch in rounded:
@@ -295,13 +335,15 @@ def _fingerprint_with(branches: Mapping[str, Branch], dtype: torch.dtype) -> lis
             for key, tensor in branch.state_dict().items():
                 if tensor.is_floating_point() and (trained_only or "lora_" in key or key.startswith("head.")):
                     tensor.copy_(tensor.to(dtype))
-    return _fingerprint(rounded)
+    return _fingerprint(rounded, None if gate is None else copy.deepcopy(gate).to(dtype))
 
 
-def _check_fingerprint(config: ZePADConfig, branches: Mapping[str, Branch], folder: Path) -> None:
+def _check_fingerprint(
+    config: ZePADConfig, branches: Mapping[str, Branch], gate: FeatureGate | None, folder: Path
+) -> None:
     if not config.fingerprint:
         return
-    expected, got = torch.tensor(config.fingerprint), torch.tensor(_fingerprint(list(branches.values())))
+    expected, got = torch.tensor(config.fingerprint), torch.tensor(_fingerprint(list(branches.values()), gate))
     close = expected.shape == got.shape and torch.allclose(expected, got, rtol=1e-2, atol=2e-2)
     causes = describe_changes(config.encoders, {name: branch.encoder for name, branch in branches.items()})
     if not close or causes:

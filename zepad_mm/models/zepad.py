@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from zepad_mm.encoders import Encoder, SharedTrunk, TextEncoder, load_clip
 from zepad_mm.encoders.prompts import templates_of
 from zepad_mm.encoders.sources import is_local, known_revisions
-from zepad_mm.models.branch import Branch, BranchConfig, BranchOutputs, encode
-from zepad_mm.models.fusion import Decision, Fusion, build
+from zepad_mm.models.branch import Branch, BranchConfig, BranchOutputs, run_branches
+from zepad_mm.models.fusion import GATED_RULE, Decision, Fusion, build
+from zepad_mm.models.gate import FeatureGate
 from zepad_mm.models.heads import HEADS, zero_shot_head
 from zepad_mm.models.serialization import (
     ADAPTERS,
     EMBEDDED_MODEL,
     PLACEHOLDER,
     DetectorConfig,
+    Policy,
     ZePADConfig,
     check_float32,
     find_model_folder,
@@ -51,9 +53,13 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
     Args:
         config: branches, classes, fusion rule and detector.
         branches: in the order of ``config.branches``.
+        gate: reads the features of all branches; None: the model has none. Its own configuration counts, not that of
+            ``config``.
     """
 
-    def __init__(self, config: ZePADConfig, branches: Sequence[Branch]) -> None:
+    gate: FeatureGate | None
+
+    def __init__(self, config: ZePADConfig, branches: Sequence[Branch], gate: FeatureGate | None = None) -> None:
         super().__init__()
         names = [branch.name for branch in branches]
         if names != [branch.name for branch in config.branches]:
@@ -61,7 +67,8 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
         # now, while the client's cache still holds what the encoders were loaded from
         self.config = replace(config, revisions={**known_revisions(config.sources), **config.revisions})
         self.branches = nn.ModuleDict({branch.name: branch for branch in branches})
-        self.fusion = build(config.fusion, self.benign, config.detector.score, config.fusion_params)
+        self.set_gate(gate)
+        self.config = replace(self.config, fingerprint=config.fingerprint)
         self._trunks: list[SharedTrunk] = []
         self._lazy: dict[str, Any] = {}  # what is loaded on demand and is no part of the defence
         self._access = Access()
@@ -72,7 +79,7 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
     @property
     def benign(self) -> tuple[bool, ...]:
         """For each branch whether it is benign."""
-        return tuple(branch.role == "benign" for branch in self.config.branches)
+        return self.config.benign
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -101,20 +108,24 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
         resized = images if isinstance(images, Mapping) else dict.fromkeys(self.branches, images)
         for one in {id(tensor): tensor for tensor in resized.values()}.values():
             check_images(one)
+        branches = {name: self.branch(name) for name in self.branches}
+        others = None if heads is None else [heads[name] for name in branches]
         with self.shared_blocks_run_once():
-            features = {name: encode(self.branch(name).encoder, resized[name]) for name in self.branches}
-        logits = [
-            self.branch(name).logits(own) if heads is None else heads[name](own) for name, own in features.items()
-        ]
-        return BranchOutputs(tuple(features.values()), torch.stack(logits))
+            return run_branches(list(branches.values()), [resized[name] for name in branches], self.gate, others)
 
     def branch_logits(self, images: Tensor) -> Tensor:
-        """The logits (N, B, C) of :meth:`branch_outputs`."""
-        return self.branch_outputs(images).logits
+        """The logits (N, B, C) of :meth:`branch_outputs`; with a gate (N + 1, B, C), see :func:`gate.with_gate`."""
+        return self.branch_outputs(images).stacked
 
-    def fuse(self, branch_logits: Tensor) -> Decision:
-        """(N, B, C) to a :class:`Decision` by the model's rule."""
-        return self.fusion(branch_logits)
+    def fuse(self, outputs: BranchOutputs | Tensor, policy: Policy | None = None) -> Decision:
+        """:meth:`branch_outputs` or :meth:`branch_logits` to a :class:`Decision` by the model's rule.
+
+        Args:
+            outputs: of the branches.
+            policy: as for :meth:`set_policy`, for this call alone; None: the model's own.
+        """
+        fusion = self.fusion if policy is None else self._fusion_of(self._with_policy(policy))
+        return fusion(outputs.stacked if isinstance(outputs, BranchOutputs) else outputs)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to fused logits (B, C)."""
@@ -222,14 +233,55 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
 
     def set_fusion(self, rule: str, **params: Any) -> ZePAD:
         """Change the fusion rule, in place. Raises ValueError for an unknown rule or constant."""
-        self.fusion = build(rule, self.benign, self.config.detector.score, params)
-        self.config = replace(self.config, fusion=rule, fusion_params=params)
-        return self
+        return self._configure(replace(self.config, fusion=rule, fusion_params=params))
 
     def set_detector(self, detector: DetectorConfig) -> ZePAD:
-        """Replace the detector's settings, in place."""
-        self.fusion = Fusion(self.fusion.rule, self.benign, detector.score)
-        self.config = replace(self.config, detector=detector)
+        """Replace the detector's settings, in place. Raises ValueError for a score that the model does not have."""
+        return self._configure(replace(self.config, detector=detector))
+
+    def set_gate(self, gate: FeatureGate | None) -> ZePAD:
+        """Set or remove the gate, in place; the rule "gated" and the score "feature_gate" read it.
+
+        Raises:
+            ValueError: a gate for other features, or none where the rule or the detector needs one.
+        """
+        if gate is not None:
+            gate.check_fits([self.branch(name).encoder.feature_dim for name in self.branches], self.benign)
+            gate = gate.eval()
+        self._configure(replace(self.config, gate=None if gate is None else gate.config, fingerprint=()))
+        self.gate = None if gate is None else gate.to(self.device)
+        return self
+
+    def set_policy(self, policy: Policy) -> ZePAD:
+        """Choose one of the two caps of the benign weight, in place and without training.
+
+        Args:
+            policy: "zero_sacrifice" keeps the clean accuracy and holds against attackers who do not know the defence;
+                "white_box" has the smaller cap, with which the fusion is as robust as its best robust branch.
+
+        Raises:
+            ValueError: another name, or a model without the rule "gated" or without a cap for this policy.
+        """
+        return self._configure(self._with_policy(policy))
+
+    def _with_policy(self, policy: Policy) -> ZePADConfig:
+        changed = replace(self.config, policy=policy)  # checks the name
+        if changed.fusion != GATED_RULE or policy not in changed.policy_caps:
+            known = ", ".join(changed.policy_caps) or "none"
+            raise ValueError(
+                f"policy {policy!r}: expected a model with the rule {GATED_RULE!r} and a cap for it; this one has the "
+                f"rule {changed.fusion!r} and the policies: {known}"
+            )
+        return changed
+
+    @staticmethod
+    def _fusion_of(config: ZePADConfig) -> Fusion:
+        return build(config.fusion, config.benign, config.detector.score, config.rule_params, config.gate)
+
+    def _configure(self, config: ZePADConfig) -> ZePAD:
+        """Take over a configuration with another rule, detector, gate or policy."""
+        self.fusion = self._fusion_of(config)
+        self.config = config
         return self
 
     @preserved_process_state()
@@ -291,7 +343,8 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
         """
         check_float32(self, "saved")
         # not by the mixin, which deletes the old config.json before it writes anything
-        write_model(Path(save_directory), self.config, {name: self.branch(name) for name in self.branches}, card)
+        branches = {name: self.branch(name) for name in self.branches}
+        write_model(Path(save_directory), self.config, branches, self.gate, card)
 
     def push_to_hub(  # type: ignore[override]
         self,
