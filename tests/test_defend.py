@@ -18,6 +18,7 @@ from zepad_mm.training import TrainSettings
 
 SMALL = DefendSettings(
     defences=("tecoa",),
+    tune_benign=False,
     defence_options={"tecoa": {"attack_steps": 1}},
     lora=LoraSettings(rank=2),
     selection_steps=1,
@@ -77,7 +78,8 @@ def test_defend_selects_rule_and_threshold_on_images(clip_source: str, image_fol
 
 def test_defend_tunes_branches_and_resumes(clip_source: str, image_folders: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    classify = RobustZeroShotClassifier.defend(clip_source, data=image_folders, out=out, settings=SMALL)
+    settings = replace(SMALL, tune_benign=True)
+    classify = RobustZeroShotClassifier.defend(clip_source, data=image_folders, out=out, settings=settings)
     branches = {branch.name: branch for branch in classify.model.config.branches}
     assert {name: branch.adaptation for name, branch in branches.items()} == {"tecoa": "lora", "benign": "lora"}
     # too few steps to beat the public weights, which the model says
@@ -91,11 +93,35 @@ def test_defend_tunes_branches_and_resumes(clip_source: str, image_folders: str,
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     assert torch.equal(ZePAD.from_pretrained(out)(image), classify.model(image))
     before = (out / "tuned" / "tecoa" / "tuned.json").stat().st_mtime_ns
-    defend(clip_source, data=image_folders, out=out, settings=SMALL)
+    defend(clip_source, data=image_folders, out=out, settings=settings)
     assert (out / "tuned" / "tecoa" / "tuned.json").stat().st_mtime_ns == before
-    other = replace(SMALL, epsilon=1 / 255)
+    other = replace(settings, epsilon=1 / 255)
     with pytest.raises(ValueError, match=r"epsilon.*tuned with other settings"):
         defend(clip_source, data=image_folders, out=out, settings=other)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_defend_needs_no_labels(nested: bool, clip_source: str, image_folders: str, tmp_path: Path) -> None:
+    """A folder of images, or class folders whose names are not read while the branch is tuned."""
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    for path in sorted(Path(image_folders).rglob("*.png")):
+        place = folder / (path.parent.name if nested else "") / f"{path.parent.name}-{path.name}"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(path.read_bytes())
+    settings = replace(SMALL, defences=("fare",), defence_options={"fare": {"attack_steps": 1, "rho": 0.1}})
+    model = defend(clip_source, data=str(folder), out=out, settings=settings)
+    assert model.class_names == (("cat", "dog") if nested else NAMES)
+    assert [(b.name, b.role, b.adaptation) for b in model.config.branches] == [
+        ("fare", "robust", "lora"),
+        ("benign", "benign", "none"),
+    ]
+    assert not model.config.nothing_tuned
+    assert model.config.tuned_names == ()
+    assert model.config.detector.threshold is not None
+    if not nested:
+        for needing in ({"defences": ("tecoa",)}, {"tune_benign": True}):
+            with pytest.raises(ValueError, match=r"photos has no labels, which (tecoa|clean)"):
+                defend(clip_source, data=str(folder), out=tmp_path / "other", settings=replace(settings, **needing))
 
 
 def test_defend_rejects_impossible_input(clip_source: str, tmp_path: Path) -> None:

@@ -17,16 +17,15 @@ from accelerate import Accelerator
 
 from zepad_mm.attacks import FeatureUAP
 from zepad_mm.data import LabelledImages, SplitNotFoundError, load_data
-from zepad_mm.defences import DEFENCES
-from zepad_mm.encoders import Encoder, LoraSettings, has_lora, load_clip, load_encoder
+from zepad_mm.defences import DEFENCES, make_defence
+from zepad_mm.encoders import Encoder, LoraSettings, TextEncoder, has_lora, load_clip, load_encoder
 from zepad_mm.encoders.prompts import templates_of
 from zepad_mm.models.branch import Adaptation, Branch, BranchConfig, Role
 from zepad_mm.models.heads import zero_shot_head
 from zepad_mm.models.zepad import ZePAD, ZePADConfig
 from zepad_mm.selection import select_detector, select_fusion
-from zepad_mm.training import TrainSettings, Tuned, TuneSettings, make_accelerator, tune
+from zepad_mm.training import TrainSettings, Tuned, TuneSettings, encode_images, make_accelerator, tune
 from zepad_mm.utils.config import Config
-from zepad_mm.utils.images import Resize
 from zepad_mm.utils.locks import claim
 from zepad_mm.utils.validation import check_epsilon, check_names
 
@@ -38,17 +37,18 @@ NAMES = ("person", "animal", "plant", "vehicle", "building", "food", "clothing",
 
 @dataclass(frozen=True, kw_only=True)
 class DefendSettings(Config):
-    """How :func:`defend` tunes and selects; the defaults follow the LoRA branch of the shipped model."""
+    """How :func:`defend` tunes and selects; the defaults need no labels."""
 
-    defences: tuple[str, ...] = ("tecoa", "gen_af")  # one robust branch is tuned by each
+    defences: tuple[str, ...] = ("fare",)  # one robust branch is tuned by each
     defence_options: dict[str, Any] = field(  # name of a defence -> its fields; unknown ones are refused
         default_factory=lambda: {
+            "fare": {"attack_steps": 3, "scale_free": True, "rho": 0.1},
             "tecoa": {"attack_steps": 2, "clean_fraction": 0.25},
             "gen_af": {"attack_steps": 2, "topology_weight": 2.0},
         }
     )
     epsilon: float = 4 / 255  # L-inf budget of the tuning and of the selection of the rule, in pixels of [0, 1]
-    tune_benign: bool = True  # False: the benign branch is the public encoder as it is
+    tune_benign: bool = False  # False: the benign branch is the public encoder as it is; True needs labels
     adaptation: Literal["full", "lora"] = "lora"  # tune all weights (full) or an adapter (lora)
     lora: LoraSettings = field(default_factory=lambda: LoraSettings(rank=16, alpha=32.0))
     prompts: str = "photo"  # prompt set or template of the zero-shot heads
@@ -87,17 +87,18 @@ def defend(
     """Put a defence around a public CLIP.
 
     With ``robust`` nothing is tuned: these encoders are the robust branches and the public one is the benign branch.
-    Without, one branch is tuned by each of ``settings.defences``, and a benign one on clean images; a killed call
+    Without, one branch is tuned by each of ``settings.defences``, by default one that needs no labels; a killed call
     resumes when it is repeated with the same arguments. The fusion rule, its constants and the detector's threshold
-    are then selected on validation images; without ``data`` the default rule is kept, and nothing is flagged.
+    are then selected on validation images; without ``data`` the default rule is kept, and nothing is flagged. Labels,
+    where there are some, are used for that selection; without, the answers of the public CLIP take their place.
 
     Args:
         source: the public CLIP, e.g. ``"open_clip:ViT-B-32/openai"`` or ``"hf:openai/clip-vit-base-patch32"``.
         robust: sources of robust image encoders in the same embedding space, e.g.
             ``["open_clip:ViT-B-32/openai+fare.pt"]``.
-        data: ``"embedded"``, a folder of parquet files or of class folders, or a name on the Hub: splits ``train`` and
-            ``validation``; where there is no ``validation`` a tenth of ``train`` is held out. Tuning without it takes
-            the embedded images.
+        data: ``"embedded"``, a folder of images, class folders or parquet files, or a name on the Hub: splits ``train``
+            and ``validation``; where there is no ``validation`` a tenth of ``train`` is held out. Tuning without it
+            takes the embedded images.
         out: folder that the tuned branches, then the model are written to; needed for tuning.
         class_names: initial class names of the model; None: those of ``data``. ``set_classes`` changes them.
         settings: everything else.
@@ -126,7 +127,7 @@ def _defend(
     encoder, text = load_clip(source)
     splits = None
     if data is not None or not robust:
-        splits = _load_splits(data or "embedded", settings, encoder.preprocess)
+        splits = _load_splits(data or "embedded", settings, encoder, text)
     if robust:
         branches = _load_robust_branches(source, robust, encoder)
     else:
@@ -183,8 +184,8 @@ def tune_branches(
     errors as there; ``accelerator``: None makes one.
     """
     settings = settings or DefendSettings()
-    encoder, _ = load_clip(source)
-    splits = _load_splits(data, settings, encoder.preprocess)
+    encoder, text = load_clip(source)
+    splits = _load_splits(data, settings, encoder, text)
     _train_branches(source, encoder, splits, settings, Path(out) / BRANCHES_FOLDER, accelerator or make_accelerator())
 
 
@@ -193,16 +194,35 @@ def _preserves_untuned_classes(settings: DefendSettings) -> bool:
     return any(DEFENCES.get(name).keeps_features for name in settings.defences)
 
 
-def _load_splits(source: str, settings: DefendSettings, resize: Resize) -> tuple[LabelledImages, LabelledImages]:
-    """Training and validation images, disjoint."""
-    size, seed = resize.at(settings.image_size), settings.train.seed
-    train = load_data(source, "train", size, settings.n_train, seed)
+def _load_splits(
+    source: str, settings: DefendSettings, public: Encoder, text: TextEncoder
+) -> tuple[LabelledImages, LabelledImages]:
+    """Training and validation images, disjoint; without labels they get the names and answers of :data:`NAMES`."""
+    size, seed = public.preprocess.at(settings.image_size), settings.train.seed
+    train = load_data(source, "train", size, settings.n_train, seed, labelled=False)
     try:
-        return train, load_data(source, "validation", size, settings.n_validation, seed)
+        validation = load_data(source, "validation", size, settings.n_validation, seed, labelled=False)
     except SplitNotFoundError as error:
         log.info("%s; a tenth of 'train' is held out for validation", error)
-    rest, held_out = train.split(0.1, seed)
-    return rest, held_out.sample(settings.n_validation, seed)
+        train, held_out = train.split(0.1, seed)
+        validation = held_out.sample(settings.n_validation, seed)
+    if train.class_names:
+        return train, validation
+    log.info("%s has no labels: rule and threshold are chosen by the public CLIP's own answers", source)
+    head = zero_shot_head(text, NAMES, settings.prompts)
+    answers = head(encode_images(public, validation.images).to(head.text)).argmax(-1).cpu()
+    return replace(train, class_names=NAMES), replace(validation, class_names=NAMES, labels=answers)
+
+
+def _check_labels(splits: tuple[LabelledImages, LabelledImages], settings: DefendSettings) -> None:
+    """Raise ValueError where images without labels are to be tuned on in a way that reads them."""
+    names = [*settings.defences, *(["clean"] if settings.tune_benign else [])]
+    needing = [name for name in names if make_defence(name, settings.defence_options.get(name)).needs_labels]
+    if needing and bool((splits[0].labels < 0).any()):
+        raise ValueError(
+            f"data: {splits[0].name} has no labels, which {', '.join(needing)} (clean: tune_benign) need; sort the "
+            "images into a folder for each class, or write defences=('fare',), tune_benign=False and no label_weight"
+        )
 
 
 def _load_robust_branches(source: str, robust: Sequence[str], public: Encoder) -> list[tuple[BranchConfig, Encoder]]:
@@ -229,6 +249,7 @@ def _train_branches(
     accelerator: Accelerator,
 ) -> list[tuple[BranchConfig, Encoder]]:
     """A branch tuned by each defence, and a benign one; what an earlier call left in ``folder`` is loaded."""
+    _check_labels(splits, settings)
     branches = []
     for name in settings.defences:
         tuning = _tuning_of(name, source, settings)
@@ -265,6 +286,8 @@ def _tuning_of(defence: str, source: str, settings: DefendSettings) -> TuneSetti
         train_settings = replace(train_settings, selection="clean", validation_epsilon=0.0, epsilon_warmup_steps=0)
     else:
         options.setdefault("epsilon", settings.epsilon)
+        if DEFENCES.get(defence).keeps_features:  # validation prefers the untuned weights for many steps
+            train_settings = replace(train_settings, selection="last")
     return TuneSettings(
         source=source,
         adaptation=settings.adaptation,

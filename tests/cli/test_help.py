@@ -31,7 +31,7 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True, text=True)
     text = " ".join(done.stdout.split())
-    for word in (*COMMANDS, "--threats", "(default: tecoa,gen_af)", "(default: 700)", __version__):
+    for word in (*COMMANDS, "--threats", "(default: fare)", "(default: 700)", __version__):
         assert word in text
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 MODEL = '"embedded", a folder, or a name on the Hub'
 DATA = '"embedded", a folder, or a name on the Hub'
+IMAGES = f"{DATA}; labels are not needed"
 SOURCE = "a source, e.g. open_clip:embedded, open_clip:ViT-B-32/openai or hf:openai/clip-vit-base-patch32"
 
 

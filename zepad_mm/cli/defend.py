@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from zepad_mm.cli.common import DATA, SOURCE, Command, print_result
+from zepad_mm.cli.common import IMAGES, SOURCE, Command, print_result
 from zepad_mm.cli.settings_options import SettingsOptions, settings_fields
 from zepad_mm.utils.stopping import UNTUNED
 
@@ -33,7 +33,7 @@ def _declare(parser: Any) -> None:
     parser.add_argument("source", type=str, help=f"the public CLIP: {SOURCE}")
     parser.add_argument("--out", type=str, required=True, help="folder of the defended model and its tuned branches")
     parser.add_argument("--robust", nargs="+", type=str, default=[], help="ready robust encoders: nothing is tuned")
-    parser.add_argument("--data", type=str, default=None, help=f"training and validation data: {DATA}")
+    parser.add_argument("--data", type=str, default=None, help=f"training and validation images: {IMAGES}")
     DEFEND_OPTIONS.declare(parser)
     _train_options().declare(parser)
 

@@ -123,6 +123,11 @@ class Defence(Config, ABC):
             )
 
     @property
+    def needs_labels(self) -> bool:
+        """Whether it reads ``Batch.labels``."""
+        return True
+
+    @property
     def per_sample(self) -> bool:
         """Whether the loss is a mean over independent samples."""
         return True

@@ -63,6 +63,10 @@ class FARE(Defence):
                 raise ValueError(f"{field}: expected a positive number, got {value}")
 
     @property
+    def needs_labels(self) -> bool:
+        return self.label_weight > 0
+
+    @property
     def per_sample(self) -> bool:
         return self.soft_label_weight == 0 or self.soft_labels == "names"
 

@@ -115,6 +115,9 @@ def load_checkpoint(
         position = Position.from_dict(about["position"])
     model = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
     load_state(student, model, path)
+    missing = [name for name in average.weights if f"average.{name}" not in tensors]
+    if missing:
+        raise ValueError(f"{path} lacks the average of {missing[:3]}; delete the folder to start again")
     for name, weights in average.weights.items():
         weights.copy_(tensors[f"average.{name}"])
     states: dict[int, dict[str, Tensor]] = {}

@@ -1,0 +1,96 @@
+"""The pack of training images, and a robust branch that is tuned on it for a few steps."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from tools import pack_images, robust_branch
+from tools.wordnet_clip.images import PACKED
+from zepad_mm.training import load_tuned
+from zepad_mm.utils.io import read_json
+
+NAMES = ["cat", "dog"]
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every source with two classes, and a test split that is not an image and so must not be read."""
+    root = tmp_path_factory.mktemp("sets")
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=NAMES)})
+    draw = torch.Generator().manual_seed(0)
+    for source in pack_images.SOURCES:
+        (root / source).mkdir()
+        (root / source / "test-0.parquet").write_bytes(b"never read")
+        held = PACKED.get(source, (0, 0))[1]
+        side = 144 if held == 0 else 64
+        for split, count in (("train", 2 * (held + 4)), *((("validation", 6),) if held == 0 else ())):
+            rows = []
+            for _ in range(count):
+                buffer = io.BytesIO()
+                coarse = (torch.rand(8, 8, 3, generator=draw) * 255).byte().numpy()
+                Image.fromarray(coarse).resize((side, side)).save(buffer, "JPEG")
+                rows.append({"bytes": buffer.getvalue(), "path": None})
+            table = Dataset.from_dict({"image": rows, "label": [row % 2 for row in range(count)]}, features)
+            table.to_parquet(root / source / f"{split}-0.parquet")
+    return root
+
+
+@pytest.fixture(scope="module")
+def packed(data_root: Path) -> Path:
+    pack_images.pack(data_root, data_root / "images.parquet")
+    return data_root / "images.parquet"
+
+
+def test_pack_holds_training_and_validation_images_of_every_source(packed: Path, data_root: Path) -> None:
+    train, validation = (pack_images.unpack(packed, part, 64) for part in ("train", "validation"))
+    assert train.class_names == tuple(NAMES)
+    for part, counts in ((train, [8, 8, 8, 8]), (validation, [80, 30, 6, 6])):
+        assert part.pixels.shape[1:] == (3, 64, 64)
+        assert part.pixels.dtype == torch.uint8
+        assert torch.bincount(part.source).tolist() == counts
+        assert torch.equal(torch.bincount(part.of("clothing144").labels), torch.tensor([counts[3] // 2] * 2))
+    size = packed.stat().st_size
+    small = pack_images.pack(data_root, data_root / "small.parquet", quality=30, largest=0.8 * size / 1e6)
+    assert small < 0.85 * size
+    few = pack_images.unpack(data_root / "small.parquet", "validation", 64)
+    assert len(few.labels) == len(validation.labels)
+
+
+def test_robust_branch_is_tuned_and_read_back(
+    packed: Path, clip_source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip, text = ["--clip", clip_source], "rho=0.1,soft_label_weight=0.1"
+    few = ["--steps", "2", "--batch-size", "4", "--attack-steps", "1", "--limit", "8"]
+    words = ["robust_branch", *clip, "--images", str(packed), "--out", str(tmp_path), *few]
+    monkeypatch.setattr("sys.argv", [*words, "--only", text])
+    (tmp_path / "work").mkdir()
+    robust_branch.main()
+    setting = robust_branch.Setting.parse(text)
+    found = read_json(tmp_path / "work" / f"{setting.name}.json")
+    assert found["settings"]["steps"] == 2
+    assert set(found["validation"]) == set(pack_images.SOURCES)
+    assert {"original", "clean", "universal", "transfer", "own"} <= found["validation"]["imagenet20"].keys()
+    assert robust_branch.choose({setting.name: found}) == setting.name
+    weights, out = tmp_path / f"{setting.name}.safetensors", tmp_path / "tuned"
+    monkeypatch.setattr("sys.argv", ["robust_branch", *clip, "--weights", str(weights), "--out", str(out)])
+    robust_branch.main()
+    public, tuned = load_tuned(out), robust_branch.read_weights(clip_source, weights)
+    assert all(torch.equal(a, b) for a, b in zip(public.parameters(), tuned.parameters(), strict=True))
+
+
+def test_choice_is_the_most_robust_setting_that_loses_little() -> None:
+    def setting(clean: float, robust: float) -> dict[str, dict[str, dict[str, float]]]:
+        one = {"original": 0.8, "clean": clean, "universal": robust, "own": robust}
+        return {"validation": {"imagenet20": one, "caltech69": one}}
+
+    found = {"weak": setting(0.79, 0.3), "good": setting(0.74, 0.5), "lossy": setting(0.6, 0.6)}
+    assert robust_branch.choose(found) == "good"
+    assert robust_branch.choose({"lossy": found["lossy"]}) == "lossy"
+    assert robust_branch.choose({}) is None
