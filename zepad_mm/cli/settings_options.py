@@ -105,6 +105,6 @@ def _default_text(default: ast.expr | None) -> str:
     if default is None or (isinstance(default, ast.Constant) and default.value is None):
         return ""
     text = ast.unparse(default)
-    for source, typed in (("'", ""), (", ", ","), (" / ", "/"), ("(", ""), (")", "")):
+    for source, typed in (("'", ""), (",)", ""), (", ", ","), (" / ", "/"), ("(", ""), (")", "")):
         text = text.replace(source, typed)
     return f" (default: {text})" if text else ""
