@@ -21,8 +21,6 @@ from reproduction.cross_defence.page import PAGE, page
 from reproduction.cross_defence.table import TASKS, Settings, measure
 from zepad_mm.utils.io import read_json, write_json, write_text
 
-TRAIN_IMAGES = 600  # of each task in a pack
-
 
 def parser() -> argparse.ArgumentParser:
     """The command line; plain argparse, since a GPU machine may have nothing else."""
@@ -61,7 +59,9 @@ def main(arguments: list[str] | None = None) -> None:
     if place is None:
         raise SystemExit("give --data-root DIR, a folder of parquet folders, or --images FILE, made by --pack")
     if options.pack:
-        size = write_pack(place, options.tasks, options.pack, options.n, TRAIN_IMAGES, options.seed)
+        counts = dict.fromkeys(options.tasks, (options.n, Settings.n_calibration))
+        counts[options.tasks[-1]] = (options.n, Settings.n_surrogate)
+        size = write_pack(place, options.tasks, options.pack, counts, options.seed)
         print(f"Written: {options.pack}, {size / 1e6:.1f} MB")
         return
     strength = Strength(**{name: getattr(options, name) for name in Strength().to_dict()})

@@ -35,7 +35,9 @@ class Rows:
     source: str
 
     def sample(self, n: int, seed: int) -> Rows:
-        """The first ``n`` rows of one fixed order; all where there are fewer."""
+        """The first ``n`` rows of one fixed order; all as they are, as in a pack, where there are no more."""
+        if len(self.files) <= n:
+            return self
         order = torch.randperm(len(self.files), generator=seeded_generator(seed))[:n].tolist()
         return Rows([self.files[i] for i in order], [self.labels[i] for i in order], self.class_names, self.source)
 
@@ -77,15 +79,23 @@ def read_rows(place: Path, source: str, part: str) -> Rows:
     return Rows(images, table["label"].to_pylist(), tuple(clean_name(name) for name in names), source)
 
 
-def write_pack(root: Path, sources: list[str], path: Path, n: int, n_train: int, seed: int) -> int:
-    """Pack ``n`` test images and ``n_train`` training images of each source as they are; the bytes of the file."""
+def write_pack(root: Path, sources: list[str], path: Path, counts: dict[str, tuple[int, int]], seed: int) -> int:
+    """Pack images of each source as they are; the bytes of the file.
+
+    Args:
+        root: folder with one folder per source.
+        sources: their names.
+        path: of the pack.
+        counts: source to its number of test and of training images.
+        seed: of their order.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     columns: dict[str, list[Any]] = {"source": [], "part": [], "label": [], "image": []}
     names = {}
     for source in sources:
-        for part, count in (("test", n), ("train", n_train)):
+        for part, count in zip(("test", "train"), counts[source], strict=True):
             rows = read_rows(root, source, part).sample(count, seed)
             names[source] = list(rows.class_names)
             columns["source"] += [source] * len(rows.files)
