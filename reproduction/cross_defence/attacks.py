@@ -29,6 +29,7 @@ class Strength(Config):
     steps: int = 25  # of APGD on the cross-entropy
     target_steps: int = 15  # of APGD-T, for each target
     targets: int = 2  # wrong classes of APGD-T
+    mora_steps: int = 8  # of each of the five runs of MORA, on fusions
     pgd_steps: int = 20  # of PGD on the undefended CLIP
     draws: int = 3  # answers of a random defence to each example; the accuracy is their mean
     capacity: int = 400  # images in the encoder at once
@@ -108,9 +109,10 @@ def adaptive_attack(
 ) -> Found:
     """The worst case over all examples that are there already, and APGD along every path of the defence.
 
-    APGD-CE on every path, APGD-T on the first; what the authors' attack found along the first path is not repeated.
-    Each attack starts from the clean images that no earlier one broke. The worst example of each image is chosen by
-    some answers of a random defence and scored by new ones, so that the choice does not count as an attack.
+    APGD-CE on every path, APGD-T on the first, and MORA on fusions; what the authors' attack found along the first path
+    is not repeated. Each attack starts from the clean images that no earlier one broke. The worst example of each image
+    is chosen by some answers of a random defence and scored by new ones, so that the choice does not count as an
+    attack.
     """
     worst, right, after = images.clone(), share_right(defence, images, labels, strength), {}
 
@@ -133,6 +135,14 @@ def adaptive_attack(
             attack, name = _apgd(loss, path, defence, epsilon, strength), f"{path.name}, {loss}"
             examples = attack_in_batches(attack, path, images[rows], labels[rows], strength.capacity, name)
             look(name, rows, examples)
+    for further in defence.further_attacks(epsilon, strength.mora_steps):
+        rows = right.nonzero()[:, 0]
+        if len(rows):
+            path = Path(further.name, further.model, views=further.views)
+            examples = attack_in_batches(
+                further.attack, path, images[rows], labels[rows], strength.capacity, further.name
+            )
+            look(further.name, rows, examples)
     if defence.random:
         right = share_right(defence, worst, labels, strength)
     return Found(right, after)

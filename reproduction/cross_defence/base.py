@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from zepad_mm.attacks import Attack
 from zepad_mm.attacks.wrappers import Model
 from zepad_mm.encoders import Encoder
 from zepad_mm.evaluation.subjects import EncoderWithHead
@@ -47,6 +48,16 @@ class Path:
     views: int = 1
 
 
+@dataclass(frozen=True)
+class FurtherAttack:
+    """An attack on the parts of a defence, with the model that it takes and its images in the encoder per image."""
+
+    name: str
+    attack: Attack
+    model: Model
+    views: int
+
+
 class Defence(nn.Module):
     """A defended classifier: images (B, 3, H, W) in [0, 1] to logits (B, C).
 
@@ -61,6 +72,10 @@ class Defence(nn.Module):
     def paths(self) -> list[Path]:
         """The attacker's gradients: by default straight through."""
         return [Path("through", self)]
+
+    def further_attacks(self, epsilon: float, steps: int) -> list[FurtherAttack]:
+        """Attacks that need more than the answers of a path: by default none."""
+        return []
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,9 +17,9 @@ from zepad_mm.encoders import Encoder
 ABOUT = ("about", "attack", "random", "constants")  # what the cell of clean images says of a defence
 
 
-def about(name: str, defence: Defence) -> dict[str, Any]:
-    """What it is, what its authors attacked it with, and its constants."""
-    text = DEFENCES.get(name).__doc__ if name in DEFENCES else "A robust encoder alone."
+def about(name: str, defence: Defence, others: Mapping[str, str]) -> dict[str, Any]:
+    """What it is, what its authors attacked it with, and its constants; ``others`` says what further rows are."""
+    text = others.get(name) or DEFENCES.get(name).__doc__
     constants = {key: value for key, value in vars(defence).items() if isinstance(value, float | int) and key[0] != "_"}
     constants.pop("training", None)
     return {"about": text, "attack": defence.attack, "random": defence.random, "constants": constants}

@@ -82,7 +82,7 @@ class CSR(Defence):
         def joint(images: Tensor) -> Tensor:
             return mean_answer(self.model(images), self.model(self.filtered(images)), self(images))
 
-        return [Path("BPDA", self), Path("all views", joint, False, 1)]
+        return [Path("BPDA", self), Path("all views", joint, False, 3)]
 
     def _purification(self, images: Tensor) -> Tensor:
         """(B, 3, H, W): what is added to the images; zero for consistent ones."""

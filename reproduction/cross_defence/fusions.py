@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from reproduction.cross_defence.base import DEFENCES, AuthorsAttack, Defence, Parts, Path, mean_answer
+from reproduction.cross_defence.base import DEFENCES, AuthorsAttack, Defence, FurtherAttack, Parts, Path, mean_answer
+from zepad_mm.attacks import FusedAttack
 from zepad_mm.models.fusion import Fusion
 from zepad_mm.models.fusion import build as build_fusion
 from zepad_mm.models.zepad import ZePAD
@@ -23,8 +24,8 @@ ADAPTIVE_SMOOTHING_WEIGHT = 0.25  # of the public encoder
 class Fused(Defence):
     """The branches of a defended model under a fusion rule.
 
-    The attackers go through the rule; aim at the robust branches alone, whose gradient a rule may hide; and at all
-    branches at once.
+    The attackers go through the rule; aim at the robust branches alone, whose gradient a rule may hide; at all branches
+    at once; and weigh the branches by their influence (MORA), where the rule needs their logits alone.
 
     Args:
         model: the defended model.
@@ -38,7 +39,11 @@ class Fused(Defence):
         self.attack = attack
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(images) if self.fusion is None else self.fusion(self.model.branch_logits(images)).logits
+        return self.model(images) if self.fusion is None else self.fusion(self.branch_logits(images)).logits
+
+    def branch_logits(self, images: Tensor) -> Tensor:
+        """(N, B, C), without what a gate adds."""
+        return self.model.branch_logits(images)[: len(self.model.benign)]
 
     def paths(self) -> list[Path]:
         robust = [row for row, benign in enumerate(self.model.benign) if not benign]
@@ -48,7 +53,7 @@ class Fused(Defence):
             return mean_answer(*(self.model.branches[names[row]](images) for row in robust))
 
         def everyone(images: Tensor) -> Tensor:
-            return mean_answer(*self.model.branch_logits(images).unbind(0))
+            return mean_answer(*self.branch_logits(images).unbind(0))
 
         count = len(self.model.benign)
         return [
@@ -56,6 +61,13 @@ class Fused(Defence):
             Path("robust branches", robust_alone, False, len(robust)),
             Path("all branches", everyone, False, count),
         ]
+
+    def further_attacks(self, epsilon: float, steps: int) -> list[FurtherAttack]:
+        fusion = self.fusion or self.model.fusion
+        if getattr(fusion, "gated", False):  # its decision needs the features, which the attack does not see
+            return []
+        attack = FusedAttack(fuse=fusion, loss="mora", epsilon=epsilon, steps=steps)
+        return [FurtherAttack("mora", attack, self.branch_logits, len(self.model.benign))]
 
 
 @DEFENCES.register("zepad_rule")

@@ -236,7 +236,8 @@ def _protocol(config: dict[str, Any]) -> list[str]:
         f"undefended CLIP, or APGD-CE ({strength['steps']} steps) through the defence.",
         f"Adaptive attack: the worst case per image over both transferred attacks, the universal perturbations at this "
         f"budget, APGD-CE ({strength['steps']} steps) along every gradient path of the defence, and APGD-T (DLR, "
-        f"{strength['targets']} targets, {strength['target_steps']} steps each) along the first. Paths: through it, "
+        f"{strength['targets']} targets, {strength['target_steps']} steps each) along the first, and MORA (five runs "
+        f"of {strength['mora_steps']} steps) on fusions that need the logits alone. Paths: through it, "
         "with steps without a gradient held constant (BPDA), with new randomness at each step (EOT), and at its parts "
         "together. Each attack continues with the images that are still answered right.",
         f"Random defences: the accuracy is the mean over {strength['draws']} answers, or of one where the defence "

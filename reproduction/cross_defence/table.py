@@ -111,13 +111,14 @@ class Bench:
         self.side, self.preprocess = encoder.preprocess.image_size, encoder.preprocess
         model = ZePAD.from_pretrained(settings.model)
         robust = _robust_encoders(settings.model, model)
-        self.weights = encoder, _merged(next(iter(robust.values())))
+        self.weights = encoder, _merged(next(iter(robust.values()))[0])
         self.encoder, self.robust = (self._ready(one) for one in self.weights)
         self.defended = self._ready(model)
         others = dict(list(robust.items())[1:])
         for source in settings.branches:
             others |= _robust_encoders(source)
-        self.others = {name: self._ready(one) for name, one in others.items()}
+        self.others = {name: self._ready(one) for name, (one, _) in others.items()}
+        self.objectives = {name: f"Robust encoder alone: {text}." for name, (_, text) in others.items()}
         self.text.to(self.device)
         self.data = lru_cache(maxsize=None)(self._data)
         self.parts = lru_cache(maxsize=1)(self._parts)
@@ -214,7 +215,7 @@ class Bench:
     def _base_cells(self, job: Job, defence: Defence) -> Iterator[dict[str, Any]]:
         data, strength, since = self.data(job.task), self.settings.strength, time.perf_counter()
         right = share_right(defence, data.images, data.labels, strength)
-        described = cost(defence, data.images, strength) | about(job.defence, defence)
+        described = cost(defence, data.images, strength) | about(job.defence, defence, self.objectives)
         yield self._cell(job, "clean", right, since, **described)
         since, worst, after = time.perf_counter(), right, {}
         for name, perturbation in self.perturbations().items():
@@ -249,14 +250,14 @@ class Bench:
         return [*cells, self._cell(job, "adaptive", right, since, after=found.after)]
 
 
-def _robust_encoders(source: str, model: ZePAD | None = None) -> dict[str, Encoder]:
-    """The robust encoders of a defended model, or a tuned one, by a name for their rows."""
+def _robust_encoders(source: str, model: ZePAD | None = None) -> dict[str, tuple[Encoder, str]]:
+    """The robust encoders of a defended model, or a tuned one, by a name for their rows; with their objective."""
     name = Path(source).name
     if (Path(source) / TUNED_RECORD).is_file():
-        return {name: load_tuned(source)}
+        return {name: (load_tuned(source), str(read_json(Path(source) / TUNED_RECORD).get("defence", "")))}
     model = ZePAD.from_pretrained(source) if model is None else model
-    robust = [branch.name for branch in model.config.branches if branch.role == "robust"]
-    found = {f"{name}/{branch}": model.branch(branch).encoder for branch in robust}
+    robust = [branch for branch in model.config.branches if branch.role == "robust"]
+    found = {f"{name}/{one.name}": (model.branch(one.name).encoder, one.objective) for one in robust}
     if not found:
         raise ValueError(f"{source}: expected a model with a robust branch, got {', '.join(model.branches)}")
     return found

@@ -79,7 +79,7 @@ class TTC(Defence):
         def joint(images: Tensor) -> Tensor:
             return mean_answer(self.model(images), self.model(self.noisy(images)), self(images))
 
-        return [Path("BPDA, EOT", eot_batch(self, 2), False, 2), Path("all views, EOT", joint, False, 1)]
+        return [Path("BPDA, EOT", eot_batch(self, 2), False, 2), Path("all views, EOT", joint, False, 3)]
 
     @torch.enable_grad()
     def _counterattack(self, images: Tensor) -> Tensor:
