@@ -16,7 +16,7 @@ from zepad_mm.attacks.perturbation import FORMAT as PERTURBATION_FORMAT
 from zepad_mm.attacks.perturbation import Perturbation
 from zepad_mm.utils.atomic import replacing
 from zepad_mm.utils.images import read_image
-from zepad_mm.utils.io import read_json, read_tensors, write_json
+from zepad_mm.utils.io import check_not_inflated, read_json, read_tensors, write_json
 from zepad_mm.utils.validation import check_images, check_labels
 
 ADVERSARIAL_FORMAT = "zepad-mm adversarial images 1"
@@ -232,6 +232,7 @@ def _fitted(delta: Tensor, size: int, fit: Fit, path: Path) -> Tensor:
 def _read_tensors(path: Path) -> Any:
     """The content of the file: a tensor, or a mapping of tensors."""
     kind = path.suffix.lower()
+    check_not_inflated(path)
     try:
         if kind in TORCH_FILES:
             return torch.load(path, map_location="cpu", weights_only=True)

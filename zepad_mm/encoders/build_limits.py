@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from zepad_mm.utils.io import check_not_inflated
+
 SPARE_TENSORS = 20_000  # made beside those of the file: masks, tables of positions, schedules, pieces of an initialiser
 SPARE_ELEMENTS = 2**27  # likewise
 FACTOR = 4  # initialisers make temporary tensors of the size of a weight, and converters make copies
@@ -76,7 +78,9 @@ def weights_size(files: Iterable[Path]) -> tuple[int, int]:
             header = read_safetensors_header(path)
             tensors += len(header)
             elements += sum(math.prod(shape) for shape in header.values())
-        else:  # no tensor in a pickle takes less than a few bytes of names
+        else:
+            check_not_inflated(path)
+            # no tensor in a pickle takes less than a few bytes of names
             tensors += path.stat().st_size // 64
             elements += path.stat().st_size
     return tensors, elements

@@ -64,8 +64,6 @@ class OpenClipBackend(EncoderBackend):
         return True
 
     def hub_files(self, source: Source) -> HubFiles | None:
-        import open_clip
-
         if source.place == FOLDER or source.name == EMBEDDED:
             return None
         weights = WEIGHTS[:2]
@@ -77,6 +75,8 @@ class OpenClipBackend(EncoderBackend):
                 extras=TOKENIZER_FILES,
                 revision=source.revision,
             )
+        import open_clip  # here, because it takes seconds and not every source needs it
+
         name, _, tag = source.name.partition("/")
         place = (open_clip.get_pretrained_cfg(name, tag) or {}).get("hf_hub", "")
         if not place:

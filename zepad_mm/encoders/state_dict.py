@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from zepad_mm.encoders.build_limits import check_memory_of
 from zepad_mm.encoders.library_configs import DEEPEST, WRONG_CONFIG
-from zepad_mm.utils.io import read_tensors
+from zepad_mm.utils.io import check_not_inflated, read_tensors
 
 OF_A_LAYER = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 TRAINING = ("callbacks", "loops", "lr_schedulers", "optimizer_states")  # Lightning's own, beside "state_dict"
@@ -95,6 +95,7 @@ def read_foreign(path: str | Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{path} does not exist; expected a checkpoint (.pt, .pth, .ckpt, .tar, .safetensors)")
     if path.suffix == ".safetensors":
         return check_memory_of(read_tensors(path)[0], path)
+    check_not_inflated(path)
     try:
         # a Namespace is a bag of settings without code; MoCo, DINO and SupCon store theirs beside the weights
         with torch.serialization.safe_globals([argparse.Namespace]):

@@ -28,10 +28,10 @@ class TimmBackend(EncoderBackend):
         return _load(source, pretrained)
 
     def hub_files(self, source: Source) -> HubFiles | None:
-        import timm
-
         repo_id: str | None = source.name if source.place == HUB else None
         if not source.place:
+            import timm
+
             known = timm.is_model(source.name.partition(".")[0])
             config: Any = timm.get_pretrained_cfg(source.name) if known else None
             repo_id = config.hf_hub_id if config is not None and not config.hf_hub_filename else None
@@ -85,13 +85,14 @@ def _create(source: Source, name: str, config: Any, pretrained: bool) -> Any:
     With weights the classifier is made too and then dropped: without it, timm would load any part of the weights.
     """
     import timm
+    from safetensors import SafetensorError
 
     try:
         if not pretrained:
             return timm.create_model(name, pretrained=False, num_classes=0)
         backbone: Any = timm.create_model(name, pretrained=True, num_classes=config.num_classes)
         backbone.reset_classifier(0)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError, *WRONG_CONFIG) as error:
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError, *WRONG_CONFIG) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{source} could not be loaded: {first_line}") from error
     return backbone

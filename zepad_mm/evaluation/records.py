@@ -16,6 +16,7 @@ from zepad_mm.evaluation.metrics import flipped_when_right, fooling_rate, share
 from zepad_mm.evaluation.session import Session
 from zepad_mm.evaluation.threats import CLEAN, T2, T3, THREATS, WORST, RowKind
 from zepad_mm.utils.atomic import complete_folder, replacing
+from zepad_mm.utils.io import damage_of
 
 FILE = "records.parquet"
 
@@ -250,26 +251,27 @@ class Records:
         except (pyarrow.ArrowInvalid, KeyError, TypeError, OSError) as error:
             raise ValueError(f"{path} is not a complete record of an evaluation: {error!r}") from error
         columns = {name: table.column(name).to_pylist() for name in table.column_names}
-        predictions, flagged = {}, {}
-        for name, values in columns.items():
-            first, _, key = name.partition("|")
-            if first == "flagged" and key:
-                flagged[key] = torch.tensor(values)
-            elif key:
-                predictions[first, key] = torch.tensor(values)
-        attempts = [Attempt(**attempt) for attempt in about["attempts"]]
-        return cls(
-            about["dataset"],
-            columns["image"],
-            torch.tensor(columns["label"]),
-            attempts,
-            predictions,
-            flagged,
-            about["kinds"],
-            tuple(about["skipped"]),
-            about.get("full_strength", True),
-            about.get("verdicts", {}),
-        )
+        with damage_of(path):
+            predictions, flagged = {}, {}
+            for name, values in columns.items():
+                first, _, key = name.partition("|")
+                if first == "flagged" and key:
+                    flagged[key] = torch.tensor(values)
+                elif key:
+                    predictions[first, key] = torch.tensor(values)
+            attempts = [Attempt(**attempt) for attempt in about["attempts"]]
+            return cls(
+                about["dataset"],
+                columns["image"],
+                torch.tensor(columns["label"]),
+                attempts,
+                predictions,
+                flagged,
+                about["kinds"],
+                tuple(about["skipped"]),
+                about.get("full_strength", True),
+                about.get("verdicts", {}),
+            )
 
 
 def _counts(threat: str) -> tuple[str, ...]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ WRONG_CONTENT = (
     *(KeyError, IndexError, TypeError, AttributeError, ZeroDivisionError, OverflowError, AssertionError),
     RecursionError,
 )
+MOST_INFLATED, SMALL_FILE = 4, 2**26  # times, and bytes beside: what an archive of tensors may unpack to
 ASSETS = Path(__file__).parents[1] / "assets"  # what ships with the package
 
 
@@ -104,6 +106,16 @@ def parse_metadata(metadata: dict[str, str], key: str, path: object) -> dict[str
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged: expected a dictionary as {key!r} in its metadata, got {shorten(found)}")
     return found
+
+
+def check_not_inflated(path: Path) -> None:
+    """Raise ValueError for a zip archive, as torch and numpy write, that unpacks to far more than its size."""
+    if not zipfile.is_zipfile(path):
+        return
+    with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:  # who reads it next names the damage
+        packed, unpacked = path.stat().st_size, sum(entry.file_size for entry in archive.infolist())
+        if unpacked > MOST_INFLATED * packed + SMALL_FILE:
+            raise ValueError(f"{path} unpacks to {unpacked / 2**20:.0f} MB from {packed / 2**20:.2f}; it is damaged")
 
 
 @contextmanager
