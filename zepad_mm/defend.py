@@ -26,7 +26,7 @@ from zepad_mm.models.zepad import ZePAD, ZePADConfig
 from zepad_mm.selection import select_detector, select_fusion
 from zepad_mm.training import TrainSettings, Tuned, TuneSettings, encode_images, make_accelerator, tune
 from zepad_mm.utils.config import Config
-from zepad_mm.utils.locks import claim
+from zepad_mm.utils.distributed import claim_together
 from zepad_mm.utils.validation import check_epsilon, check_names
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def defend(
             branches tuned with other settings or is in use by another run. FileNotFoundError: data or weights that do
             not exist.
     """
-    with nullcontext() if out is None else claim(out):
+    with nullcontext() if out is None else claim_together(out):
         return _defend(source, robust, data, out, class_names, settings or DefendSettings())
 
 

@@ -252,9 +252,10 @@ def _create(source: Source, folder: Path, pretrained: bool) -> Any:
             if pooler is not None and pooler.state_dict() and not _publishes_pooler(config):
                 model.pooler = None  # as below: with and without weights it is the same architecture
             return model
-        model, report = AutoModel.from_pretrained(
-            folder, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-        )
+        with _no_progress_bar():
+            model, report = AutoModel.from_pretrained(
+                folder, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+            )
     missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     pooler = [key for key in missing if key.startswith("pooler.")]
     if pooler:
@@ -271,6 +272,20 @@ def _create(source: Source, folder: Path, pretrained: bool) -> Any:
     if unexpected:
         log.warning("%s: left out %s, unknown to %s", source, summary(unexpected), type(model).__name__)
     return model.eval()
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers shows a bar for each model that it reads from the disk."""
+    from transformers.utils import logging as library
+
+    shown = library.is_progress_bar_enabled()
+    library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            library.enable_progress_bar()
 
 
 def _publishes_pooler(config: Any) -> bool:

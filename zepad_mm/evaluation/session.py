@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from zepad_mm.attacks import Perturbation, UniversalAttack
 from zepad_mm.encoders import Encoder, optimize_for_inference
@@ -26,6 +25,7 @@ from zepad_mm.evaluation.subjects import UNDEFENDED, BranchView, Row, RowKind, S
 from zepad_mm.evaluation.threats import CLEAN, T2, ThreatModel
 from zepad_mm.models.fusion import Fusion
 from zepad_mm.utils.distributed import Processes
+from zepad_mm.utils.progress import Progress, duration, say
 from zepad_mm.utils.seeding import derived_generator
 
 log = logging.getLogger(__name__)
@@ -137,7 +137,8 @@ class Session:
         self.skipped_rows: list[str] = []  # not attacked themselves: below the default already
         self.deltas: dict[tuple[str, str], Tensor] = {}  # (algorithm, target) -> universal perturbation (3, H, W)
         self.threshold = float("inf")  # of the detector; set once the validation images are scored
-        self.bar = tqdm(total=0, disable=None if self.processes.first else True, unit="stage", desc="evaluate")
+        self.bar = Progress(total=0, disable=None if self.processes.first else True, unit="stage", desc="evaluation")
+        self.finished, self.worked = 0, list[float]()  # stages, and the seconds of those not from the cache
         self._equal_members: dict[int, int] = {}  # member -> an earlier one that is the same network
         self._public = None if UNDEFENDED in self.members else subject.public_encoder
         # without gradients of its own in attacks, as the copies
@@ -293,22 +294,31 @@ class Session:
 
     def stage(self, name: str, work: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return what ``work`` gives, with its ``seconds``; from the cache where an earlier run finished it."""
-        self.bar.set_postfix_str(name)
+        self.bar.set_postfix_str(plain_name(name))
         kept = self.cache.read(name) if self.cache is not None and self.processes.first else None
         if kept is not None:
-            log.info("%s: from the cache", name)
+            say(log, "%s: from the cache", plain_name(name))
         result = self.processes.broadcast(kept)
         if result is None:
             started = time.perf_counter()
             result = work()
             result["seconds"] = torch.tensor(time.perf_counter() - started, dtype=torch.float64)
-            log.info("%s: %.1f s", name, float(result["seconds"]))
+            self._log_stage(name, float(result["seconds"]))
             if self.cache is not None and self.processes.first:
                 self.cache.write(name, result)
             result = self.processes.broadcast(result)
             assert result is not None
+        self.finished += 1
         self.bar.update()
         return result
+
+    def _log_stage(self, name: str, seconds: float) -> None:
+        """Log a stage that was worked on, and the time left if the others take as long."""
+        self.worked.append(seconds)
+        done, total = self.finished + 1, int(self.bar.total or 0)
+        mean = sum(self.worked) / len(self.worked)
+        left = f"; stage {done} of {total}, about {duration(mean * (total - done))} left" if total > done else ""
+        say(log, "%s: %.1f s%s", plain_name(name), seconds, left)
 
     def batch(self, stage: str, number: int, work: Callable[[], Tensor]) -> Tensor:
         """One batch of a stage; from the cache where an earlier run, killed within the stage, finished it."""
@@ -345,6 +355,13 @@ class Session:
             "fusion": f"{self.subject.fusion!r} {self.subject.detector!r}",
             "settings": json.dumps(self.settings.to_dict(), sort_keys=True),
         }
+
+
+def plain_name(stage: str) -> str:
+    """The key of a stage in words: ``T2 apgd@zepad`` is "T2: apgd on zepad"."""
+    threat, _, attack = stage.partition(" ")
+    words = attack.replace("_", " ").replace("@", " on ")
+    return "clean images" if stage == "clean none" else f"{threat}: {words}" if attack else f"{threat} images"
 
 
 def _hash_state(digest: hashlib.blake2b, prefix: str, module: nn.Module) -> None:

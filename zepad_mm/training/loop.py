@@ -20,7 +20,6 @@ from typing import Any, NoReturn
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from zepad_mm.data import LabelledImages
 from zepad_mm.defences.base import Batch, Defence, Student, split_batch
@@ -50,6 +49,7 @@ from zepad_mm.training.tracking import check_finite, start_trackers, track, writ
 from zepad_mm.training.validation import Validation, validate
 from zepad_mm.utils.distributed import claim_together, make_accelerator
 from zepad_mm.utils.io import append_line, keep_lines
+from zepad_mm.utils.progress import Progress, say
 from zepad_mm.utils.seeding import derived_generator, seeded
 from zepad_mm.utils.stopping import Stopped, StopRequest, stop_at_next_step
 
@@ -135,7 +135,8 @@ class _Run:
         if position.step == 0 and position.best_step is None:
             position = self._validate_and_save(position)
         main = self.accelerator.is_main_process
-        bar = tqdm(total=trainer.total, initial=position.step, desc=trainer.defence.name, disable=not main)
+        name = f"tuning by {trainer.defence.name}"
+        bar = Progress(total=trainer.total, initial=position.step, desc=name, unit="step", disable=not main)
         window, window_steps = time.perf_counter(), 0
         for step, batch in trainer.batches(position.step, trainer.total):
             metrics = trainer.step(step, batch)
@@ -179,7 +180,7 @@ class _Run:
         if (self.out / CHECKPOINT).exists():
             trainer = self.trainer
             position = load_checkpoint(self.out, self.student, trainer.optimizer, trainer.average, self.identity)
-            log.info("resuming %s at step %d of %d", self.out, position.step, self.trainer.total)
+            say(log, "resuming %s at step %d of %d", self.out, position.step, self.trainer.total)
         if self.accelerator.is_main_process:
             self.out.mkdir(parents=True, exist_ok=True)
             # lines after the checkpoint are written again by the resumed run

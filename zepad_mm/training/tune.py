@@ -23,6 +23,7 @@ from zepad_mm.utils.atomic import complete_folder
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.distributed import claim_together, make_accelerator
 from zepad_mm.utils.io import read_json
+from zepad_mm.utils.progress import say
 from zepad_mm.utils.provenance import check_identity
 
 log = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def tune(
         return finished
     with claim_together(folder, accelerator):
         steps = tuning.settings.steps or f"{tuning.settings.epochs} epochs of"
-        log.info("%s: tuning by %s, %s steps", folder, defence.name, steps)
+        say(log, "%s: tuning by %s, %s steps", folder, defence.name, steps)
         student = student or make_student(tuning, train, device=accelerator.device)
         result = fit(student, train, validation, defence, tuning.settings, out=folder / RUN, accelerator=accelerator)
         record = _record(identity, result, train, accelerator) | (extra or {})

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from zepad_mm.utils.locks import claim
+from zepad_mm.utils.progress import log_file
 from zepad_mm.utils.registry import check_choice
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ class Processes:
 def claim_together(folder: str | Path, accelerator: Accelerator | None = None) -> Iterator[None]:
     """Keep other runs out of an output folder; the first process holds the lock, all raise where it is refused.
 
+    What is logged meanwhile is kept in the folder (:mod:`zepad_mm.utils.progress`).
+
     Raises ValueError when another run writes to the folder, or OSError when it cannot be written to.
     """
     with ExitStack() as stack:
@@ -79,6 +82,8 @@ def claim_together(folder: str | Path, accelerator: Accelerator | None = None) -
             refused = broadcast_object_list([refused])[0]
         if refused is not None:
             raise refused
+        if accelerator is None or accelerator.is_main_process:
+            stack.enter_context(log_file(folder))
         yield
 
 

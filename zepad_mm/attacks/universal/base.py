@@ -23,7 +23,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from zepad_mm.attacks.base import (
     NORMS,
@@ -39,6 +38,7 @@ from zepad_mm.attacks.base import (
 )
 from zepad_mm.attacks.losses import FEATURE_LOSSES
 from zepad_mm.attacks.perturbation import Perturbation, check_place, paste
+from zepad_mm.utils.progress import Progress
 from zepad_mm.utils.registry import Registry
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,8 @@ class Surrogate:
         size = min(self._attack.batch_size, len(self.images))
         total = self._attack.steps if self._seconds is None else None
         order = torch.empty(0, dtype=torch.long)
-        with tqdm(total=total, disable=not self._progress, desc=type(self._attack).__name__) as bar:
+        name = f"universal perturbation by {type(self._attack).__name__}"
+        with Progress(total=total, disable=not self._progress, desc=name, unit="step") as bar:
             while self.steps_done == 0 or self.fraction_done < 1:
                 if len(order) < size:  # an incomplete last batch is dropped: contrastive losses need full batches
                     order = torch.randperm(len(self.images), generator=self._generator)
