@@ -39,7 +39,7 @@ def test_card_shows_the_numbers_of_the_report(config: ZePADConfig, report: Repor
         row = report.row("zepad", threat)
         low, high = 100 * row["ci_low"], 100 * row["ci_high"]
         assert f"{100 * row['accuracy']:.1f} ({low:.1f}-{high:.1f})" in text
-    for words in ("one perturbation for all images, made on the public encoder", "10/255", "4/255", "500 images"):
+    for words in ("each made once for all images on the public encoder", "10/255", "4/255", "500 images"):
         assert words in text
     found = next(row for row in report.detection if row["score"] == "jensen_shannon" and row["threat"] == "T3")
     assert f"| {found['auroc']:.3f} | {100 * found['tpr_at_fpr1']:.1f} " in text

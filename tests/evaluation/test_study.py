@@ -127,7 +127,9 @@ def test_single_models_get_what_applies(model: ZePAD, data: EvalData) -> None:
     assert report.detection == []
     first, attacked, *_ = summary(report)
     assert re.fullmatch(r"Without an attack: \d+\.\d % of the answers are right\.", first)
-    assert re.search(r"\) leaves \d+\.\d % of the answers right: \d+\.\d % of the right answers are lost\.$", attacked)
+    assert re.search(
+        r"\) leaves \d+\.\d % of the answers right with one attack: \d+\.\d % of the right answers are lost\.", attacked
+    )
 
 
 def test_plain_clip_by_source_has_zero_shot_heads() -> None:

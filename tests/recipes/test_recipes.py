@@ -158,7 +158,7 @@ def test_demo_writes_report_and_plots(tmp_path: Path) -> None:
     run(sys.executable, "scripts/demo.py", "--preset", "smoke", "--model", str(model), "--out", str(tmp_path))
     report = json.loads((tmp_path / "report.json").read_text())
     assert {"commit", "config", "seed", "hardware", "versions", "wall_s", "warnings"} <= set(report["meta"])
-    assert {row["threat"] for row in report["rows"]} == {"clean", "T1", "T1b", "T2", "T3"}
+    assert {row["threat"] for row in report["rows"]} == {"clean", "T1", "T1b", "T1i", "T2", "T3"}
     models = {row["model"] for row in report["rows"]}
     assert {"undefended", "zepad", "zepad:rfdm", "baseline:equal", "branch:tecoa"} <= models
     assert {row["score"] for row in report["detection"]} >= {"confidence_gap", "jensen_shannon"}

@@ -84,8 +84,9 @@ def _check_same_model(config: ZePADConfig, report: Report) -> None:
     evaluated = report.meta.get("config", {}).get("model")
     if not isinstance(evaluated, dict) or not report.models_of(RowKind.UNDEFENDED):
         raise ValueError("the report does not say which model it is of; expected one by zepad_mm.evaluate")
-    # as both stand in files: a report that was just made still holds tuples
-    evaluated, ours = (json.loads(json.dumps(values)) for values in (evaluated, config.to_dict()))
+    # as both stand in files: a report that was just made still holds tuples, an older one lacks newer fields
+    full = ZePADConfig.from_dict(evaluated).to_dict()
+    evaluated, ours = (json.loads(json.dumps(values)) for values in (full, config.to_dict()))
     other = [key for key in IDENTITY if evaluated.get(key) != ours[key]]
     prints = evaluated.get("fingerprint", []), ours["fingerprint"]
     # of other classes, or not saved yet, the fingerprints cannot be compared

@@ -89,7 +89,7 @@ def _threat_table(report: Report, threat: str, epsilon: float) -> str:
         lines.append([f"`{name}`", cell(report.row(name)), *map(cell, found)])
         if many:
             lowest = min(
-                (row for row in rows if row["model"] == name and row["attacked"]),
+                (row for row in rows if row["model"] == name and row.get("attacked", True)),
                 key=lambda row: (row["attack"] == WORST, row["accuracy"]),
             )
             lines[-1].append(f"{percent(lowest['accuracy'])} `{lowest['attack']}`")
@@ -190,16 +190,16 @@ def _under_attack(report: Report, threat: str) -> str:
     row, model = report.row(report.default, threat), THREATS[threat]
     counted = report.counted(report.default, threat)
     one, many = ("perturbation", "perturbations") if model.universal else ("attack", "attacks")
-    over = f"one {one}" if len(counted) == 1 else f"the worst case per image over {len(counted)} {many}"
+    over = f"one {one}" if len(counted) == 1 else f"the worst case per image over {len(counted) or 'all'} {many}"
     compared = _with_and_without(report, threat) or f"{percent(row['accuracy'])} % of the answers right"
-    lost = row["asr_correct"]
+    lost = row.get("asr_correct")
     end = "." if lost is None else f": {percent(lost)} % of the right answers are lost."
     images = "" if row["n"] == report.row(report.default)["n"] else f", {row['n']} images"
     text = f"{model.attacker} (at {budget_of(row)}{images}) leaves {compared} in {over}{end}"
     text = text.replace(" in one ", " with one ")
     if row.get("strength") == "reduced":
         text += f" This is no T2 at full strength: {REDUCED}."
-    if len(counted) == 1 or not model.universal:
+    if len(counted) < 2 or not model.universal:
         return text
     single = strongest_single(report, report.default, threat)
     both = f"{percent(single['accuracy'])} % with the defence"
