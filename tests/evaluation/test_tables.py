@@ -59,7 +59,7 @@ def report(
     ]
     if "T2" in correct["zepad"]:  # a single attack next to a worst case has no column
         rows.append(row("zepad", "T2", 651, attack="pgd@zepad", dataset=dataset))
-    meta = {"seed": seed, "wall_s": 61.4, "commit": "abc", "warnings": []}
+    meta = {"seed": seed, "wall_s": 61.4, "commit": "abc", "hardware": "a CPU", "warnings": []}
     meta["diagnostics"] = [{"name": name, "passed": False, "detail": "", "values": {}} for name in failed]
     return Report({**meta, "config": {"model": {"fusion": "rfdm"}}}, rows)
 

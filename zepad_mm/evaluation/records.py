@@ -55,6 +55,7 @@ class Records:
         kinds: model -> kind of its row, of ``RowKind``.
         skipped: models whose T2 accuracy is an upper bound, since they were not attacked themselves.
         full_strength: whether T2's attacks were strong enough for what is called T2.
+        seen_attacks: kinds of attacks in the training of the model's gate; None for a model without one.
         verdicts: model -> what the diagnostics say of its T2 accuracy; empty before they ran.
     """
 
@@ -67,6 +68,7 @@ class Records:
     kinds: Mapping[str, str]
     skipped: Sequence[str] = ()
     full_strength: bool = True
+    seen_attacks: Sequence[str] | None = None
     verdicts: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -103,6 +105,7 @@ class Records:
             {row.name: str(row.kind) for row in session.rows},
             tuple(session.skipped_rows),
             session.settings.full_strength,
+            None if session.gate is None else tuple(session.gate.config.seen_attacks),
         )
 
     @property
@@ -166,7 +169,14 @@ class Records:
             "control": attempt.control,
             "algorithm": attempt.algorithm,
             "target": attempt.target,
+            **self._seen(attempt),
         }
+
+    def _seen(self, attempt: Attempt) -> dict[str, Any]:
+        """Whether the kind of an attack was in the training of the model's gate, where it has one."""
+        if self.seen_attacks is None or attempt.control or attempt.threat == CLEAN.key:
+            return {}
+        return {"seen": attempt.algorithm in self.seen_attacks}
 
     def _worst_row(self, model: str, threat: str, attempts: Sequence[Attempt]) -> dict[str, Any]:
         clean = self.predictions[model, self.attempts[0].key]
@@ -231,6 +241,7 @@ class Records:
         attempts = [vars(attempt) for attempt in self.attempts]
         about: dict[str, Any] = {"dataset": self.dataset, "attempts": attempts, "skipped": list(self.skipped)}
         about |= {"kinds": dict(self.kinds), "full_strength": self.full_strength, "verdicts": dict(self.verdicts)}
+        about["seen_attacks"] = None if self.seen_attacks is None else list(self.seen_attacks)
         table = pyarrow.table(arrays).replace_schema_metadata({"zepad-mm": json.dumps(about)})
         with replacing(Path(folder) / FILE) as path:
             pyarrow.parquet.write_table(table, path)
@@ -270,6 +281,7 @@ class Records:
                 about["kinds"],
                 tuple(about["skipped"]),
                 about.get("full_strength", True),
+                about.get("seen_attacks"),
                 about.get("verdicts", {}),
             )
 

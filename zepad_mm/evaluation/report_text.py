@@ -101,7 +101,18 @@ def _threat_table(report: Report, threat: str, epsilon: float) -> str:
     worst, clean = report.row(report.default, threat, epsilon=epsilon), report.row(report.default)
     images = "" if worst["n"] == clean["n"] else f", the first {worst['n']} images"
     weak = f", {REDUCED}" if worst.get("strength") == "reduced" else ""
-    return f"## {THREATS[threat].title}{weak} ({budget_of(worst)}{images})\n\n" + markdown_table(head, lines)
+    title = f"## {THREATS[threat].title}{weak} ({budget_of(worst)}{images})"
+    return "\n\n".join([title, markdown_table(head, lines), *_seen_note(report, threat)])
+
+
+def _seen_note(report: Report, threat: str) -> Iterator[str]:
+    """Which kinds of attacks the gate was trained on, where the model has one and they are not the white-box ones."""
+    rows = [row for row in report.rows if row["threat"] == threat and row["model"] == report.default and "seen" in row]
+    if not rows or threat == T2.key:
+        return
+    kinds = {row["algorithm"]: row["seen"] for row in rows}
+    seen, new = (", ".join(f"`{kind}`" for kind in kinds if kinds[kind] is known) or "none" for known in (True, False))
+    yield f"Kinds of attacks that the gate was trained on: {seen}; held out from its training: {new}."
 
 
 OPERATING_POINTS = ("caught at nominal 1 % (paid)", "at nominal 5 % (paid)", "at a real 1 % / 5 %")

@@ -9,6 +9,7 @@ from zepad_mm.encoders.prompts import templates_of
 from zepad_mm.encoders.spatial import SpatialFeatures
 from zepad_mm.evaluation.session import Session
 from zepad_mm.evaluation.subjects import BranchView, EncoderWithHead, Row, first_logits
+from zepad_mm.models.branch import Branch
 from zepad_mm.models.heads import ZeroShotHead, zero_shot_head
 
 
@@ -31,7 +32,7 @@ def with_prompts(session: Session, row: Row) -> BranchView:
     templates = tuple(dict.fromkeys(text for name in session.settings.prompt_sets for text in templates_of(name)))
     head = zero_shot_head(subject.text(), subject.class_names, templates).to(session.device)
     view = session.view(row)
-    view.members = nn.ModuleList([EncoderWithHead(_encoder(network), head) for network in view.members])
+    view.members = nn.ModuleList([_with_head(network, head) for network in view.members])
     return view
 
 
@@ -44,6 +45,12 @@ def on_patch_tokens(session: Session, row: Row) -> BranchView:
     """The patch tokens (T, B, D) of a row of one network (VEAttack, Mei et al. 2025)."""
     tokens = SpatialFeatures(_encoder(session.networks(row.members)[0]))
     return BranchView([tokens], first_logits)
+
+
+def _with_head(network: nn.Module, head: nn.Module) -> nn.Module:
+    if isinstance(network, Branch):  # which a gate reads by its role
+        return Branch(network.config, network.encoder, head)
+    return EncoderWithHead(_encoder(network), head)
 
 
 def _encoder(network: nn.Module) -> Encoder:
