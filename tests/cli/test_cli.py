@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from tests.helpers.hub_server import environment, running_hub
-from tests.helpers.models import make_zepad
+from tests.helpers.models import make_gated_zepad, make_zepad
 from zepad_mm import __version__
 from zepad_mm.attacks import Perturbation
 from zepad_mm.cli import COMMANDS, budget, main
@@ -160,6 +160,28 @@ def test_classify_prints_labels_and_evidence(saved: str, tmp_path: Path, capsys:
     assert set(answers[0]["answer"]["evidence"]["confidences"]) == {"full", "lora", "benign"}
     assert main(["classify", saved, str(photo), "--labels", "cat,dog", "--top", "1", "--evidence"]) == 0
     assert "flagged" in capsys.readouterr().out
+
+
+def test_classify_takes_a_policy(
+    clip_source: str, saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = tmp_path / "red.png"
+    Image.new("RGB", (40, 30), "red").save(photo)
+    make_gated_zepad(clip_source).save_pretrained(tmp_path / "gated")
+    words = ["classify", str(tmp_path / "gated"), str(photo), "--labels", "cat,dog", "--evidence"]
+    weights = []
+    for policy in ("zero_sacrifice", "white_box"):
+        assert main([*words, "--policy", policy, "--json"]) == 0
+        weights.append(json.loads(capsys.readouterr().out)[0]["answer"]["evidence"]["weights"]["benign"])
+    assert weights[1] == pytest.approx(weights[0] / 3, rel=1e-3)
+    assert main(words) == 0
+    assert "(threshold 0.00); weight of the branches: full " in capsys.readouterr().out
+    for given, policy, message in (
+        (words[1], "black_box", "--policy: expected one of"),
+        (saved, "white_box", "the rule"),
+    ):
+        assert main(["classify", given, str(photo), "--labels", "cat,dog", "--policy", policy]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_classify_reads_folders_and_names_damaged_files(

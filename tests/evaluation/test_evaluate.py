@@ -31,9 +31,11 @@ from zepad_mm.evaluation import (
 from zepad_mm.evaluation.plots import confidence_figure, contact_sheet, tradeoff_figure, write_figures
 from zepad_mm.evaluation.report_text import summary
 from zepad_mm.evaluation.session import Session
+from zepad_mm.evaluation.subjects import subject_of
 from zepad_mm.evaluation.threats import THREATS
 from zepad_mm.models.branch import Branch, BranchConfig
 from zepad_mm.models.fusion import Decision, Fusion, build, rule_names
+from zepad_mm.models.gate import GateConfig, gate_for
 from zepad_mm.models.zepad import DetectorConfig, ZePAD, ZePADConfig
 
 
@@ -356,6 +358,33 @@ def test_diagnostics_pass_without_masked_gradients(finished: tuple[Report, Path]
     }
     for name in ("finite", "robust_not_above_clean", "noise_weaker_than_t1", "gradients", "budget_sweep"):
         assert found[name]["passed"], found[name]
+
+
+def test_gated_model_is_attacked_and_judged_through_its_gate(data: EvalData) -> None:
+    """Its gate is one more row of all cached logits; both policies are measured on one model."""
+    model = defended()
+    torch.manual_seed(0)
+    widths = [branch.encoder.feature_dim for branch in map(model.branch, model.branches)]
+    model.set_gate(gate_for(widths, model.benign, GateConfig(threshold=0.0)))
+    model.config = replace(model.config, policy_caps={"zero_sacrifice": 1.0, "white_box": 0.2})
+    model.set_fusion("gated").set_detector(DetectorConfig(score="feature_gate"))
+    settings = replace(SETTINGS, threats=("clean", "T2", "T3"), rules=("gated", "equal"), steps=3, policy="white_box")
+    subject = subject_of(model, rules=("gated", "equal"), policy="white_box")
+    session = Session(subject, data, settings)
+    logits = session.score(data.test.images[:8])
+    with torch.no_grad():
+        expected = model.branch_logits(data.test.images[:8])
+    torch.testing.assert_close(session.branch_logits(logits), expected, atol=1e-4, rtol=1e-4)
+    fused = model.set_policy("white_box").decide(data.test.images[:8]).logits
+    torch.testing.assert_close(session.default.answer(logits), fused, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(session.view(session.default)(data.test.images[:8]), fused, atol=1e-4, rtol=1e-4)
+    report = evaluate(model.set_policy("zero_sacrifice"), data=data, settings=settings)
+    assert report.meta["config"]["model"]["policy"] == "white_box"
+    assert {"zepad", "zepad:gated", "zepad:equal"} <= {row["model"] for row in report.rows}
+    assert {(row["score"], row["threat"]) for row in report.detection} >= {
+        ("feature_gate", "T2"),
+        ("feature_gate", "T3"),
+    }
 
 
 def test_skipped_rules_have_an_upper_bound(

@@ -26,7 +26,7 @@ from PIL import Image
 from schemathesis import checks
 from torchvision.transforms.functional import to_pil_image
 
-from tests.helpers.models import make_zepad
+from tests.helpers.models import make_gated_zepad, make_zepad
 from zepad_mm.attacks import Perturbation
 from zepad_mm.classifier import RobustZeroShotClassifier, pixels_of
 from zepad_mm.serve import BusyError, ServeSettings, Service, create_app
@@ -60,6 +60,24 @@ def image_file(size: tuple[int, int] = (40, 32), kind: str = "PNG") -> bytes:
 def post(client: Any, path: str, image: bytes | None = None, **form: Any) -> Any:
     form = {"labels": LABELS, **form}
     return client.post(path, data=form, files={"image": image_file() if image is None else image})
+
+
+def test_gated_models_show_their_gate_and_take_a_policy(clip_source: str) -> None:
+    service = Service(RobustZeroShotClassifier(make_gated_zepad(clip_source)), SMALL)
+    with TestClient(create_app(service), base_url=LOCAL) as client:
+        about = client.get("/v1/model").json()
+        assert (about["policy"], set(about["policies"])) == ("zero_sacrifice", {"zero_sacrifice", "white_box"})
+        answers = [
+            post(client, "/v1/classify", evidence="true", **more).json()["evidence"]
+            for more in ({}, {"policy": "white_box"})
+        ]
+        assert answers[0]["gate"] == answers[1]["gate"]
+        assert answers[0]["gate"]["threshold"] == 0.0
+        weights = [evidence["weights"]["benign"] for evidence in answers]
+        assert weights[1] == pytest.approx(weights[0] / 3, rel=1e-3)
+        attacked = post(client, "/v1/attack", attack="white_box", policy="white_box").json()
+        assert attacked["attacked"]["evidence"]["gate"]["logit"] != attacked["clean"]["evidence"]["gate"]["logit"]
+        assert post(client, "/v1/classify", policy="black_box").status_code == 422
 
 
 def test_classify_matches_the_classifier(client: TestClient, service: Service) -> None:

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zepad_mm.cli.common import MODEL, Command, UsageError, print_result, split_labels
+from zepad_mm.cli.common import (
+    MODEL,
+    Command,
+    UsageError,
+    check_policy,
+    declare_policy,
+    print_result,
+    split_labels,
+)
 from zepad_mm.utils.registry import check_choice
 from zepad_mm.utils.text import printable
 
@@ -26,6 +34,7 @@ def _declare(parser: Any) -> None:
     parser.add_argument("--evidence", action="store_true", help="show branch confidences and the suspicion score")
     parser.add_argument("--on-adversarial", type=str, default="ignore", help="ignore, flag or abstain")
     parser.add_argument("--device", type=str, default=None, help="e.g. cuda (default: the CPU)")
+    declare_policy(parser)
 
 
 def _run(options: Any) -> int:
@@ -33,7 +42,7 @@ def _run(options: Any) -> int:
     _check(options, labels)
     from zepad_mm.classifier import RobustZeroShotClassifier
 
-    classifier = RobustZeroShotClassifier.from_pretrained(options.model, device=options.device)
+    classifier = RobustZeroShotClassifier.from_pretrained(options.model, device=options.device, policy=options.policy)
     answers = classifier(
         images,
         labels,
@@ -90,6 +99,7 @@ def _check(options: Any, labels: Sequence[str]) -> None:
 
     check_names(labels, "--labels")
     templates_of(options.template)
+    check_policy(options)
     check_choice("--on-adversarial", options.on_adversarial, ("ignore", "flag", "abstain"))
     if options.top is not None and options.top < 1:
         raise UsageError(f"--top: expected a positive number, got {options.top}")
@@ -105,8 +115,16 @@ def _lines(image: str, answer: Any, with_evidence: bool) -> list[str]:
         confidences = ", ".join(f"{name} {value:.2f}" for name, value in evidence["confidences"].items())
         flag = {None: "no threshold", True: "flagged as adversarial", False: "not flagged"}[evidence["flagged"]]
         lines.append(f"  confidence: {confidences}; suspicion score {evidence['score']:.3f}, {flag}")
+        gate = evidence["gate"]
+        if gate is not None:
+            threshold = "no threshold" if gate["threshold"] is None else f"threshold {gate['threshold']:.2f}"
+            lines.append(f"  gate: {gate['logit']:.2f} ({threshold}); weight of the branches: {_shares(evidence)}")
         lines.append(f"  undefended: {evidence['undefended'][0]['label']}")
     return lines
+
+
+def _shares(evidence: Any) -> str:
+    return ", ".join(f"{name} {100 * weight:.0f} %" for name, weight in evidence["weights"].items())
 
 
 CLASSIFY = Command(

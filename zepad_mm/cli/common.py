@@ -6,7 +6,9 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from zepad_mm.utils.registry import check_choice
 
 MODEL = '"embedded", a folder, or a name on the Hub'
 DATA = '"embedded", a folder, or a name on the Hub'
@@ -63,6 +65,25 @@ def budget(text: str, norm: str = "linf") -> float:
     if not 0 < value <= (1 if norm == "linf" else float("inf")):
         raise ValueError(f"--eps: expected a budget above 0 and at most 1, in pixels of [0, 1], got {text!r}; 8/255?")
     return value
+
+
+def declare_policy(parser: Any) -> None:
+    """Add ``--policy``; :func:`check_policy` checks it."""
+    parser.add_argument(
+        "--policy",
+        type=str,
+        default=None,
+        help="zero_sacrifice (clean accuracy kept) or white_box (robust to attackers who know the defence), for models "
+        "with a gate (default: the model's own)",
+    )
+
+
+def check_policy(options: Any) -> None:
+    """Raise ValueError for an unknown ``--policy``, before a model is loaded."""
+    if options.policy is not None:
+        from zepad_mm.models.serialization import Policy
+
+        check_choice("--policy", options.policy, get_args(Policy))
 
 
 def split_commas(text: str) -> list[str]:

@@ -5,7 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from zepad_mm.cli.common import DATA, MODEL, Command, UsageError, budget, output_paths, print_result, split_commas
+from zepad_mm.cli.common import (
+    DATA,
+    MODEL,
+    Command,
+    UsageError,
+    budget,
+    check_policy,
+    declare_policy,
+    output_paths,
+    print_result,
+    split_commas,
+)
 
 CLIPS = "open_clip:ViT-B-32/openai, hf:openai/clip-vit-base-patch32, or with robust weights open_clip:NAME/TAG+FILE"
 PRESET_HELP = "full (a GPU, or a night), demo (minutes), smoke, or apgd_ce_t (the protocol of FARE)"
@@ -27,6 +38,7 @@ def _declare_evaluate(parser: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     parser.add_argument("--resume", action="store_true", help="continue a killed run in --out")
     parser.add_argument("--no-figures", action="store_true", help="draw no plots")
+    declare_policy(parser)
 
 
 def _evaluate(options: Any) -> int:
@@ -84,8 +96,9 @@ def _settings(options: Any, preset: str, changes: dict[str, Any]) -> Any:
     """The preset with what the options change."""
     from zepad_mm.evaluation import PRESETS
 
+    check_policy(options)
     base = PRESETS.get(preset)
-    changes |= {"seed": options.seed, "n": options.n}
+    changes |= {"seed": options.seed, "n": options.n, "policy": options.policy}
     changes["threats"] = tuple(split_commas(options.threats)) if options.threats else None
     changes["published"] = tuple(split_commas(options.published)) if options.published else None
     return type(base).from_dict({**base.to_dict(), **{k: v for k, v in changes.items() if v is not None}})

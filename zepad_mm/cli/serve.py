@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from zepad_mm.cli.common import MODEL, Command, UsageError, print_result
+from zepad_mm.cli.common import MODEL, Command, UsageError, check_policy, declare_policy, print_result
 from zepad_mm.cli.settings_options import SettingsOptions
 
 SERVE_OPTIONS = SettingsOptions(
@@ -26,10 +26,12 @@ def _declare(parser: Any) -> None:
     parser.add_argument("--port", type=int, default=7860, help="0 takes a free one")
     parser.add_argument("--device", type=str, default=None, help="e.g. cuda (default: the CPU)")
     parser.add_argument("--perturbation", type=str, default=None, help="file of zepad attack (default: one is made)")
+    declare_policy(parser)
     SERVE_OPTIONS.declare(parser)
 
 
 def _run(options: Any) -> int:
+    check_policy(options)
     try:
         from zepad_mm.serve import ServeSettings, serve
     except ModuleNotFoundError as error:
@@ -44,6 +46,7 @@ def _run(options: Any) -> int:
         host=options.host,
         port=options.port,
         device=options.device,
+        policy=options.policy,
         perturbation=options.perturbation,
         settings=ServeSettings(**SERVE_OPTIONS.given(options)),
         ready=ready,

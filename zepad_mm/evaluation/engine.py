@@ -230,7 +230,8 @@ class _Run:
         names, prompts = self._class_names(data)
         model = self._model(model, names, prompts)
         images = self._load(data, resize_of(model), {} if loaded is None else loaded)
-        subject = subject_of(model, class_names=names, rules=self.settings.rules, baselines=self.baselines)
+        policy, rules = self.settings.policy, self.settings.rules
+        subject = subject_of(model, class_names=names, rules=rules, baselines=self.baselines, policy=policy)
         images.check(subject.class_names)
         with torch.inference_mode(False):
             session = Session(subject, images, self.settings, out, self.resume, processes, store)

@@ -10,6 +10,7 @@ from zepad_mm.attacks.base import check_budget
 from zepad_mm.data.corruptions import CORRUPTIONS, OUT_OF_DISTRIBUTION, SEVERITIES, check_severity
 from zepad_mm.evaluation.threats import ATTACKS, CLEAN, T1, T1B, T1IB, T1P, T2, THREATS, threat_model
 from zepad_mm.models.fusion import RULES
+from zepad_mm.models.serialization import Policy
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.registry import Registry
 
@@ -61,6 +62,7 @@ class EvalSettings(Config):
     n_white_box: int | None = None  # how many of the test images T2 and T3 take, the first ones; None: all
     epsilon: float = 4 / 255  # budget of T2 and T3, in pixels of [0, 1]
     norm: Literal["linf", "l2"] = "linf"  # of T2 and T3; the budget of "l2" is a length such as 0.5
+    policy: Policy | None = None  # of models with a gate; None: their own
     rules: tuple[str, ...] = ()  # fusion rules that get a row and an attack of their own; empty: all
     steps: int = 20  # gradient steps of every T2 attack: the same for branches and for fused models
     restarts: int = 1  # of each model's own attack, on the images that survived the shared pool

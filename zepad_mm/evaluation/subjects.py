@@ -20,6 +20,7 @@ from zepad_mm.models.branch import Branch, run_branches
 from zepad_mm.models.fusion import Fusion, build, rule_names
 from zepad_mm.models.gate import FeatureGate
 from zepad_mm.models.heads import zero_shot_head
+from zepad_mm.models.serialization import Policy
 from zepad_mm.models.zepad import DetectorConfig, ZePAD
 from zepad_mm.utils.images import Resize
 
@@ -177,6 +178,7 @@ def subject_of(
     rules: Sequence[str] = (),
     baselines: Mapping[str, nn.Module] | None = None,
     public_encoder: Encoder | None = None,
+    policy: Policy | None = None,
 ) -> Subject:
     """Return any model as a :class:`Subject`.
 
@@ -189,6 +191,7 @@ def subject_of(
         baselines: further models for comparison, from images to logits.
         public_encoder: what a T1 attacker has. A ZePAD names its own; the encoder of a source string, of a pair or
             of a branch without adaptation is public itself.
+        policy: of a ZePAD with a gate, as for ``ZePAD.set_policy``; None: its own. Other models have none.
 
     Raises:
         TypeError: something else; ValueError: unknown names, or a source without a text tower and without a head.
@@ -198,10 +201,10 @@ def subject_of(
     elif isinstance(model, str | Path):
         return subject_of(
             load_model(model, class_names), class_names=class_names, rules=rules, baselines=baselines,
-            public_encoder=public_encoder,
+            public_encoder=public_encoder, policy=policy,
         )  # fmt: skip
     elif isinstance(model, ZePAD):
-        return _defence(model, rules, baselines or {})
+        return _defence(model, rules, baselines or {}, policy)
     elif isinstance(model, tuple) and len(model) == 2:
         encoder, head = model
         subject = _single(EncoderWithHead(encoder, head), class_names, public_encoder or encoder)
@@ -271,14 +274,14 @@ def load_model(
     return defence
 
 
-def _defence(model: ZePAD, rules: Sequence[str], baselines: Mapping[str, nn.Module]) -> Subject:
+def _defence(model: ZePAD, rules: Sequence[str], baselines: Mapping[str, nn.Module], policy: Policy | None) -> Subject:
     """A ZePAD: the model as it ships, every other rule, the plain ensemble, each branch, and the undefended encoder."""
     branches = {f"branch:{name}": branch for name, branch in model.branches.items()}
     fused = tuple(range(len(branches)))
     members: dict[str, nn.Module] = {**branches, UNDEFENDED: model.undefended}
     members |= {f"baseline:{name}": module for name, module in baselines.items()}
-    gate = model.config.gate
-    rows = [Row(DEFENCE, fused, FusedAnswer(model.fusion), RowKind.DEFAULT, gate is not None)]
+    gate, shipped = model.config.gate, model.fusion_for(policy)
+    rows = [Row(DEFENCE, fused, FusedAnswer(shipped), RowKind.DEFAULT, gate is not None)]
     for rule in rules or rule_names(gate is not None and gate.threshold is not None):
         fusion = build(rule, model.benign, model.config.detector.score, gate=gate)
         rows.append(Row(f"{DEFENCE}:{rule}", fused, FusedAnswer(fusion), RowKind.RULE, gate is not None))
@@ -290,11 +293,11 @@ def _defence(model: ZePAD, rules: Sequence[str], baselines: Mapping[str, nn.Modu
         rows=tuple(rows),
         class_names=model.class_names,
         public_encoder=model.undefended.encoder,
-        fusion=model.fusion,
+        fusion=shipped,
         detector=model.config.detector,
         text=(lambda: model.text) if all(branch.head == "zero_shot" for branch in model.config.branches) else None,
         gate=model.gate,
-        about=model.config.to_dict(),
+        about={**model.config.to_dict(), **({"policy": policy} if policy else {})},
     )
 
 

@@ -124,8 +124,11 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
             outputs: of the branches.
             policy: as for :meth:`set_policy`, for this call alone; None: the model's own.
         """
-        fusion = self.fusion if policy is None else self._fusion_of(self._with_policy(policy))
-        return fusion(outputs.stacked if isinstance(outputs, BranchOutputs) else outputs)
+        return self.fusion_for(policy)(outputs.stacked if isinstance(outputs, BranchOutputs) else outputs)
+
+    def fusion_for(self, policy: Policy | None) -> Fusion:
+        """The fusion by a policy, as for :meth:`set_policy`; None: the model's own. The model is not changed."""
+        return self.fusion if policy is None else self._fusion_of(self._with_policy(policy))
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to fused logits (B, C)."""

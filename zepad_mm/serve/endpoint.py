@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field, StringConstraints
 
 from zepad_mm import __version__
+from zepad_mm.models.serialization import Policy
 from zepad_mm.serve.gateway import Gateway, PageGuard
 from zepad_mm.serve.limits import BusyError
 from zepad_mm.serve.service import ATTACKS, Service, error_text, png
@@ -34,6 +35,13 @@ class Score(BaseModel):
     flagged: bool | None = Field(None, description="with on_adversarial=flag: whether the image looks adversarial")
 
 
+class GateView(BaseModel):
+    """What the feature gate saw."""
+
+    logit: float = Field(description="higher means that the image looks attacked")
+    threshold: float | None = Field(description="where the weight of the benign branches is half of its largest value")
+
+
 class Evidence(BaseModel):
     """Confidences, weights and suspicion score behind an answer."""
 
@@ -41,6 +49,7 @@ class Evidence(BaseModel):
     weights: dict[str, float] = Field(description="of each branch in the fused answer; they sum to 1")
     score: float = Field(description="suspicion score; higher means more suspicious")
     flagged: bool | None = Field(description="whether it exceeds the threshold; null: no threshold")
+    gate: GateView | None = Field(None, description="null: the model has no gate")
     undefended: list[Score] = Field(description="labels of the undefended public encoder")
 
 
@@ -71,6 +80,8 @@ class ModelAnswer(BaseModel):
     fusion: str
     detector: str
     threshold: float | None
+    policy: str = Field(description="of requests that name none")
+    policies: dict[str, float] = Field(description="policy to the largest weight of the benign branches")
     attacks: dict[str, str]
     limits: dict[str, int]
 
@@ -157,6 +168,8 @@ def _add_routes(app: FastAPI, service: Service, settings: ServeSettings) -> None
             fusion=config.fusion,
             detector=config.detector.score,
             threshold=config.detector.threshold,
+            policy=config.policy,
+            policies=config.policy_caps,
             attacks=ATTACKS,
             limits=settings.limits(),
         )
@@ -169,9 +182,12 @@ def _add_routes(app: FastAPI, service: Service, settings: ServeSettings) -> None
         top_k: Annotated[int | None, Form(ge=1)] = None,
         evidence: Annotated[bool, Form()] = False,
         on_adversarial: Annotated[Literal["ignore", "flag", "abstain"], Form()] = "ignore",
+        policy: Annotated[Policy | None, Form(description="for models with a gate; empty: the server's")] = None,
     ) -> Answer:
         """Classify an image among labels."""
-        found = service.classify(image, labels, template, top_k=top_k, evidence=evidence, on_adversarial=on_adversarial)
+        found = service.classify(
+            image, labels, template, top_k=top_k, evidence=evidence, on_adversarial=on_adversarial, policy=policy
+        )
         return Answer.model_validate(found if evidence else {"labels": found})
 
     @app.post("/v1/attack", responses=REFUSALS)
@@ -182,9 +198,10 @@ def _add_routes(app: FastAPI, service: Service, settings: ServeSettings) -> None
         attack: Annotated[Literal["universal", "public", "white_box"], Form()] = "universal",
         epsilon: Annotated[int, Form(ge=0, le=MAX_LEVELS, description="L-inf budget in levels of 255")] = 8,
         label: Annotated[str | None, text, Form(description="true label, one of the labels")] = None,
+        policy: Annotated[Policy | None, Form(description="for models with a gate; empty: the server's")] = None,
     ) -> AttackAnswer:
         """Attack an image and classify it before and after."""
-        found = service.attack(image, labels, template, attack=attack, levels=epsilon, label=label)
+        found = service.attack(image, labels, template, attack=attack, levels=epsilon, label=label, policy=policy)
         return AttackAnswer(
             attack=attack,
             epsilon=epsilon,

@@ -183,6 +183,8 @@ def _verdict(result: Attacked) -> str:
         False: "Not flagged as adversarial",
     }[evidence["flagged"]]
     suspicion = f"suspicion score {evidence['score']:.3f}, clean {before['score']:.3f}"
+    if evidence["gate"] is not None:
+        suspicion += f"; gate {before['gate']['logit']:.2f} → {after['gate']['logit']:.2f}"
     kind = "verdict flagged" if evidence["flagged"] else "verdict"
     return f'<div class="{kind}" id="verdict">{"<br>".join(lines)}<br>{flag} ({suspicion}).</div>'
 

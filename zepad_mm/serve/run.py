@@ -15,6 +15,7 @@ from fastapi import FastAPI
 
 from zepad_mm.attacks import Perturbation
 from zepad_mm.classifier import RobustZeroShotClassifier
+from zepad_mm.models.serialization import Policy
 from zepad_mm.serve.endpoint import create_app
 from zepad_mm.serve.limits import TimedProtocol
 from zepad_mm.serve.service import Service
@@ -29,6 +30,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 7860,
     device: str | None = None,
+    policy: Policy | None = None,
     perturbation: str | Path | None = None,
     settings: ServeSettings | None = None,
     ready: Callable[[str], None] | None = None,
@@ -40,6 +42,7 @@ def serve(
         host: address to listen on; the default is reachable from this machine only.
         port: 0 takes a free one.
         device: None is the CPU.
+        policy: of requests that name none: "zero_sacrifice" or "white_box"; None: the model's own.
         perturbation: file of ``zepad attack``, for the attack "universal".
         settings: limits.
         ready: called with the URL once the server accepts connections.
@@ -51,7 +54,8 @@ def serve(
     given = None if perturbation is None else Perturbation.load(perturbation)
     listener = _listening_socket(host, port)
     with listener:
-        service = Service(RobustZeroShotClassifier.from_pretrained(model, device=device), settings, given)
+        classifier = RobustZeroShotClassifier.from_pretrained(model, device=device, policy=policy)
+        service = Service(classifier, settings, given)
         server = _Server(server_config(create_app(service, host), settings), service)
         if ready is not None:
             shown = "[" + host + "]" if ":" in host else host

@@ -16,6 +16,7 @@ from zepad_mm.attacks.base import round_within_budget
 from zepad_mm.classifier import RobustZeroShotClassifier, pixels_of
 from zepad_mm.data import load_data
 from zepad_mm.encoders import Preprocess
+from zepad_mm.models.serialization import Policy
 from zepad_mm.serve.limits import RequestLimiter
 from zepad_mm.serve.settings import MAX_LEVELS, ServeSettings
 from zepad_mm.utils.io import ASSETS
@@ -82,8 +83,9 @@ class Service:
         top_k: int | None = None,
         evidence: bool = False,
         on_adversarial: str = "ignore",
+        policy: Policy | None = None,
     ) -> Any:
-        """Classify an image. Raises ValueError for bad input, BusyError when the queue is full."""
+        """Classify an image, as the classifier. Raises ValueError for bad input, BusyError when the queue is full."""
         with self.limiter.slot():
             return self.classifier(
                 image,
@@ -92,6 +94,7 @@ class Service:
                 top_k=top_k,
                 return_evidence=evidence,
                 on_adversarial=on_adversarial,
+                policy=policy,
             )
 
     def attack(
@@ -103,6 +106,7 @@ class Service:
         attack: str = "universal",
         levels: int = 8,
         label: str | None = None,
+        policy: Policy | None = None,
     ) -> Attacked:
         """Attack an image and classify it before and after.
 
@@ -113,6 +117,7 @@ class Service:
             attack: a name of :data:`ATTACKS`.
             levels: L-inf budget in levels of 255, 0 to 16.
             label: true label; None takes the answer of the attacked model to the clean image.
+            policy: as for the classifier.
 
         Raises:
             ValueError: bad input; BusyError: the queue is full.
@@ -127,7 +132,7 @@ class Service:
         if label is not None and label not in names:
             raise ValueError(f"label: expected one of the labels, got {quoted(label)}")
         with self.limiter.slot():
-            task = self.classifier.task(names, template)
+            task = self.classifier.task(names, template, policy)
             pixels = pixels_of(image, self.settings.max_pixels)
             clean = (self._geometry.resize(pixels[None]) * 255).round() / 255
             clean = clean.to(self.classifier.model.device)
@@ -142,7 +147,9 @@ class Service:
                 pgd = PGD(epsilon=epsilon, steps=self.settings.attack_steps, quantize=True)
                 attacked = pgd(target, clean, torch.tensor([away], device=clean.device))
             both = torch.cat([clean, attacked])
-            before, after = self.classifier(both, names, hypothesis_template=template, return_evidence=True)
+            before, after = self.classifier(
+                both, names, hypothesis_template=template, return_evidence=True, policy=policy
+            )
         return Attacked(clean[0].cpu(), attacked[0].cpu(), before, after, names[away])
 
     @property
