@@ -17,6 +17,8 @@ from zepad_mm.training.gate_settings import GateSettings
 from zepad_mm.utils.seeding import derived_generator, seeded
 
 VALIDATION_EVERY = 25  # optimiser steps
+INPUT_GAIN = 6.0  # of the standardised inputs, which makes up for small first weights
+GROUP_WEIGHTS = {"gate_aware": 0.5}  # of attacked examples in the fit and in its selection; others count 1
 SELECTING = 512  # validation examples of each kind that the weights are selected on
 SCALED = 4096  # examples that standardise the inputs, drawn as those of the fit
 
@@ -54,14 +56,15 @@ def split(features: Tensor, widths: Sequence[int]) -> tuple[Tensor, list[Tensor]
 
 
 def mean_auroc(scores: Sequence[Tensor], validation: Sequence[Examples]) -> float:
-    """The mean over groups of attacked examples of their AUROC against all unattacked ones."""
+    """The weighted mean over groups of attacked examples of their AUROC against all unattacked ones."""
     clean = torch.cat([score for score, part in zip(scores, validation, strict=True) if not part.attacked])
     groups: dict[str, list[Tensor]] = {}
     for score, part in zip(scores, validation, strict=True):
         if part.attacked and len(score):
             groups.setdefault(part.group, []).append(score)
-    found = [auroc(clean, torch.cat(group)) for group in groups.values()]
-    return sum(found) / len(found) if found else 0.5
+    weights = {name: GROUP_WEIGHTS.get(name, 1.0) for name in groups}
+    found = sum(weights[name] * auroc(clean, torch.cat(group)) for name, group in groups.items())
+    return found / sum(weights.values()) if groups else 0.5
 
 
 def fit_gate(
@@ -87,7 +90,9 @@ def fit_gate(
         return GateFit(gate.eval(), 0, mean_auroc(scores, validation), device)
     inputs = torch.cat([gate_inputs(gate, part.features, widths) for part in train])
     shares = _shares(train)
-    gate.fit_scale(inputs[shares.multinomial(SCALED, True, generator=derived_generator(settings.seed, "gate scale"))])
+    some = shares.multinomial(SCALED, True, generator=derived_generator(settings.seed, "gate scale"))
+    gate.fit_scale(inputs[some.to(device)])
+    _weigh_blocks(gate)
     held = [gate_inputs(gate, part.features[:: -(-len(part.rows) // SELECTING) or 1], widths) for part in validation]
     labels = torch.cat([torch.full((len(part.rows),), float(part.attacked)) for part in train]).to(device)
     targets = labels * (1 - settings.label_smoothing) + settings.label_smoothing / 2
@@ -120,16 +125,38 @@ def fit_gate(
     return GateFit(gate.eval().requires_grad_(False), best_step, best, device)
 
 
+def _weigh_blocks(gate: FeatureGate) -> None:
+    """Let the cosine and the norm ratio, one number each, count as much as a block of D features, in place.
+
+    Otherwise the fit finds in a thousand entries what separates its own images, and does not use the distance of the
+    two encoders, which tells attacks of other kinds on other images.
+    """
+    sizes = []
+    for width in gate.robust_widths:
+        sizes += [width, 1, *([width, 1] if width == gate.benign_width else [])]
+    sizes = [gate.benign_width, *sizes]
+    factors = torch.cat([torch.full((size,), size**0.5 / INPUT_GAIN) for size in sizes])
+    gate.std.mul_(factors.to(gate.std))
+
+
 def _shares(train: Sequence[Examples]) -> Tensor:
-    """(n,) probabilities of the examples: half for each label, in equal parts for its groups."""
-    weights = torch.cat([torch.zeros(len(part.rows)) for part in train])
-    groups = {(part.attacked, part.group) for part in train if len(part.rows)}
-    start = 0
-    sizes = {key: sum(len(p.rows) for p in train if (p.attacked, p.group) == key) for key in groups}
+    """(n,) probabilities of the examples: half for each label, in the parts of its groups."""
+    sizes: dict[tuple[bool, str], int] = {}
     for part in train:
-        key = (part.attacked, part.group)
         if len(part.rows):
-            alike = sum(attacked == part.attacked for attacked, _ in groups)
-            weights[start : start + len(part.rows)] = 0.5 / alike / sizes[key]
-        start += len(part.rows)
-    return weights
+            key = (part.attacked, part.group)
+            sizes[key] = sizes.get(key, 0) + len(part.rows)
+    totals = {
+        label: sum(GROUP_WEIGHTS.get(group, 1.0) for attacked, group in sizes if attacked == label)
+        for label in (True, False)
+    }
+    return torch.cat(
+        [
+            torch.full(
+                (len(part.rows),),
+                0.5 * GROUP_WEIGHTS.get(part.group, 1.0) / totals[part.attacked] / sizes[part.attacked, part.group],
+            )
+            for part in train
+            if len(part.rows)
+        ]
+    )

@@ -31,7 +31,7 @@ class GateSettings(Config):
     corruptions: tuple[str, ...] = (*CORRUPTIONS, CROP, DOWNSCALE)
     corrupted_views: int = 2  # corrupted copies of each image
     # one perturbation for all images
-    universal: tuple[str, ...] = ("feature_uap", "adv_encoder", "fff", "l4a_base", "etu", "adv_encoder_patch")
+    universal: tuple[str, ...] = ("feature_uap", "adv_encoder", "fff", "l4a_base", "uapgd", "adv_encoder_patch")
     held_out: str | None = "ssp"  # a universal attack whose examples only select the weights; None: none
     universal_steps: int | None = None  # of each attack; None: its own
     universal_batch_size: int = 16  # images per step of each attack
@@ -40,15 +40,15 @@ class GateSettings(Config):
     universal_views: int = 2  # attacked copies of each image
     # one perturbation for each image, made on the public encoder
     per_image: tuple[str, ...] = ("pgd:feature_l2", "pgd:margin", "apgd:margin")  # ATTACK:LOSS
-    per_image_n: int = 480
+    per_image_n: int = 800
     per_image_steps: int = 8
     per_image_budgets: tuple[float, ...] = (1 / 255, 12 / 255)
     # attacks that also keep the gate's own score low, on other images in each round
-    rounds: int = 4
+    rounds: int = 3
     round_n: int = 160
     round_steps: int = 8
     round_budgets: tuple[float, ...] = (1 / 255, 8 / 255)
-    least_change: float = 0.1  # 1 - cosine of the public features, below which an attacked image is no example
+    least_change: float = 0.03  # 1 - cosine of the public features, below which an attacked image is no example
     attack_batch_size: int = 32
     encode_batch_size: int = 128
     mixed_precision: Literal["no", "bf16"] = "no"  # of crafting; examples are always encoded in full precision
