@@ -17,7 +17,7 @@ from zepad_mm.training.gate_fit import GateFit, fit_gate, gate_scores
 from zepad_mm.training.gate_images import Examples
 from zepad_mm.training.gate_settings import GateSettings
 
-CLEAR = math.log(0.98 / 0.02)  # the logit of 98 %: what a typical clean image keeps of the benign weight
+CLEAR = math.log(0.995 / 0.005)  # the logit of 99.5 %: what a typical clean image keeps of the benign weight
 SHARPNESS = (0.5, 20.0)  # lowest and highest
 STRICTER = (1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)  # parts of a rate that calibration may aim at
 MOST_FOLDS = 5  # fits that leave sources out

@@ -60,7 +60,7 @@ class GateSettings(Config):
     label_smoothing: float = 0.0
     patience: int = 10  # validations without a better one, 25 steps apart, after which the fit ends
     # thresholds
-    gating_rate: float = 0.02  # share of clean images whose benign branch may lose more than half of its weight
+    gating_rate: float = 0.03  # share of clean images whose benign branch may lose more than half of its weight
     detection_rate: float = 0.05  # share of clean images that may be flagged as adversarial
     seed: int = 0
 
