@@ -78,6 +78,7 @@ def run_branches(
     images: Sequence[Tensor],
     gate: FeatureGate | None = None,
     heads: Sequence[nn.Module] | None = None,
+    encoders: Sequence[nn.Module] | None = None,
 ) -> BranchOutputs:
     """Features and logits of each branch, and the gate's logit, differentiable.
 
@@ -86,8 +87,10 @@ def run_branches(
         images: (B, 3, H, W) in [0, 1] for each branch: the same ones, resized for its encoder or not.
         gate: what reads the features of these branches.
         heads: for each branch the head to use in place of its own.
+        encoders: for each branch the encoder to use in place of its own.
     """
-    features = tuple(encode(branch.encoder, own) for branch, own in zip(branches, images, strict=True))
+    used = [branch.encoder for branch in branches] if encoders is None else encoders
+    features = tuple(encode(encoder, own) for encoder, own in zip(used, images, strict=True))
     if heads is None:
         logits = [branch.logits(own) for branch, own in zip(branches, features, strict=True)]
     else:
