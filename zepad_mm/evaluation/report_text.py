@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from zepad_mm.evaluation.report import OVERESTIMATED, Report, budget_of, by_strength, cell
-from zepad_mm.evaluation.threats import CLEAN, T1B, T2, T3, THREATS, WORST, strength
+from zepad_mm.evaluation.threats import CLEAN, T1, T1B, T1I, T2, T3, THREATS, WORST, strength
 from zepad_mm.utils.text import budget_text, bullets, interval_text, markdown_table, percent
 
 NOTE = (
@@ -24,7 +24,7 @@ def report_text(report: Report) -> str:
     if not report.single:
         return _study_text(report, doubt)
     first, meta = report.rows[0], report.meta
-    parts = [f"# Robustness on {first['dataset']}, {first['n']} images{doubt}", NOTE]
+    parts = [f"# Robustness on {first['dataset']}, {first['n']} images{doubt}", " ".join(first_screen(report)), NOTE]
     parts += [table for threat in by_strength(report) for table in _threat_tables(report, threat)]
     if report.threats == [CLEAN.key]:
         lines = [[f"`{name}`", cell(report.row(name))] for name in report.models]
@@ -39,6 +39,48 @@ def report_text(report: Report) -> str:
         "All rows are in `report.json`; the answer on every image is in `records.parquet`."
     )
     return "\n\n".join(parts) + "\n"
+
+
+def first_screen(report: Report) -> list[str]:
+    """Return four sentences: what holds without an attack, against two attackers, and how sure that is."""
+    clean, default = report.row(report.default), report.default
+    sentences = [f"Without an attack {_kept(report, CLEAN.key, clean)} of {clean['n']} images are answered right."]
+    public = [key for key in (T1.key, T1I.key) if key in report.threats]
+    if public:
+        kept = [_kept(report, key, strongest_single(report, default, key)) for key in public]
+        shape = {
+            T1.key: "the strongest universal perturbation ({})",
+            T1I.key: "the strongest attack on each image ({})",
+        }
+        against = [f"{text} under {shape[key].format(key)}" for key, text in zip(public, kept, strict=True)]
+        sentences.append(f"Against an attacker who has only the public encoder, {' and '.join(against)} stay right.")
+    else:
+        sentences.append("No attack from the public encoder was run.")
+    if T2.key in report.threats:
+        kept_white = _kept(report, T2.key, report.row(default, T2.key))
+        sentences.append(f"Against an attacker who knows everything (T2), {kept_white} stay right.")
+    else:
+        sentences.append("No white-box attack was run, so nothing here says what holds against one.")
+    failed = len(report.failed_checks)
+    weak = T2.key in report.threats and report.row(default, T2.key).get("strength") == "reduced"
+    if failed or weak:
+        reasons = [f"{failed} diagnostic{'s' * (failed > 1)} failed"] * bool(failed) + [REDUCED] * weak
+        sentences.append(f"These shares are {OVERESTIMATED}: {' and '.join(reasons)}.")
+    elif report.meta.get("diagnostics"):
+        sentences.append("No diagnostic found these attacks too weak; stronger ones may still exist.")
+    else:
+        sentences.append("No diagnostic was run, so stronger attacks may exist.")
+    return sentences
+
+
+def _kept(report: Report, threat: str, row: Mapping[str, Any]) -> str:
+    """The share of a row with its budget, and that of the undefended model under its own strongest attack."""
+    notes = [] if threat == CLEAN.key else [f"at {budget_of(row)}, {row['n']} images"]
+    if report.undefended is not None:
+        single = row["attack"] not in ("none", WORST)
+        other = strongest_single if single else Report.row
+        notes.append(f"{percent(other(report, report.undefended, threat)['accuracy'])} % undefended")
+    return f"{percent(row['accuracy'])} %" + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def _study_text(report: Report, doubt: str) -> str:
