@@ -81,7 +81,9 @@ class Settings(Config):
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common."""
-        return {key: value for key, value in self.to_dict().items() if key not in (*PLACES, "defences", "tasks")}
+        found = {key: value for key, value in self.to_dict().items() if key not in (*PLACES, "defences", "tasks")}
+        found["strength"].pop("capacity")  # after an error for lack of memory it may be smaller
+        return found
 
 
 @dataclass(frozen=True)
