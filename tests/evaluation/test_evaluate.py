@@ -28,7 +28,14 @@ from zepad_mm.evaluation import (
     evaluate,
     read_stage,
 )
-from zepad_mm.evaluation.plots import confidence_figure, contact_sheet, tradeoff_figure, write_figures
+from zepad_mm.evaluation.plots import (
+    confidence_figure,
+    contact_sheet,
+    frontier_figure,
+    roc_figure,
+    tradeoff_figure,
+    write_figures,
+)
 from zepad_mm.evaluation.report_text import summary
 from zepad_mm.evaluation.session import Session
 from zepad_mm.evaluation.subjects import subject_of
@@ -489,10 +496,17 @@ def test_write_figures_draws_every_plot(
     report, out = finished
     shutil.copytree(out, tmp_path / "out")
     paths = write_figures(report, tmp_path / "out", model, data, count=3)
-    assert sorted(path.name for path in paths) == ["accuracy.png", "budget.png", "confidence.png", "contact_sheet.png"]
+    names = ["accuracy", "budget", "confidence", "contact_sheet", "frontier", "roc"]
+    assert sorted(path.name for path in paths) == [f"{name}.png" for name in names]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
     (panel,) = tradeoff_figure(report).axes
     assert [text.get_text() for text in panel.get_xticklabels()] == report.models
+    places = {text.get_text(): text.xy for text in frontier_figure(report).axes[0].texts}
+    assert places["zepad"] == pytest.approx((100 * report.accuracy("zepad"), 100 * report.accuracy("zepad", "T2")))
+    clean, scores = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.25, 0.4])
+    assert "AUROC 0.833" in roc_figure(clean, {"T1": scores}, "score").axes[0].get_legend().get_texts()[0].get_text()
+    with pytest.raises(ValueError, match="scores of clean images"):
+        roc_figure(clean, {"T1": torch.empty(0)}, "score")
     logits = torch.randn(2, 5, 3)
     assert len(confidence_figure({"clean": logits, "T1": logits}, ("a", "b"), (True, False)).axes) == 2
     images = torch.rand(2, 3, 8, 8)

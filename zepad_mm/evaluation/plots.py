@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -14,9 +15,9 @@ from zepad_mm.attacks import Perturbation
 from zepad_mm.evaluation.data import EvalData
 from zepad_mm.evaluation.metrics import wilson
 from zepad_mm.evaluation.records import Attempt, Records
-from zepad_mm.evaluation.report import OVERESTIMATED, Report, budget_of
+from zepad_mm.evaluation.report import OVERESTIMATED, Report, budget_of, by_strength
 from zepad_mm.evaluation.stage_cache import read_stage
-from zepad_mm.evaluation.threats import CLEAN, T1, T2, THREATS
+from zepad_mm.evaluation.threats import CLEAN, T1, T2, T3, THREATS
 from zepad_mm.models.zepad import ZePAD
 from zepad_mm.utils.atomic import replacing
 from zepad_mm.utils.text import budget_text
@@ -99,11 +100,9 @@ def tradeoff_figure(report: Report) -> Figure:
         rows = [report.row(model, threat) for model in report.models]
         places = [place + (index - (len(threats) - 1) / 2) * width for place in range(len(rows))]
         heights = [100 * row["accuracy"] for row in rows]
-        below = [100 * (row["accuracy"] - row["ci_low"]) for row in rows]
-        above = [100 * (row["ci_high"] - row["accuracy"]) for row in rows]
         budget = "" if threat == CLEAN.key else f" worst, {budget_of(rows[0])}"
         colour = COLOURS[index % len(COLOURS)]
-        panel.bar(places, heights, width, yerr=[below, above], label=f"{threat}{budget}", color=colour)
+        panel.bar(places, heights, width, yerr=_error_bars(rows), label=f"{threat}{budget}", color=colour)
     panel.set_xticks(range(len(report.models)), report.models, rotation=30, ha="right", fontsize=8)
     panel.set_ylabel("accuracy, %")
     panel.set_ylim(0, 100)
@@ -111,6 +110,75 @@ def tradeoff_figure(report: Report) -> Figure:
     first = report.rows[0]
     doubt = f" ({OVERESTIMATED})" if report.doubted else ""
     panel.set_title(f"{first['dataset']}, {first['n']} images{doubt}", fontsize=10)
+    return figure
+
+
+def frontier_figure(report: Report) -> Figure:
+    """Plot each model's accuracy under the strongest threat model that all face against its clean accuracy.
+
+    Better models are further up and to the right; bars are 95 % intervals.
+    """
+    threat = _strongest_common(report)
+    figure = _figure(5.2, 4.2)
+    panel = figure.subplots()
+    kinds = list(dict.fromkeys(report.kinds.values()))
+    for name, kind in report.kinds.items():
+        clean, held = report.row(name), report.row(name, threat)
+        across, along = _error_bars([clean]), _error_bars([held])
+        place, colour = (100 * clean["accuracy"], 100 * held["accuracy"]), COLOURS[kinds.index(kind) % len(COLOURS)]
+        panel.errorbar(*place, xerr=across, yerr=along, fmt="o", color=colour, elinewidth=0.8)
+        panel.annotate(name, place, xytext=(4, 4), textcoords="offset points", fontsize=7, color=colour)
+    panel.set_xlabel("accuracy without an attack, %")
+    panel.set_ylabel(f"accuracy under {threat}, %")
+    panel.set_ylim(bottom=0)
+    row = report.row(report.default, threat)
+    doubt = f" ({OVERESTIMATED})" if report.doubted else ""
+    panel.set_title(f"{row['dataset']}, {threat} worst at {budget_of(row)}, {row['n']} images{doubt}", fontsize=10)
+    return figure
+
+
+def _error_bars(rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    """What matplotlib draws as the 95 % intervals of rows in %: lengths below and above."""
+    below = [100 * (row["accuracy"] - row["ci_low"]) for row in rows]
+    return [below, [100 * (row["ci_high"] - row["accuracy"]) for row in rows]]
+
+
+def _strongest_common(report: Report) -> str:
+    """The strongest threat model that every model has a row for."""
+    for threat in reversed(by_strength(report)):
+        if not THREATS[threat].default_only:
+            return threat
+    return CLEAN.key
+
+
+def roc_figure(clean: Tensor, attacked: Mapping[str, Tensor], score: str) -> Figure:
+    """Plot the share of attacked images that a suspicion score catches against its false alarms on clean images.
+
+    Args:
+        clean: (n,) scores of images without an attack.
+        attacked: name of an attack -> (k,) scores of the images that it changed.
+        score: name of the score.
+
+    Raises:
+        ValueError: no scores.
+    """
+    from sklearn.metrics import roc_auc_score, roc_curve
+
+    if not len(clean) or not attacked or not all(map(len, attacked.values())):
+        raise ValueError("roc_figure: expected scores of clean images and of at least one attack, got none")
+    figure = _figure(4.6, 4.2)
+    panel = figure.subplots()
+    for index, (name, scores) in enumerate(attacked.items()):
+        truth = [0] * len(clean) + [1] * len(scores)
+        values = torch.cat([clean, scores]).tolist()
+        alarms, caught, _ = roc_curve(truth, values)
+        label = f"{name}, AUROC {roc_auc_score(truth, values):.3f}, n {len(scores)}"
+        panel.plot(100 * alarms, 100 * caught, label=label, color=COLOURS[index % len(COLOURS)])
+    panel.plot([0, 100], [0, 100], color="#bbbbbb", linestyle=":", linewidth=1)
+    panel.set_xlabel("false alarms on clean images, %")
+    panel.set_ylabel("attacked images caught, %")
+    panel.legend(fontsize=7, loc="lower right")
+    panel.set_title(f"detection by {score}, {len(clean)} clean images", fontsize=10)
     return figure
 
 
@@ -168,6 +236,9 @@ def write_figures(report: Report, out: str | Path, model: ZePAD | None, data: Ev
     figures = {"accuracy": tradeoff_figure(report)}
     if model is not None:
         figures["confidence"] = _confidence_of_branches(records, out, model)
+        figures |= _detection_roc(report, records, out, model)
+    if len(report.models) > 1 and report.threats != [CLEAN.key]:
+        figures["frontier"] = frontier_figure(report)
     if budget_sweep(report):
         figures["budget"] = budget_figure(report)
     sheet = None if report.undefended is None else _sheet(report, records, out, data, count)
@@ -191,6 +262,33 @@ def _confidence_of_branches(records: Records, out: Path, model: ZePAD) -> Figure
         title = CLEAN.key if attempt.threat == CLEAN.key else f"{attempt.threat} {attempt.algorithm}"
         logits[title] = read_stage(out, attempt.threat, attempt.attack)["logits"][: len(names)]
     return confidence_figure(logits, names, model.benign)
+
+
+def _detection_roc(report: Report, records: Records, out: Path, model: ZePAD) -> dict[str, Figure]:
+    """The figure "roc": universal perturbations on all images, white-box attacks where they made the answer wrong.
+
+    Of the white-box attacks each image shows its least suspicious success.
+    """
+    members = [*range(len(model.branches)), *([-1] if model.gate is not None else [])]
+
+    def scores(attempt: Attempt) -> Tensor:
+        return model.fuse(read_stage(out, attempt.threat, attempt.attack)["logits"][members]).score
+
+    with torch.no_grad():
+        clean, attacked = scores(records.attempts[0]), dict[str, Tensor]()
+        for attempt in _universal_attempts(records):
+            attacked[f"{attempt.threat} {attempt.algorithm}"] = scores(attempt)
+        for threat in (T2.key, T3.key):
+            least = torch.full_like(clean, float("inf"))
+            for attempt in records.attempts:
+                if attempt.threat == threat and not attempt.control:
+                    wrong = records.predictions[report.default, attempt.key] != records.labels
+                    right = records.predictions[report.default, records.attempts[0].key] == records.labels
+                    tried = torch.arange(len(clean)) < (attempt.n or len(clean))
+                    least = torch.where(wrong & right & tried, torch.minimum(least, scores(attempt)), least)
+            if bool(least.isfinite().any()):
+                attacked[f"{threat} successes"] = least[least.isfinite()]
+    return {"roc": roc_figure(clean, attacked, model.config.detector.score)} if attacked else {}
 
 
 def _sheet(report: Report, records: Records, out: Path, data: EvalData, count: int) -> Figure | None:
