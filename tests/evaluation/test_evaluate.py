@@ -375,7 +375,9 @@ def test_gated_model_is_attacked_and_judged_through_its_gate(data: EvalData) -> 
     model.set_gate(gate_for(widths, model.benign, GateConfig(threshold=0.0)))
     model.config = replace(model.config, policy_caps={"zero_sacrifice": 1.0, "white_box": 0.2})
     model.set_fusion("gated").set_detector(DetectorConfig(score="feature_gate"))
-    settings = replace(SETTINGS, threats=("clean", "T2", "T3"), rules=("gated", "equal"), steps=3, policy="white_box")
+    quick = {"own_attacks": ("pgd",), "adaptive": ("weight_hijack", "mora"), "evasion": ("selective",), "steps": 2}
+    shown = {"threats": ("clean", "T2", "T3"), "rules": ("gated", "equal"), "policy": "white_box"}
+    settings = replace(SETTINGS, **quick, **shown, detector_steps=2, diagnostics_n=0)  # type: ignore[arg-type]
     subject = subject_of(model, rules=("gated", "equal"), policy="white_box")
     session = Session(subject, data, settings)
     logits = session.score(data.test.images[:8])
