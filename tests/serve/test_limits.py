@@ -25,7 +25,7 @@ import torch
 import uvicorn
 from starlette.routing import Mount, Route
 
-from tests.helpers.models import make_zepad
+from tests.helpers.models import make_gated_zepad, make_zepad
 from tests.serve.test_serve import LABELS, image_file, post
 from zepad_mm.attacks import Perturbation
 from zepad_mm.classifier import RobustZeroShotClassifier
@@ -404,6 +404,26 @@ def test_toasts_hold_no_html(classifier: RobustZeroShotClassifier, tmp_path: Pat
             run(str(path), labels, template, "universal", 8, label)
         assert "<" not in raised.value.message
         assert "&lt;" in raised.value.message
+
+
+def test_page_offers_the_policies_of_a_gated_model(clip_source: str, tmp_path: Path) -> None:
+    service = Service(RobustZeroShotClassifier(make_gated_zepad(clip_source)), SETTINGS)
+    app = create_app(service)
+    assert app.page_guard is not None
+    run = next(function.fn for function in app.page_guard.blocks.fns.values() if function.name == "run")  # type: ignore[attr-defined]
+    path = tmp_path / "image.png"
+    path.write_bytes(image_file())
+    policies = ("zero_sacrifice", "white_box")
+    tables = [run(str(path), "a,b", "photo", "public", 2, "", policy)[-1] for policy in policies]
+    assert tables[0] != tables[1]  # the weights of the branches
+    checked, inputs = app.page_guard.models["/gradio_api/queue/join"], [*INPUTS, "white_box"]
+    for data, accepted in ((inputs, True), (INPUTS, False), ([*INPUTS, "black_box"], False)):
+        body = {"data": data, "fn_index": 1, "session_hash": "abc"}
+        if accepted:
+            checked.model_validate(body)
+        else:
+            with pytest.raises(ValueError, match="data"):
+                checked.model_validate(body)
 
 
 def test_log_lines_hold_no_control_characters(client: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:

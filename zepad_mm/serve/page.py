@@ -17,6 +17,7 @@ from PIL import Image
 
 from zepad_mm.data import load_data
 from zepad_mm.encoders.prompts import PROMPTS
+from zepad_mm.models.serialization import Policy
 from zepad_mm.serve.limits import BusyError, Uploads, upload_folder
 from zepad_mm.serve.page_requests import PageRequests
 from zepad_mm.serve.service import ATTACKS, Attacked, Service, error_text, png
@@ -62,20 +63,35 @@ def mount(app: FastAPI, service: Service) -> PageRequests:
     )
     functions = {function.name: index for index, function in page.fns.items()}
     uploads = Uploads(folder, service.settings.uploads_mb * 2**20)
-    return PageRequests(page, functions["run"], functions["load_example"], service.settings, uploads)
+    policies = _policies(service)
+    return PageRequests(page, functions["run"], functions["load_example"], service.settings, uploads, policies)
 
 
 def build(service: Service) -> gr.Blocks:
     """The page."""
     examples, names = _examples()
 
-    def run(path: str | None, labels: str, template: str, attack: str, levels: float, label: str) -> tuple[Any, ...]:
+    def run(
+        path: str | None,
+        labels: str,
+        template: str,
+        attack: str,
+        levels: float,
+        label: str,
+        policy: Policy | None = None,
+    ) -> tuple[Any, ...]:
         if path is None:
             raise gr.Error("Choose or upload an image first.", print_exception=False)
         candidate_labels = [part.strip() for part in labels.split(",") if part.strip()]
         try:
             result = service.attack(
-                Path(path), candidate_labels, template, attack=attack, levels=int(levels), label=label.strip() or None
+                Path(path),
+                candidate_labels,
+                template,
+                attack=attack,
+                levels=int(levels),
+                label=label.strip() or None,
+                policy=policy,
             )
         except (ValueError, BusyError) as error:
             # messages are shown as HTML
@@ -109,6 +125,7 @@ def build(service: Service) -> gr.Blocks:
                     ),
                 )
                 levels = gr.Slider(0, MAX_LEVELS, value=8, step=1, label="Epsilon: levels of 255 a pixel may change by")
+                policies = [_policy_input(service)] if _policies(service) else []
                 with gr.Accordion("More", open=False):
                     template = gr.Dropdown(
                         PROMPTS.names(), value="photo", label="Prompts: a set, or a template with one {}",
@@ -132,7 +149,7 @@ def build(service: Service) -> gr.Blocks:
                 branches = gr.HTML(label="Branches")
         button.click(
             run,
-            [image, labels, template, attack, levels, label],
+            [image, labels, template, attack, levels, label, *policies],
             [verdict, attacked, added, plain_before, plain_after, safe_before, safe_after, branches],
             api_visibility="private",
             concurrency_limit=service.settings.workers,
@@ -141,6 +158,21 @@ def build(service: Service) -> gr.Blocks:
         )
     page.state_session_capacity = service.settings.sessions
     return page.queue(max_size=service.settings.queue + service.settings.workers, api_open=False)
+
+
+def _policies(service: Service) -> tuple[str, ...]:
+    """The policies that the page offers: those of a model that has several."""
+    caps = tuple(service.classifier.model.config.policy_caps)
+    return caps if len(caps) > 1 else ()
+
+
+def _policy_input(service: Service) -> gr.Radio:
+    return gr.Radio(
+        [(name.replace("_", " "), name) for name in _policies(service)],
+        value=service.classifier.model.config.policy,
+        label="Policy",
+        info="Zero sacrifice: clean accuracy is kept. White box: robust to attackers who know the defence.",
+    )
 
 
 def _image_output(label: str, buttons: list[Any]) -> gr.Image:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import OrderedDict
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,14 +38,23 @@ class PageRequests:
         example: index of the function that loads an example image.
         settings: the limits.
         uploads: the folder of gradio's files.
+        policies: that the page offers; empty: it offers no choice.
     """
 
-    def __init__(self, blocks: Blocks, run: int, example: int, settings: ServeSettings, uploads: Uploads) -> None:
+    def __init__(
+        self,
+        blocks: Blocks,
+        run: int,
+        example: int,
+        settings: ServeSettings,
+        uploads: Uploads,
+        policies: Sequence[str] = (),
+    ) -> None:
         self.blocks = blocks
         self.settings = settings
         self.uploads = uploads
         self.text = 2 * settings.max_labels * (settings.max_label_length + 2)  # the service says what is too long
-        self.models = {JOIN: _run_model(run, self.text), EXAMPLE: _example_model(example)}
+        self.models = {JOIN: _run_model(run, self.text, policies), EXAMPLE: _example_model(example)}
         self.sessions: OrderedDict[str, None] = OrderedDict()
 
     def body_limit(self, path: str) -> int:
@@ -127,14 +136,17 @@ class _File(BaseModel):
     meta: dict[Literal["_type"], Literal["gradio.FileData"]] = {"_type": "gradio.FileData"}
 
 
-def _run_model(function: int, text: int) -> type[BaseModel]:
-    """The request that runs the page's function: image, labels, template, attack, levels, true label."""
+def _run_model(function: int, text: int, policies: Sequence[str]) -> type[BaseModel]:
+    """The request that runs the page's function: image, labels, template, attack, levels, true label, any policy."""
     line = Annotated[str, StringConstraints(max_length=text)]
     attack = Literal["universal", "public", "white_box"]
     levels = Annotated[float, Field(ge=0, le=MAX_LEVELS)]
+    fields: tuple[Any, ...] = (_File | None, line, line, attack, levels, line)
+    if policies:
+        fields = (*fields, Literal[*policies])
 
     class Run(BaseModel):
-        data: tuple[_File | None, line, line, attack, levels, line]  # type: ignore[valid-type]
+        data: tuple[*fields]  # type: ignore[valid-type]
         fn_index: Literal[function]  # type: ignore[valid-type]
         trigger_id: int | None = None
         session_hash: Annotated[str, StringConstraints(pattern=SESSION)]
