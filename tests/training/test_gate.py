@@ -94,7 +94,7 @@ def test_train_gate_detects_attacks_and_spares_clean_images(whole: tuple[Feature
     assert record["attacks"]["universal: feature_uap"]["auroc"] > 0.7
     assert record["clean_weight"] > 0.8
     assert record["attacks"]["universal: feature_uap"]["weight"] < record["clean_weight"]
-    assert gate.config.seen_attacks == ("feature_uap", "uapgd", "pgd:feature_l2", "apgd:margin", "gate_aware")
+    assert gate.config.seen_attacks == ("feature_uap", "uapgd", "pgd", "apgd", "gate_aware")
     assert {"train", "validation", *SETTINGS.corruptions} == set(record["false_alarms"])
     json.dumps(record, allow_nan=False)
 
@@ -201,6 +201,13 @@ def test_recipe_runs_its_smoke_config(tmp_path: Path) -> None:
 def test_recipe_refuses_a_model_beside_encoders_and_neither(given: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected a model, or a benign encoder and robust ones"):
         Recipe(out="x", **given)
+
+
+def test_public_encoder_may_be_another_than_the_benign_one(photos: dict[str, LabelledImages]) -> None:
+    more = {"rounds": 1, "per_image": ("pgd:margin",), "per_image_n": 32, "round_n": 32}
+    gate, record = trained(photos, settings=more, public=tiny_encoder(1), directions=torch.randn(5, 32))
+    assert 0 <= record["clean_weight"] <= 1
+    assert gate.config.seen_attacks[-2:] == ("pgd", "gate_aware")
 
 
 def test_cosine_gate_is_calibrated_without_training(photos: dict[str, LabelledImages]) -> None:

@@ -175,7 +175,7 @@ def _seen(settings: GateSettings) -> tuple[str, ...]:
     aware = ("gate_aware",) if settings.rounds and settings.round_n and settings.kind == "learned" else ()
     return (
         *(universal if settings.universal_views else ()),
-        *(settings.per_image if settings.per_image_n else ()),
+        *(dict.fromkeys(name.partition(":")[0] for name in settings.per_image) if settings.per_image_n else ()),
         *aware,
     )
 
@@ -209,11 +209,12 @@ def _open_cache(
     """The cache in ``out``. Raises ValueError where it belongs to other encoders, images or settings."""
     if out is None:
         return None
+    vectors = torch.zeros(0) if directions is None else directions.detach().float().cpu().contiguous()
     kept = {key: value for key, value in settings.to_dict().items() if key not in UNIDENTIFYING}
     identity = {
         "encoders": str([crc_of(encoder) for encoder in encoders]),
         "images": pool.checksum(),
-        "directions": "none" if directions is None else str(zlib.crc32(directions.float().cpu().numpy().data)),
+        "directions": str(zlib.crc32(vectors.numpy().tobytes())),
         **{f"settings.{key}": str(value) for key, value in kept.items()},
     }
     cache = StageCache(Path(out))

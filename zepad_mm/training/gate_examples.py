@@ -122,7 +122,7 @@ class ExampleMaker:
         if self.public is self.benign:
             self.reference, self.reference_rows = features[:, : self.widths[0]], rows
         else:
-            self.reference_rows = rows[:REFERENCES]
+            self.reference_rows = rows[:: -(-len(rows) // REFERENCES)]
             images = self.pool.fetch(self.reference_rows)
             with torch.no_grad():
                 parts = [self._features(self.public, batch.to(self.device)).cpu() for batch in images.split(size)]
