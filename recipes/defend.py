@@ -1,4 +1,4 @@
-"""Defend one CLIP: tune robust branches, select rule and threshold, evaluate, write the card.
+"""Defend one CLIP: tune robust branches, train the gate, set rule and threshold, evaluate, write the card.
 
 All processes share the tuning; the first one selects the rule and the threshold, evaluates and writes the card. A
 killed run continues where it stopped when it is started again with the same settings.

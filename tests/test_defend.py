@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,14 +12,16 @@ from PIL import Image
 
 from tests.helpers.models import write_clip
 from zepad_mm.classifier import RobustZeroShotClassifier
-from zepad_mm.defend import NAMES, DefendSettings, defend
+from zepad_mm.cli import main
+from zepad_mm.defend import NAMES, QUICK_GATE, DefendSettings, defend
 from zepad_mm.encoders import LoraSettings
 from zepad_mm.models.zepad import ZePAD
 from zepad_mm.training import TrainSettings
+from zepad_mm.utils.io import read_json
 
 SMALL = DefendSettings(
     defences=("tecoa",),
-    tune_benign=False,
+    gate=None,
     defence_options={"tecoa": {"attack_steps": 1}},
     lora=LoraSettings(rank=2),
     selection_steps=1,
@@ -38,6 +41,15 @@ def image_folders(tmp_path_factory: pytest.TempPathFactory) -> str:
             pixels = (torch.rand(32, 32, 3, generator=generator) * 255).byte().numpy()
             Image.fromarray(pixels).save(folder / "train" / name / f"{index}.png")
     return str(folder)
+
+
+def write_photos(folder: Path, count: int) -> None:
+    """Images without labels."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(1)
+    for index in range(count):
+        pixels = (torch.rand(8, 8, 3, generator=generator) * 255).byte().numpy()
+        Image.fromarray(pixels).resize((32, 32)).save(folder / f"{index}.png")
 
 
 def test_defend_takes_published_robust_weights(
@@ -108,7 +120,8 @@ def test_defend_needs_no_labels(nested: bool, clip_source: str, image_folders: s
         place = folder / (path.parent.name if nested else "") / f"{path.parent.name}-{path.name}"
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(path.read_bytes())
-    settings = replace(SMALL, defences=("fare",), defence_options={"fare": {"attack_steps": 1, "rho": 0.1}})
+    fare = {"attack_steps": 1, "rho": 0.1, "scale_free": True}
+    settings = replace(SMALL, defences=("fare",), defence_options={"fare": fare})
     model = defend(clip_source, data=str(folder), out=out, settings=settings)
     assert model.class_names == (("cat", "dog") if nested else NAMES)
     assert [(b.name, b.role, b.adaptation) for b in model.config.branches] == [
@@ -122,6 +135,44 @@ def test_defend_needs_no_labels(nested: bool, clip_source: str, image_folders: s
         for needing in ({"defences": ("tecoa",)}, {"tune_benign": True}):
             with pytest.raises(ValueError, match=r"photos has no labels, which (tecoa|clean)"):
                 defend(clip_source, data=str(folder), out=tmp_path / "other", settings=replace(settings, **needing))
+
+
+def test_defend_trains_a_gate_around_published_weights(clip_source: str, tmp_path: Path) -> None:
+    (tmp_path / "clip").mkdir()
+    write_photos(tmp_path / "photos", 96)
+    settings = replace(SMALL, gate=replace(QUICK_GATE, universal_steps=3, steps=50))
+    classify = RobustZeroShotClassifier.defend(
+        clip_source,
+        robust=[write_clip(tmp_path / "clip", seed=5)],
+        data=str(tmp_path / "photos"),
+        out=tmp_path / "out",
+        settings=settings,
+    )
+    config = classify.model.config
+    assert config.fusion == "gated"
+    assert config.gate is not None
+    assert config.gate.seen_attacks
+    assert (config.policy, config.policy_caps["zero_sacrifice"]) == ("zero_sacrifice", 1.0)
+    assert 0 <= config.policy_caps["white_box"] <= 1
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    loaded = ZePAD.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(loaded(image), classify.model(image))
+    if config.detector.score == "feature_gate":
+        record = read_json(tmp_path / "out" / "tuned" / "gate" / "gate.json")
+        assert config.detector.threshold == record["thresholds"]["detection"]
+
+
+def test_zepad_defend_takes_a_folder_of_photos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole way on the embedded CLIP, at few pixels and steps: a robust branch, a gate, policies."""
+    write_photos(tmp_path / "photos", 96)
+    few = ["--steps", "2", "--batch-size", "8", "--n-validation", "16", "--quick", "--quiet", "--json"]
+    words = ["defend", "open_clip:embedded?image_size=32", "--data", str(tmp_path / "photos"), *few]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [branch["name"] for branch in found["branches"]] == ["fare", "benign"]
+    assert found["fusion"] == "gated"
+    assert set(found["policy_caps"]) == {"zero_sacrifice", "white_box"}
+    assert len(ZePAD.from_pretrained(tmp_path / "out").gate.config.seen_attacks) == 4
 
 
 def test_defend_rejects_impossible_input(clip_source: str, tmp_path: Path) -> None:

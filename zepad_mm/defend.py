@@ -21,18 +21,38 @@ from zepad_mm.defences import DEFENCES, make_defence
 from zepad_mm.encoders import Encoder, LoraSettings, TextEncoder, has_lora, load_clip, load_encoder
 from zepad_mm.encoders.prompts import templates_of
 from zepad_mm.models.branch import Adaptation, Branch, BranchConfig, Role
+from zepad_mm.models.detection import GATE_SCORE
 from zepad_mm.models.heads import zero_shot_head
 from zepad_mm.models.zepad import ZePAD, ZePADConfig
-from zepad_mm.selection import select_detector, select_fusion
-from zepad_mm.training import TrainSettings, Tuned, TuneSettings, encode_images, make_accelerator, tune
+from zepad_mm.selection import select_detector, select_fusion, select_policies
+from zepad_mm.training import (
+    GateSettings,
+    TrainSettings,
+    Tuned,
+    TuneSettings,
+    encode_images,
+    make_accelerator,
+    train_gate,
+    tune,
+)
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.distributed import claim_together
+from zepad_mm.utils.io import write_json
 from zepad_mm.utils.validation import check_epsilon, check_names
 
 log = logging.getLogger(__name__)
 
 BRANCHES_FOLDER = "tuned"  # holds a folder for each tuned branch, beside the model that is made of them
+FEWEST = 64  # training images of a gate
 NAMES = ("person", "animal", "plant", "vehicle", "building", "food", "clothing", "furniture", "tool", "landscape")
+
+
+# a few steps of everything: weak, and a few minutes for a small CLIP on a CPU
+QUICK_GATE = GateSettings(
+    n=256, corruptions=("gaussian_noise", "gaussian_blur", "contrast", "crop_flip"), corrupted_views=1,
+    universal=("feature_uap", "adv_encoder"), held_out=None, universal_steps=15, universal_views=1,
+    per_image=("pgd:feature_l2",), per_image_n=64, per_image_steps=4, rounds=1, round_n=32, round_steps=4, steps=200,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +75,7 @@ class DefendSettings(Config):
     image_size: int | None = None  # side that images are stored and attacked at; None: that of the encoder
     n_train: int | None = None  # training images; None: all
     n_validation: int | None = 512  # images that select weights, rule and threshold; None: all
+    gate: GateSettings | None = field(default_factory=GateSettings)  # how the feature gate is trained; None: no gate
     selection_steps: int = 10  # of each attack that the fusion rules are compared under
     detector_steps: int = 300  # of the universal perturbation that the detector's scores are compared on
     train: TrainSettings = field(
@@ -75,6 +96,14 @@ class DefendSettings(Config):
         templates_of(self.prompts)
 
 
+def quick_settings() -> DefendSettings:
+    """Settings that show within minutes how the defence is made; it is a weak one."""
+    settings = DefendSettings()
+    few = {"steps": 40, "batch_size": 16, "lr_warmup_steps": 4, "epsilon_warmup_steps": 10}
+    some = {"n_train": 256, "n_validation": 64, "selection_steps": 2, "detector_steps": 20}
+    return replace(settings, **some, gate=QUICK_GATE, train=replace(settings.train, **few))  # type: ignore[arg-type]
+
+
 def defend(
     source: str,
     *,
@@ -90,7 +119,8 @@ def defend(
     Without, one branch is tuned by each of ``settings.defences``, by default one that needs no labels; a killed call
     resumes when it is repeated with the same arguments. The fusion rule, its constants and the detector's threshold
     are then selected on validation images; without ``data`` the default rule is kept, and nothing is flagged. Labels,
-    where there are some, are used for that selection; without, the answers of the public CLIP take their place.
+    where there are some, are used for that selection; without, the answers of the public CLIP take their place. On
+    images a feature gate is trained, and the rule is "gated", with a cap of the benign weight for each policy.
 
     Args:
         source: the public CLIP, e.g. ``"open_clip:ViT-B-32/openai"`` or ``"hf:openai/clip-vit-base-patch32"``.
@@ -149,7 +179,8 @@ def _defend(
     if splits is None:
         log.warning("no data: the fusion rule is the default one, and nothing will be flagged as adversarial")
     else:
-        _select_fusion_and_threshold(model, *splits, settings)
+        detection = _train_gate(model, *splits, settings, out)
+        _select_fusion_and_threshold(model, *splits, settings, detection)
     model.set_classes(requested or names)
     if out is not None:
         model.save_pretrained(out)
@@ -300,18 +331,60 @@ def _tuning_of(defence: str, source: str, settings: DefendSettings) -> TuneSetti
     )
 
 
+def _train_gate(
+    model: ZePAD, train: LabelledImages, validation: LabelledImages, settings: DefendSettings, out: str | Path | None
+) -> float | None:
+    """Train the gate around the branches on the training images, calibrate it on both, and set it; in place.
+
+    Returns the threshold of its score for detection; None where there is no gate.
+    """
+    if settings.gate is None or model.config.nothing_tuned:
+        return None
+    if len(train) < FEWEST:
+        log.warning("no gate: %d training images, and it needs at least %d", len(train), FEWEST)
+        return None
+    device = make_accelerator().device
+    own, others = ([model.branch(name) for name, benign in zip(model.branches, model.benign, strict=True)
+                    if benign == wanted] for wanted in (True, False))  # fmt: skip
+    benign, *robust = (branch.encoder.to(device) for branch in (own[0], *others))
+    public = model.undefended.encoder.to(device) if settings.tune_benign else None
+    head: Any = own[0].head
+    folder = None if out is None else Path(out) / BRANCHES_FOLDER / "gate"
+    gate, record = train_gate(
+        benign, robust, {"train": train}, settings.gate, calibration={"validation": validation}, public=public,
+        directions=head.text, out=folder, progress=True,
+    )  # fmt: skip
+    model.to("cpu").set_gate(gate)
+    if public is not None:
+        public.cpu()
+    if folder is not None:
+        write_json(folder / "gate.json", record)
+    return float(record["thresholds"]["detection"])
+
+
 def _select_fusion_and_threshold(
-    model: ZePAD, train: LabelledImages, validation: LabelledImages, settings: DefendSettings
+    model: ZePAD,
+    train: LabelledImages,
+    validation: LabelledImages,
+    settings: DefendSettings,
+    detection: float | None,
 ) -> None:
-    """Select fusion rule and detector on validation images; the detector's perturbation is made on training images."""
+    """Select fusion rule and detector on validation images; the detector's perturbation is made on training images.
+
+    ``detection`` is the threshold of the gate's score, where it is the one that is selected.
+    """
     selection = select_fusion(
         model, validation, epsilon=settings.epsilon, steps=settings.selection_steps, seed=settings.train.seed
     )
     log.info("fusion: %s, clean accuracy %.1f %%", selection.chosen.key, 100 * selection.chosen.clean)
+    if model.gate is not None:
+        log.info("gated instead; largest benign weight by policy: %s", select_policies(model, selection))
     size = validation.images.shape[-1]
     attack = FeatureUAP(epsilon=10 / 255, image_size=size, steps=settings.detector_steps, seed=settings.train.seed)
     perturbation = attack.fit(model.undefended.encoder, train.images)
     detected = select_detector(model, validation, perturbation(validation.images))
+    if model.config.detector.score == GATE_SCORE:
+        model.set_detector(replace(model.config.detector, threshold=detection))
     detector = model.config.detector
     threshold = "none" if detector.threshold is None else f"{detector.threshold:.4g}"
     shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in detected.items())

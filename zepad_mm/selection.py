@@ -26,7 +26,7 @@ from zepad_mm.data import LabelledImages
 from zepad_mm.encoders import optimize_for_inference
 from zepad_mm.evaluation.subjects import BranchView
 from zepad_mm.models.detection import SCORES, score_names, threshold_at
-from zepad_mm.models.fusion import Fusion, build, rule_names
+from zepad_mm.models.fusion import GATED_RULE, Fusion, build, rule_names
 from zepad_mm.models.zepad import DetectorConfig, ZePAD
 from zepad_mm.utils.seeding import seeded_generator
 
@@ -170,6 +170,30 @@ def _attack_finalists(
             queue = best[:1]
     tested = [c for c in tried if c.attacked]
     return next((c for c in best if c.attacked), max(tested, key=lambda c: c.shared)), tried
+
+
+def select_policies(model: ZePAD, selection: Selection, tolerance: float = 0.01) -> dict[str, float]:
+    """Set the rule "gated" with a cap of the benign weight for each policy, in place; "zero_sacrifice" is in use.
+
+    "zero_sacrifice" has no cap: what the gate lets pass is answered by the benign branches. "white_box" has the highest
+    cap that is as robust as the best robust branch; 0 where none is.
+
+    Args:
+        model: with a calibrated gate, as it was when the rules were scored.
+        selection: of :func:`select_fusion`.
+        tolerance: how far below the best robust branch the cap of "white_box" may be, in robust accuracy.
+
+    Returns:
+        policy -> cap.
+    """
+    names = [name for name, benign in zip(model.branches, model.benign, strict=True) if not benign]
+    floor = max(selection.branches[name]["shared"] for name in names) - tolerance
+    gated = [candidate for candidate in selection.tried if candidate.rule == GATED_RULE]
+    kept = [candidate.params["cap"] for candidate in gated if candidate.shared >= floor]
+    caps = {"zero_sacrifice": 1.0, "white_box": max(kept, default=0.0)}
+    model.config = replace(model.config, policy="zero_sacrifice", policy_caps=caps)
+    model.set_fusion(GATED_RULE)
+    return caps
 
 
 def select_detector(

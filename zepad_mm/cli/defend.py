@@ -34,6 +34,7 @@ def _declare(parser: Any) -> None:
     parser.add_argument("--out", type=str, required=True, help="folder of the defended model and its tuned branches")
     parser.add_argument("--robust", nargs="+", type=str, default=[], help="ready robust encoders: nothing is tuned")
     parser.add_argument("--data", type=str, default=None, help=f"training and validation images: {IMAGES}")
+    parser.add_argument("--quick", action="store_true", help="few images and steps: minutes, and a weak defence")
     DEFEND_OPTIONS.declare(parser)
     _train_options().declare(parser)
 
@@ -41,9 +42,9 @@ def _declare(parser: Any) -> None:
 def _run(options: Any) -> int:
     from dataclasses import replace
 
-    from zepad_mm.defend import DefendSettings, defend, untuned_warning
+    from zepad_mm.defend import DefendSettings, defend, quick_settings, untuned_warning
 
-    settings = DefendSettings()
+    settings = quick_settings() if options.quick else DefendSettings()
     train = replace(settings.train, **_train_options().given(options))
     settings = replace(settings, train=train, **DEFEND_OPTIONS.given(options))
     model = defend(options.source, robust=options.robust, data=options.data, out=options.out, settings=settings)
@@ -51,7 +52,7 @@ def _run(options: Any) -> int:
     print_result(
         options,
         {"out": options.out, **model.config.to_dict()},
-        f"Written: {options.out}; branches {branches}; fusion {model.config.fusion} {model.config.fusion_params}\n"
+        f"Written: {options.out}; branches {branches}; fusion {model.config.fusion} {model.config.rule_params}\n"
         f"Not evaluated yet. Run: zepad evaluate {options.out}",
     )
     if untuned := untuned_warning(model.config):
