@@ -40,6 +40,27 @@ def test_plain_clip_is_evaluated(
     assert "An attacker who knows everything" in text
 
 
+def test_published_protocol_is_at_full_strength_for_one_network(clip_source: str, photos: str, tmp_path: Path) -> None:
+    words = [
+        "evaluate",
+        clip_source,
+        "--data",
+        photos,
+        "--preset",
+        "apgd_ce_t",
+        "--eps",
+        "4/255",
+        "--n",
+        "3",
+        "--quiet",
+    ]
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    report = Report.load(tmp_path)
+    assert report.row("model", "T2")["strength"] == "full"
+    assert {row["attack"].partition("@")[0] for row in report.rows} == {"none", "worst", "apgd_ce", "apgd_targeted"}
+    assert not PRESETS.get("apgd_ce_t").full_strength  # of a fused model, whose parts an attacker would aim at
+
+
 def test_several_models_on_several_data_sets(clip_source: str, zepad, photos: str, tmp_path: Path) -> None:
     zepad.save_pretrained(tmp_path / "saved")
     (tmp_path / "again").symlink_to(photos)

@@ -311,7 +311,7 @@ def _run_stages(session: Session) -> _Findings:
     # members that are one network are known now, so that the stages can be counted
     session.bar.total = 1 + has_detector + _count_stages(session, chosen)
     log.info(
-        "%d images of %s, %d models, threat models %s, %d stages on %s",
+        "%d images of %s, %d rows, threat models %s, %d stages on %s",
         len(session.labels),
         session.data.test.name,
         len(session.rows),

@@ -228,8 +228,8 @@ def write_figures(report: Report, out: str | Path, model: ZePAD | None, data: Ev
         out: the folder it wrote to.
         model: the defended model; None for any other, which gets no plot of branches.
         data: what ``evaluate`` was given.
-        count: images on the contact sheet: the first that the undefended model gets right without an attack, so
-            that none were chosen to favour the defence.
+        count: images on the contact sheet: the first that the undefended model (or the only one) gets right without
+            an attack, so that none were chosen to favour the defence.
     """
     out = Path(out)
     records = Records.load(out)
@@ -241,7 +241,7 @@ def write_figures(report: Report, out: str | Path, model: ZePAD | None, data: Ev
         figures["frontier"] = frontier_figure(report)
     if budget_sweep(report):
         figures["budget"] = budget_figure(report)
-    sheet = None if report.undefended is None else _sheet(report, records, out, data, count)
+    sheet = _sheet(report, records, out, data, count)
     if sheet is not None:
         figures["contact_sheet"] = sheet
     paths = []
@@ -293,8 +293,7 @@ def _detection_roc(report: Report, records: Records, out: Path, model: ZePAD) ->
 
 def _sheet(report: Report, records: Records, out: Path, data: EvalData, count: int) -> Figure | None:
     """The first universal perturbation on the first images; None where there is none."""
-    undefended, universal = report.undefended, _universal_attempts(records)
-    assert undefended is not None
+    undefended, universal = report.undefended or report.default, _universal_attempts(records)
     right = (records.predictions[undefended, records.attempts[0].key] == records.labels).nonzero()[:count, 0]
     if not universal or not len(right):
         return None
@@ -303,7 +302,7 @@ def _sheet(report: Report, records: Records, out: Path, data: EvalData, count: i
     attacked = Perturbation(read_stage(out, attempt.threat, attempt.attack)["delta"], attempt.epsilon)(clean)
     answers = {
         model: [names[index] for index in records.predictions[model, attempt.key][right].tolist()]
-        for model in (undefended, report.default)
+        for model in dict.fromkeys((undefended, report.default))
     }
     truth = [names[index] for index in records.labels[right].tolist()]
     title = f"{attempt.threat}, {attempt.algorithm}, {budget_text(attempt.epsilon, attempt.norm)}"

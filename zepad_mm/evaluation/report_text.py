@@ -255,10 +255,11 @@ def _under_attack(report: Report, threat: str) -> str:
     if len(counted) < 2 or not model.universal:
         return text
     single = strongest_single(report, report.default, threat)
-    both = f"{percent(single['accuracy'])} % with the defence"
+    both = f"{percent(single['accuracy'])} % (`{single['attack']}`)"
     if report.undefended is not None:
         without = strongest_single(report, report.undefended, threat)
-        both += f" (`{single['attack']}`) and {percent(without['accuracy'])} % without it (`{without['attack']}`)"
+        both = f"{percent(single['accuracy'])} % with the defence (`{single['attack']}`)"
+        both += f" and {percent(without['accuracy'])} % without it (`{without['attack']}`)"
     return f"{text} The strongest single one leaves {both}."
 
 

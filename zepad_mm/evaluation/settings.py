@@ -124,6 +124,12 @@ class EvalSettings(Config):
         enough = self.steps >= LEAST_STEPS and self.targets >= LEAST_TARGETS
         return enough and bool(self.adaptive) and set(FULL_STRENGTH) <= set(self.own_attacks)
 
+    @property
+    def full_strength_alone(self) -> bool:
+        """Whether T2 is strong enough for a single network, which has no parts to adapt to: the field's protocol."""
+        own = {"apgd_ce", "apgd_targeted"} <= set(self.own_attacks) and self.steps >= 100 and self.targets >= 9
+        return own or self.full_strength
+
     def _check_names(self) -> None:
         """Raise ValueError unless everything named is registered and of a kind that fits."""
         for key in self.threats:
