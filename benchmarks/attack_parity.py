@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from zepad_mm import ZePAD
-from zepad_mm.attacks import APGD, PGD, Attack, Square
+from zepad_mm.attacks import APGD, PGD, Attack, MomentumPGD, Square
 from zepad_mm.data import load_embedded
 from zepad_mm.encoders import optimize_for_inference
+from zepad_mm.evaluation.white_box import QUICK_STEPS
 from zepad_mm.utils.io import read_json, write_json, write_text
 from zepad_mm.utils.provenance import provenance
 
@@ -29,6 +30,7 @@ OUT = Path(__file__).parents[1] / "results" / "parity.json"
 WORST = "apgd-ce + apgd-t + square"
 WHOLE = ", whole defence"  # suffix of attacks on the whole ZePAD; the others attack one branch
 DEFAULT = ", its defaults"  # suffix of torchattacks' AutoAttack defaults: 10 steps, with FAB, 5000 Square queries
+T2 = "T2 as evaluated, without MORA"  # beside AutoAttack with its defaults
 PGD_BATCH = 64  # a power of two, so that torchattacks' mean over the batch is exact
 
 Model = Callable[[Tensor], Tensor]
@@ -92,6 +94,17 @@ def adv_lib_apgd(settings: dict[str, Any], loss: str) -> Run:
     )
 
 
+def white_box(settings: dict[str, Any]) -> Run:
+    """The own attacks of T2, in the order of the evaluation: cheap ones first, each on what the others left."""
+    budget, steps = settings["epsilon"], settings["steps"]
+    attacks: list[Attack] = [
+        PGD(epsilon=budget, steps=QUICK_STEPS),
+        MomentumPGD(epsilon=budget, steps=2 * steps),
+        *(APGD(epsilon=budget, steps=steps, loss=loss) for loss in ("ce", "targeted")),
+    ]
+    return on_an_optimized_copy(ours(attacks))
+
+
 @torch.no_grad()
 def right(model: Model, images: Tensor, labels: Tensor) -> Tensor:
     """(n,) bool: whether each prediction is right."""
@@ -117,6 +130,7 @@ def table(settings: dict[str, Any], classes: int) -> dict[str, Run]:
         f"torchattacks {WORST}{WHOLE}": theirs_of,
         f"zepad_mm {WORST}{DEFAULT}": worst_case(settings["steps"], 10 * settings["queries"]),
         f"torchattacks {WORST}{DEFAULT}": torchattacks_default(settings, classes),
+        f"zepad_mm {T2}{DEFAULT}": white_box(settings),
         "zepad_mm apgd-ce": one("ce"),
         "adv_lib apgd-ce": adv_lib_apgd(settings, "ce"),
         "zepad_mm apgd-dlr": one("dlr"),
@@ -205,9 +219,11 @@ def markdown(record: dict[str, Any]) -> str:
 def summarize(stages: dict[str, Any]) -> dict[str, Any]:
     """Images on which the worst cases of both libraries disagree, and the ratio of CPU times, where both were run."""
     summary = {}
+    pairs = {"T2 and AutoAttack as it comes": (f"zepad_mm {T2}{DEFAULT}", f"torchattacks {WORST}{DEFAULT}")}
     suffixes = {"one branch": "", "the whole defence": WHOLE, "one branch and AutoAttack as it comes": DEFAULT}
     for which, suffix in suffixes.items():
-        names = [f"{library} {WORST}{suffix}" for library in ("zepad_mm", "torchattacks")]
+        pairs[which] = f"zepad_mm {WORST}{suffix}", f"torchattacks {WORST}{suffix}"
+    for which, names in pairs.items():
         if set(names) <= set(stages):
             ours, theirs = (stages[name] for name in names)
             summary[which] = {

@@ -58,7 +58,7 @@ def test_published_protocol_is_at_full_strength_for_one_network(clip_source: str
     report = Report.load(tmp_path)
     assert report.row("model", "T2")["strength"] == "full"
     assert {row["attack"].partition("@")[0] for row in report.rows} == {"none", "worst", "apgd_ce", "apgd_targeted"}
-    assert not PRESETS.get("apgd_ce_t").full_strength  # of a fused model, whose parts an attacker would aim at
+    assert not PRESETS.get("apgd_ce_t").full_strength()  # of a fused model, whose parts an attacker would aim at
 
 
 def test_several_models_on_several_data_sets(clip_source: str, zepad, photos: str, tmp_path: Path) -> None:

@@ -86,8 +86,9 @@ def test_every_row_under_t2_has_a_verdict_and_its_strength(finished: tuple[Repor
         assert row["verdict"] in ("held", "likely overestimated", "upper bound")
         assert row["strength"] == "reduced"
     assert "reduced attacks" in report.markdown()
-    assert not PRESETS.get("smoke").full_strength
-    assert all(PRESETS.get(name).full_strength for name in ("demo", "full"))
+    assert not PRESETS.get("smoke").full_strength()
+    assert all(PRESETS.get(name).full_strength() for name in ("demo", "full"))
+    assert PRESETS.get("apgd_ce_t").full_strength(fused=False)
 
 
 def test_detection_has_the_false_alarms_paid_beside_the_nominal_ones(finished: tuple[Report, Path]) -> None:

@@ -104,7 +104,7 @@ class Records:
             flagged,
             {row.name: str(row.kind) for row in session.rows},
             tuple(session.skipped_rows),
-            session.settings.full_strength_alone if session.subject.fusion is None else session.settings.full_strength,
+            session.settings.full_strength(session.subject.fusion is not None),
             None if session.gate is None else tuple(session.gate.config.seen_attacks),
         )
 

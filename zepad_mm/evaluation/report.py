@@ -284,7 +284,12 @@ def budget_of(row: Mapping[str, Any]) -> str:
     return budget_text(row["epsilon"], row["norm"])
 
 
+def is_upper_bound(row: Mapping[str, Any]) -> bool:
+    """Whether a robust accuracy may well be lower: no attack through the row itself, or reduced attacks."""
+    return bool(row.get("upper_bound")) or row.get("strength") == "reduced"
+
+
 def cell(row: Mapping[str, Any]) -> str:
     """Return a row's accuracy with its interval as every table shows it."""
-    at_most = "<= " if row.get("upper_bound") else ""
+    at_most = "<= " if is_upper_bound(row) else ""
     return at_most + interval_text(row["accuracy"], row["ci_low"], row["ci_high"])

@@ -12,7 +12,7 @@ from zepad_mm.utils.text import budget_text, bullets, interval_text, markdown_ta
 NOTE = (
     "Accuracy in %, with its 95 % Wilson interval. `worst`: an image counts only if it is answered right without an "
     "attack and under every attack of that threat model. `<=`: not attacked through its own output, since the attacks "
-    "on others put it below the default already."
+    "on others put it below the default already, or by reduced attacks only."
 )
 REDUCED = "reduced attacks, so that accuracies are upper bounds"
 TOLERANCE = 0.005  # differences of accuracy below it are called none
@@ -265,7 +265,8 @@ def _under_attack(report: Report, threat: str) -> str:
 
 def strongest_single(report: Report, model: str, threat: str) -> dict[str, Any]:
     """Return the row of the one attack that leaves a model the lowest accuracy under a threat model."""
-    return min(report.counted(model, threat), key=lambda row: row["accuracy"])
+    counted = report.counted(model, threat) or [report.row(model, threat)]  # a shortened report has the worst case only
+    return min(counted, key=lambda row: row["accuracy"])
 
 
 def _with_and_without(report: Report, threat: str = CLEAN.key) -> str:

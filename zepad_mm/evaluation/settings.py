@@ -23,7 +23,8 @@ OWN_ATTACKS = (
     "pgd_quick", "pgd", "pgd_from_t1", "pgd_momentum", "apgd_ce", "apgd", "apgd_targeted", "prompts", "patch_tokens",
     "square", "rays",
 )  # fmt: skip
-FULL_STRENGTH = ("pgd_quick", "pgd_momentum", "apgd_ce", "apgd_targeted")  # what a printed T2 needs at least
+STRONG = ("pgd_quick", "pgd_momentum", "apgd_ce", "apgd_targeted")  # cheap first, each on what the others left
+FULL_STRENGTH = ("apgd_ce", "apgd_targeted")  # what a printed T2 needs at least, on a fused model MORA too
 LEAST_STEPS, LEAST_TARGETS = 20, 3  # of it
 TRANSFER = ("pgd", "apgd", "mi", "di", "ti")
 POOLS = ("branch", "robust_branches", "all_branches")  # on each branch; on the robust ones at once; on all at once
@@ -66,7 +67,7 @@ class EvalSettings(Config):
     rules: tuple[str, ...] = ()  # fusion rules that get a row and an attack of their own; empty: all
     steps: int = 20  # gradient steps of every T2 attack: the same for branches and for fused models
     restarts: int = 1  # of each model's own attack, on the images that survived the shared pool
-    own_attacks: tuple[str, ...] = FULL_STRENGTH  # each model's own, of OWN_ATTACKS
+    own_attacks: tuple[str, ...] = STRONG  # each model's own, of OWN_ATTACKS
     adaptive: tuple[str, ...] = ("mora", "average_logit", "weight_hijack")  # losses on the model as it ships
     prompt_sets: tuple[str, ...] = ("single", "photo", "style")  # that "prompts" attacks at once
     superclasses: tuple[int, ...] = ()  # the superclass of each class; given, T2 also attacks to leave it
@@ -118,17 +119,13 @@ class EvalSettings(Config):
         for severity in self.severities:
             check_severity(severity)
 
-    @property
-    def full_strength(self) -> bool:
-        """Whether T2 is strong enough to be believed: APGD-CE, targeted APGD and adaptive attacks with enough steps."""
-        enough = self.steps >= LEAST_STEPS and self.targets >= LEAST_TARGETS
-        return enough and bool(self.adaptive) and set(FULL_STRENGTH) <= set(self.own_attacks)
+    def full_strength(self, fused: bool = True) -> bool:
+        """Whether T2 is strong enough to be believed of a model, which may fuse several branches.
 
-    @property
-    def full_strength_alone(self) -> bool:
-        """Whether T2 is strong enough for a single network, which has no parts to adapt to: the field's protocol."""
-        own = {"apgd_ce", "apgd_targeted"} <= set(self.own_attacks) and self.steps >= 100 and self.targets >= 9
-        return own or self.full_strength
+        APGD-CE and targeted APGD with enough steps and targets; on a fused model also MORA.
+        """
+        enough = self.steps >= LEAST_STEPS and self.targets >= LEAST_TARGETS
+        return enough and set(FULL_STRENGTH) <= set(self.own_attacks) and (not fused or "mora" in self.adaptive)
 
     def _check_names(self) -> None:
         """Raise ValueError unless everything named is registered and of a kind that fits."""
@@ -186,8 +183,8 @@ PRESETS.register("smoke")(
 PRESETS.register("demo")(
     EvalSettings(
         n=300,
-        n_white_box=48,
-        n_transfer=64,
+        n_white_box=32,
+        n_transfer=48,
         n_surrogate=1000,
         universal_steps={"adv_encoder": 40, "feature_uap": 150},
         family_steps={"feature_uap": 60},

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from zepad_mm.evaluation.report import OVERESTIMATED, Report, cell
+from zepad_mm.evaluation.report import OVERESTIMATED, Report, cell, is_upper_bound
 from zepad_mm.evaluation.threats import CLEAN, WORST, RowKind, strength
 from zepad_mm.utils.registry import Registry
 from zepad_mm.utils.text import budget_text, markdown_table
@@ -24,7 +24,7 @@ class Entry:
         report: name of the report it comes from.
         dataset, seed, model, threat, attack, norm, epsilon, n: what was measured.
         accuracy, ci_low, ci_high: in [0, 1], with the 95 % Wilson interval.
-        upper_bound: the model was not attacked itself; its robust accuracy may be lower.
+        upper_bound: the model was not attacked itself, or by reduced attacks; its robust accuracy may be lower.
         seconds: what its attacks took, where that is known; ``wall_s`` what the whole report took.
         commit: of the code that wrote the report.
         overestimated: a diagnostic of the report failed.
@@ -103,7 +103,7 @@ def _entry(name: str, report: Report, row: Mapping[str, Any]) -> Entry:
         **{key: row[key] for key in copied},
         report=name,
         seed=meta["seed"],
-        upper_bound=row.get("upper_bound", False),
+        upper_bound=is_upper_bound(row),
         seconds=row["seconds"],
         wall_s=meta["wall_s"],
         commit=meta["commit"],
@@ -255,7 +255,7 @@ class _Grid:
         self.notes = ["Accuracy in %, with its 95 % Wilson interval; T3 counts right or flagged."]
         self.notes.append("Bold: above every other model on the same images, with intervals that do not overlap.")
         if any(entry.upper_bound for entry in found):
-            self.notes.append("<=: not attacked through its own output.")
+            self.notes.append("<=: not attacked through its own output, or by reduced attacks only.")
         if any(entry.overestimated for entry in found):
             self.notes.append(f"(!): {OVERESTIMATED}, see the warnings of its report.")
 
