@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import multiprocessing
 import os
 import pickle
 import struct
@@ -308,6 +309,24 @@ def test_classifier_can_be_copied(classifier: RobustZeroShotClassifier, images: 
     assert twin(images, LABELS, return_evidence=True) == classifier(images, LABELS, return_evidence=True)
     assert twin(images, ["bird", "fish"]) == classifier(images, ["bird", "fish"])
     assert twin._text_lock is not classifier._text_lock
+
+
+def _answers(classifier: RobustZeroShotClassifier, images: torch.Tensor, answers: Any) -> None:
+    answers.put(classifier(images, LABELS))
+
+
+@pytest.mark.slow
+def test_classifier_works_in_a_spawned_process(classifier: RobustZeroShotClassifier, images: torch.Tensor) -> None:
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    process = context.Process(target=_answers, args=(classifier, images, answers))
+    process.start()
+    found = answers.get(timeout=120)
+    process.join(60)
+    assert process.exitcode == 0
+    for one, other in zip(found, classifier(images, LABELS), strict=True):
+        assert [entry["label"] for entry in one] == [entry["label"] for entry in other]
+        assert [entry["score"] for entry in one] == pytest.approx([entry["score"] for entry in other], abs=1e-5)
 
 
 def test_classifier_of_transformers_can_be_copied(tmp_path: Path, images: torch.Tensor) -> None:

@@ -238,3 +238,26 @@ def test_embedded_data_need_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(OSError, match="HF_HOME") as error:
         load_data(str(copy), "test", 8)
     assert error.value.errno in (errno.ENOTDIR, errno.EACCES)
+
+
+@pytest.mark.parametrize("read", list(READERS))
+def test_images_cut_off_behind_their_header_are_named(read: str, tmp_path: Path) -> None:
+    """The header tells the size, so that the fault is found when the pixels are decoded."""
+    noise = torch.randint(256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
+    for name in ("train/cat/a.jpg", "train/cat/cut.jpg", "train/dog/b.png", "train/dog/short.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        PILImage.fromarray(noise).save(tmp_path / name)
+    for name in ("train/cat/cut.jpg", "train/dog/short.png"):
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: len(content) * 2 // 3])
+
+    def all_pixels() -> None:
+        data: Any = READERS[read](str(tmp_path), "train", 8)  # type: ignore[operator]
+        if read == "on disk":
+            data.fetch(torch.arange(4))
+        elif read == "streamed":
+            list(zip(range(4), data.rows(0, 1, seed=0), strict=False))
+
+    with pytest.raises(ValueError, match=r"(cut\.jpg|short\.png).* could not be read as an image") as caught:
+        all_pixels()
+    assert read != "in memory" or ("cut.jpg" in str(caught.value) and "short.png" in str(caught.value))

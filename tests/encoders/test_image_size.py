@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 
 from tests.helpers import encoder_zoo as zoo
 from tests.helpers.models import write_clip
@@ -93,3 +95,17 @@ def test_image_size_must_suit_the_patches(tmp_path: Path) -> None:
     source = zoo.ZOO["open_clip: ViT, MultiheadAttention"](tmp_path).source
     with pytest.raises(ValueError, match="a multiple of its patches of 8 pixels"):
         load_encoder(source, image_size=37)
+
+
+@pytest.mark.parametrize(("patch", "size"), [(1, 1024), (2, 1024), (1, 512)])
+def test_tiny_patches_in_large_images_are_refused_in_time(patch: int, size: int, tmp_path: Path) -> None:
+    """A network of a few kilobytes whose attention over one image would take hours."""
+    folder = tmp_path / "dinov2"
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_ratio": 2}
+    hf.Dinov2Model(hf.Dinov2Config(image_size=32, patch_size=patch, **shape)).save_pretrained(folder)
+    sides = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
+    hf.BitImageProcessor(**sides).save_pretrained(folder)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="its patches are too small for its images"):
+        load_encoder(f"hf:local-dir:{folder}")
+    assert time.monotonic() - started < 60

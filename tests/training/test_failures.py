@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -251,5 +252,52 @@ def test_fit_ends_when_another_process_dies(tmp_path: Path) -> None:
     assert "SIGKILL" in done.stderr
     _, about = read_tensors(tmp_path / "run" / "checkpoint.safetensors")
     assert json.loads(about["about"])["position"]["step"] == 6
+    _, result = run(tmp_path / "run")  # resumes, here with one process
+    assert result.steps == 9
+
+
+STOPPED_RANKS = """
+import sys, time
+from pathlib import Path
+from tests.training.test_failures import TeCoA, run
+from zepad_mm.utils.stopping import run_program
+original, calls = TeCoA.loss, [0]
+def loss(self, student, batch, attacked):
+    calls[0] += 1
+    if calls[0] == 4:
+        Path(sys.argv[1], "ready").touch()
+    if calls[0] >= 4:
+        time.sleep(0.5)
+    return original(self, student, batch, attacked)
+TeCoA.loss = loss
+code = run_program(lambda: run(Path(sys.argv[1], "run")))
+Path(sys.argv[1], f"code-{code}-of-{__import__('os').environ['RANK']}").touch()
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("both_cores")
+def test_fit_on_two_processes_saves_and_stops_on_sigterm(tmp_path: Path) -> None:
+    """The signal reaches the launcher alone, as from a scheduler; both processes save one step and end with 130."""
+    script = tmp_path / "stopped.py"
+    script.write_text(STOPPED_RANKS)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    process = subprocess.Popen([*launch, str(tmp_path)], env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 200
+        while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert sorted(path.name for path in tmp_path.glob("code-*")) == ["code-130-of-0", "code-130-of-1"], errors[-3000:]
+    assert "start it again with the same settings to go on" in errors
+    _, about = read_tensors(tmp_path / "run" / "checkpoint.safetensors")
+    step = json.loads(about["about"])["position"]["step"]
+    assert 3 <= step < 9
     _, result = run(tmp_path / "run")  # resumes, here with one process
     assert result.steps == 9

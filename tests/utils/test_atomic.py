@@ -13,11 +13,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from tests.helpers.models import make_zepad, write_clip
 from zepad_mm.encoders import load_encoder
+from zepad_mm.evaluation import Report
 from zepad_mm.models.zepad import DetectorConfig, ZePAD
+from zepad_mm.pretraining.checkpoint import save_encoder
 from zepad_mm.training import fresh_head, load_head, load_tuned, write_tuned
 from zepad_mm.utils import atomic
 from zepad_mm.utils.atomic import SAVED, STAGING, complete_folder, replacing, replacing_folder
@@ -139,6 +142,37 @@ def test_saving_over_a_tuned_encoder_that_is_killed_leaves_encoder_and_head_of_o
         encoder = load_tuned(folder).state_dict()
         seed = next(seed for seed in (1, 2) if all(torch.equal(encoder[key], weights[seed][key]) for key in encoder))
         assert torch.equal(load_head(folder / "head.safetensors")[0].state_dict()["layer.weight"], heads[seed])
+
+
+def _pretrained(folder: Path, seed: int) -> None:
+    torch.manual_seed(seed)
+    sizes = {"channels": [8, 8, 8, 8], "layers": [1, 1, 1, 1]}
+    save_encoder(timm.create_model("resnet18", num_classes=0, **sizes), folder, sizes)
+
+
+def _evaluated(folder: Path, seed: int) -> None:
+    report = Report.load("results/demo")
+    Report({**report.meta, "seed": seed}, report.rows, report.detection).save(folder)
+
+
+@pytest.mark.parametrize("write", [_pretrained, _evaluated])
+def test_writing_over_earlier_results_that_is_killed_leaves_those_of_one_run(
+    write: Callable[[Path, int], None], tmp_path: Path
+) -> None:
+    contents = []
+    for seed in (1, 2):
+        write(tmp_path / str(seed), seed)
+        contents.append({path.name: path.read_bytes() for path in (tmp_path / str(seed)).iterdir()})
+    folder = tmp_path / "out"
+    write(folder, 1)
+    for change in range(2, 9, 2):
+        _killed_at(change, lambda: write(folder, 2))
+        complete_folder(folder)
+        found = {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+        assert found in contents, change
+    atomic._cleaned.clear()
+    write(folder, 2)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == contents[1]
 
 
 def test_replaced_files_have_the_mode_of_the_umask_and_replace_links(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from zepad_mm.encoders.build_limits import ForwardLimit
 from zepad_mm.encoders.image_size import set_image_size
 from zepad_mm.encoders.sources import BACKENDS, at_revision, parse_source, with_image_size
 from zepad_mm.encoders.state_dict import check_weights
@@ -119,7 +120,7 @@ def feature_dim_of(backbone: nn.Module, image_size: int) -> int:
     parameter = next(backbone.parameters())
     was_training = backbone.training
     backbone.eval()
-    with torch.no_grad():
+    with torch.no_grad(), ForwardLimit(backbone, type(backbone).__name__):
         features = backbone(torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype))
     backbone.train(was_training)
     if not isinstance(features, Tensor) or features.ndim != 2:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zepad_mm.utils.io import check_not_inflated
@@ -16,6 +17,8 @@ from zepad_mm.utils.io import check_not_inflated
 SPARE_TENSORS = 20_000  # made beside those of the file: masks, tables of positions, schedules, pieces of an initialiser
 SPARE_ELEMENTS = 2**27  # likewise
 FACTOR = 4  # initialisers make temporary tensors of the size of a weight, and converters make copies
+MOST_MULTIPLICATIONS = 2**42  # of one image; the largest public ViTs take about 10**12
+SPARE_MULTIPLICATIONS, PER_WEIGHT = 2**36, 2**17  # a ViT-B/8 at 1024 pixels takes 75,000 for each weight
 WITHOUT_WEIGHTS = (2**14, 2**31)  # tensors and elements of a network that is built without a file
 
 
@@ -44,6 +47,48 @@ class BuildLimit(TorchDispatchMode):
                     f"of {self.elements:,} numbers in all that are expected; it is damaged, or of other weights"
                 )
         return function(*args, **(kwargs or {}))
+
+
+class ForwardLimit(TorchDispatchMode):
+    """Context of the first forward pass of a network; ends in ValueError before one that would take hours.
+
+    A file of a few kilobytes may ask for patches of one pixel in a large image, whose attention grows with the fourth
+    power of the side. Multiplications are counted before each product, and after each convolution; a network may take
+    some for each of its weights.
+    """
+
+    def __init__(self, network: nn.Module, what: str) -> None:
+        super().__init__()
+        weights = sum(parameter.numel() for parameter in network.parameters())
+        self.what, self.most = what, min(MOST_MULTIPLICATIONS, SPARE_MULTIPLICATIONS + PER_WEIGHT * weights)
+        self.left = self.most
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, tensors = function.overloadpacket.__name__, [arg for arg in args if isinstance(arg, torch.Tensor)]
+        self._spend(_multiplications(name, tensors))
+        result = function(*args, **(kwargs or {}))
+        if "convolution" in name and len(tensors) > 1:
+            self._spend(result.numel() * tensors[1].numel() // max(1, tensors[1].shape[0]))
+        return result
+
+    def _spend(self, multiplications: int) -> None:
+        self.left -= multiplications
+        if self.left < 0:
+            raise ValueError(
+                f"{self.what}: one image takes more than {self.most:.2g} multiplications; its patches are too small "
+                "for its images, or its configuration is damaged"
+            )
+
+
+def _multiplications(name: str, tensors: list[torch.Tensor]) -> int:
+    """Of a product of matrices or an attention, known before it is computed; 0 for all other functions."""
+    if "attention" in name and len(tensors) > 1:
+        return 2 * tensors[0].numel() * tensors[1].shape[-2]
+    if name in ("mm", "bmm") and len(tensors) > 1:
+        return tensors[0].numel() * tensors[1].shape[-1]
+    if name in ("addmm", "baddbmm") and len(tensors) > 2:
+        return tensors[1].numel() * tensors[2].shape[-1]
+    return 0
 
 
 def _elements_made(function: Any, args: Any) -> int:

@@ -252,7 +252,7 @@ def _create(source: Source, folder: Path, pretrained: bool) -> Any:
             if pooler is not None and pooler.state_dict() and not _publishes_pooler(config):
                 model.pooler = None  # as below: with and without weights it is the same architecture
             return model
-        with _no_progress_bar():
+        with _quiet():
             model, report = AutoModel.from_pretrained(
                 folder, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
             )
@@ -275,15 +275,17 @@ def _create(source: Source, folder: Path, pretrained: bool) -> Any:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """transformers shows a bar for each model that it reads from the disk."""
+def _quiet() -> Iterator[None]:
+    """transformers shows a bar and a table for each model that it reads; what matters of them is logged here."""
     from transformers.utils import logging as library
 
-    shown = library.is_progress_bar_enabled()
+    shown, verbosity = library.is_progress_bar_enabled(), library.get_verbosity()
     library.disable_progress_bar()
+    library.set_verbosity_error()
     try:
         yield
     finally:
+        library.set_verbosity(verbosity)
         if shown:
             library.enable_progress_bar()
 

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from zepad_mm.encoders.build_limits import ForwardLimit
+
 
 def set_image_size(encoder: Any, image_size: int) -> None:
     """Changes an encoder's image size in place: its preprocessing, and position embeddings where it has any.
@@ -27,7 +29,7 @@ def set_image_size(encoder: Any, image_size: int) -> None:
         return
     try:
         resize_tower(encoder.backbone, image_size)
-        with torch.no_grad():
+        with torch.no_grad(), ForwardLimit(encoder.backbone, encoder.source):
             parameter = next(encoder.parameters())
             images = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
             width = encoder.backbone.eval()(images).shape[-1]
