@@ -180,7 +180,7 @@ def test_fit_resumes_bit_for_bit(call: int, bn_mode: str, tmp_path: Path, monkey
     again, _ = run(tmp_path / "parts", settings=settings)
     assert same(whole, again)
     assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == [
-        "best-9.safetensors", "checkpoint.safetensors", "metrics.jsonl", "samples",
+        "best-9.safetensors", "checkpoint.safetensors", "log.txt", "metrics.jsonl", "samples",
     ]  # fmt: skip
 
 
