@@ -43,19 +43,22 @@ METADATA = b"class_names"
 
 @dataclass(frozen=True)
 class Packed:
-    """One part: (N, 3, S, S) uint8, (N,) rows in ``class_names``, (N,) rows in ``SOURCES``."""
+    """One part: (N, 3, S, S) uint8, (N,) rows in ``class_names``, (N,) rows in ``sources``."""
 
     pixels: Tensor
     labels: Tensor
     source: Tensor
     class_names: tuple[str, ...]
+    sources: tuple[str, ...]  # of the file, which another list of ``SOURCES`` may have made
 
     def of(self, source: str) -> Packed:
         """The images of one source, under its own class names."""
-        rows = self.source == SOURCES.index(source)
+        rows = self.source == self.sources.index(source)
         found = self.labels[rows].unique()
         names = tuple(self.class_names[row] for row in found.tolist())
-        return Packed(self.pixels[rows], torch.searchsorted(found, self.labels[rows]), self.source[rows], names)
+        return Packed(
+            self.pixels[rows], torch.searchsorted(found, self.labels[rows]), self.source[rows], names, self.sources
+        )
 
 
 def main() -> None:
@@ -93,8 +96,8 @@ def unpack(path: Path, part: str, side: int = SIDE) -> Packed:
     """One part in memory, every image at ``side``; equal class names of two sources are one class."""
     table = pq.read_table(path, filters=[("part", "=", part)])
     found = json.loads(pq.read_schema(path).metadata[METADATA])
-    names = sorted({name for source in SOURCES for name in found[source]})
-    rows = {source: [names.index(name) for name in found[source]] for source in SOURCES}
+    names = sorted({name for known in found.values() for name in known})
+    rows = {source: [names.index(name) for name in known] for source, known in found.items()}
     sources, labels = table["source"].to_pylist(), table["label"].to_pylist()
     with ThreadPoolExecutor() as pool:
         pixels = list(pool.map(_decode, table["image"].to_pylist()))
@@ -104,7 +107,8 @@ def unpack(path: Path, part: str, side: int = SIDE) -> Packed:
         for few in where.split(512):
             joined[few] = _to_side(torch.stack([pixels[row] for row in few.tolist()]), side)
     label = torch.tensor([rows[source][label] for source, label in zip(sources, labels, strict=True)])
-    return Packed(joined, label, torch.tensor([SOURCES.index(source) for source in sources]), tuple(names))
+    number = torch.tensor([list(found).index(source) for source in sources])
+    return Packed(joined, label, number, tuple(names), tuple(found))
 
 
 def _rows(data_root: Path, source: str, classes: int, quality: int) -> list[tuple[str, str, int, bytes]]:

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.pack_images import SOURCES, Packed, unpack
+from tools.pack_images import Packed, unpack
 from zepad_mm.attacks import PGD, FeatureUAP
 from zepad_mm.data import LabelledImages
 from zepad_mm.defences import FARE, Student
@@ -286,7 +286,7 @@ def measure(
     steps = 300 if device.type == "cuda" else 2
     uap = FeatureUAP(epsilon=10 / 255, image_size=side, steps=steps).fit(public, train.images[:2048])
     found = {}
-    for name in SOURCES:
+    for name in packed.sources:
         few = packed.of(name)
         rows = torch.randperm(len(few.labels), generator=seeded_generator(0))[
             : min(MEASURED, options.limit or MEASURED)

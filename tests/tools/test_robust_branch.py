@@ -30,7 +30,10 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / source / "test-0.parquet").write_bytes(b"never read")
         held = PACKED.get(source, (0, 0))[1]
         side = 144 if held == 0 else 64
-        for split, count in (("train", 2 * (held + 4)), *((("validation", 6),) if held == 0 else ())):
+        splits = {"train": 2 * (held + 4), **({"validation": 6} if held == 0 else {})}
+        if source == "clothing":
+            splits |= {"surrogate": 4, "train": 4}
+        for split, count in splits.items():
             rows = []
             for _ in range(count):
                 buffer = io.BytesIO()
@@ -44,19 +47,24 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def packed(data_root: Path) -> Path:
-    pack_images.pack(data_root, data_root / "images.parquet")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pack_images, "ASSETS", data_root)  # where the photos of clothes are
+        pack_images.pack(data_root, data_root / "images.parquet")
     return data_root / "images.parquet"
 
 
-def test_pack_holds_training_and_validation_images_of_every_source(packed: Path, data_root: Path) -> None:
+def test_pack_holds_training_and_validation_images_of_every_source(
+    packed: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train, validation = (pack_images.unpack(packed, part, 64) for part in ("train", "validation"))
     assert train.class_names == tuple(NAMES)
     for part, counts in ((train, [8, 8, 8, 8]), (validation, [80, 30, 6, 6])):
         assert part.pixels.shape[1:] == (3, 64, 64)
         assert part.pixels.dtype == torch.uint8
         assert torch.bincount(part.source).tolist() == counts
-        assert torch.equal(torch.bincount(part.of("clothing144").labels), torch.tensor([counts[3] // 2] * 2))
+        assert torch.equal(torch.bincount(part.of("clothing").labels), torch.tensor([counts[3] // 2] * 2))
     size = packed.stat().st_size
+    monkeypatch.setattr(pack_images, "ASSETS", data_root)
     small = pack_images.pack(data_root, data_root / "small.parquet", quality=30, largest=0.8 * size / 1e6)
     assert small < 0.85 * size
     few = pack_images.unpack(data_root / "small.parquet", "validation", 64)
