@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import html
 import os
+import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,7 +23,9 @@ from zepad_mm.serve.limits import BusyError, Uploads, upload_folder
 from zepad_mm.serve.page_requests import PageRequests
 from zepad_mm.serve.service import ATTACKS, Attacked, Service, error_text, png
 from zepad_mm.serve.settings import MAX_LEVELS
+from zepad_mm.utils.io import ASSETS
 
+PHOTOS = ASSETS / "photos"  # named by what they show
 UPLOAD_LIFETIME_S = 3600  # uploads are deleted after an hour
 GAIN = 8  # factor by which the shown perturbation is amplified
 MIN_SIDE = 256  # least side in pixels of the shown images
@@ -243,16 +246,17 @@ def _enlarged(image: Any) -> Image.Image:
 
 
 def _examples() -> tuple[list[str], tuple[str, ...]]:
-    """Files with one embedded test image per class, kept while the process lives; and the class names."""
+    """Photos and one embedded test image per class, in files that live as long as the process; and what they show."""
     import io
 
     data = load_data("embedded", "test")
     folder = TemporaryDirectory(prefix="zepad-")
     atexit.register(folder.cleanup)
-    paths = []
+    photos = sorted(PHOTOS.glob("*.jpg"))
+    paths = [str(shutil.copy(photo, folder.name)) for photo in photos]
     for number, name in enumerate(data.class_names):
         row = int((data.labels == number).nonzero()[0])
         path = Path(folder.name) / f"{name}.png"
         Image.open(io.BytesIO(png(data.images[row]))).save(path)
         paths.append(str(path))
-    return paths, data.class_names
+    return paths, (*(photo.stem.replace("_", " ") for photo in photos), *data.class_names)
