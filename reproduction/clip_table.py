@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Table 9 b: the embedded CLIP and the shipped defences, zero-shot, on seen and unseen class names, styles and prompts.
+"""Table 9 a: the embedded CLIP and the shipped defences, zero-shot, on seen and unseen class names, styles and prompts.
 
     python -m reproduction.clip_table --config reproduction/configs/clip.yaml --tune_on outputs/embedded/pool \\
         --data "[DIR/imagenet20, DIR/tinyimagenet80, DIR/pacs:photo, DIR/pacs:sketch]"

@@ -1,176 +1,147 @@
 #!/usr/bin/env python
-"""Build the shipped defended models: tune their branches, assemble them, select fusion rule and threshold.
+"""Build the shipped defended model: the embedded CLIP, a robust branch of it, and the feature gate between them.
 
-    python -m tools.build_zepad                     # "embedded", from the images that ship
-    python -m tools.build_zepad --model general --data DIR/tinyimagenet80
-    python -m tools.build_zepad --out my-model      # elsewhere; the shipped model is kept
+    python -m tools.build_zepad --robust TUNED --gate GATE --images images.parquet
+    python -m tools.build_zepad --out my-model      # tunes branch and gate first; the shipped model is kept
 
-"embedded" is tuned with labels on ten class names of clothes and is robust on those; "general" (recipes/models/general)
-is tuned by FARE on the clothes and on the data sets of --data, so that other class names keep their accuracy. Recipes
-with committed configs run first (about 70 minutes on two cores; each resumes after a kill), then the fusion rule, its
-constants and the detector's threshold are selected on validation images. Test images are not used.
+TUNED is a tuned encoder of tools/robust_branch.py, GATE a file of recipes/train_gate.py, images.parquet what the branch
+was tuned on, by tools/pack_images.py. What is not given is made from the clothes: the branch by recipes/tune.py with a
+committed configuration (an hour on two cores, resumable), the gate in minutes. FARE keeps features where they were and
+the gate reads features alone, so neither knows class names. The caps of both policies and the detector's threshold are
+selected on the validation images. Test images are not used.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from recipes import tune as tune_recipe
-from tools.clip_names import UNSEEN
-from tools.joint_validation_pool import join
+from tools.pack_images import unpack
 from zepad_mm.attacks import FeatureUAP
-from zepad_mm.data import load_data
-from zepad_mm.encoders import has_lora, load_clip
+from zepad_mm.data import LabelledImages, load_data
+from zepad_mm.encoders import Encoder, load_clip
 from zepad_mm.encoders.prompts import templates_of
-from zepad_mm.models.branch import Adaptation, Branch, BranchConfig, Role
+from zepad_mm.models.branch import Branch, BranchConfig
+from zepad_mm.models.detection import GATE_SCORE
+from zepad_mm.models.gate import FeatureGate
 from zepad_mm.models.heads import zero_shot_head
 from zepad_mm.models.zepad import EMBEDDED_MODEL, ZePAD, ZePADConfig
-from zepad_mm.selection import select_detector, select_fusion
-from zepad_mm.training import load_tuned
+from zepad_mm.selection import select_detector, select_fusion, select_policies
+from zepad_mm.training import load_gate, load_tuned, train_gate
 from zepad_mm.utils.io import read_json, write_json
 from zepad_mm.utils.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
-N_VALIDATION = 400  # images that the rule and the threshold are chosen on, at most
+CONFIG = ROOT / "recipes" / "configs" / "embedded" / "tune_fare.yaml"
 PUBLIC = "open_clip:embedded"
 PUBLIC_BRANCH = BranchConfig(name="benign", role="benign", source=PUBLIC, objective="none: the public encoder")
-
-
-@dataclass(frozen=True)
-class TunedBranch:
-    """A tuned branch: its name (also of its folder and its config), its role and its objective."""
-
-    name: str
-    role: Role
-    objective: str
-
-    @property
-    def config(self) -> Path:
-        """The configuration of recipes/tune.py."""
-        method = "clean" if self.role == "benign" else self.name
-        return ROOT / "recipes" / "configs" / "embedded" / f"tune_{method}.yaml"
-
-
-@dataclass(frozen=True)
-class Build:
-    """One shipped model: its tuned branches, in order; without a benign one the public encoder is the benign branch."""
-
-    folder: Path
-    tuned: tuple[TunedBranch, ...]
-    joined: bool  # tuned and selected on the joined data sets, or on the clothes alone
-    epsilon: float  # white-box budget of the selection
-    tolerance: float = 0.0  # accuracy that the rule may lose to its best robust branch
-
-
-BUILDS = {
-    "embedded": Build(
-        EMBEDDED_MODEL,
-        (
-            TunedBranch("tecoa", "robust", "TeCoA at 4/255"),
-            TunedBranch("gen_af", "robust", "ZePAD objective (corrected) at 4/255"),
-            TunedBranch("benign", "benign", "clean tuning on local images"),
-        ),
-        joined=False,
-        epsilon=4 / 255,
-    ),
-    "general": Build(
-        ROOT / "recipes" / "models" / "general",
-        (
-            TunedBranch("fare_labels", "robust", "FARE at 4/255 with cross-entropy beside it"),
-        ),  # plain FARE beside it: weaker
-        joined=True,
-        epsilon=2 / 255,
-        tolerance=0.06,  # clean accuracy first: at least the undefended CLIP's on validation images
-    ),
-}
+EPSILON = 1 / 255  # of the white-box attack of the selection: at 4 / 255 among all names every cap leaves nothing
+UNIVERSAL = FeatureUAP(epsilon=10 / 255)  # the attack that detection scores are compared on
 
 
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=tuple(BUILDS), default="embedded", help="which one")
+    parser.add_argument("--robust", type=Path, help="folder of the tuned encoder (default: tune one)")
+    parser.add_argument("--gate", type=Path, help="file of the gate (default: train one)")
     parser.add_argument(
-        "--data", action="append", default=[], metavar="SET", help="joined to the clothes (general only)"
+        "--images", type=Path, help="packed images, whose validation part selects; default: the clothes"
     )
-    parser.add_argument("--out", type=Path, help="folder of the model (default: replace the shipped one)")
-    parser.add_argument("--work", type=Path, default=Path("outputs/embedded"), help="folder of the tuned branches")
-    options = parser.parse_args()
-    if BUILDS[options.model].joined and not options.data:
-        parser.error(f"{options.model} is tuned on more than the clothes; give --data, e.g. --data DIR/tinyimagenet80")
-    return options
+    parser.add_argument("--n", type=int, default=400, help="validation images, at most")
+    parser.add_argument("--out", type=Path, default=EMBEDDED_MODEL, help="folder of the model (default: the shipped)")
+    parser.add_argument("--work", type=Path, default=Path("outputs/embedded"), help="folder of what is made first")
+    return parser.parse_args()
 
 
 def main() -> None:
     args = parse_options()
-    build = BUILDS[args.model]
-    sources = ["embedded:train+surrogate", "embedded:train+surrogate", *args.data]  # the clothes are few: twice
-    pool = str(join(sources, args.work / "pool", UNSEEN)) if build.joined else "embedded"
-    validation = load_data(pool, "validation").sample(N_VALIDATION, seed=0)
-    surrogate = load_data("embedded", "surrogate")
-    tune(build, args.work, pool)
-    model, records = assemble(build, args.work, validation.class_names)
-    selection = select_fusion(model, validation, epsilon=build.epsilon, tolerance=build.tolerance)
-    chosen = selection.chosen
-    print(f"fusion: {chosen.rule} {chosen.params}: clean {chosen.clean:.3f}, white box {chosen.shared:.3f}")
-    perturbation = FeatureUAP(epsilon=10 / 255).fit(model.undefended.encoder, surrogate.images)
+    public, text = load_clip(PUBLIC)
+    validation = load_validation(args, public).sample(args.n, seed=0)
+    robust, robust_record = load_robust(args)
+    gate, gate_record = load_or_train_gate(args, public, robust)
+    names, prompts = validation.class_names, templates_of("photo")
+    robust_branch = BranchConfig(
+        name="fare", role="robust", source=PUBLIC, adaptation="full", objective=_objective(robust_record)
+    )
+    branches = [
+        Branch(config, encoder, zero_shot_head(text, names, prompts))
+        for config, encoder in ((robust_branch, robust), (PUBLIC_BRANCH, public))
+    ]
+    config = ZePADConfig(
+        public_source=PUBLIC,
+        branches=(robust_branch, PUBLIC_BRANCH),
+        class_names=names,
+        prompts=prompts,
+        storage_dtype="float16",
+        gate=gate.config,
+    )
+    model = ZePAD(config, branches, gate)
+    selection = select_fusion(model, validation, epsilon=EPSILON)
+    print(f"caps: {select_policies(model, selection)}")
+    perturbation = UNIVERSAL.fit(public, load_data("embedded", "surrogate", public.preprocess).images)
     detected = select_detector(model, validation, perturbation(validation.images))
+    if model.config.detector.score == GATE_SCORE and "thresholds" in gate_record:  # of more images, and more sets
+        model.set_detector(replace(model.config.detector, threshold=gate_record["thresholds"]["detection"]))
     print(f"detector: {model.config.detector}")
     model.set_classes(load_data("embedded", "validation", n=1).class_names)
-    out = args.out or build.folder
-    model.save_pretrained(out)
-    sets = [Path(name).name for name in sources]
+    model.save_pretrained(args.out)
+    about = {"epsilon": EPSILON, "validation": validation.name, "n": len(validation), "names": len(names)}
     record = {
-        "meta": provenance(
-            seed=0, config={"model": args.model, "epsilon": build.epsilon, "tolerance": build.tolerance, "sets": sets}
-        ),
-        "parts": records,
+        "meta": provenance(seed=0, config=about),
+        "parts": {"fare": robust_record, "gate": gate_record},
         "selection": selection.to_dict(),
-        "detector": {"caught_at_5_percent_false_positives": detected, "attack": str(FeatureUAP(epsilon=10 / 255))},
+        "detector": {"caught_at_5_percent_false_positives": detected, "attack": str(UNIVERSAL)},
         "note": "everything here is from validation images",
     }
-    write_json(out / "build.json", record)
-    print(f"written to {out}")
+    write_json(args.out / "build.json", record)
+    print(f"written to {args.out}")
 
 
-def tune(build: Build, work: Path, pool: str) -> None:
-    """Run the tuning recipe for every branch; branches that exist are kept, killed runs are resumed."""
-    for branch in build.tuned:
-        options = ["--config", str(branch.config), "--data.source", pool, "--out", str(work / branch.name)]
-        print(f"{branch.name}: {' '.join(options)}", flush=True)
+def load_validation(args: argparse.Namespace, public: Encoder) -> LabelledImages:
+    """The packed validation images, or those of the clothes."""
+    if args.images is None:
+        return load_data("embedded", "validation", public.preprocess)
+    packed = unpack(args.images, "validation", public.preprocess.image_size)
+    return LabelledImages(packed.pixels.float() / 255, packed.labels, packed.class_names, "packed images")
+
+
+def load_robust(args: argparse.Namespace) -> tuple[Encoder, dict[str, Any]]:
+    """The robust encoder and its record; tuned here unless a folder is given. A killed tuning resumes."""
+    folder = args.robust or args.work / "fare"
+    if args.robust is None:
+        options = ["--config", str(CONFIG), "--out", str(folder)]
+        print(f"fare: {' '.join(options)}", flush=True)
         tune_recipe.main(tune_recipe.Recipe.from_cli(options))
+    record = read_json(folder / "tuned.json")
+    source = record["source"]  # may name a folder of this machine
+    return load_tuned(folder), json.loads(json.dumps(record).replace(json.dumps(source), json.dumps(PUBLIC)))
 
 
-def assemble(build: Build, work: Path, names: tuple[str, ...]) -> tuple[ZePAD, dict[str, dict[str, object]]]:
-    """The model around the tuned encoders, with zero-shot heads, and the record of each part."""
-    public, text = load_clip(PUBLIC)
-    templates = templates_of("photo")
-    branches, records = [], {}
-    for tuned in build.tuned:
-        encoder = load_tuned(work / tuned.name)
-        if has_lora(encoder):
-            encoder.backbone.peft_config["default"].base_model_name_or_path = PUBLIC  # type: ignore[index, union-attr]
-        adaptation: Adaptation = "lora" if has_lora(encoder) else "full"
-        config = BranchConfig(
-            name=tuned.name, role=tuned.role, source=PUBLIC, adaptation=adaptation, objective=tuned.objective
-        )
-        branches.append(Branch(config, encoder, zero_shot_head(text, names, templates)))
-        records[tuned.name] = read_json(work / tuned.name / "tuned.json")
-    if all(tuned.role != "benign" for tuned in build.tuned):
-        branches.append(Branch(PUBLIC_BRANCH, public, zero_shot_head(text, names, templates)))
-    about = ZePADConfig(
-        public_source=PUBLIC,
-        branches=tuple(branch.config for branch in branches),
-        class_names=names,
-        prompts=templates,
-        tuned_names=() if build.joined else names,
-        storage_dtype="float16",
-    )
-    return ZePAD(about, branches), records
+def load_or_train_gate(
+    args: argparse.Namespace, public: Encoder, robust: Encoder
+) -> tuple[FeatureGate, dict[str, Any]]:
+    """The gate and its record; trained here unless a file is given."""
+    if args.gate is not None:
+        record = args.gate.with_name("gate.json")
+        return load_gate(args.gate), read_json(record) if record.is_file() else {}
+    images = load_data("embedded", "train", public.preprocess)
+    return train_gate(public, [robust], images, out=args.work / "gate", progress=True)
+
+
+def _objective(record: dict[str, Any]) -> str:
+    """The defence with its budget, in words."""
+    options = record["identity"].get("defence")
+    if options is None:
+        return "FARE"
+    rho = f", clean features within rho = {options['rho']}" if options.get("rho") else ""
+    return f"FARE at {255 * options['epsilon']:.3g}/255{rho}"
 
 
 if __name__ == "__main__":

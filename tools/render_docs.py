@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write the tables of both READMEs, the cards of the shipped models and report.md from committed results.
+"""Write the tables of both READMEs, the card of the shipped model and report.md from committed results.
 
     scripts/demo --out results/demo && python -m tools.render_docs
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from tools.gpu_readme import GPU, gpu_readme
 from tools.recipes_readme import recipes_readme
 from zepad_mm.evaluation import THREATS, Report, RowKind
 from zepad_mm.evaluation.model_card import model_card
-from zepad_mm.evaluation.report import MARKDOWN, budget_of, by_strength
+from zepad_mm.evaluation.report import JSON, MARKDOWN, budget_of, by_strength
 from zepad_mm.evaluation.report_text import strongest_single
 from zepad_mm.evaluation.threats import CLEAN, T1, T2
 from zepad_mm.models.serialization import CONFIG, EMBEDDED_MODEL, PLACEHOLDER, ZePADConfig
@@ -28,13 +28,10 @@ from zepad_mm.utils.text import bullets, markdown_table, percent
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "results" / "demo"
-OTHER_TASKS = ROOT / "results" / "clip.json"
-GENERAL_RESULTS = ROOT / "results" / "general"
-GENERAL = "recipes/models/general"
-SHOWN = (CLEAN.key, T1.key, T2.key)  # threat models of the table of other tasks
 PAPERS_RULE = "rfdm"
 START = "<!-- table: written by tools/render_docs.py from results/demo/report.json -->"
 END = "<!-- /table -->"
+NOT_MEASURED = "The shipped model is not measured yet; `scripts/demo` writes its table."
 
 
 def readme_block(report: Report) -> str:
@@ -122,46 +119,23 @@ def detection_table(report: Report) -> list[str]:
     return [note, markdown_table(head, lines)]
 
 
-def other_tasks(found: dict[str, Any]) -> str:
-    """Accuracies of the shipped models on data sets that they were not tuned on."""
-    rows = {(row["task"], row["model"]): row for row in found["zero_shot"] if row["prompts"] == "photo"}
-    titles = {"undefended": "undefended", "embedded": '`"embedded"`', "general": f"`{GENERAL}`"}
-    lines = [
-        [task, *(" / ".join(percent(rows[task, model][key]["accuracy"]) for key in SHOWN) for model in titles)]
-        for task in dict.fromkeys(task for task, _ in rows)
-    ]
-    n = next(iter(rows.values()))["n"]
-    return "\n\n".join(
-        [
-            "**The shipped model is for the ten class names it was tuned on.** On others the robust branches of "
-            '`"embedded"` have lost most of the accuracy of the CLIP, and the model warns about class names it was not '
-            f"tuned on. [`{GENERAL}`]({GENERAL}/README.md) was tuned by FARE, which keeps the features near those of "
-            "the CLIP, and with labels, on the clothing photos and on Tiny-ImageNet classes: it is less robust to a "
-            "white-box attack and keeps most of the accuracy on other class names. "
-            f'`ZePAD.from_pretrained("{GENERAL}")` loads it from a clone; `zepad defend --defences fare` tunes the '
-            "same way, without labels.",
-            markdown_table(["clean / T1 / T2 at 4/255, %", *titles.values()], lines),
-            f"n = {n} each, one seed, half a 95 % interval at most {_widest(rows.values()):.0f} points; T2 here is one "
-            f"PGD, so an upper bound; `reproduction/clip_table.py`, commit {found['meta']['commit']}.",
-        ]
-    )
-
-
-def _widest(rows: Iterable[dict[str, Any]]) -> float:
-    return max(50 * (row[key]["ci_high"] - row[key]["ci_low"]) for row in rows for key in SHOWN)
-
-
 def readme(old: str) -> str:
     """The README with the block between its marks written again."""
     before, rest = old.split(START)
-    block = f"{readme_block(Report.load(DEMO)).rstrip()}\n\n{other_tasks(read_json(OTHER_TASKS))}"
+    report = demo_report()
+    block = NOT_MEASURED if report is None else readme_block(report).rstrip()
     return f"{before}{START}\n\n{block}\n\n{END}{rest.split(END)[1]}"
 
 
-def card(model: Path, results: Path, name: str, _: str) -> str:
-    """The card of a committed model, which is loaded by ``name``."""
-    config = ZePADConfig.from_dict(read_json(model / CONFIG))
-    return model_card(config, Report.load(results)).replace(PLACEHOLDER, name)
+def demo_report() -> Report | None:
+    """The committed report of the shipped model; None where it is not measured yet."""
+    return Report.load(DEMO) if (DEMO / JSON).is_file() else None
+
+
+def card(_: str) -> str:
+    """The card of the shipped model."""
+    config = ZePADConfig.from_dict(read_json(EMBEDDED_MODEL / CONFIG))
+    return model_card(config, demo_report()).replace(PLACEHOLDER, "embedded")
 
 
 def report_file(results: Path, _: str) -> str:
@@ -177,11 +151,11 @@ def main() -> None:
     recipes = ROOT / "recipes" / "README.md"
     writers: dict[Path, Callable[[str], str]] = {ROOT / "README.md": readme, recipes: recipes_readme}
     writers[GPU / "README.md"] = gpu_readme
-    writers[EMBEDDED_MODEL / "README.md"] = partial(card, EMBEDDED_MODEL, DEMO, "embedded")
-    writers[ROOT / GENERAL / "README.md"] = partial(card, ROOT / GENERAL, GENERAL_RESULTS, GENERAL)
-    writers |= {results / MARKDOWN: partial(report_file, results) for results in (DEMO, GENERAL_RESULTS)}
+    writers[EMBEDDED_MODEL / "README.md"] = card
+    if demo_report() is not None:
+        writers[DEMO / MARKDOWN] = partial(report_file, DEMO)
     for path, write in writers.items():
-        old = path.read_text(encoding="utf-8")
+        old = path.read_text(encoding="utf-8") if path.is_file() else ""
         new = write(old)
         if new != old:
             stale.append(str(path.relative_to(ROOT)))

@@ -59,7 +59,7 @@ STATE = (
         "CLIP",
         "the idea on a CLIP",
         "works; tuning with labels forgets other class names, FARE keeps them",
-        "tables 9 to 9 b",
+        "tables 9 and 9 a",
     ),
     ("Fig. 1", "overview", "works", "README"),
     ("Fig. 2", "confidence distributions", "measured", "figure 2 below"),

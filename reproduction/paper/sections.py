@@ -340,7 +340,6 @@ SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("Figure 2. Confidence of each branch", "paper/confidence.json", confidence),
     ("8. Figure 3. Feature spaces", "paper/features.json", features),
     ("9. CLIP", "demo/report.json", clip),
-    ("9 a. CLIP: the general model", "general/report.json", clip),
-    ("9 b. CLIP: other class names, styles and prompts", "clip.json", clip_transfer),
+    ("9 a. CLIP: other class names, styles and prompts", "clip.json", clip_transfer),
     ("10. Cost", "paper/cost.json", cost),
 )

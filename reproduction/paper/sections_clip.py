@@ -43,9 +43,10 @@ def clip_transfer(record: dict[str, Any]) -> str:
         "T2, 4/255 (one PGD: upper bound)",
     ]
     text = (
-        "`embedded` was tuned with labels on ten class names of clothing: on other data sets it loses most of the "
-        "public CLIP's accuracy, on clean images too. `general` (`recipes/models/general`) was tuned by FARE with "
-        "labels on clothes and on the 64 classes of tinyimagenet80 that the CLIP was trained on.\n"
+        f"Of the models that shipped at commit {record['meta']['commit']}, over an earlier embedded CLIP of 64 pixels: "
+        "`embedded` was tuned with labels on ten class names of clothing and loses most of that CLIP's accuracy on "
+        "other data sets, on clean images too. `general` was tuned by FARE with labels on clothes and on the 64 "
+        "classes of tinyimagenet80 that the CLIP was trained on.\n"
     )
     tuned = [
         [row["defence"], str(row["rank"] or "all weights"), row["task"], *(percent(row[threat]) for threat in threats)]

@@ -14,8 +14,10 @@ from zepad_mm.encoders import TextEncoder, load_clip
 LONG = "a very long description of a garment that goes on and on about cloth and thread and "
 
 
-@pytest.fixture(params=["open_clip", "hf"])
+@pytest.fixture(params=["open_clip", "hf", "embedded"])
 def text(request: pytest.FixtureRequest, tmp_path: Path) -> TextEncoder:
+    if request.param == "embedded":
+        return load_clip("open_clip:embedded")[1]
     source = write_clip(tmp_path) if request.param == "open_clip" else zoo.ZOO["hf: CLIP"](tmp_path).source
     return load_clip(source)[1]
 

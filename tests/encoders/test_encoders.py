@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import shutil
+import socket
 from pathlib import Path
 
 import open_clip
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from zepad_mm.data import load_data
+from zepad_mm.data import EMBEDDED_SIZE, load_data
 from zepad_mm.encoders import (
     LoraSettings,
     add_lora,
@@ -25,6 +26,7 @@ from zepad_mm.encoders import (
 )
 from zepad_mm.encoders.attention import SeparateAttention, unfuse_attention, use_fast_attention
 from zepad_mm.encoders.base import Encoder, Preprocess
+from zepad_mm.encoders.open_clip import EMBEDDED_CLIP
 from zepad_mm.models.zepad import ZePAD
 
 
@@ -53,6 +55,27 @@ def test_open_clip_encoder_matches_library(clip_source: str) -> None:
         ours = encoder(to_tensor(small)[None])
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     assert encoder.feature_dim == theirs.shape[1] == 24
+
+
+def test_embedded_clip_matches_library_and_asks_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both towers as open_clip alone loads them, with the tokenizer that lies beside the weights."""
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError(f"asked for {arguments}")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    name = f"local-dir:{EMBEDDED_CLIP}"
+    clip = open_clip.create_model(name, precision="fp32").eval()
+    texts = ["a photo of a Cat.", "a naïve  zebra", "", "猫"]
+    images = torch.rand(2, 3, EMBEDDED_SIZE, EMBEDDED_SIZE, generator=torch.Generator().manual_seed(0))
+    encoder, text = load_clip("open_clip:embedded")
+    preprocess = encoder.preprocess
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocess.mean, preprocess.std))
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(images), clip.encode_image((images - mean) / std), atol=1e-4, rtol=1e-4)
+        theirs = clip.encode_text(open_clip.get_tokenizer(name)(texts), normalize=True)
+        torch.testing.assert_close(text(texts), theirs, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "tf_efficientnet_lite0"])

@@ -12,21 +12,21 @@ from huggingface_hub import ModelCard
 from tests.helpers.models import make_zepad
 from zepad_mm.evaluation import Report
 from zepad_mm.evaluation.model_card import model_card, write_card
-from zepad_mm.models.zepad import EMBEDDED_MODEL, ZePADConfig
+from zepad_mm.models.zepad import ZePADConfig
 from zepad_mm.utils.io import read_json
 
-DEMO = Path(__file__).parents[2] / "results" / "demo"
+EARLIER = Path(__file__).parent / "earlier_model"  # a model that shipped before, with its report
 
 
 @pytest.fixture(scope="module")
 def config() -> ZePADConfig:
-    return ZePADConfig.from_dict(read_json(EMBEDDED_MODEL / "config.json"))
+    return ZePADConfig.from_dict(read_json(EARLIER / "config.json"))
 
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    """Of the shipped model, in full: all five threats, detection, and a doubt."""
-    return Report.load(DEMO)
+    """In full: all five threats, detection, and a doubt."""
+    return Report.load(EARLIER)
 
 
 def changed(report: Report, **meta: Any) -> Report:
@@ -125,7 +125,7 @@ def test_write_card_writes_into_a_model_folder(clip_source: str, tmp_path: Path)
 
 
 def test_write_card_takes_a_new_report(clip_source: str, tmp_path: Path, images: Any) -> None:
-    """Beside the shipped report: what ``evaluate`` writes today has everything that the card needs."""
+    """Beside the committed report: what ``evaluate`` writes today has everything that the card needs."""
     import torch
 
     from zepad_mm.data import LabelledImages

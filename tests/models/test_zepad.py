@@ -196,25 +196,21 @@ def test_zepad_errors_name_the_fix_for_bad_images(
             call(bad(images))  # type: ignore[operator]
 
 
-@pytest.mark.parametrize(
-    "name", ["embedded", str(ROOT / "recipes" / "models" / "general")], ids=["embedded", "general"]
-)
-def test_committed_model_beats_the_undefended_one_under_attack(name: str) -> None:
-    """Both see the same few-step perturbation made on the public encoder; full results are in the report."""
-    from zepad_mm.attacks import FeatureUAP
+def test_committed_model_beats_the_undefended_one_under_attack() -> None:
+    """Both see images that were attacked on the public encoder in a few steps; full results are in the report."""
+    from zepad_mm.attacks import PGD
     from zepad_mm.data import load_embedded
 
-    model = ZePAD.from_pretrained(name)
-    images, labels = load_embedded("test", n=128)
-    surrogate, _ = load_embedded("surrogate", n=128)
-    made = FeatureUAP(epsilon=10 / 255, steps=30, batch_size=32).fit(model.undefended.encoder, surrogate)
+    model = ZePAD.from_pretrained("embedded").requires_grad_(False)
+    images, labels = load_embedded("test", n=64)
+    made = PGD(epsilon=4 / 255, loss="feature_l2", steps=4)(model.undefended.encoder, images)
 
     def accuracy(logits: torch.Tensor) -> float:
         return float((logits.argmax(-1) == labels).float().mean())
 
     with torch.no_grad():
         assert accuracy(model(images)) >= accuracy(model.undefended(images)) - 0.05
-        assert accuracy(model(made(images))) >= accuracy(model.undefended(made(images))) + 0.1
+        assert accuracy(model(made)) >= accuracy(model.undefended(made)) + 0.1
 
 
 def test_branch_config_names_the_roles_that_replace_old_ones() -> None:

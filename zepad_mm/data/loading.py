@@ -24,7 +24,7 @@ from zepad_mm.utils.registry import did_you_mean
 from zepad_mm.utils.validation import check_names
 
 EMBEDDED_DATA = ASSETS / "clothing"
-EMBEDDED_SIZE = 64  # side in pixels of what the embedded CLIP sees
+EMBEDDED_SIZE = 128  # side in pixels of what the embedded CLIP sees
 SHOWN = 5  # damaged images that an error names
 CACHE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 EMBEDDED_SPLITS = ("surrogate", "train", "validation", "test")

@@ -150,7 +150,9 @@ def _create_from_folder(source: Source, pretrained: bool) -> tuple[Any, Any]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{source.name!r} is no folder; expected one with open_clip files")
     if not (folder / "open_clip_config.json").is_file():
-        missing = "rebuild it with tools/build_clip.py" if folder == EMBEDDED_CLIP else "expected open_clip's files"
+        missing = (
+            "rebuild it with tools/wordnet_clip/build.py" if folder == EMBEDDED_CLIP else "expected open_clip's files"
+        )
         raise FileNotFoundError(f"{folder / 'open_clip_config.json'} does not exist; {missing}")
     weights = next((name for name in WEIGHTS if (folder / name).is_file()), None)
     if pretrained and weights is None:

@@ -321,7 +321,7 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
         """Load a defended model, frozen, and, at the revisions it was made on, the base encoders below it.
 
         Args:
-            pretrained_model_name_or_path: ``"embedded"`` (tuned on ten classes of clothes), a folder, or a name on the
+            pretrained_model_name_or_path: ``"embedded"``, a folder, or a name on the
                 Hub, ``owner/name``.
             revision: branch, tag or commit on the Hub; None is the main branch.
             token: for what is private; None takes the one of ``hf auth login``.
