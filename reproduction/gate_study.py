@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
-from zepad_mm.evaluation.corruptions import CORRUPTIONS, corrupt
 
 from zepad_mm import ZePAD
 from zepad_mm.attacks import (
@@ -43,6 +42,7 @@ from zepad_mm.attacks import (
     frozen,
 )
 from zepad_mm.data import LabelledImages, load_data
+from zepad_mm.data.corruptions import CORRUPTIONS, corrupt
 from zepad_mm.encoders import load_encoder
 from zepad_mm.models.branch import Branch
 from zepad_mm.models.gate import FeatureGate
