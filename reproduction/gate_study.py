@@ -225,8 +225,8 @@ def white_box_rows(study: Study, settings: argparse.Namespace) -> list[dict[str,
     return rows
 
 
-def craft(encoder: nn.Module, surrogate: Tensor, folder: Path, seed: int) -> dict[str, Perturbation]:
-    """Universal perturbations of the public encoder; those in the folder are read."""
+def craft(encoder: nn.Module, surrogate: Tensor, folder: Path, seed: int, longer: int) -> dict[str, Perturbation]:
+    """Universal perturbations of the public encoder, each with ``longer`` times its steps; those there are read."""
     found = {}
     for name in (*UNIVERSAL, *PATCHES):
         path = folder / f"{name}.safetensors"
@@ -234,6 +234,7 @@ def craft(encoder: nn.Module, surrogate: Tensor, folder: Path, seed: int) -> dic
             started = time.perf_counter()
             kind = UNIVERSAL_ATTACKS.get(name)
             attack = kind(image_size=surrogate.shape[-1])
+            attack = replace(attack, steps=longer * attack.steps)
             attack = attack if name in PATCHES else replace(attack, epsilon=UNIVERSAL_EPSILON)
             attack.fit(encoder, surrogate, generator=seeded_generator(seed)).save(path)
             log.info("%s in %.0f s", name, time.perf_counter() - started)
@@ -271,6 +272,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("results/gate.json"))
     parser.add_argument("--work", type=Path, default=Path("outputs/gate_study"), help="finished sets, perturbations")
     parser.add_argument("--craft", action="store_true", help="craft the perturbations and end")
+    parser.add_argument("--longer", type=int, default=4, help="times the steps of each universal attack")
     parser.add_argument("--sets", nargs="+", choices=tuple(SETS), default=tuple(SETS))
     parser.add_argument("--n", type=int, default=400, help="images of a set")
     parser.add_argument("--no-images", dest="images", action="store_false", help="without T1i")
@@ -294,7 +296,7 @@ def main() -> None:
     if options.craft:
         encoder = load_encoder(options.clip).to(options.device)
         surrogate = load_data("embedded", "surrogate", image_size=encoder.preprocess).images.to(options.device)
-        craft(encoder, surrogate, folder, options.seed)
+        craft(encoder, surrogate, folder, options.seed, options.longer)
         return
     started = time.perf_counter()
     model = ZePAD.from_pretrained(options.model).to(options.device)
@@ -303,7 +305,7 @@ def main() -> None:
               for number, path in enumerate(options.gates, start=1)}  # fmt: skip
     size = model.branch(model.config.branches[0].name).encoder.preprocess
     surrogate = load_data("embedded", "surrogate", image_size=size).images.to(options.device)
-    deltas = craft(model.undefended.encoder, surrogate, folder, options.seed)
+    deltas = craft(model.undefended.encoder, surrogate, folder, options.seed, options.longer)
     identity = {key: str(value) for key, value in vars(options).items() if key not in ("out", "work", "sets", "device")}
     found: dict[str, Any] = {}
     for name in options.sets:
