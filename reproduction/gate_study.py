@@ -150,7 +150,6 @@ class Study:
 
     def stages(self, deltas: dict[str, Perturbation]) -> Iterator[tuple[dict[str, Any], Features]]:
         """What is known of each stage, and its features; clean images first."""
-        seed = self.options.seed
         yield {"threat": "clean", "attack": ""}, self.features("clean", lambda: self.images)
         for name, delta in deltas.items():
             about = {"threat": "T1", "attack": name}
