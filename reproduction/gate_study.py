@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -229,7 +230,7 @@ class Study:
             right = torch.cat([answers(few).argmax(-1) for few in images.split(size)]) == labels
         kept = [int(right.sum())]
         for number, attack in enumerate(attacks):
-            for few in right.nonzero().squeeze(1).split(size):
+            for few in right.nonzero().squeeze(1).split(size) if right.any() else ():
                 generator = derived_generator(self.options.seed, number)
                 adversarial = attack(answers, images[few], labels[few], generator=generator)
                 with torch.no_grad():
@@ -341,7 +342,13 @@ def main() -> None:
     config = {key: str(value) for key, value in vars(options).items() if key not in ("out", "work", "data_root")}
     configs = {name: gate.config.to_dict() for name, gate in gates.items()}
     meta = provenance(seed=options.seed, config={"study": config, "gates": configs})
-    write_json(options.out, {"meta": meta, "caps": CAPS, "sets": found})
+    write_json(options.out, {"meta": meta, "command": _command(), "caps": CAPS, "sets": found})
+
+
+def _command() -> str:
+    """This run as a command, with DIR for folders of this machine."""
+    shown = ["DIR" if "/" in word and not word.startswith("--") else word for word in sys.argv[1:]]
+    return " ".join(["python -m reproduction.gate_study", *shown])
 
 
 def _share(found: Tensor) -> float:

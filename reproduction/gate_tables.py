@@ -1,0 +1,157 @@
+#!/usr/bin/env python
+"""The tables of the gate study.
+
+python -m reproduction.gate_tables results/gate.json      # writes gate.md beside it
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from scipy.stats import binomtest
+
+from zepad_mm.utils.io import read_json, write_text
+from zepad_mm.utils.text import interval_text, markdown_table, percent
+
+PAGE = """# The feature gate over {sets} data sets
+
+{n} test images of each set, one gate, made on {hardware}. This page is generated from `gate.json` by
+`python -m reproduction.gate_tables results/gate.json`; the record comes from
+
+    {command}
+
+The robust encoder, the gate and its threshold saw no test image. "Gate" is the answer of both encoders with the benign
+weight of the gate, at the cap {cap:g}. T1 and T1i are made on the public encoder: the attacker does not know the
+defence. An attacker who does gets past the gate; see the white box below.
+
+## Clean accuracy and the strongest universal perturbation (10/255)
+
+Top-1 in percent; T1 is the lowest accuracy under any single one of {universal}, and under a patch.
+
+{clean}
+
+## Detection
+
+AUROC of the gate's logit, clean against attacked images; false alarms and share caught at the threshold that the gate
+was calibrated with. Unseen: kinds of attacks that were not in its training.
+
+{detection}
+
+False alarms on everyday corruptions (severity {severity}), mean over sets: {corruptions}.
+
+## Attacks on each image, made on the public encoder (T1i)
+
+{transfer}
+
+## White box (T2, 4/255)
+
+Right answers after PGD, APGD on cross-entropy and targeted APGD in turn; cap 0 is the robust encoder alone.
+
+{white_box}
+"""
+
+
+def render(record: dict[str, Any]) -> str:
+    """The page of a record."""
+    sets, caps = record["sets"], record["caps"]
+    config = record["meta"]["config"]
+    gate = next(iter(config["gates"]))
+    cap = caps.index(1.0)
+    seen = set(config["gates"][gate]["seen_attacks"])
+    return PAGE.format(
+        sets=len(sets),
+        n=", ".join(sorted({str(one["n"]) for one in sets.values()})),
+        hardware=record["meta"]["hardware"],
+        command=record["command"],
+        cap=caps[cap],
+        universal=", ".join(dict.fromkeys(row["attack"] for row in _of(sets, "T1"))),
+        clean=_clean(sets, gate, cap),
+        detection=_detection(sets, gate, seen),
+        severity=2,
+        corruptions=_corruptions(sets, gate),
+        transfer=_transfer(sets, gate, cap),
+        white_box=_white_box(sets),
+    )
+
+
+def _of(sets: dict[str, Any], threat: str) -> list[dict[str, Any]]:
+    return [row for one in sets.values() for row in one["rows"] if row["threat"] == threat]
+
+
+def _clean(sets: dict[str, Any], gate: str, cap: int) -> str:
+    lines = []
+    for name, one in sets.items():
+        clean = _only(one["rows"], "clean")
+        attacked = [row for row in one["rows"] if row["threat"] == "T1"]
+        gated = clean["gates"][gate]["by_cap"][cap]
+        lines.append([
+            name, str(one["classes"]), percent(clean["undefended"]), percent(clean["robust"]), percent(gated),
+            *(percent(min(row[key] for row in attacked)) for key in ("undefended", "robust")),
+            percent(min(row["gates"][gate]["by_cap"][cap] for row in attacked)),
+        ])  # fmt: skip
+    lines.append(["mean", "", *(f"{mean(float(line[column]) for line in lines):.1f}" for column in range(2, 8))])
+    header = ["set", "classes", "undefended", "robust", "gate", "T1 undefended", "T1 robust", "T1 gate"]
+    return markdown_table(header, lines)
+
+
+def _detection(sets: dict[str, Any], gate: str, seen: set[str]) -> str:
+    lines = []
+    for name, one in sets.items():
+        attacked = [row for row in one["rows"] if row["threat"] == "T1"]
+        groups = [[row for row in attacked if (row["attack"] in seen) == kind] for kind in (True, False)]
+        line = [name, percent(_only(one["rows"], "clean")["gates"][gate]["flagged"])]
+        for group in groups:
+            found = [row["gates"][gate] for row in group]
+            line += [f"{mean(row['auroc'] for row in found):.3f}", f"{min(row['auroc'] for row in found):.3f}"]
+        lines.append([*line, percent(mean(row["gates"][gate]["flagged"] for row in attacked))])
+    header = ["set", "false alarms", "seen: mean", "worst", "unseen: mean", "worst", "caught"]
+    return markdown_table(header, lines)
+
+
+def _corruptions(sets: dict[str, Any], gate: str) -> str:
+    found: dict[str, list[float]] = {}
+    for row in _of(sets, "corruption"):
+        found.setdefault(row["attack"], []).append(row["gates"][gate]["flagged"])
+    return ", ".join(f"{name} {percent(mean(shares))} %" for name, shares in found.items()) or "not measured"
+
+
+def _transfer(sets: dict[str, Any], gate: str, cap: int) -> str:
+    lines = []
+    for name, one in sets.items():
+        for row in one["rows"]:
+            if row["threat"] == "T1i":
+                found = row["gates"][gate]
+                lines.append([
+                    name, f"{row['attack']} {row['epsilon']}/255", percent(row["undefended"]), percent(row["robust"]),
+                    percent(found["by_cap"][cap]), f"{found['auroc']:.3f}", percent(found["flagged"]),
+                ])  # fmt: skip
+    header = ["set", "attack", "undefended", "robust", "gate", "AUROC", "caught"]
+    return markdown_table(header, lines) if lines else "Not measured."
+
+
+def _white_box(sets: dict[str, Any]) -> str:
+    lines = []
+    for name, one in sets.items():
+        for row in one["rows"]:
+            if row["threat"] == "T2":
+                first, last, n = row["right"][0], row["right"][-1], row["n"]
+                lines.append([name, f"{row['cap']:g}", str(n), percent(first / n), _share(last, n)])
+    return markdown_table(["set", "cap", "n", "clean", "T2"], lines) if lines else "Not measured."
+
+
+def _share(hits: int, n: int) -> str:
+    interval = binomtest(hits, n).proportion_ci(method="wilson")
+    return interval_text(hits / n, float(interval.low), float(interval.high))
+
+
+def _only(rows: Iterable[dict[str, Any]], threat: str) -> dict[str, Any]:
+    return next(row for row in rows if row["threat"] == threat)
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    write_text(path.with_suffix(".md"), render(read_json(path)))
