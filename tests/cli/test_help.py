@@ -36,7 +36,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_report_imports_nothing_heavy() -> None:
-    report = Path(__file__).parents[2] / "results" / "demo"
+    report = Path(__file__).parents[2] / "tests" / "evaluation" / "earlier_model"
     code = (
         "import sys\n"
         "from zepad_mm.cli import main\n"
