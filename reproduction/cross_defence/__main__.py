@@ -1,6 +1,6 @@
 """Published defences of CLIPs under one adaptive attack: measure the table, and write its record and page.
 
-    python -m reproduction.cross_defence --model recipes/models/general --data-root DIR --out results/cross_defence.json
+    python -m reproduction.cross_defence --model embedded --data-root DIR --out results/cross_defence.json
     python -m reproduction.cross_defence --data-root DIR --pack images.parquet       # test images in one file
     python -m reproduction.cross_defence --page results/cross_defence.json           # docs/CROSS_DEFENCE.md again
 
@@ -25,7 +25,7 @@ from zepad_mm.utils.io import read_json, write_json, write_text
 def parser() -> argparse.ArgumentParser:
     """The command line; plain argparse, since a GPU machine may have nothing else."""
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--model", default="recipes/models/general", help="folder of the defended model under test")
+    found.add_argument("--model", default="embedded", help="folder of the defended model under test")
     found.add_argument("--clip", default="open_clip:embedded", help="source of the public CLIP")
     found.add_argument("--branches", nargs="*", default=[], help="further models whose robust encoders get a row")
     found.add_argument("--data-root", type=Path, help="folder of parquet folders")
