@@ -199,7 +199,8 @@ def tune_one(options: argparse.Namespace, setting: Setting) -> None:
         fit(student, train, None, defence, settings, out=folder, accelerator=accelerator)
     except Stopped as stopped:
         print(f"out of time: {stopped}", flush=True)
-    late.cancel()
+    finally:
+        late.cancel()
     about = {"source": source, "defence": json.dumps({"name": "fare", **defence.to_dict()}),
              "train": json.dumps(settings.to_dict()), "state": "result"}  # fmt: skip
     weights = options.out / f"{setting.name}.safetensors"

@@ -16,9 +16,9 @@ import pytest
 import timm
 import torch
 
+from tests.evaluation.test_tables import report
 from tests.helpers.models import make_zepad, write_clip
 from zepad_mm.encoders import load_encoder
-from zepad_mm.evaluation import Report
 from zepad_mm.models.zepad import DetectorConfig, ZePAD
 from zepad_mm.pretraining.checkpoint import save_encoder
 from zepad_mm.training import fresh_head, load_head, load_tuned, write_tuned
@@ -151,8 +151,7 @@ def _pretrained(folder: Path, seed: int) -> None:
 
 
 def _evaluated(folder: Path, seed: int) -> None:
-    report = Report.load("tests/evaluation/earlier_model")
-    Report({**report.meta, "seed": seed}, report.rows, report.detection).save(folder)
+    report(seed=seed).save(folder)
 
 
 @pytest.mark.parametrize("write", [_pretrained, _evaluated])
