@@ -37,6 +37,7 @@ from zepad_mm.training import (
 )
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.distributed import claim_together
+from zepad_mm.utils.images import Resize
 from zepad_mm.utils.io import write_json
 from zepad_mm.utils.validation import check_epsilon, check_names
 
@@ -157,7 +158,7 @@ def _defend(
     encoder, text = load_clip(source)
     splits = None
     if data is not None or not robust:
-        splits = _load_splits(data or "embedded", settings, encoder, text)
+        splits = _named_splits(data or "embedded", settings, encoder, text)
     if robust:
         branches = _load_robust_branches(source, robust, encoder)
     else:
@@ -171,7 +172,7 @@ def _defend(
         branches=tuple(branch for branch, _ in branches),
         class_names=names,
         prompts=templates_of(settings.prompts),
-        tuned_names=() if robust or _preserves_untuned_classes(settings) else names,
+        tuned_names=() if robust or any(DEFENCES.get(name).keeps_features for name in settings.defences) else names,
     )
     model = ZePAD(
         config, [Branch(branch, tower, zero_shot_head(text, names, settings.prompts)) for branch, tower in branches]
@@ -216,33 +217,33 @@ def tune_branches(
     """
     settings = settings or DefendSettings()
     encoder, text = load_clip(source)
-    splits = _load_splits(data, settings, encoder, text)
+    splits = _named_splits(data, settings, encoder, text)
     _train_branches(source, encoder, splits, settings, Path(out) / BRANCHES_FOLDER, accelerator or make_accelerator())
 
 
-def _preserves_untuned_classes(settings: DefendSettings) -> bool:
-    """Whether a robust branch is tuned in a way that preserves class names it was not tuned on."""
-    return any(DEFENCES.get(name).keeps_features for name in settings.defences)
-
-
-def _load_splits(
+def _named_splits(
     source: str, settings: DefendSettings, public: Encoder, text: TextEncoder
 ) -> tuple[LabelledImages, LabelledImages]:
-    """Training and validation images, disjoint; without labels they get the names and answers of :data:`NAMES`."""
-    size, seed = public.preprocess.at(settings.image_size), settings.train.seed
-    train = load_data(source, "train", size, settings.n_train, seed, labelled=False)
-    try:
-        validation = load_data(source, "validation", size, settings.n_validation, seed, labelled=False)
-    except SplitNotFoundError as error:
-        log.info("%s; a tenth of 'train' is held out for validation", error)
-        train, held_out = train.split(0.1, seed)
-        validation = held_out.sample(settings.n_validation, seed)
+    """Training and validation images; without labels they get the names and answers of :data:`NAMES`."""
+    train, validation = _load_splits(source, settings, public.preprocess)
     if train.class_names:
         return train, validation
     log.info("%s has no labels: rule and threshold are chosen by the public CLIP's own answers", source)
     head = zero_shot_head(text, NAMES, settings.prompts)
     answers = head(encode_images(public, validation.images).to(head.text)).argmax(-1).cpu()
     return replace(train, class_names=NAMES), replace(validation, class_names=NAMES, labels=answers)
+
+
+def _load_splits(source: str, settings: DefendSettings, resize: Resize) -> tuple[LabelledImages, LabelledImages]:
+    """Training and validation images, disjoint, with their labels where they have any."""
+    size, seed = resize.at(settings.image_size), settings.train.seed
+    train = load_data(source, "train", size, settings.n_train, seed, labelled=False)
+    try:
+        return train, load_data(source, "validation", size, settings.n_validation, seed, labelled=False)
+    except SplitNotFoundError as error:
+        log.info("%s; a tenth of 'train' is held out for validation", error)
+        train, held_out = train.split(0.1, seed)
+        return train, held_out.sample(settings.n_validation, seed)
 
 
 def _check_labels(splits: tuple[LabelledImages, LabelledImages], settings: DefendSettings) -> None:

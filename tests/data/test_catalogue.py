@@ -117,7 +117,7 @@ def test_split_column_values_are_splits(stored: Stored) -> None:
 
 def test_unavailable_dataset_error_says_what_to_do(stored: Stored, tmp_path: Path) -> None:
     stored(hub=str(tmp_path / "nowhere"))
-    with pytest.raises(FileNotFoundError, match=r"'toy' is neither.*nowhere.*give the path of a folder.*svhn"):
+    with pytest.raises(FileNotFoundError, match=r"'toy' is neither.*nowhere.*Give the path of a folder.*svhn"):
         load_data("toy", "train", 8)
     with pytest.raises(FileNotFoundError, match=r"'imagenet20' is not on the Hub in this form.*path of a folder"):
         load_data("imagenet20", "train")

@@ -165,7 +165,7 @@ def test_data_and_classifier_show_the_encoder_the_same_pixels(mode: Any, tmp_pat
         one.preprocess = rule
     resize = resize_of(model)
     assert resize == rule.geometry
-    settings = EvalSettings(threats=("clean",), test_split="train", validation_split="train", surrogate_split="train")
+    settings = EvalSettings(threats=("clean",), test_split="train", validation_split="train")
     evaluated = EvalData.load(str(tmp_path / "folders"), settings, resize).test.images
     path = tmp_path / "folders" / "train" / "a" / "1.png"
     assert torch.equal(evaluated[1], rule.resize(pixels_of(path)[None])[0])

@@ -118,6 +118,12 @@ class EvalData:
         stored = open_images(source, settings.test_split, size)
         parts: dict[str, LabelledImages] = {}
         rows = rows_by_rule(stored.name, len(stored), settings)
+        empty = [kind for kind, chosen in rows.items() if not len(chosen)]
+        if empty:
+            raise ValueError(
+                f"data set {stored.name!r}: {len(stored)} images of the split {settings.test_split!r} are too few for "
+                f"disjoint test, validation and surrogate images; none are left for {', '.join(empty)}"
+            )
         for kind, chosen in rows.items():
             images = stored.subset(chosen)
             pixels = images.fetch(torch.arange(len(images)))

@@ -8,6 +8,7 @@ from typing import Literal
 from zepad_mm.attacks import ATTACKS, FEATURE_LOSSES, LOGIT_LOSSES, UNIVERSAL_ATTACKS
 from zepad_mm.data.corruptions import CORRUPTIONS
 from zepad_mm.utils.config import Config
+from zepad_mm.utils.text import quoted
 from zepad_mm.utils.validation import check_epsilon
 
 CROP = "crop_flip"  # a random crop, flipped with probability 1/2
@@ -82,7 +83,9 @@ class GateSettings(Config):
         for name in ("universal_budgets", "per_image_budgets", "round_budgets"):
             bounds = getattr(self, name)
             if len(bounds) != 2 or not 0 < check_epsilon(bounds[0]) <= check_epsilon(bounds[1]):
-                raise ValueError(f"{name}: expected (lowest, highest) above 0, e.g. (0.016, 0.047), got {bounds}")
+                raise ValueError(
+                    f"{name}: expected (lowest, highest) above 0, e.g. (0.016, 0.047), got {quoted(bounds)}"
+                )
         if not (self.universal and self.universal_views) and not (self.per_image and self.per_image_n):
             raise ValueError("universal and per_image: expected at least one attack, got none")
 
