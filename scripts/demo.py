@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/demo", description="A real CLIP attacked, defended and measured.")
     parser.add_argument("--out", type=Path, default=ROOT / "demo-out", help="folder of the report and the figures")
-    parser.add_argument("--retune", action="store_true", help="tune the branches again first (about 70 minutes)")
+    parser.add_argument("--retune", action="store_true", help="tune the branches again first (hours)")
     options, others = parser.parse_known_args()
     model = retune(options.out) if options.retune else "embedded"
     code = zepad(["demo", "--out", str(options.out), "--model", str(model), *others])
@@ -33,7 +33,7 @@ def retune(out: Path) -> Path:
     """Tune the branches and select the rule again under ``out``; a killed run resumes."""
     model, tuned = out.resolve() / "model", out.resolve() / "tuned"
     command = [sys.executable, "-m", "tools.build_zepad", "--out", str(model), "--work", str(tuned)]
-    print("tuning the branches from scratch: about 70 minutes on two cores, resumable", flush=True)
+    print("tuning the branch and the gate from scratch: hours on two cores, resumable", flush=True)
     subprocess.run(command, check=True, cwd=ROOT)
     return model
 
