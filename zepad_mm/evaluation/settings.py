@@ -183,11 +183,10 @@ PRESETS.register("smoke")(
 PRESETS.register("demo")(
     EvalSettings(
         n=300,
-        n_white_box=32,
-        n_transfer=32,
+        n_white_box=100,
+        n_transfer=100,
         n_validation=200,
         n_surrogate=512,
-        universal=("adv_encoder", "feature_uap"),
         universal_steps={"adv_encoder": 40, "feature_uap": 100},
         family_steps={"feature_uap": 40},
         rules=("rfdm",),
