@@ -252,17 +252,23 @@ def _classes(session: Session) -> int:
     return int(session.clean.logits.shape[-1])
 
 
+# checks that say nothing of a row under T2, or say it row by row
+NOT_OF_T2 = ("more_steps", "robust_not_above_clean", "t1_not_weaker_than_t1b")
+
+
 def verdicts(session: Session, checks: Sequence[Check]) -> dict[str, str]:
     """Return for each row what the diagnostics say of its accuracy under T2; empty where T2 did not run."""
     if all(example.threat != T2.key for example in session.examples):
         return {}
     found = next((check.values for check in checks if check.name == "more_steps"), {})
-    general = any(not check.passed for check in checks if check.name not in ("more_steps", "robust_not_above_clean"))
+    general = any(not check.passed for check in checks if check.name not in NOT_OF_T2)
     stated = {}
     for row in session.rows:
         moved = found.get(f"moved:{(session.equivalent_row(row) or row).name}")
         if row.name in session.skipped_rows:
             stated[row.name] = UPPER_BOUND
+        elif not session.still_right(row).any():
+            stated[row.name] = HELD  # no attack can leave fewer
         elif moved is None:
             stated[row.name] = NOT_CHECKED
         else:
