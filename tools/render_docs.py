@@ -79,10 +79,11 @@ def explanation(report: Report) -> list[str]:
     lost = white_box["asr_correct"]
     singles = {name: strongest_single(report, name, T1.key) for name in (undefended, default)}
     count = len(report.counted(default, T1.key))
+    succeeds = "always succeeds" if white_box["accuracy"] == 0 else "still succeeds often"
     return [
         f"n = {clean['n']} clothing photos that no training and no selection has used, zero-shot over ten class names, "
         "one seed, the small embedded CLIP; every cell is the worst case per image over all attacks of its column.",
-        f"**A white-box attack still succeeds often**: changing no pixel by more than {budget_of(white_box)}, it "
+        f"**A white-box attack {succeeds}**: changing no pixel by more than {budget_of(white_box)}, it "
         f"breaks {100 * lost:.0f} % of the answers that ZePAD gets right on clean images "
         f"({percent(clean['accuracy'])} to {percent(white_box['accuracy'])} %). Under the strongest one perturbation "
         f"made on the public encoder the undefended CLIP falls from {percent(report.accuracy(undefended))} to "
