@@ -155,7 +155,7 @@ class Study:
         for name, delta in deltas.items():
             about = {"threat": "T1", "attack": name}
             yield about, self.features(f"T1 {name}", partial(delta, self.images))
-        for epsilon in self.options.epsilons:
+        for epsilon in self.options.epsilons if self.name in self.options.transfer_sets else ():
             for name, attack in transfer_attacks(epsilon / 255).items():
                 if name in self.options.transfer:
                     about = {"threat": "T1i", "attack": name, "epsilon": epsilon}
@@ -307,6 +307,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--n", type=int, default=400, help="images of a set")
     parser.add_argument("--epsilons", nargs="*", type=int, default=[2, 4, 8], help="of 255, of T1i")
     parser.add_argument("--transfer", nargs="+", default=list(transfer_attacks(WHITE_BOX)), help="attacks of T1i")
+    parser.add_argument("--transfer-sets", nargs="*", choices=tuple(SETS), default=tuple(SETS), help="of T1i")
     parser.add_argument("--no-corruptions", dest="corruptions", action="store_false")
     parser.add_argument("--white-box-sets", nargs="*", choices=tuple(SETS), default=["clothing", "imagenet20"])
     parser.add_argument("--white-box-n", type=int, default=400)
