@@ -14,6 +14,7 @@ from typing import Any
 
 from scipy.stats import binomtest
 
+from reproduction.gate_study import SEVERITY
 from zepad_mm.utils.io import read_json, write_text
 from zepad_mm.utils.text import interval_text, markdown_table, percent
 
@@ -26,11 +27,12 @@ PAGE = """# The feature gate over {sets} data sets
 
 The robust encoder, the gate and its threshold saw no test image. "Gate" is the answer of both encoders with the benign
 weight of the gate, at the cap {cap:g}. T1 and T1i are made on the public encoder: the attacker does not know the
-defence. An attacker who does gets past the gate; see the white box below.
+defence. The white box below shows what is left against an attacker who does. Perturbations that lie in the work folder
+are read, not crafted again: the time and the machine of their crafting are not in the record.
 
 ## Clean accuracy and the strongest universal perturbation (10/255)
 
-Top-1 in percent; T1 is the lowest accuracy under any single one of {universal}, and under a patch.
+Top-1 in percent; T1 is the lowest accuracy under any single one of {universal}.
 
 {clean}
 
@@ -71,7 +73,7 @@ def render(record: dict[str, Any]) -> str:
         universal=", ".join(dict.fromkeys(row["attack"] for row in _of(sets, "T1"))),
         clean=_clean(sets, gate, cap),
         detection=_detection(sets, gate, seen),
-        severity=2,
+        severity=SEVERITY,
         corruptions=_corruptions(sets, gate),
         transfer=_transfer(sets, gate, cap),
         white_box=_white_box(sets),
