@@ -111,6 +111,17 @@ def unpack(path: Path, part: str, side: int = SIDE) -> Packed:
     return Packed(joined, label, number, tuple(names), tuple(found))
 
 
+def mosaics(packed: Packed, count: int, generator: torch.Generator) -> Tensor:
+    """(count, 3, S, S) uint8, each of four images at half the side: small photos have no fine detail when enlarged."""
+    side = packed.pixels.shape[-1] // 2
+    made = torch.empty(count, *packed.pixels.shape[1:], dtype=torch.uint8)
+    for rows in torch.arange(count).split(256):
+        chosen = torch.randint(len(packed.pixels), (4, len(rows)), generator=generator)
+        parts = [_to_side(packed.pixels[few], side) for few in chosen]
+        made[rows] = torch.cat([torch.cat(parts[:2], -1), torch.cat(parts[2:], -1)], -2)
+    return made
+
+
 def _rows(data_root: Path, source: str, classes: int, quality: int) -> list[tuple[str, str, int, bytes]]:
     """(source, part, label, image) of a source. Classes that the CLIP never saw are not trained on here either."""
     held = PACKED.get(source, (0, 0))[1]  # as the CLIP's own training holds them out

@@ -10,7 +10,8 @@ a process of its own, on a GPU all at once: one process alone does not fill it. 
 
     python -m tools.robust_branch --clip FOLDER --weights DIR/NAME.safetensors --out TUNED
 
-writes the encoder as a tuned folder, which branches are made of. Without a GPU it is a dry run for a few steps.
+writes the encoder as a tuned folder, which branches are made of. Without a GPU it takes hours;
+--limit makes it a dry run.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.pack_images import Packed, unpack
+from tools.pack_images import Packed, mosaics, unpack
 from zepad_mm.attacks import PGD, FeatureUAP
 from zepad_mm.data import LabelledImages
 from zepad_mm.defences import FARE, Student
@@ -46,6 +48,7 @@ from zepad_mm.utils.seeding import seeded_generator
 from zepad_mm.utils.stopping import Stopped
 
 SETTINGS = ("rho=0.05", "rho=0.1", "rho=0.1,soft_label_weight=0.5")
+PARSED: dict[str, Callable[[str], Any]] = {"soft_labels": str, "universal_count": int}  # fields that are no floats
 LARGEST_LOSS = 0.08  # of clean accuracy on CLEAN_SETS that the chosen setting may have
 CLEAN_SETS = ("imagenet20", "caltech69")
 EVERY = 30  # seconds between two checkpoints
@@ -64,7 +67,7 @@ class Setting:
     @classmethod
     def parse(cls, text: str) -> Setting:
         fields = dict(pair.split("=") for pair in text.split(","))
-        values = {key: value if key == "soft_labels" else float(value) for key, value in fields.items()}
+        values = {key: PARSED.get(key, float)(value) for key, value in fields.items()}
         return cls("_".join(f"{key}{value}" for key, value in fields.items()), values)
 
 
@@ -98,6 +101,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--precision", choices=("bf16", "no"), default="bf16", help="on a GPU; no: TF32")
     parser.add_argument("--compile", choices=("no", "inductor", "cudagraphs"), default="no")
+    parser.add_argument("--start", type=Path, help="go on from these weights of an earlier run")
+    parser.add_argument("--mosaics", type=int, default=0, help="images of four small ones each, sharp at any side")
     parser.add_argument("--limit", type=int, help="use so many images only")
     parser.add_argument("--sequential", action="store_true", help="one setting after the other")
     parser.add_argument("--only", help=argparse.SUPPRESS)
@@ -176,8 +181,7 @@ def tune_one(options: argparse.Namespace, setting: Setting) -> None:
     device, began = accelerator.device, time.perf_counter()
     source = options.clip if ":" in options.clip else f"open_clip:local-dir:{options.clip}"
     packed = unpack(options.images, "train", load_encoder(source).preprocess.image_size)
-    train = LabelledImages(_floats(packed.pixels[: options.limit], device), packed.labels[: options.limit],
-                           packed.class_names, "packed")  # fmt: skip
+    train = _training_images(packed, options, device)
     defence = FARE(epsilon=options.epsilon / 255, attack_steps=options.attack_steps, scale_free=True, **setting.fields)
     settings = TrainSettings(
         steps=options.steps or 100_000, batch_size=options.batch_size, lr_encoder=options.lr, augment="photo",
@@ -189,14 +193,17 @@ def tune_one(options: argparse.Namespace, setting: Setting) -> None:
     if options.steps is None:
         step_s = seconds_per_step(source, train, defence, settings, accelerator)
         steps = max(100, round(60 * options.minutes / step_s))
-        settings = _timed(settings, steps, round(EVERY / step_s))
+        settings = _timed(settings, steps, max(20, round(EVERY / step_s)))
         print(f"{step_s:.4f} s per step: {steps} steps", flush=True)
     student, folder = build_student(source, train), options.work / setting.name
+    original = None if options.start is None else load_encoder(source)
+    if options.start is not None:
+        student.encoder.load_state_dict(read_weights(source, options.start).state_dict())
     late = threading.Timer(60 * LATE * options.minutes, os.kill, (os.getpid(), signal.SIGTERM))
     late.daemon = True
     late.start()
     try:
-        fit(student, train, None, defence, settings, out=folder, accelerator=accelerator)
+        fit(student, train, None, defence, settings, out=folder, accelerator=accelerator, original=original)
     except Stopped as stopped:
         print(f"out of time: {stopped}", flush=True)
     finally:
@@ -212,6 +219,14 @@ def tune_one(options: argparse.Namespace, setting: Setting) -> None:
         "fields": setting.fields, "settings": settings.to_dict(), "validation": measured, "seconds": round(seconds, 1),
         "last": json.loads((folder / METRICS).read_text().splitlines()[-1]),
     })  # fmt: skip
+
+
+def _training_images(packed: Packed, options: argparse.Namespace, device: torch.device) -> LabelledImages:
+    pixels, labels = packed.pixels[: options.limit], packed.labels[: options.limit]
+    if options.mosaics:
+        pixels = torch.cat([pixels, mosaics(packed, options.mosaics, seeded_generator(0))])
+        labels = torch.cat([labels, labels.new_zeros(options.mosaics)])  # FARE without label_weight reads none
+    return LabelledImages(_floats(pixels, device), labels, packed.class_names, "packed")
 
 
 def _timed(settings: TrainSettings, steps: int, every: int) -> TrainSettings:
@@ -284,7 +299,7 @@ def measure(
     device = next(encoder.parameters()).device
     public = public.to(device)
     side, epsilon = packed.pixels.shape[-1], options.epsilon / 255
-    steps = 300 if device.type == "cuda" else 2
+    steps = 2 if options.limit else 300
     uap = FeatureUAP(epsilon=10 / 255, image_size=side, steps=steps).fit(public, train.images[:2048])
     found = {}
     for name in packed.sources:

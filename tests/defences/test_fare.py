@@ -97,8 +97,67 @@ def test_soft_labels_need_no_labels(anchors: str, student: Student, tmp_path: Pa
     assert defence.per_sample == (anchors == "names")
 
 
+def test_clean_rows_of_the_batch_measure_the_constraint(student: Student) -> None:
+    images, defence = colours(8).images, FARE(rho=0.1, clean_fraction=0.25)
+    defence.prepare(student)
+    student.multiplier.fill_(2.0)
+    batch = batch_of(student, images, 0.3)
+    attacked = torch.cat([images[:2], (images[2:] + 0.1).clamp(0, 1)])
+    found = defence.loss(student, batch, attacked)
+    distances = (student.encoder(attacked) - batch.original).square().sum(-1)
+    torch.testing.assert_close(found.total, distances[2:].mean() + 2.0 * distances[:2].mean())
+    torch.testing.assert_close(
+        found.parts["relative_clean"], (distances[:2] / batch.original[:2].square().sum(-1)).mean().detach()
+    )
+
+
+def test_universal_perturbations_grow_stronger_and_attack_their_share_of_the_batch(student: Student) -> None:
+    defence = FARE(universal_share=0.5, universal_epsilon=0.1, universal_count=2, epsilon=0.02, clean_fraction=0.25)
+    batch = batch_of(student, 0.2 + 0.6 * colours(8).images)
+    with pytest.raises(ValueError, match=r"defence\.prepare"):
+        defence.craft(student, batch, 0.02, torch.Generator().manual_seed(0))
+    defence.prepare(student)
+    change, distances = [], []
+    for _ in range(15):
+        attacked = defence.craft(student, batch, 0.02, torch.Generator().manual_seed(0))
+        change.append((attacked - batch.images).abs().amax((1, 2, 3)))
+        distances.append(float(defence.attack_loss(student, batch)(attacked)[2:6].mean().detach()))
+    assert distances[-1] > 1.2 * distances[0]
+    assert float(change[-1][:2].max()) == 0  # the clean rows
+    assert (change[-1][2:6] > 0.09).all()  # half of the batch by universal perturbations
+    assert (change[-1][2:6] <= 0.1 + 1e-6).all()
+    assert (change[-1][6:] <= 0.02 + 1e-6).all()  # the rest by attacks on each image
+    added = (attacked - batch.images)[2:6]
+    torch.testing.assert_close(added[0], added[2])  # two perturbations in turn
+    assert not torch.allclose(added[0], added[1])
+    assert all(parameter.grad is None for parameter in student.parameters())
+    half = defence.craft(student, batch, 0.01, torch.Generator().manual_seed(0))  # a budget that still grows
+    assert float((half - batch.images)[2:6].abs().max()) <= 0.05 + 1e-6
+    with pytest.raises(ValueError, match="expected images"):
+        defence.craft(student, replace(batch, images=batch.images[..., :4]), 0.02, torch.Generator())
+
+
+def test_original_encoder_is_the_target_of_a_student_that_was_tuned_before(tmp_path: Path) -> None:
+    data, defence = colours(), FARE(attack_steps=1)
+    moved, public = tiny_student("zero_shot"), tiny_student("zero_shot").encoder
+    with torch.no_grad():
+        for parameter in moved.encoder.parameters():
+            parameter.add_(0.05 * parameter.std().nan_to_num() * torch.ones_like(parameter))
+
+    def distance() -> float:
+        with torch.no_grad():
+            return float((moved.encoder(data.images) - public(data.images)).square().sum(-1).mean())
+
+    before = distance()
+    fit(moved, data, None, defence, quick(steps=20), out=tmp_path, original=public)
+    assert distance() < before
+    with pytest.raises(ValueError, match="original_checksum"):
+        fit(tiny_student("zero_shot"), data, None, defence, quick(steps=30), out=tmp_path)
+
+
 def test_bad_values_raise_errors_that_name_the_field() -> None:
-    for field, value in (("rho", 0.0), ("temperature", 0.0), ("soft_label_weight", -1.0), ("soft_labels", "words")):
+    for field, value in (("rho", 0.0), ("temperature", 0.0), ("soft_label_weight", -1.0), ("soft_labels", "words"),
+                         ("universal_share", 1.5), ("universal_count", 0), ("universal_epsilon", 10)):  # fmt: skip
         with pytest.raises(ValueError, match=field):
             FARE(**{field: value})
     student = tiny_student("linear")
@@ -108,7 +167,7 @@ def test_bad_values_raise_errors_that_name_the_field() -> None:
 
 
 def test_resumed_run_has_the_same_multiplier_and_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    defence = FARE(rho=0.01, scale_free=True, attack_steps=1)
+    defence = FARE(rho=0.01, scale_free=True, attack_steps=1, universal_share=0.5)
     settings = quick(steps=8, checkpoint_every=3, ema_decay=0.5, augment="photo", selection="last")
     whole, _ = run(tmp_path / "whole", defence, settings)
     assert float(whole.multiplier) > 0

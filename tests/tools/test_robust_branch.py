@@ -13,8 +13,9 @@ from PIL import Image
 
 from tools import pack_images, robust_branch
 from tools.wordnet_clip.images import PACKED
+from zepad_mm.encoders import load_encoder
 from zepad_mm.training import load_tuned
-from zepad_mm.utils.io import read_json
+from zepad_mm.utils.io import read_json, write_tensors
 
 NAMES = ["cat", "dog"]
 
@@ -71,11 +72,23 @@ def test_pack_holds_training_and_validation_images_of_every_source(
     assert len(few.labels) == len(validation.labels)
 
 
+def test_mosaic_holds_four_images(packed: Path) -> None:
+    train = pack_images.unpack(packed, "train", 64)
+    made = pack_images.mosaics(train, 5, torch.Generator().manual_seed(0))
+    assert made.shape == (5, 3, 64, 64)
+    small = pack_images._to_side(train.pixels, 32)
+    quarter = made[3, :, 32:, :32]
+    assert any(torch.equal(quarter, one) for one in small)
+
+
 def test_robust_branch_is_tuned_and_read_back(
     packed: Path, clip_source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clip, text = ["--clip", clip_source], "rho=0.1,soft_label_weight=0.1"
-    few = ["--steps", "2", "--batch-size", "4", "--attack-steps", "1", "--limit", "8"]
+    clip, text = ["--clip", clip_source], "rho=0.1,universal_share=0.5,universal_count=2"
+    start = load_encoder(clip_source).state_dict()
+    write_tensors(tmp_path / "start.safetensors", start, {})
+    few = ["--start", str(tmp_path / "start.safetensors"), "--mosaics", "4"]
+    few += ["--steps", "2", "--batch-size", "4", "--attack-steps", "1", "--limit", "8"]
     words = ["robust_branch", *clip, "--images", str(packed), "--out", str(tmp_path), *few]
     monkeypatch.setattr("sys.argv", [*words, "--only", text])
     (tmp_path / "work").mkdir()

@@ -73,19 +73,17 @@ class Batch:
     indices: Tensor
     original: Tensor | None = None
 
+    def rows(self, few: slice | Tensor) -> Batch:
+        """Some of the rows."""
+        original = None if self.original is None else self.original[few]
+        return Batch(self.images[few], self.labels[few], self.indices[few], original)
+
 
 def split_batch(batch: Batch, count: int) -> list[Batch]:
     """The batch in ``count`` parts of equal size."""
     if count == 1:
         return [batch]
-    rows = torch.arange(len(batch.labels)).chunk(count)
-    return [
-        Batch(
-            batch.images[few], batch.labels[few], batch.indices[few],
-            None if batch.original is None else batch.original[few],
-        )
-        for few in rows
-    ]  # fmt: skip
+    return [batch.rows(few) for few in torch.arange(len(batch.labels)).chunk(count)]
 
 
 @dataclass(frozen=True)
@@ -162,13 +160,8 @@ class Defence(Config, ABC):
         count = self.clean_count(len(batch.images))
         if epsilon == 0 or count == len(batch.images):
             return batch.images
-        part = Batch(
-            batch.images[count:],
-            batch.labels[count:],
-            batch.indices[count:],
-            None if batch.original is None else batch.original[count:],
-        )
-        return torch.cat([batch.images[:count], self.attack(student, part, epsilon, generator)])
+        attacked = self.attack(student, batch.rows(slice(count, None)), epsilon, generator)
+        return torch.cat([batch.images[:count], attacked])
 
     def clean_count(self, size: int) -> int:
         """The number of clean rows in a batch of ``size``."""

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from zepad_mm.defences.base import DEFENCES, AttackLoss, Batch, Defence, LossParts, Student
 from zepad_mm.defences.trades import divergence
+from zepad_mm.defences.universal_training import apply_perturbations, prepare_perturbations
+from zepad_mm.utils.validation import check_epsilon
 
 MULTIPLIER = "multiplier"  # buffer of the student: the Lagrange multiplier of the constraint, at least 0
 FINITE = -1e4  # logit of what is left out of a softmax
@@ -28,11 +30,15 @@ class FARE(Defence):
 
     ``rho`` adds the constraint of LORE (arXiv 2505.18884) on clean images: mean_i |f(x_i) - f0(x_i)|^2 / |f0(x_i)|^2
     <= rho. Its Lagrange multiplier joins ``clean_weight``; after each step it grows with the relative violation and
-    shrinks to no less than 0 where there is none (dual ascent). Here it is one number, in the paper a network.
+    shrinks to no less than 0 where there is none (dual ascent). Here it is one number, in the paper a network. It is
+    measured on the rows of ``clean_fraction``, or, where that is 0, in a second forward pass of the whole batch.
 
     ``soft_label_weight`` adds KL(p0(x_i) || p(x_i')), also to the attack, where p is the softmax of the cosines of a
     feature and T anchors, divided by ``temperature``, and p0 is that of f0 (AGFT, arXiv 2603.29410). Anchors are the
     text embeddings of the head's class names, or f0 of the other images of the batch, which asks for no names.
+
+    ``universal_share`` of each batch is attacked by a few universal perturbations that move with the student, instead
+    of an attack of its own on each image (universal adversarial training, Shafahi et al., AAAI 2020).
 
     Not in a paper: ``label_weight`` adds CE(x_i') to the loss and to the attack, which is more robust on the training
     classes while the distance preserves the features; the head gets no gradient.
@@ -46,6 +52,9 @@ class FARE(Defence):
     soft_label_weight: float = 0.0  # weight of the KL to the frozen encoder's soft labels
     soft_labels: Literal["images", "names"] = "images"  # what the anchors are
     temperature: float = 0.05  # of the soft labels, in units of a cosine
+    universal_share: float = 0.0  # of each batch, in [0, 1): attacked by universal perturbations
+    universal_epsilon: float = 10 / 255  # L-inf budget of these
+    universal_count: int = 8  # of these
 
     name: ClassVar[str] = "fare"
     needs_original: ClassVar[bool] = True
@@ -61,6 +70,14 @@ class FARE(Defence):
             value = getattr(self, field)
             if value is not None and not value > 0:
                 raise ValueError(f"{field}: expected a positive number, got {value}")
+        check_epsilon(self.universal_epsilon, "universal_epsilon")
+        if not 0 <= self.universal_share <= 1 - self.clean_fraction:
+            raise ValueError(
+                f"universal_share: expected at most {1 - self.clean_fraction:g}, what clean_fraction leaves, got "
+                f"{self.universal_share}"
+            )
+        if self.universal_count < 1:
+            raise ValueError(f"universal_count: expected at least 1, got {self.universal_count}")
 
     @property
     def needs_labels(self) -> bool:
@@ -68,17 +85,19 @@ class FARE(Defence):
 
     @property
     def per_sample(self) -> bool:
-        return self.soft_label_weight == 0 or self.soft_labels == "names"
+        return self.universal_share == 0 and (self.soft_label_weight == 0 or self.soft_labels == "names")
 
     @property
     def has_state(self) -> bool:
-        return self.rho is not None
+        return self.rho is not None or self.universal_share > 0
 
     def prepare(self, student: Student) -> None:
-        """Set the multiplier to 0."""
-        if self.has_state:
+        """Set the multiplier to 0 and the universal perturbations to random ones."""
+        if self.rho is not None:
             device = next(student.encoder.parameters()).device
             student.register_buffer(MULTIPLIER, torch.zeros((), device=device))
+        if self.universal_share > 0:
+            prepare_perturbations(student, self.universal_count)
 
     def update(self, student: Student, parts: Mapping[str, Tensor]) -> None:
         """One step of dual ascent on the violation that the batch showed."""
@@ -86,6 +105,18 @@ class FARE(Defence):
             return
         multiplier = _multiplier(student)
         multiplier.add_(self.dual_rate * (parts["relative_clean"].to(multiplier) / self.rho - 1)).clamp_(min=0)
+
+    def attack(self, student: Student, batch: Batch, epsilon: float, generator: torch.Generator) -> Tensor:
+        """Universal perturbations on the first of the attacked rows, PGD on the rest."""
+        count = round(self.universal_share / (1 - self.clean_fraction) * len(batch.images))
+        if count == 0:
+            return super().attack(student, batch, epsilon, generator)
+        few, rest = batch.rows(slice(count)), batch.rows(slice(count, None))
+        budget = self.universal_epsilon * epsilon / self.epsilon
+        attacked = apply_perturbations(student, few.images, self.attack_loss(student, few), budget)
+        if len(rest.images) == 0:
+            return attacked
+        return torch.cat([attacked, super().attack(student, rest, epsilon, generator)])
 
     def attack_loss(self, student: Student, batch: Batch) -> AttackLoss:
         original = _original(batch)
@@ -104,26 +135,30 @@ class FARE(Defence):
 
     def loss(self, student: Student, batch: Batch, adversarial: Tensor) -> LossParts:
         original, size = _original(batch), len(adversarial)
-        images, targets = adversarial, original
-        if self.clean_weight > 0 or self.has_state:
-            images, targets = torch.cat([adversarial, batch.images]), torch.cat([original, original])
+        preserves = self.clean_weight > 0 or self.rho is not None
+        images, targets, count = adversarial, original, self.clean_count(size) if preserves else 0
+        if preserves and count == 0:
+            images, targets = torch.cat([batch.images, adversarial]), torch.cat([original, original])
+            count = size
         features = student.encoder(images)
         distances = self._distances(features, targets)
-        total = distances[:size].mean()
+        attacked = features[-size:]  # where no row is clean: all of them
+        total = distances[count:].mean()
         parts = {"distance_attacked": total.detach()}
-        if len(images) > size:
-            clean = distances[size:].mean()
+        if count > 0:
+            clean = distances[:count].mean()
             weight: Tensor | float = self.clean_weight
-            if self.has_state:
+            if self.rho is not None:
                 weight = weight + _multiplier(student).clone()
-                parts["relative_clean"] = (_squared(features[size:], original) / _norms(original)).mean().detach()
+                relative = _squared(features[:count], targets[:count]) / _norms(targets[:count])
+                parts["relative_clean"] = relative.mean().detach()
                 parts[MULTIPLIER] = _multiplier(student).clone()
             total, parts["distance_clean"] = total + weight * clean, clean.detach()
         if self.soft_label_weight > 0:
-            soft = self._divergences(student, features[:size], original).mean()
+            soft = self._divergences(student, attacked, original).mean()
             total, parts["kl_attacked"] = total + self.soft_label_weight * soft, soft.detach()
         if self.label_weight > 0:
-            ce = F.cross_entropy(student.head(features[:size]), batch.labels)
+            ce = F.cross_entropy(student.head(attacked), batch.labels)
             total, parts["ce_attacked"] = total + self.label_weight * ce, ce.detach()
         return LossParts(total, parts)
 

@@ -152,9 +152,11 @@ def run_identity(
     defence: Defence,
     settings: TrainSettings,
     world: int,
+    original: nn.Module | None = None,
 ) -> dict[str, Any]:
     """What must be the same for a run to be resumed."""
-    return {
+    about_original = {} if original is None else {"original_checksum": crc_of(original)}
+    return about_original | {
         "defence": {"name": defence.name, **defence.to_dict()},
         "settings": {key: value for key, value in settings.to_dict().items() if key not in UNIDENTIFYING},
         "train": _data_identity(train, settings, world),

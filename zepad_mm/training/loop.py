@@ -19,10 +19,11 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from zepad_mm.data import LabelledImages
 from zepad_mm.defences.base import Batch, Defence, Student, split_batch
+from zepad_mm.encoders import Encoder
 from zepad_mm.training.augmentation import augment
 from zepad_mm.training.average import WeightAverage
 from zepad_mm.training.checkpoint import (
@@ -37,6 +38,7 @@ from zepad_mm.training.checkpoint import (
 from zepad_mm.training.checks import check_folder, check_run
 from zepad_mm.training.dataloader import Share, order_of, shares, steps_of
 from zepad_mm.training.feature_cache import clean_targets
+from zepad_mm.training.objective import Objective
 from zepad_mm.training.settings import TrainData, TrainSettings
 from zepad_mm.training.student import (
     apply_performance_settings,
@@ -84,6 +86,7 @@ def fit(
     *,
     out: str | Path,
     accelerator: Accelerator | None = None,
+    original: Encoder | None = None,
 ) -> FitResult:
     """Tune ``student`` in place.
 
@@ -99,6 +102,8 @@ def fit(
         settings: everything else.
         out: folder of this run.
         accelerator: from :func:`make_accelerator`; None makes one.
+        original: the encoder whose clean features the defence preserves; None: the student's as it comes. Give it to
+            go on tuning an encoder that is robust already.
 
     Raises:
         ValueError: labels beyond the head's classes, too few images for a batch, nothing to train, a folder that holds
@@ -109,10 +114,10 @@ def fit(
     accelerator, out = accelerator or make_accelerator(), Path(out)
     check_run(student, train, validation, defence, settings)
     check_folder(out, settings, accelerator.num_processes)
-    identity = run_identity(student, train, validation, defence, settings, accelerator.num_processes)
+    identity = run_identity(student, train, validation, defence, settings, accelerator.num_processes, original)
     normal = torch.inference_mode(False), torch.enable_grad()
     with claim_together(out, accelerator), stop_at_next_step() as stop, normal[0], normal[1]:
-        trainer = Trainer(student, train, defence, settings, out=out, accelerator=accelerator)
+        trainer = Trainer(student, train, defence, settings, out=out, accelerator=accelerator, original=original)
         return _Run(trainer, validation, identity, stop).run()
 
 
@@ -269,6 +274,7 @@ class Trainer:
         *,
         out: Path,
         accelerator: Accelerator,
+        original: Encoder | None = None,
     ) -> None:
         self.student, self.train, self.defence, self.settings = student, train, defence, settings
         self.out, self.accelerator = out, accelerator
@@ -279,7 +285,9 @@ class Trainer:
         student.to(self.device)
         if not defence.trains_head:
             student.head.requires_grad_(False)
-        self.teacher = copy.deepcopy(student.encoder).eval().requires_grad_(False) if defence.needs_original else None
+        self.teacher: Encoder | None = None
+        if defence.needs_original:
+            self.teacher = copy.deepcopy(original or student.encoder).to(self.device).eval().requires_grad_(False)
         self.targets: Tensor | None = None
         freeze_unused(student.encoder)
         apply_performance_settings(student, settings)
@@ -378,19 +386,3 @@ class Trainer:
         defence = {"name": self.defence.name, **self.defence.to_dict()}
         about = {"data": self.train.name, "rank": self.rank, **defence, **self.settings.to_dict()}
         check_finite(value, what, step, batch, attacked, out=self.out, about=about)
-
-
-class Objective(nn.Module):
-    """Student and defence as one module: whatever forwards the defence makes, the distributed wrapper sees one."""
-
-    def __init__(self, student: Student, defence: Defence) -> None:
-        super().__init__()
-        self.student = student
-        self.defence = defence
-
-    def forward(
-        self, images: Tensor, labels: Tensor, indices: Tensor, original: Tensor | None, attacked: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one share of a batch, and its parts."""
-        loss = self.defence.loss(self.student, Batch(images, labels, indices, original), attacked)
-        return loss.total, loss.parts

@@ -109,10 +109,10 @@ def check_names(names: Sequence[str], what: str = "class names", *, fold_case: b
     return names
 
 
-def check_epsilon(epsilon: float) -> float:
+def check_epsilon(epsilon: float, name: str = "epsilon") -> float:
     """A budget in pixels of [0, 1]. Raises ValueError for 8 where 8/255 was meant."""
     if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 <= epsilon <= 1:
         raise ValueError(
-            f"epsilon: expected a number in [0, 1], in pixels of [0, 1], got {epsilon!r}; write 8/255, not 8"
+            f"{name}: expected a number in [0, 1], in pixels of [0, 1], got {epsilon!r}; write 8/255, not 8"
         )
     return float(epsilon)
