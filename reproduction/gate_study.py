@@ -5,8 +5,9 @@
     python -m reproduction.gate_study --data-root DIR --robust TUNED --gates one.safetensors two.safetensors
 
 DIR holds the parquet folders of the sets. The encoders are those of the shipped model unless TUNED names another robust
-one. Each image is attacked once and the features of both encoders are kept below --work: they give the answers of every
-cap and of every gate, and a killed run continues. Without a gate the run makes the features alone.
+one. Each image is attacked once; attacked images and the features of both encoders are kept below --work, those of the
+public encoder for every robust one. They give the answers of every cap and of every gate, and a killed run continues.
+--prepare makes what does not depend on the robust encoder, and ends.
 
 - T1: universal perturbations at 10/255 and a patch, made on the public encoder from surrogate images.
 - T1i: attacks on each image, made on the public encoder; the attacker does not know the defence.
@@ -121,33 +122,57 @@ class Features:
     robust: Tensor
 
 
+@dataclass(frozen=True)
+class Caches:
+    """What is kept of the public encoder, its attacked images among it, and of the robust one."""
+
+    public: StageCache
+    robust: StageCache
+
+    @classmethod
+    def open(cls, pair: Pair, options: argparse.Namespace) -> Caches:
+        """The caches below --work; those of another robust encoder are left alone."""
+        about = {"n": str(options.n), "seed": str(options.seed)}
+        crcs = {"public": crc_of(pair.public), "robust": crc_of(pair.robust)}
+        folders = {"public": options.work / "public", "robust": options.work / f"robust-{crcs['robust']:08x}"}
+        made = {name: StageCache(folder) for name, folder in folders.items()}
+        for name, cache in made.items():
+            cache.open({"encoder": str(crcs[name]), **about}, resume=True)
+        return cls(**made)
+
+
 class Study:
     """One data set: its images, what both encoders say of them, and the answers by gate and cap.
 
     Args:
-        pair: the encoders. name: of the data set. data: its images. cache: keeps features. options: of the command.
+        pair: the encoders. name: of the data set. data: its images. caches: keep features. options: of the command.
     """
 
     def __init__(
-        self, pair: Pair, name: str, data: LabelledImages, cache: StageCache, options: argparse.Namespace
+        self, pair: Pair, name: str, data: LabelledImages, caches: Caches, options: argparse.Namespace
     ) -> None:
-        self.pair, self.name, self.cache, self.options = pair, name, cache, options
+        self.pair, self.name, self.caches, self.options = pair, name, caches, options
         self.images, self.labels = data.images.to(pair.device), data.labels.to(pair.device)
         self.head = zero_shot_head(pair.text, data.class_names).to(pair.device)
 
     def features(self, stage: str, images: Callable[[], Tensor]) -> Features:
-        """Features of a stage, made once."""
-        key = f"{self.name} {stage}"
-        found = self.cache.read(key)
-        if found is None:
-            with torch.no_grad():
-                parts = images().split(self.options.batch_size)
-                found = {
-                    name: torch.cat([encoder(part) for part in parts]).cpu()
-                    for name, encoder in (("public", self.pair.public), ("robust", self.pair.robust))
-                }
-            self.cache.write(key, found)
-        return Features(**{name: tensor.to(self.pair.device) for name, tensor in found.items()})
+        """Features of a stage, made once; of the robust encoder none where it is not asked for."""
+        sides = {"public": self.pair.public, "robust": self.pair.robust}
+        if self.options.prepare:
+            del sides["robust"]
+        made: Tensor | None = None
+        found = {}
+        for side, encoder in sides.items():
+            cache, key = getattr(self.caches, side), f"{self.name} {stage}"
+            kept = cache.read(key)
+            if kept is None:
+                made = images() if made is None else made
+                with torch.no_grad():
+                    parts = [encoder(part).cpu() for part in made.split(self.options.batch_size)]
+                kept = {"features": torch.cat(parts)}
+                cache.write(key, kept)
+            found[side] = kept["features"].to(self.pair.device)
+        return Features(found["public"], found.get("robust", found["public"]))
 
     def stages(self, deltas: dict[str, Perturbation]) -> Iterator[tuple[dict[str, Any], Features]]:
         """What is known of each stage, and its features; clean images first."""
@@ -159,8 +184,9 @@ class Study:
             for name, attack in transfer_attacks(epsilon / 255).items():
                 if name in self.options.transfer:
                     about = {"threat": "T1i", "attack": name, "epsilon": epsilon}
-                    yield about, self.features(f"T1i {name} {epsilon}", partial(self.attacked, attack))
-        for name in CORRUPTIONS if self.options.corruptions else ():
+                    stage = f"T1i {name} {epsilon}"
+                    yield about, self.features(stage, partial(self.attacked, stage, attack))
+        for name in CORRUPTIONS if self.name in self.options.corruption_sets else ():
             about = {"threat": "corruption", "attack": name}
             yield about, self.features(f"corrupted {name}", partial(self.corrupted, name))
 
@@ -169,17 +195,21 @@ class Study:
         generator = seeded_generator(self.options.seed)
         return corrupt(self.images.cpu(), name, SEVERITY, generator).to(self.pair.device)
 
-    def attacked(self, attack: Attack) -> Tensor:
-        """The images under an attack on the public model."""
-        answers = partial(self._answers, self.pair.public)
-        size = self.options.batch_size
-        with frozen(nn.ModuleList([self.pair.public, self.head])):
-            return torch.cat([
-                attack(answers, images, labels, generator=derived_generator(self.options.seed, number))
-                for number, (images, labels) in enumerate(
-                    zip(self.images.split(size), self.labels.split(size), strict=True)
-                )
-            ])  # fmt: skip
+    def attacked(self, stage: str, attack: Attack) -> Tensor:
+        """The images under an attack on the public model, made once."""
+        key, answers, size = f"{self.name} {stage} images", partial(self._answers, self.pair.public), 50
+        kept = self.caches.public.read(key)
+        if kept is None:
+            with frozen(nn.ModuleList([self.pair.public, self.head])):
+                parts = [
+                    attack(answers, images, labels, generator=derived_generator(self.options.seed, number))
+                    for number, (images, labels) in enumerate(
+                        zip(self.images.split(size), self.labels.split(size), strict=True)
+                    )
+                ]
+            kept = {"images": torch.cat(parts).cpu()}
+            self.caches.public.write(key, kept)
+        return kept["images"].to(self.pair.device)
 
     @torch.no_grad()
     def rows(self, deltas: dict[str, Perturbation], gates: dict[str, FeatureGate]) -> list[dict[str, Any]]:
@@ -308,7 +338,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--epsilons", nargs="*", type=int, default=[2, 4, 8], help="of 255, of T1i")
     parser.add_argument("--transfer", nargs="+", default=list(transfer_attacks(WHITE_BOX)), help="attacks of T1i")
     parser.add_argument("--transfer-sets", nargs="*", choices=tuple(SETS), default=tuple(SETS), help="of T1i")
-    parser.add_argument("--no-corruptions", dest="corruptions", action="store_false")
+    parser.add_argument("--prepare", action="store_true", help="make what the public encoder alone needs, and end")
+    parser.add_argument("--corruption-sets", nargs="*", choices=tuple(SETS), default=tuple(SETS), help="corrupted too")
     parser.add_argument("--white-box-sets", nargs="*", choices=tuple(SETS), default=["clothing", "imagenet20"])
     parser.add_argument("--white-box-n", type=int, default=400)
     parser.add_argument("--white-box-caps", nargs="+", type=float, default=[0.0, 0.45, 1.0])
@@ -328,18 +359,21 @@ def main() -> None:
     folder = options.work / "perturbations"
     folder.mkdir(parents=True, exist_ok=True)
     deltas = craft(pair.public, folder, options)
-    encoders = [crc_of(pair.public), crc_of(pair.robust)]
-    cache = StageCache(options.work)
-    cache.open({"encoders": str(encoders), "n": str(options.n), "seed": str(options.seed)}, resume=True)
+    caches = Caches.open(pair, options)
     found: dict[str, Any] = {}
     for name in options.sets:
         data = load_set(options.data_root, name, options.n, pair.public.preprocess)
-        study = Study(pair, name, data, cache, options)
+        study = Study(pair, name, data, caches, options)
+        if options.prepare:
+            log.info("%s: %d stages after %.0f s", name, len(list(study.stages(deltas))), time.perf_counter() - started)
+            continue
         rows = study.rows(deltas, gates)
         if gates and name in options.white_box_sets:
             rows += study.white_box(next(iter(gates.values())))
         found[name] = {"n": len(data), "classes": len(data.class_names), "rows": rows}
         log.info("%s finished after %.0f s", name, time.perf_counter() - started)
+    if options.prepare:
+        return
     config = {key: str(value) for key, value in vars(options).items() if key not in ("out", "work", "data_root")}
     configs = {name: gate.config.to_dict() for name, gate in gates.items()}
     meta = provenance(seed=options.seed, config={"study": config, "gates": configs})

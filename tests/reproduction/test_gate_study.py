@@ -28,6 +28,11 @@ def perturbations(folder: Path) -> None:
         Perturbation(patch, 0.04, "patch").save(folder / f"{name}.safetensors")
 
 
+def kept(folder: Path) -> dict[Path, int]:
+    """Files of the caches, and when they were written."""
+    return {path: path.stat().st_mtime_ns for path in (folder / "work").glob("*/cache/*.safetensors")}
+
+
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     source = write_clip(tmp_path)
@@ -49,8 +54,17 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_command_measures_resumes_and_its_page_shows_the_record(command: Path) -> None:
+def test_the_command_measures_resumes_and_its_page_shows_the_record(
+    command: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--prepare"])
     gate_study.main()
+    assert not (command / "gate.json").exists()
+    monkeypatch.setattr(sys, "argv", sys.argv[:-1])
+    made = kept(command)
+    assert len(made) > 10
+    gate_study.main()
+    assert made.items() <= kept(command).items()  # what --prepare made is read
     first = read_json(command / "gate.json")
     rows = first["sets"]["clothing"]["rows"]
     assert [row["threat"] for row in rows].count("T1") == len(gate_study.UNIVERSAL) + len(gate_study.PATCHES)
@@ -62,10 +76,10 @@ def test_the_command_measures_resumes_and_its_page_shows_the_record(command: Pat
     assert all(right == sorted(right, reverse=True) for right in white_box)
     assert "/" not in first["command"].replace("DIR", "")
 
-    made = {path: path.stat().st_mtime_ns for path in (command / "work" / "cache").glob("*.safetensors")}
+    made = kept(command)
     gate_study.main()
     assert read_json(command / "gate.json")["sets"] == first["sets"]
-    assert made == {path: path.stat().st_mtime_ns for path in made}
+    assert made == kept(command)
 
     page = gate_tables.render(first)
     assert "| clothing | 10" in page
