@@ -50,7 +50,7 @@ from zepad_mm.models.gate import FeatureGate, gate_weight
 from zepad_mm.models.heads import zero_shot_head
 from zepad_mm.training import load_gate, load_tuned
 from zepad_mm.training.checkpoint import crc_of
-from zepad_mm.utils.io import write_json
+from zepad_mm.utils.io import read_json, write_json
 from zepad_mm.utils.provenance import provenance
 from zepad_mm.utils.seeding import derived_generator, seeded_generator
 
@@ -299,7 +299,10 @@ def craft(public: Encoder, folder: Path, options: argparse.Namespace) -> dict[st
 def load_pair(options: argparse.Namespace) -> tuple[Pair, dict[str, FeatureGate], dict[str, float]]:
     """The encoders, the gates by name, and the detection threshold of each gate."""
     gates = {path.parent.name or path.stem: load_gate(path) for path in options.gates}
-    thresholds = {name: gate.config.calibrated_threshold for name, gate in gates.items()}
+    thresholds = {
+        path.parent.name or path.stem: _detection_threshold(path, gate)
+        for path, gate in zip(options.gates, gates.values(), strict=True)
+    }
     if options.robust is not None:
         public, text = load_clip(options.clip)
         robust = load_tuned(options.robust)
@@ -314,6 +317,14 @@ def load_pair(options: argparse.Namespace) -> tuple[Pair, dict[str, FeatureGate]
             thresholds["shipped"] = model.gate.config.calibrated_threshold if threshold is None else threshold
     pair = Pair(public.eval().to(options.device), robust.eval().to(options.device), text)
     return pair, {name: gate.to(options.device) for name, gate in gates.items()}, thresholds
+
+
+def _detection_threshold(path: Path, gate: FeatureGate) -> float:
+    """Of the record beside a gate, which knows the rate of the detector; else that of the gate's weight."""
+    record = path.with_name("gate.json")
+    if not record.is_file():
+        return gate.config.calibrated_threshold
+    return float(read_json(record)["thresholds"]["detection"])
 
 
 def load_set(root: Path, name: str, n: int, size: Any) -> LabelledImages:

@@ -20,7 +20,7 @@ from zepad_mm.utils.text import interval_text, markdown_table, percent
 
 PAGE = """# The feature gate over {sets} data sets
 
-{n} test images of each set, one gate, made on {hardware}. This page is generated from `gate.json` by
+{n} test images of each set, {gates}, made on {hardware}. This page is generated from `gate.json` by
 `python -m reproduction.gate_tables results/gate.json`; the record comes from
 
     {command}
@@ -44,6 +44,10 @@ was calibrated with. Unseen: kinds of attacks that were not in its training.
 {detection}
 
 False alarms on everyday corruptions (severity {severity}), mean over sets: {corruptions}.
+
+## By the seed of the gate
+
+{seeds}
 
 ## Attacks on each image, made on the public encoder (T1i)
 
@@ -69,6 +73,8 @@ def render(record: dict[str, Any]) -> str:
         n=", ".join(sorted({str(one["n"]) for one in sets.values()})),
         hardware=record["meta"]["hardware"],
         command=record["command"],
+        gates=f"the gate {gate!r} of {len(config['gates'])}",
+        seeds=_seeds(sets, config["gates"], cap),
         cap=caps[cap],
         universal=", ".join(dict.fromkeys(row["attack"] for row in _of(sets, "T1"))),
         clean=_clean(sets, gate, cap),
@@ -119,6 +125,30 @@ def _corruptions(sets: dict[str, Any], gate: str) -> str:
     for row in _of(sets, "corruption"):
         found.setdefault(row["attack"], []).append(row["gates"][gate]["flagged"])
     return ", ".join(f"{name} {percent(mean(shares))} %" for name, shares in found.items()) or "not measured"
+
+
+def _seeds(sets: dict[str, Any], gates: dict[str, Any], cap: int) -> str:
+    """What each gate gives: over the sets, and the worst cell."""
+    lines = []
+    for name, config in gates.items():
+        seen = set(config["seen_attacks"])
+        clean = [_only(one["rows"], "clean") for one in sets.values()]
+        kept = [row["gates"][name]["by_cap"][cap] - row["undefended"] for row in clean]
+        attacked = _of(sets, "T1")
+        held = [row["gates"][name]["by_cap"][cap] - row["robust"] for row in attacked]
+        groups = [[row["gates"][name]["auroc"] for row in attacked if (row["attack"] in seen) == kind]
+                  for kind in (True, False)]  # fmt: skip
+        transfer = [row["gates"][name]["auroc"] for row in _of(sets, "T1i")]
+        lines.append([
+            name, *(f"{100 * value:+.1f}" for value in (mean(kept), min(kept), mean(held), min(held))),
+            *(f"{mean(group):.3f}" for group in groups), f"{min(groups[0] + groups[1]):.3f}",
+            f"{mean(transfer):.3f}" if transfer else "", percent(mean(row["gates"][name]["flagged"] for row in clean)),
+        ])  # fmt: skip
+    header = [
+        "gate", "clean - undefended: mean", "worst", "T1 - robust: mean", "worst", "AUROC seen", "unseen", "worst",
+        "T1i", "false alarms",
+    ]  # fmt: skip
+    return markdown_table(header, lines)
 
 
 def _transfer(sets: dict[str, Any], gate: str, cap: int) -> str:

@@ -11,10 +11,10 @@ from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from tools import pack_images, robust_branch
+from tools import pack_images, packed_gate, robust_branch
 from tools.wordnet_clip.images import PACKED
 from zepad_mm.encoders import load_encoder
-from zepad_mm.training import load_tuned
+from zepad_mm.training import load_gate, load_tuned
 from zepad_mm.utils.io import read_json, write_tensors
 
 NAMES = ["cat", "dog"]
@@ -31,9 +31,9 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / source / "test-0.parquet").write_bytes(b"never read")
         held = PACKED.get(source, (0, 0))[1]
         side = 144 if held == 0 else 64
-        splits = {"train": 2 * (held + 4), **({"validation": 6} if held == 0 else {})}
+        splits = {"train": 2 * (held + 5), **({"validation": 6} if held == 0 else {})}
         if source == "clothing":
-            splits |= {"surrogate": 4, "train": 4}
+            splits |= {"surrogate": 4, "train": 6}
         for split, count in splits.items():
             rows = []
             for _ in range(count):
@@ -102,6 +102,12 @@ def test_robust_branch_is_tuned_and_read_back(
     weights, out = tmp_path / f"{setting.name}.safetensors", tmp_path / "tuned"
     monkeypatch.setattr("sys.argv", ["robust_branch", *clip, "--weights", str(weights), "--out", str(out)])
     robust_branch.main()
+    gate = tmp_path / "gate"
+    paths = ["--robust", str(out), "--images", str(packed), "--out", str(gate)]
+    monkeypatch.setattr("sys.argv", ["packed_gate", *paths, "--public", clip_source, "--limit", "8"])
+    packed_gate.main()
+    assert load_gate(gate / "gate.safetensors").config.threshold is not None
+    assert {"mosaics", "caltech69 validation"} <= read_json(gate / "gate.json")["images"].keys()
     public, tuned = load_tuned(out), robust_branch.read_weights(clip_source, weights)
     assert all(torch.equal(a, b) for a, b in zip(public.parameters(), tuned.parameters(), strict=True))
 
