@@ -193,7 +193,7 @@ def tune_one(options: argparse.Namespace, setting: Setting) -> None:
     if options.steps is None:
         step_s = seconds_per_step(source, train, defence, settings, accelerator)
         steps = max(100, round(60 * options.minutes / step_s))
-        settings = _timed(settings, steps, max(20, round(EVERY / step_s)))
+        settings = _timed(settings, steps, max(20, round(EVERY / step_s)), warm=options.start is None)
         print(f"{step_s:.4f} s per step: {steps} steps", flush=True)
     student, folder = build_student(source, train), options.work / setting.name
     original = None if options.start is None else load_encoder(source)
@@ -229,10 +229,10 @@ def _training_images(packed: Packed, options: argparse.Namespace, device: torch.
     return LabelledImages(_floats(pixels, device), labels, packed.class_names, "packed")
 
 
-def _timed(settings: TrainSettings, steps: int, every: int) -> TrainSettings:
+def _timed(settings: TrainSettings, steps: int, every: int, warm: bool) -> TrainSettings:
     values = settings.to_dict() | {
         "steps": steps, "checkpoint_every": max(1, every), "lr_warmup_steps": steps // 50,
-        "epsilon_warmup_steps": steps // 10,
+        "epsilon_warmup_steps": steps // 10 if warm else 0,
     }  # fmt: skip
     return TrainSettings.from_dict(values)
 
