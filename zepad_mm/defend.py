@@ -63,7 +63,13 @@ class DefendSettings(Config):
     defences: tuple[str, ...] = ("fare",)  # one robust branch is tuned by each
     defence_options: dict[str, Any] = field(  # name of a defence -> its fields; unknown ones are refused
         default_factory=lambda: {
-            "fare": {"attack_steps": 3, "scale_free": True, "rho": 0.1},
+            "fare": {
+                "attack_steps": 2,
+                "scale_free": True,
+                "rho": 0.2,
+                "clean_fraction": 0.2,
+                "universal_share": 0.4,
+            },
             "tecoa": {"attack_steps": 2, "clean_fraction": 0.25},
             "gen_af": {"attack_steps": 2, "topology_weight": 2.0},
         }

@@ -8,6 +8,7 @@ batch. A perturbation is so worked on by the whole run, at the cost of one attac
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zepad_mm.attacks.base import frozen
@@ -29,20 +30,24 @@ def prepare_perturbations(student: Student, count: int) -> None:
 def apply_perturbations(student: Student, images: Tensor, loss: AttackLoss, epsilon: float) -> Tensor:
     """Move the perturbations one step up the loss, then add them to the images (B, 3, H, W) in turn; detached.
 
+    Images of another side than the perturbations get them resized.
+
     Raises:
-        ValueError: the student has no perturbations, or of another size.
+        ValueError: the student has no perturbations.
     """
     perturbations = getattr(student, PERTURBATIONS, None)
     if perturbations is None:
         raise ValueError("universal_share: call defence.prepare(student) first, as training.fit does")
-    if perturbations.shape[1:] != images.shape[1:]:
-        raise ValueError(
-            f"universal_share: expected images {tuple(perturbations.shape[1:])}, got {tuple(images.shape[1:])}"
-        )
     rows = torch.arange(len(images), device=images.device) % len(perturbations)
     with frozen(student), folded_lora(student.encoder):
         moving = perturbations.clone().requires_grad_(True)
-        attacked = (images + epsilon * moving[rows]).clamp(0, 1)
+        attacked = _added(images, moving, rows, epsilon)
         (gradient,) = torch.autograd.grad(loss(attacked).sum(), moving)
     perturbations.add_(STEP * gradient.sign()).clamp_(-1, 1)
-    return (images + epsilon * perturbations[rows]).clamp(0, 1).detach()
+    return _added(images, perturbations, rows, epsilon).detach()
+
+
+def _added(images: Tensor, perturbations: Tensor, rows: Tensor, epsilon: float) -> Tensor:
+    if perturbations.shape[-2:] != images.shape[-2:]:
+        perturbations = F.interpolate(perturbations, images.shape[-2:], mode="bilinear", align_corners=False)
+    return (images + epsilon * perturbations[rows]).clamp(0, 1)
