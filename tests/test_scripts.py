@@ -132,3 +132,11 @@ def test_demo_retune_calls_a_program_that_exists(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(sys, "argv", [module, *options])
     parsed = importlib.import_module(module).parse_options()
     assert (parsed.out, parsed.work) == (tmp_path / "model", tmp_path / "tuned")
+
+
+def test_cost_of_the_gate_is_measured_on_the_shipped_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["gate_cost", "--small", "--out", str(tmp_path / "cost.json")])
+    runpy.run_module("benchmarks.gate_cost", run_name="__main__")
+    ratios = json.loads((tmp_path / "cost.json").read_text())["ratios"]
+    assert set(ratios) == {"defended / undefended", "gate / defended", "gradient / gradient of an optimised copy"}
+    assert 0 < ratios["gate / defended"] < 1
