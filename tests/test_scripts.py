@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks import parity_page
+
 ROOT = Path(__file__).parents[1]
 NEEDS = {
     "torchattacks_apgd": "torchattacks",
@@ -49,8 +51,10 @@ def test_example_prints_an_accuracy(name: str) -> None:
 def test_attack_parity_writes_its_record(tmp_path: Path) -> None:
     for module in ("torchattacks", "adv_lib.attacks.auto_pgd"):
         pytest.importorskip(module, exc_type=ImportError)
-    small = ["--n", "8", "--few", "4", "--steps", "2", "--queries", "2", "--stages", "4"]
-    small += ["--out", str(tmp_path / "parity.json")]
+    published = tmp_path / "published.py"
+    published.write_text("ABOUT = 'none'\nATTACKS = {'nothing': lambda network, parts, images, labels, size: images}\n")
+    small = ["--n", "8", "--few", "4", "--steps", "2", "--queries", "2", "--stages", "3", "--preset", "smoke"]
+    small += ["--branch", "none", "--published", str(published), "--out", str(tmp_path / "parity.json")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     for _ in range(2):  # the second run finds everything done
         done = subprocess.run(
@@ -62,8 +66,34 @@ def test_attack_parity_writes_its_record(tmp_path: Path) -> None:
             check=False,
         )
         assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads((tmp_path / "parity.json").read_text())["pgd"]["largest_difference"] == 0
-    assert "whole defence" in (tmp_path / "parity.md").read_text()
+    found = json.loads((tmp_path / "parity.json").read_text())["runs"][0]["targets"]["whole defence"]
+    assert found["pgd"]["largest_difference"] == 0
+    assert list(found["stages"]) == ["T2", "published: nothing", "T2, few images"]
+    assert "Whole defence" in (tmp_path / "parity.md").read_text()
+
+
+def test_parity_summary_compares_with_the_union_and_the_cost() -> None:
+    def result(right: str, seconds: float) -> dict[str, object]:
+        share = right.count("1") / len(right)
+        return {"right": f"{int(right, 2):x}", "n": len(right), "accuracy": share, "cpu_seconds": seconds}
+
+    stages = {
+        parity_page.T2: result("0011001100", 9.0),
+        "published: a": result("1111100000", 5.0),
+        "published: b": result("0111000000", 5.0),  # on what the first one left: the union
+        parity_page.FEW: result("00110", 2.0),
+        parity_page.AUTO: result("00111", 8.0),
+    }
+    said = parity_page.summary(stages)
+    assert said["above_union"] == pytest.approx(0.1)
+    assert (said["only_ours_breaks"], said["only_theirs_breaks"]) == (1, 2)
+    assert said["cost_ratio"] == 4
+    assert said["above_auto"] == pytest.approx(-0.2)
+    pgd = {"largest_difference": 0.0, "unequal_pixels": 0.0}
+    said_so = "\n".join(parity_page.sentences({"stages": stages, "pgd": pgd}))
+    assert "10.0 points above" in said_so
+    assert "MORE THAN" in said_so  # a limit that does not hold is written large
+    assert "LESS THAN" not in said_so
 
 
 COUNTING = """
