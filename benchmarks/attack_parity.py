@@ -19,6 +19,7 @@ import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.parity_page import markdown
+from benchmarks.parity_page import AUTO, COLUMN, FEW, PUBLISHED, bits, markdown
 from zepad_mm import ZePAD
 from zepad_mm.attacks import APGD, PGD, Attack, Square, frozen
 from zepad_mm.cli.common import budget
@@ -196,7 +197,7 @@ def outcome(kept: Tensor, seconds: float) -> dict[str, Any]:
 
 def bits_of(result: dict[str, Any]) -> Tensor:
     """(n,) bool, the images that stayed right."""
-    return torch.tensor([bit == "1" for bit in f"{int(result['right'], 16):0{result['n']}b}"])
+    return torch.tensor([bit == "1" for bit in bits(result)])
 
 
 def column(target: Target) -> dict[str, Any]:
@@ -255,25 +256,25 @@ def stages(
     network, parts = session.view(session.default), parts_of(session)
     few, size = target.first(config["few"]), config["epsilon"]
     classes = len(target.data.test.class_names)
-    yield "T2", lambda: column(target)
+    yield COLUMN, partial(column, target)
     left: Tensor | None = None
     for name, attack in published.items():
-        label = f"published: {name}"
-        yield (
-            label,
-            lambda attack=attack, left=left: measure(
-                lambda images, labels: attack(network, parts, images, labels, size), network, target, left
-            ),
-        )
+        label = f"{PUBLISHED}{name}"
+        yield label, partial(measure, partial(attack_with, attack, network, parts, size), network, target, left)
         if label in done:
             left = bits_of(done[label])
     if not config["few"]:
         return
-    yield "T2, few images", lambda: column(few)
-    yield "torchattacks AutoAttack", lambda: measure(auto_attack(network, size, classes), network, few)
+    yield FEW, partial(column, few)
+    yield AUTO, partial(measure, auto_attack(network, size, classes), network, few)
     if parts is None:
         for name, run in peers(network, config, classes).items():
-            yield name, lambda run=run: measure(run, network, few)
+            yield name, partial(measure, run, network, few)
+
+
+def attack_with(attack: Any, network: Model, parts: Any, size: float, images: Tensor, labels: Tensor) -> Tensor:
+    """Run a published attack, whose arguments the text of this program names."""
+    return attack(network, parts, images, labels, size)
 
 
 def load_published(path: Path | None) -> tuple[dict[str, Any], str]:

@@ -7,7 +7,7 @@ from typing import Any
 from zepad_mm.evaluation.metrics import wilson
 from zepad_mm.utils.text import interval_text, markdown_table, percent
 
-T2, FEW, AUTO = "T2", "T2, few images", "torchattacks AutoAttack"
+COLUMN, FEW, AUTO = "T2", "T2, few images", "torchattacks AutoAttack"
 PUBLISHED = "published: "
 MARGIN, FACTOR = 0.01, 3  # T2 may be above published attacks by that much; AutoAttack must cost that many times more
 
@@ -27,8 +27,8 @@ def summary(stages: Record) -> Record:
     """
     found: Record = {}
     published = [result for name, result in stages.items() if name.startswith(PUBLISHED)]
-    if published and T2 in stages:
-        union, ours = published[-1], stages[T2]  # each ran on what the earlier ones left
+    if published and COLUMN in stages:
+        union, ours = published[-1], stages[COLUMN]  # each ran on what the earlier ones left
         found["union"], found["n"] = union["accuracy"], ours["n"]
         found["above_union"] = ours["accuracy"] - union["accuracy"]
         pairs = list(zip(bits(ours), bits(union), strict=True))
@@ -97,6 +97,8 @@ def sentences(found: Record) -> list[str]:
             f"attacks (n = {said['n']}; {'at most' if held else 'MORE THAN'} {MARGIN * 100:g} point above): only T2 "
             f"breaks {said['only_ours_breaks']} images, only they break {said['only_theirs_breaks']}."
         )
+    elif COLUMN in found["stages"] and found["stages"][COLUMN]["accuracy"] == 0:
+        lines.append("- T2 leaves no image right, so that no other attack can leave fewer.")
     if "cost_ratio" in said:
         points, held = said["above_auto"] * 100, said["cost_ratio"] >= FACTOR
         lines.append(

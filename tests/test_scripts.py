@@ -78,7 +78,7 @@ def test_parity_summary_compares_with_the_union_and_the_cost() -> None:
         return {"right": f"{int(right, 2):x}", "n": len(right), "accuracy": share, "cpu_seconds": seconds}
 
     stages = {
-        parity_page.T2: result("0011001100", 9.0),
+        parity_page.COLUMN: result("0011001100", 9.0),
         "published: a": result("1111100000", 5.0),
         "published: b": result("0111000000", 5.0),  # on what the first one left: the union
         parity_page.FEW: result("00110", 2.0),
