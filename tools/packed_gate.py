@@ -29,9 +29,10 @@ from zepad_mm.utils.provenance import origin
 from zepad_mm.utils.seeding import seeded_generator
 
 PUBLIC = "open_clip:embedded"
+CALIBRATION = 320  # validation images of each set
 SETTINGS = GateSettings(
-    n=2400, universal=("feature_uap", "adv_encoder", "fff", "adv_encoder_patch"), held_out="uap", universal_steps=60,
-    per_image_n=900, rounds=4, round_n=200, least_change=0.1, gating_rate=0.02,
+    n=2000, universal=("feature_uap", "adv_encoder", "fff", "adv_encoder_patch"), held_out="uap", universal_steps=60,
+    per_image_n=800, rounds=3, round_n=160, least_change=0.1, gating_rate=0.02,
 )  # fmt: skip
 
 
@@ -55,7 +56,7 @@ def main() -> None:
     sources = _by_source(learned, options.limit)
     count = 4 * options.limit if options.limit else options.mosaics
     sources["mosaics"] = mosaics(learned, count, seeded_generator(options.seed)).float() / 255
-    held = _by_source(unpack(options.images, "validation", side), options.limit)
+    held = _by_source(unpack(options.images, "validation", side), options.limit or CALIBRATION)
     gate, record = train_gate(
         public, [load_tuned(options.robust)], sources, settings,
         calibration={f"{name} validation": images for name, images in held.items()}, out=options.out, progress=True,
