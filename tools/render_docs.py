@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write the tables of both READMEs, the card of the shipped model and report.md from committed results.
+"""Write the measured parts of the documents, the card of the shipped model and report.md from committed results.
 
     scripts/demo --out results/demo && python -m tools.render_docs
 
@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tools.front_page import between, front_page
 from tools.gpu_readme import GPU, gpu_readme
 from tools.recipes_readme import recipes_readme
 from zepad_mm.evaluation import THREATS, Report, RowKind
@@ -29,12 +30,11 @@ from zepad_mm.utils.text import bullets, markdown_table, percent
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "results" / "demo"
 PAPERS_RULE = "rfdm"
-START = "<!-- table: written by tools/render_docs.py from results/demo/report.json -->"
-END = "<!-- /table -->"
+MARKS = ("<!-- table: written by tools/render_docs.py from results/demo/report.json -->", "<!-- /table -->")
 NOT_MEASURED = "The shipped model is not measured yet; `scripts/demo` writes its table."
 
 
-def readme_block(report: Report) -> str:
+def demo_block(report: Report) -> str:
     """The accuracies, what they mean, detection, and the warnings of the report."""
     parts = [accuracy_table(report), *explanation(report), *detection_table(report)]
     if report.meta["warnings"]:
@@ -120,12 +120,10 @@ def detection_table(report: Report) -> list[str]:
     return [note, markdown_table(head, lines)]
 
 
-def readme(old: str) -> str:
-    """The README with the block between its marks written again."""
-    before, rest = old.split(START)
+def demo_page(old: str) -> str:
+    """The page of the shipped model with the block between its marks written again."""
     report = demo_report()
-    block = NOT_MEASURED if report is None else readme_block(report).rstrip()
-    return f"{before}{START}\n\n{block}\n\n{END}{rest.split(END)[1]}"
+    return between(old, MARKS, NOT_MEASURED if report is None else demo_block(report).rstrip())
 
 
 def demo_report() -> Report | None:
@@ -144,24 +142,38 @@ def report_file(results: Path, _: str) -> str:
     return Report.load(results).markdown()
 
 
+def writers() -> dict[Path, Callable[[str], str]]:
+    """Document to the function from its old text to its new one."""
+    found: dict[Path, Callable[[str], str]] = {
+        ROOT / "README.md": front_page,
+        ROOT / "docs" / "shipped_model.md": demo_page,
+        ROOT / "recipes" / "README.md": recipes_readme,
+        GPU / "README.md": gpu_readme,
+        EMBEDDED_MODEL / "README.md": card,
+    }
+    if demo_report() is not None:
+        found[DEMO / MARKDOWN] = partial(report_file, DEMO)
+    return found
+
+
+def stale_documents(*, write: bool = False) -> list[str]:
+    """The documents that differ from their records; with ``write`` they are written again."""
+    stale = []
+    for path, renew in writers().items():
+        old = path.read_text(encoding="utf-8") if path.is_file() else ""
+        new = renew(old)
+        if new != old:
+            stale.append(str(path.relative_to(ROOT)))
+            if write:
+                write_text(path, new)
+    return stale
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only say whether they are up to date")
     args = parser.parse_args()
-    stale = []
-    recipes = ROOT / "recipes" / "README.md"
-    writers: dict[Path, Callable[[str], str]] = {ROOT / "README.md": readme, recipes: recipes_readme}
-    writers[GPU / "README.md"] = gpu_readme
-    writers[EMBEDDED_MODEL / "README.md"] = card
-    if demo_report() is not None:
-        writers[DEMO / MARKDOWN] = partial(report_file, DEMO)
-    for path, write in writers.items():
-        old = path.read_text(encoding="utf-8") if path.is_file() else ""
-        new = write(old)
-        if new != old:
-            stale.append(str(path.relative_to(ROOT)))
-            if not args.check:
-                write_text(path, new)
+    stale = stale_documents(write=not args.check)
     if args.check:
         print(f"out of date: {', '.join(stale)}; run without --check" if stale else "up to date")
         sys.exit(bool(stale))

@@ -20,6 +20,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, constants
 
+from tests.helpers.documents import DOCUMENTS, blocks
 from tests.helpers.hub_server import Hub, environment, reached_through, running_hub
 from tests.helpers.models import CLASSES, TINY_CLIP, make_zepad, write_clip
 from zepad_mm import RobustZeroShotClassifier, load_encoder
@@ -497,7 +498,7 @@ def test_evaluation_records_on_the_hub(hub: Hub, images: torch.Tensor, tmp_path:
 
 # ---- as a user does it ---------------------------------------------------------------------------------------------
 
-# what the README shows: an encoder's source, in Python, the repository below it, and its file on this disk
+# what the documents show: an encoder's source, in Python, the repository below it, and its file on this disk
 EXAMPLES: dict[str, tuple[str, str, Callable[[Path, int], None]]] = {
     '"open_clip:hf-hub:acme/clip"': ("acme/clip", "open_clip:local-dir:{}", write_clip_repository),
     '"timm:hf-hub:acme/vit"': ("acme/vit", "timm:local-dir:{}", write_timm_repository),
@@ -507,8 +508,8 @@ EXAMPLES: dict[str, tuple[str, str, Callable[[Path, int], None]]] = {
 }
 
 
-# the repositories that its block of Python names, as small ones
-README: dict[str, Callable[[Path, int], None]] = {
+# the repositories that the documents' block of Python names, as small ones
+DOCUMENTED: dict[str, Callable[[Path, int], None]] = {
     "timm/vit_large_patch14_clip_224.openai": write_clip_repository,
     "chs20/fare4-clip": write_clip_repository,
     "openai/clip-vit-base-patch32": write_hf_clip_repository,
@@ -517,7 +518,7 @@ README: dict[str, Callable[[Path, int], None]] = {
 }
 
 
-def test_readme_examples_run(hub: Hub, tmp_path: Path) -> None:
+def test_documented_examples_run(hub: Hub, tmp_path: Path) -> None:
     """All of them in one process of its own, as a user would run them."""
     images = torch.ones(1, 3, 40, 40) / 3
     lines, expected = ["import torch", "from zepad_mm import load_encoder", "from zepad_mm.utils.hub import fetch"], []
@@ -530,12 +531,12 @@ def test_readme_examples_run(hub: Hub, tmp_path: Path) -> None:
         lines += [f"encoder = load_encoder({source})", "features = encoder(torch.ones(1, 3, 40, 40) / 3)"]
         lines += ["print(features.double().sum().item())"]
     assert len(expected) >= 2
-    for name, write in README.items():
+    for name, write in DOCUMENTED.items():
         write(tmp_path / name.replace("/", "-"), 0)
         hub.put(name, tmp_path / name.replace("/", "-"))
     hub.tokens["hf_ReaderSecretReaderSecret"] = "owner"
     logged_in = {"HF_TOKEN": "hf_ReaderSecretReaderSecret", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0"}
-    (block,) = re.findall(r"```py\n(.*?)```", (Path(__file__).parents[2] / "README.md").read_text(), re.S)
+    (block,) = (block for document in DOCUMENTS for block in blocks(document, "py"))
     done = subprocess.run(
         [sys.executable, "-c", "\n".join([*lines, block])],
         env={**os.environ, **environment(hub, tmp_path / "own-cache"), **logged_in},

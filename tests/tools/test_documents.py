@@ -1,0 +1,125 @@
+"""The documents: their code runs and prints what they say, their commands exist, their numbers are those of records."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import re
+import shlex
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.documents import DOCUMENTS, ROOT, blocks, commands, name_of
+from tools.front_page import GATE, GateRecord
+from tools.readme_picture import RECORD, caption, fingerprint
+from zepad_mm.cli import _parser
+from zepad_mm.utils.io import read_json
+from zepad_mm.utils.text import percent
+
+# first words of a command -> the test that runs it, at a small size, or why none does
+RUN_BY = {
+    "zepad classify": "tests/cli/test_cli.py::test_example_of_the_help_runs",
+    "zepad attack": "tests/cli/test_cli.py::test_example_of_the_help_runs",
+    "zepad defend": "tests/test_defend.py::test_zepad_defend_takes_a_folder_of_photos",
+    "zepad evaluate": "tests/cli/test_evaluate_models.py::test_several_models_on_several_data_sets",
+    "zepad report": "tests/cli/test_cli.py::test_example_of_the_help_runs",
+    "zepad card": "tests/cli/test_cli.py::test_example_of_the_help_runs",
+    "zepad doctor": "tests/cli/test_cli.py::test_example_of_the_help_runs",
+    "zepad push": "tests/cli/test_cli.py::test_example_of_push_runs",
+    "zepad serve": "tests/cli/test_cli.py::test_example_of_serve_runs",
+    "scripts/demo": "tests/recipes/test_recipes.py::test_demo_writes_report_and_plots",
+    "scripts/test": "is what runs the tests",
+    "python recipes/": "tests/recipes/test_recipes.py::test_recipe_runs_its_smoke_config",
+    "python -m tools.render_docs": "tests/tools/test_documents.py::test_documents_match_the_records",
+    "git clone": "needs a network",
+    "cd ": "of a shell",
+    "python3 -m venv": "scripts/_venv.sh does it for scripts/test",
+    ". .venv/bin/activate": "of a shell",
+    "pip install": "scripts/_venv.sh does it for scripts/test; another index needs a network",
+    ".venv/bin/pip install": "scripts/_venv.sh does it for scripts/test",
+    ".venv/bin/pre-commit install": "changes the checkout",
+    "hf auth login": "needs an account",
+}
+
+
+@pytest.mark.parametrize("document", [path for path in DOCUMENTS if blocks(path, "python")], ids=name_of)
+def test_python_of_documents_prints_what_it_says(
+    document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All blocks of a page in turn; ``print(...)  # text`` prints a line that begins with the text."""
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(blocks(document, "python"))
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(compile(code, str(document), "exec"), {"__name__": "__main__"})
+    expected = re.findall(r"^ *print\(.*\)  # (.+)$", code, re.M)
+    lines = said.getvalue().splitlines()
+    assert len(lines) >= len(expected)
+    for line, text in zip(lines, expected, strict=False):
+        assert line.startswith(text), (line, text)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_commands_of_documents_are_accepted_and_run_by_a_test(document: Path) -> None:
+    for command in commands(document):
+        known = [test for words, test in RUN_BY.items() if command.startswith(words)]
+        assert known, f"{command}: run it in a test and name the test in RUN_BY"
+        if "::" in known[0]:
+            path, name = known[0].split("::")
+            assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), known[0]
+        words = shlex.split(command)
+        if words[0] == "zepad":
+            _parser().parse_args(words[1:])
+        elif words[:2] == ["python", "-m"]:
+            assert importlib.util.find_spec(words[2]), command
+        elif words[0].startswith("scripts/") or words[0] == "python":
+            for word in words:
+                assert not re.match(r"(scripts|recipes|tools)/", word) or (ROOT / word).exists(), word
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_paths_in_documents_exist(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for path in re.findall(r"`((?:recipes|scripts|zepad_mm|docs|tools|results|reproduction)/[\w./]*)`", text):
+        assert (ROOT / path).exists(), path
+    for link in re.findall(r"\]\(([\w./-]+)\)", text):
+        assert (document.parent / link).exists(), link
+
+
+def test_documents_match_the_records() -> None:
+    from tools.render_docs import stale_documents
+
+    assert stale_documents() == []
+
+
+def test_picture_is_of_the_shipped_model() -> None:
+    record = read_json(RECORD)
+    remedy = "another model ships: python -m tools.readme_picture && python -m tools.render_docs"
+    assert record["fingerprint"] == fingerprint(), remedy
+    right = sum(row["attacked"]["defended"]["right"] for row in record["photos"])
+    assert f"defended {right};" in caption(record).partition("after it")[2]
+
+
+def test_front_page_words_follow_the_record() -> None:
+    """The sentences hold for the committed record, and for one in which the defence withstands some attacks."""
+    config = read_json(ROOT / "zepad_mm" / "assets" / "zepad" / "config.json")
+    record = read_json(GATE)
+    study = GateRecord(record, config)
+    assert f"{percent(study.accuracy('zero_sacrifice', 'T1'))} " in study.table()
+    changed = json.loads(json.dumps(deepcopy(record)))
+    rows = [row for one in changed["sets"].values() for row in one["rows"] if row["threat"] == "T2"]
+    for row in rows:
+        row["right"][-1] = 0
+    assert "succeeds on every image" in GateRecord(changed, config).white_box()
+    rows[-1]["right"][-1] = 7
+    assert "succeeds on every image" not in GateRecord(changed, config).white_box()
+    assert " 7 after it" in GateRecord(changed, config).white_box()
+    for row in rows:
+        row["cap"] = 0.123
+    assert "not measured" in GateRecord(changed, config).white_box()
+    with pytest.raises(ValueError, match=r"results/gate.json has no cap 0.123"):
+        GateRecord(record, {**config, "policy_caps": {"zero_sacrifice": 0.123, "white_box": 0.0}}).table()
