@@ -90,7 +90,7 @@ def _panel(panel: Axes, kind: str, pixels: Tensor, found: dict[str, Any], thresh
     for line, name in enumerate(("undefended", "defended")):
         best = found[name]
         text = f"{'✓' if best['right'] else '✗'} {best['label']}, {100 * best['score']:.0f} %"
-        style = {"transform": panel.transAxes, "fontsize": 9, "va": "top", "ha": "left"}
+        style: dict[str, Any] = {"transform": panel.transAxes, "fontsize": 9, "va": "top", "ha": "left"}
         panel.text(0, -0.05 - 0.26 * line, f"{name} CLIP", color="#555555", **style)
         panel.text(0, -0.16 - 0.26 * line, text, color=RIGHT if best["right"] else WRONG, weight="bold", **style)
     limit = "" if threshold is None else f" ({'above' if found['flagged'] else 'below'} {threshold:.1f})"

@@ -22,7 +22,18 @@ from zepad_mm.models.zepad import ZePAD
 from zepad_mm.utils.atomic import replacing
 from zepad_mm.utils.text import budget_text
 
-COLOURS = ("#3b6fb6", "#c2543d", "#4f9d69", "#8a63a8", "#b08d2e", "#5a5a5a")
+# told apart by colour-blind readers (Okabe and Ito)
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+RIGHT, WRONG = "#0060a8", "#b34700"  # of an answer, beside a mark that says the same
+
+
+def reader_name(model: str) -> str:
+    """The name of a model of a report in words: "branch:fare" is "fare alone"."""
+    kind, _, name = model.partition(":")
+    words = {"branch": f"{name} alone", "baseline": f"{name} (baseline)", "zepad": f"defended, {name}"}
+    if name:
+        return words.get(kind, model)
+    return {"zepad": "defended"}.get(kind, model)
 
 
 def confidence_figure(logits: Mapping[str, Tensor], names: Sequence[str], benign: Sequence[bool]) -> Figure:
@@ -44,7 +55,7 @@ def confidence_figure(logits: Mapping[str, Tensor], names: Sequence[str], benign
             panel.hist(confidence.tolist(), bins=bins, label=label, color=COLOURS[index % len(COLOURS)], **style)
         panel.set_title(title, fontsize=10)
         panel.set_xlabel("largest softmax probability")
-        panel.legend(fontsize=7)
+        panel.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.3))
     panels[0].set_ylabel("images")
     return figure
 
@@ -57,7 +68,7 @@ def contact_sheet(
     Args:
         clean, attacked: (k, 3, H, W) in [0, 1].
         truth: (k,) true class names.
-        answers: model -> its (k,) answers on the attacked images; green when right.
+        answers: model -> its (k,) answers on the attacked images, marked as right or wrong.
         title: of the figure.
 
     Raises:
@@ -81,19 +92,24 @@ def contact_sheet(
         grid[line][0].set_ylabel(name, fontsize=9)
     for column in range(count):
         grid[0][column].set_title(truth[column], fontsize=8)
-        for row, (model, given) in enumerate(answers.items()):
-            colour = "#2e7d4f" if given[column] == truth[column] else "#b3372a"
-            where = (0.5, -0.08 - 0.15 * row)
-            style = {"ha": "center", "va": "top", "fontsize": 7, "color": colour, "xycoords": "axes fraction"}
-            grid[2][column].annotate(f"{model}: {given[column]}", where, annotation_clip=False, **style)
+        for row, given in enumerate(answers.values()):
+            right = given[column] == truth[column]
+            style = {"ha": "center", "va": "top", "fontsize": 7, "color": RIGHT if right else WRONG}
+            place = {"xycoords": "axes fraction", "annotation_clip": False}
+            text = f"{'✓' if right else '✗'} {given[column]}"
+            grid[2][column].annotate(text, (0.5, -0.08 - 0.15 * row), **style, **place)
+    for row, model in enumerate(answers):
+        style = {"ha": "right", "va": "top", "fontsize": 7, "xycoords": "axes fraction", "annotation_clip": False}
+        grid[2][0].annotate(reader_name(model), (-0.08, -0.08 - 0.15 * row), **style)
     figure.suptitle(title, fontsize=10)
+    figure.supxlabel(" ", fontsize=4)  # keeps the last line of answers inside the figure
     return figure
 
 
 def tradeoff_figure(report: Report) -> Figure:
     """Plot the accuracy of each model without an attack and in the worst case of each threat model, with intervals."""
     threats = [threat for threat in report.threats if not THREATS[threat].default_only]
-    figure = _figure(1.2 + 0.95 * len(report.models), 3.8)
+    figure = _figure(1.2 + 0.95 * len(report.models), 4.3)
     panel = figure.subplots()
     width = 0.8 / len(threats)
     for index, threat in enumerate(threats):
@@ -103,10 +119,11 @@ def tradeoff_figure(report: Report) -> Figure:
         budget = "" if threat == CLEAN.key else f" worst, {budget_of(rows[0])}"
         colour = COLOURS[index % len(COLOURS)]
         panel.bar(places, heights, width, yerr=_error_bars(rows), label=f"{threat}{budget}", color=colour)
-    panel.set_xticks(range(len(report.models)), report.models, rotation=30, ha="right", fontsize=8)
+    names = [reader_name(model) for model in report.models]
+    panel.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
     panel.set_ylabel("accuracy, %")
     panel.set_ylim(0, 100)
-    panel.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=min(len(threats), 3))
     first = report.rows[0]
     doubt = f" ({OVERESTIMATED})" if report.doubted else ""
     panel.set_title(f"{first['dataset']}, {first['n']} images{doubt}", fontsize=10)
@@ -127,7 +144,7 @@ def frontier_figure(report: Report) -> Figure:
         across, along = _error_bars([clean]), _error_bars([held])
         place, colour = (100 * clean["accuracy"], 100 * held["accuracy"]), COLOURS[kinds.index(kind) % len(COLOURS)]
         panel.errorbar(*place, xerr=across, yerr=along, fmt="o", color=colour, elinewidth=0.8)
-        panel.annotate(name, place, xytext=(4, 4), textcoords="offset points", fontsize=7, color=colour)
+        panel.annotate(reader_name(name), place, xytext=(4, 4), textcoords="offset points", fontsize=7, color=colour)
     panel.set_xlabel("accuracy without an attack, %")
     panel.set_ylabel(f"accuracy under {threat}, %")
     panel.set_ylim(bottom=0)

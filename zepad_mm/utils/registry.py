@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterator
 from difflib import get_close_matches
+from functools import cache
+from importlib.metadata import entry_points
 from reprlib import Repr
 from typing import Any, Generic, TypeVar
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
+PLUGINS = "zepad_mm.plugins"  # entry points: modules of installed packages that register attacks, rules and the like
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = 200
 
@@ -30,8 +35,21 @@ def shorten(value: object) -> str:
     return _SHORT.repr(value)
 
 
+@cache
+def load_plugins() -> None:
+    """Import the plugins of installed packages, once for each process; one that fails is logged and left out."""
+    for plugin in entry_points(group=PLUGINS):
+        try:
+            plugin.load()
+        except Exception as error:  # whatever somebody else's package raises on import
+            log.warning("the plugin %s (%s) could not be loaded: %s", plugin.name, plugin.value, error)
+
+
 class Registry(Generic[T]):
     """A named table that refuses duplicates and answers an unknown name with the nearest known one.
+
+    Plugins are loaded when a name is asked for that is not there. Iteration shows what is registered so far, so that
+    what an evaluation runs by default does not depend on what else is installed.
 
     Args:
         kind: what the table holds, in words, for the error messages ("attack", "fusion rule").
@@ -54,7 +72,7 @@ class Registry(Generic[T]):
 
     def get(self, name: str) -> T:
         """The entry called ``name``. Raises ValueError that lists the names and suggests the nearest."""
-        if isinstance(name, str) and name in self._entries:
+        if name in self:
             return self._entries[name]
         hint = did_you_mean(name, self._entries)
         raise ValueError(f"unknown {self.kind} {shorten(name)}{hint or '.'} Known: {', '.join(self.names())}")
@@ -67,4 +85,8 @@ class Registry(Generic[T]):
         return iter(self.names())
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and name in self._entries
+        if not isinstance(name, str):
+            return False
+        if name not in self._entries:
+            load_plugins()
+        return name in self._entries
