@@ -19,6 +19,7 @@ from zepad_mm.utils.text import markdown_table, percent
 
 ROOT = Path(__file__).parents[1]
 GATE = ROOT / "results" / "gate.json"
+COST = ROOT / "results" / "gate_cost.json"
 PICTURE_MARKS = ("<!-- picture: written by tools/render_docs.py -->", "<!-- /picture -->")
 TABLE_MARKS = ("<!-- results: written by tools/render_docs.py from results/gate.json -->", "<!-- /results -->")
 TITLES = {
@@ -44,7 +45,8 @@ def front_page(old: str) -> str:
         PICTURE_MARKS,
         f"![Photos before and after an attack, with the answers](docs/images/readme.png)\n\n{picture}",
     )
-    study = GateRecord(read_json(GATE), read_json(EMBEDDED_MODEL / CONFIG))
+    cost = read_json(COST)["ratios"]["defended / undefended"] if COST.is_file() else None
+    study = GateRecord(read_json(GATE), read_json(EMBEDDED_MODEL / CONFIG), cost)
     return between(
         new,
         TABLE_MARKS,
@@ -54,10 +56,17 @@ def front_page(old: str) -> str:
 
 @dataclass(frozen=True)
 class GateRecord:
-    """The record of the gate study, beside the configuration of the shipped model."""
+    """The record of the gate study, beside the configuration of the shipped model.
+
+    Attributes:
+        record: as :mod:`reproduction.gate_study` writes it.
+        model: the configuration.
+        cost: time of the defended model over that of one encoder; None where it is not measured.
+    """
 
     record: Mapping[str, Any]
     model: Mapping[str, Any]
+    cost: float | None = None
 
     @property
     def gate(self) -> str:
@@ -111,8 +120,9 @@ class GateRecord:
                 cells[-1] if who == "undefended" else "not measured" if found is None else percent(found[1] / found[2])
             )
             passes = len(self.model["branches"]) if who in TITLES else 1
-            lines.append([title, *cells, white, str(passes)])
-        return markdown_table([*head, "encoders run"], lines)
+            time = passes if self.cost is None or who not in TITLES else self.cost
+            lines.append([title, *cells, white, str(passes) if self.cost is None else f"{time:.1f}x"])
+        return markdown_table([*head, "encoders run" if self.cost is None else "time"], lines)
 
     def white_box(self) -> str:
         """What the white-box attacker achieves, for whatever was measured."""

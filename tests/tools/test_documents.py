@@ -119,6 +119,7 @@ def test_front_page_words_follow_the_record() -> None:
     record = read_json(GATE)
     study = GateRecord(record, config)
     assert f"{percent(study.accuracy('zero_sacrifice', 'T1'))} " in study.table()
+    assert " 2.1x |" in GateRecord(record, config, 2.1).table()
     changed = json.loads(json.dumps(deepcopy(record)))
     rows = [row for one in changed["sets"].values() for row in one["rows"] if row["threat"] == "T2"]
     for row in rows:
