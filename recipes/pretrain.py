@@ -24,6 +24,7 @@ folder of parquet files, or class folders).
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 import time
@@ -35,7 +36,6 @@ import timm
 import torch
 from accelerate import Accelerator
 from torch import nn
-from tqdm import tqdm
 
 from zepad_mm.data import LabelledImages, load_data
 from zepad_mm.pretraining import (
@@ -52,10 +52,12 @@ from zepad_mm.pretraining import (
 from zepad_mm.training import make_accelerator
 from zepad_mm.utils.distributed import claim_together
 from zepad_mm.utils.io import append_line, keep_lines, write_json
+from zepad_mm.utils.progress import Progress, say
 from zepad_mm.utils.provenance import provenance
 from zepad_mm.utils.seeding import seeded, seeded_generator
 from zepad_mm.utils.stopping import run_program
 
+log = logging.getLogger("zepad_mm.pretrain")
 PROBE_EVERY = 4  # epochs
 SMALL_RESNET = {"channels": [32, 64, 128, 256], "layers": [1, 1, 1, 1], "zero_init_last": False}
 
@@ -111,16 +113,24 @@ def _pretrain(config: Settings, accelerator: Accelerator, started: float) -> dic
     state = out / "state.safetensors"
     if state.is_file():
         first_epoch = load_state(state, learner, optimizer, asdict(config))
-        accelerator.print(f"resuming after epoch {first_epoch} of {config.epochs}")
+        say(log, "resuming after epoch %d of %d", first_epoch, config.epochs)
     metrics_file = out / "metrics.jsonl"
     if accelerator.is_main_process:
         keep_lines(metrics_file, lambda line: line["epoch"] <= first_epoch)
     wrapped, optimizer = accelerator.prepare(learner, optimizer)
     learner = accelerator.unwrap_model(wrapped)
 
+    bar = Progress(
+        total=steps * config.epochs,
+        initial=steps * first_epoch,
+        desc=f"pre-training by {config.method}",
+        unit="step",
+        mininterval=5,
+        disable=not accelerator.is_main_process,
+    )
     for epoch in range(first_epoch, config.epochs):
         epoch_started = time.time()
-        total = train_epoch(config, epoch, train, wrapped, optimizer, accelerator)
+        total = train_epoch(config, epoch, train, wrapped, optimizer, accelerator, bar)
         mean_loss = float(accelerator.reduce(total, "mean")) / steps
         if not math.isfinite(mean_loss):
             raise ValueError(f"the loss became {mean_loss} in epoch {epoch + 1}; lower --lr")
@@ -130,7 +140,9 @@ def _pretrain(config: Settings, accelerator: Accelerator, started: float) -> dic
                 metrics |= probe(learner, train, held_out, accelerator.device)
             # the row first: a run killed in between trains this epoch again and drops the row, but loses none
             append_line(metrics_file, json.dumps(metrics))
+            say(log, "epoch %d of %d: loss %.4f", epoch + 1, config.epochs, mean_loss)
             save_state(state, learner, optimizer, epoch + 1, asdict(config))
+    bar.close()
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return {}
@@ -183,14 +195,16 @@ def train_epoch(
     wrapped: nn.Module,
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
+    bar: Progress | None = None,
 ) -> torch.Tensor:
-    """Train on this process's share of the images for one epoch; returns the sum of its losses."""
+    """Train on this process's share of the images for one epoch, with a step of ``bar`` for each; returns the sum of
+    its losses."""
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     learner, steps = accelerator.unwrap_model(wrapped), len(train) // (config.batch_size * world)
     order = torch.randperm(len(train), generator=seeded_generator(config.seed * 1000 + epoch))
     view_generator = seeded_generator((config.seed * 1000 + epoch) * 1000 + rank)
     total = torch.zeros((), device=device)
-    for step in tqdm(range(steps), f"epoch {epoch + 1}/{config.epochs}", disable=rank > 0, mininterval=5):
+    for step in range(steps):
         decay = (1 + math.cos(math.pi * (epoch * steps + step) / (config.epochs * steps))) / 2
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, (epoch * steps + step + 1) / steps) * decay
@@ -206,6 +220,8 @@ def train_epoch(
         optimizer.step()
         learner.after_step(1 - (1 - config.momentum) * decay)
         total += loss.detach()
+        if bar is not None:
+            bar.update()
     return total
 
 

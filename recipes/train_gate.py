@@ -32,9 +32,9 @@ from zepad_mm.models.zepad import ZePAD
 from zepad_mm.training import GateSettings, load_encoder_or_tuned, make_accelerator, train_gate, write_gate
 from zepad_mm.utils.atomic import replacing_folder
 from zepad_mm.utils.config import Config
+from zepad_mm.utils.distributed import claim_together
 from zepad_mm.utils.images import Resize
 from zepad_mm.utils.io import write_json
-from zepad_mm.utils.locks import claim
 from zepad_mm.utils.provenance import origin
 from zepad_mm.utils.stopping import run_program
 
@@ -87,7 +87,7 @@ def main(recipe: Recipe) -> dict[str, Any]:
     benign, *robust = [encoder.to(device) for encoder in encoders]
     resize, seed = benign.preprocess.at(recipe.image_size), recipe.settings.seed
     images = {name: source.load(resize, seed) for name, source in recipe.data.items()}
-    with claim(recipe.out):
+    with claim_together(recipe.out):
         gate, record = train_gate(
             benign,
             robust,

@@ -19,8 +19,9 @@ trained along, run/ (metrics.jsonl, checkpoint). A killed run resumes when it is
                       (--out on a disk that both see)
 
 Data sets that do not fit in memory: --data.storage disk (row by row) or stream, with --settings.num_workers 8.
-A stream of local files shows every row once per epoch, whatever the sizes of the files and the number of processes; one
-of the Hub is shared by files, so that rows of small shares are seen more often (see zepad_mm/data/streaming.py).
+A stream of a folder, or of parquet files on the Hub, shows every row once per epoch, whatever the sizes of the files
+and the number of processes. Other files on the Hub do not tell their number of rows: a warning says where some rows are
+seen more often (see zepad_mm/data/streaming.py).
 --plan measures a few steps, prints FLOPs, memory and wall time of the whole run, and writes nothing.
 Every field is an option too (--settings.lr_encoder 1e-4); --print_config shows them all.
 """

@@ -23,7 +23,9 @@ from zepad_mm.evaluation.model_card import model_card
 from zepad_mm.evaluation.report import JSON, MARKDOWN, budget_of, by_strength
 from zepad_mm.evaluation.report_text import strongest_single
 from zepad_mm.evaluation.threats import CLEAN, T1, T2
-from zepad_mm.models.serialization import CONFIG, EMBEDDED_MODEL, PLACEHOLDER, ZePADConfig
+from zepad_mm.models.card import PLACEHOLDER
+from zepad_mm.models.config import ZePADConfig
+from zepad_mm.models.serialization import CONFIG, EMBEDDED_MODEL
 from zepad_mm.utils.io import read_json, write_text
 from zepad_mm.utils.text import bullets, markdown_table, percent
 

@@ -39,7 +39,8 @@ from zepad_mm.utils.config import Config
 from zepad_mm.utils.distributed import claim_together
 from zepad_mm.utils.images import Resize
 from zepad_mm.utils.io import write_json
-from zepad_mm.utils.validation import check_epsilon, check_names
+from zepad_mm.utils.names import check_names
+from zepad_mm.utils.validation import check_epsilon
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from zepad_mm.evaluation import EvalData, EvalSettings, Report, Row, RowKind, Su
 from zepad_mm.evaluation.subjects import UNDEFENDED, FusedAnswer, first_logits
 from zepad_mm.models import fusion
 from zepad_mm.models.branch import Branch, BranchConfig
-from zepad_mm.models.serialization import DetectorConfig
+from zepad_mm.models.config import DetectorConfig
 from zepad_mm.models.zepad import ZePAD
 from zepad_mm.training import TuneSettings, encode_images, load_head, make_accelerator, tune, write_head
 from zepad_mm.training.artifacts import TUNED_RECORD

@@ -83,6 +83,10 @@ def test_split_folders_hold_classes_of_any_name(read: str, tmp_path: Path) -> No
         (("train/cat/1.png", "train/1.png"), "both images .* and class folders"),
         (("train/Cat/1.png", "train/cat_/1.png"), "given more than once"),
         (("train/1.png", "train/2.png"), "has no labels"),
+        (("train/cat/1.png", "val/images/1.png"), "val holds the folders images, and train cat: no class in common"),
+        (("train_images/1.png", "test_images/1.png"), "is 'test_images' a split or a class"),
+        (("Training Set/1.png", "cat/1.png"), "is 'Training Set' a split or a class"),
+        (("photos/train/cat/1.png", "photos/test/cat/1.png"), "photos holds the splits: give that folder"),
     ],
 )  # fmt: skip
 def test_layouts_that_can_be_read_in_two_ways_are_refused(
@@ -90,6 +94,46 @@ def test_layouts_that_can_be_read_in_two_ways_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         class_names(read, write_images(tmp_path, *names))
+
+
+def test_links_and_thumbnails_of_systems_leave_classes_as_they_are(tmp_path: Path) -> None:
+    """One folder linked as two splits is both; folders that a NAS adds, and a link to the whole, are none."""
+    source = write_images(tmp_path, "all/cat/1.png", "all/dog/1.png", "all/dog/@eaDir/1.png")
+    (tmp_path / "data").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "all")
+    (tmp_path / "all" / "dog" / "again").symlink_to(tmp_path / "all")
+    for split in ("train", "test"):
+        files = image_files(Path(source) / "data", split)
+        assert (files.labels, files.class_names) == ((0, 1), ("cat", "dog")), split
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("train.parquet", "train-0.parquet"), "not the parts of one export"),
+        (("train-0.parquet", "train-2.parquet"), "numbers without a gap"),
+        (("train/0000.parquet",), "train/0000.parquet is one level down"),
+    ],
+)
+def test_incomplete_exports_are_refused(names: Sequence[str], message: str, tmp_path: Path) -> None:
+    for name in names:
+        write_parquet(tmp_path / name, [0, 1])
+    for read in READERS:
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            class_names(read, str(tmp_path))
+
+
+def test_columns_and_splits_are_asked_for_once(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", [0, 1], **{"a&b?": Image()})
+    assert class_names("in memory", f"{tmp_path}?image=a%26b%3F") == ("a", "b")
+    for read in READERS:
+        with pytest.raises(ValueError, match="each once"):
+            class_names(read, f"{tmp_path}?image=image&image=a")
+        with pytest.raises(ValueError, match="each split once"):
+            class_names(read, str(tmp_path), "train+training")
+        with pytest.raises(FileNotFoundError, match="expected the path of a folder"):
+            class_names(read, "")
 
 
 def test_class_folders_without_splits_are_split_by_a_fixed_rule(tmp_path: Path) -> None:

@@ -6,12 +6,13 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
+import datasets
 import pytest
 from PIL import Image as PILImage
 
 from tests.data.test_folders import write_images, write_parquet
 from zepad_mm.data import StreamedImages, stream_images
-from zepad_mm.data.streaming import share_of_epoch
+from zepad_mm.data.streaming import RowGroup, share_of_epoch
 
 N = 80
 
@@ -41,6 +42,37 @@ def test_every_epoch_has_every_row_once(uneven: StreamedImages, world: int) -> N
             read[epoch].update(found[sum(counts[:epoch]) :][:count])
         assert abs(sum(counts) - epochs * N / world) < 1  # no reader gets ahead
     assert all(one == Counter(range(N)) for one in read)
+
+
+def test_parquet_files_of_the_hub_are_dealt_as_those_of_a_folder(
+    uneven: StreamedImages, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their ends are read over a URL; the rows of an epoch are those of the folder, in the same order."""
+    urls = sorted({f"file://{unit.file}" for unit in uneven.units if isinstance(unit, RowGroup)})
+    builder, load = datasets.load_dataset_builder, datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_: builder("parquet", data_files={"train": urls}))
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, **more: load("parquet", data_files={"train": urls}, **more)
+    )
+    stream = stream_images("owner/name", "train", 8, shuffle_buffer=8)
+    assert [unit.size for unit in stream.units] == [8, 72]
+    assert not caplog.records
+    for rank in range(2):
+        assert labels(stream, rank, 2, 80) == labels(uneven, rank, 2, 80)
+
+
+def test_a_stream_of_unknown_length_is_warned_of(
+    uneven: StreamedImages, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = [str(unit.file) for unit in uneven.units if isinstance(unit, RowGroup)]
+    load = datasets.load_dataset
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, **more: load("parquet", data_files={"train": files}, **more)
+    )
+    monkeypatch.setattr("zepad_mm.data.streaming._hub_units", lambda *_: ())
+    stream = stream_images("owner/name", "train", 8)
+    assert sorted(labels(stream, 0, 1, N)) == list(range(N))
+    assert "rows of small files are seen more often" in caplog.text
 
 
 def test_order_follows_from_the_seed_and_a_late_start_changes_nothing(uneven: StreamedImages) -> None:

@@ -25,13 +25,13 @@ from zepad_mm.encoders import (
     add_lora,
     count_parameters,
     differences,
-    fingerprint,
     is_clip,
     load_clip,
     load_encoder,
     optimize_for_inference,
     set_gradient_checkpointing,
 )
+from zepad_mm.encoders.fingerprint import fingerprint
 from zepad_mm.encoders.huggingface_preprocess import preprocess_of
 from zepad_mm.models.heads import zero_shot_head
 from zepad_mm.models.zepad import ZePAD

@@ -12,7 +12,8 @@ import transformers as hf
 
 from tests.helpers import encoder_zoo as zoo
 from tests.helpers.models import write_clip
-from zepad_mm.encoders import differences, fingerprint, load_clip, load_encoder
+from zepad_mm.encoders import load_clip, load_encoder
+from zepad_mm.encoders.fingerprint import differences, fingerprint
 from zepad_mm.encoders.sources import is_local, parse_source, with_image_size
 
 ONE_SIZE = ("open_clip: ModifiedResNet",)  # its pooling has a position embedding

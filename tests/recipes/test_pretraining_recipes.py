@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from zepad_mm.models.zepad import ZePAD
 from zepad_mm.pretraining.contrastive import supervised_contrastive
 from zepad_mm.pretraining.distillation import relational_loss
 from zepad_mm.pretraining.redundancy import iterative_whitening, normalised_covariance
+from zepad_mm.utils import progress
 from zepad_mm.utils.io import read_tensors
 
 ROOT = Path(__file__).parents[2]
@@ -86,10 +88,15 @@ def test_methods_of_the_paper_are_registered():
 
 @pytest.mark.parametrize("method", ["moco_v2_plus"])
 def test_killed_run_resumes_to_the_same_weights(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(progress, "EVERY", -1.0)
     arguments = [*QUICK, "--method", method, "--epochs", "2"]
     report = pretrain.main([*arguments, "--out", str(tmp_path / "whole")])
     assert report["n_train"] == 72
-    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["encoder", "metrics.jsonl", "pretrain.json"]
+    written = ["encoder", "log.txt", "metrics.jsonl", "pretrain.json"]
+    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == written
+    text = (tmp_path / "whole" / "log.txt").read_text()
+    assert re.search(r"pre-training by moco_v2_plus: step \d+ of \d+, about \d+ s left", text), text
+    assert "epoch 2 of 2: loss" in text
     save = pretrain.save_state
 
     def save_and_interrupt(*arguments) -> None:

@@ -16,7 +16,7 @@ from tests.training.test_fit import colours, run, tiny_encoder, tiny_student
 from zepad_mm.defend import untuned_warning
 from zepad_mm.encoders import load_encoder
 from zepad_mm.models.branch import BranchConfig
-from zepad_mm.models.serialization import describe_model
+from zepad_mm.models.card import describe_model
 from zepad_mm.models.zepad import DetectorConfig, ZePADConfig
 from zepad_mm.training import load_tuned, make_accelerator, validate, write_tuned
 from zepad_mm.training.student import freeze_unused

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from zepad_mm.training import GateSettings, load_gate, train_gate, write_gate
 from zepad_mm.training.gate import split_pool
 from zepad_mm.training.gate_examples import ExampleMaker
 from zepad_mm.training.gate_images import ImagePool, corruption
+from zepad_mm.utils import progress
 from zepad_mm.utils.io import read_json, read_tensors
 
 SETTINGS = GateSettings(
@@ -188,13 +190,17 @@ def test_killed_run_resumes_to_the_same_gate(
     assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
 
 
-def test_recipe_runs_its_smoke_config(tmp_path: Path) -> None:
+def test_recipe_runs_its_smoke_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "EVERY", -1.0)
     config = Path(train_gate_recipe.__file__).parent / "configs" / "smoke" / "train_gate.yaml"
     record = train_gate_recipe.main(Recipe.from_cli(["--config", str(config), "--out", str(tmp_path)]))
     written = read_json(tmp_path / "gate.json")
     assert written["mean_auroc"] == record["mean_auroc"]
     assert set(written["rows"]) == {"train", "validation", "calibration", "unseen"}
     assert load_gate(tmp_path / "gate.safetensors").config.threshold == record["thresholds"]["gating"]
+    text = (tmp_path / "log.txt").read_text()
+    assert re.search(r"training the gate, .+: image \d+ of \d+, about \d+ (s|min) left", text), text
+    assert "mean AUROC" in text
 
 
 @pytest.mark.parametrize("given", [{}, {"model": "embedded", "benign": "open_clip:embedded"}, {"benign": "x"}])

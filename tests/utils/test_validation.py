@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from zepad_mm.utils.validation import check_epsilon, check_images, check_labels, check_names
+from zepad_mm.utils.names import check_names, clean_name
+from zepad_mm.utils.validation import check_count, check_device, check_epsilon, check_images, check_labels
 
 GOOD = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 
@@ -27,6 +28,8 @@ GOOD = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
         (GOOD.clone().index_fill_(0, torch.tensor(1), float("nan")), ValueError, "NaN"),
         (GOOD.clone().index_fill_(0, torch.tensor(1), float("inf")), ValueError, "infinity"),
         (GOOD.clone().index_fill_(0, torch.tensor(1), -float("inf")), ValueError, "infinity"),
+        (GOOD.to("meta"), ValueError, "on the meta device, without values"),
+        (GOOD.to_sparse(), ValueError, r"images.to_dense\(\)"),
     ],
 )
 def test_check_images_names_the_fix(images, error, message):
@@ -67,11 +70,40 @@ def test_check_labels_converts_integer_types():
 
 
 @pytest.mark.parametrize(
-    ("names", "message"), [("cat", r"\['cat'\]"), ([], "empty"), (["cat", " "], "non-empty"), (["cat", "cat"], "cat")]
+    ("names", "message"),
+    [
+        ("cat", r"\['cat'\]"),
+        ([], "empty"),
+        (["cat", " "], "non-empty"),
+        (["cat", "cat"], "cat"),
+        (None, "got None; write e.g."),
+        (5, "got 5; write e.g."),
+        ({"cat", "dog"}, r"has no order; write sorted\(...\)"),
+        (["caf\udce9", "cat"], "is not valid Unicode; expected UTF-8"),
+        (["\u200b", "cat"], "names with letters"),
+        (["cat", "c\u00adat"], "given more than once"),
+        (["cat", "\u202ecat", "cat\x07"], "given more than once"),
+    ],
 )
 def test_check_names_rejects(names, message):
     with pytest.raises(ValueError, match=message):
         check_names(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "clean"),
+    [
+        ("T_shirt ", "T shirt"),
+        ("zero\u200bwidth", "zerowidth"),
+        ("bell\x07 \u202eright\u202c", "bell right"),
+        ("\U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0001f468\u200d\U0001f469\u200d\U0001f467"),  # a family
+        ("\U0001f3f4\U000e0067\U000e007f", "\U0001f3f4\U000e0067\U000e007f"),  # the flag of a region
+        ("می\u200cخواهم", "می\u200cخواهم"),
+    ],
+)
+def test_clean_name_drops_what_nobody_sees(name: str, clean: str) -> None:
+    assert clean_name(name) == clean
+    assert check_names(np.array([name, "other"]))[0] == name
 
 
 def test_check_names_returns_a_list():
@@ -110,3 +142,18 @@ def test_check_names_is_bounded_and_fast() -> None:
         check_names([*names, "more"])
     with pytest.raises(ValueError, match="names with letters"):
         check_names(["_", "a"])
+
+
+@pytest.mark.parametrize("device", ["cudaa", "cuda:99", 3.5])
+def test_check_device_names_those_that_are_there(device):
+    with pytest.raises(ValueError, match=r"device: expected one of cpu.*got"):
+        check_device(device)
+    check_device(None)
+    check_device("cpu")
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "2", True, None])
+def test_check_count_rejects(value):
+    with pytest.raises(ValueError, match="n: expected a whole number of at least 1, got"):
+        check_count(value, "n")
+    assert check_count(np.int64(3), "n") == 3

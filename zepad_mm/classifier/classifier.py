@@ -16,13 +16,14 @@ from zepad_mm.classifier.images import MAX_PIXELS, as_iterable, pixels_of
 from zepad_mm.defend import DefendSettings, defend
 from zepad_mm.encoders.prompts import templates_of
 from zepad_mm.models.branch import BranchOutputs, encode
+from zepad_mm.models.config import Policy
 from zepad_mm.models.fusion import Decision
 from zepad_mm.models.heads import ZeroShotHead
-from zepad_mm.models.serialization import Policy
 from zepad_mm.models.zepad import ZePAD
 from zepad_mm.utils.images import Resize
 from zepad_mm.utils.isolation import preserved_process_state
-from zepad_mm.utils.validation import check_names
+from zepad_mm.utils.names import check_names
+from zepad_mm.utils.validation import check_count, check_device
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,9 @@ class RobustZeroShotClassifier:
         trained = [branch.name for branch in model.config.branches if branch.head != "zero_shot"]
         if trained:
             raise ValueError(f"zero-shot classification needs zero-shot heads; {', '.join(trained)} have trained ones")
-        if batch_size < 1 or max_pixels < 1:
-            raise ValueError(f"expected batch_size and max_pixels of at least 1, got {batch_size} and {max_pixels}")
         self.model = model.eval() if policy is None else model.eval().set_policy(policy)
-        self.batch_size = batch_size
-        self.max_pixels = max_pixels
+        self.batch_size = check_count(batch_size, "batch_size")
+        self.max_pixels = check_count(max_pixels, "max_pixels")
         self._text_lock = threading.Lock()  # tokenizers, embedding cache and lazy loading are not thread-safe
 
     def __getstate__(self) -> dict[str, Any]:
@@ -121,6 +120,7 @@ class RobustZeroShotClassifier:
             policy: "zero_sacrifice" or "white_box"; None: the model's own.
             hub: as for :meth:`ZePAD.from_pretrained`.
         """
+        check_device(device)  # before a model is loaded
         return cls(ZePAD.from_pretrained(name, **hub), batch_size, policy=policy).to(device, dtype)
 
     @classmethod
@@ -155,8 +155,9 @@ class RobustZeroShotClassifier:
         Raises:
             ValueError: the dtype is not floating point.
         """
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype: expected torch.float32, torch.float16 or torch.bfloat16, got {dtype}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype: expected torch.float32, torch.float16 or torch.bfloat16, got {dtype!r}")
+        check_device(device)
         for branch in self.model.branches.values():
             branch.encoder.to(dtype=dtype)  # type: ignore[union-attr, operator]
         self.model.to(device)
@@ -227,8 +228,8 @@ class RobustZeroShotClassifier:
             ValueError: no labels, a template without ``{}``, an unreadable image, pixels out of range, or a model
                 without the threshold that ``on_adversarial`` needs.
         """
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k: expected a positive number, got {top_k}")
+        if top_k is not None:
+            top_k = check_count(top_k, "top_k")
         if on_adversarial not in ON_ADVERSARIAL:
             raise ValueError(f"on_adversarial: expected one of {', '.join(ON_ADVERSARIAL)}, got {on_adversarial!r}")
         if on_adversarial != "ignore" and self.model.config.detector.threshold is None:

@@ -17,6 +17,8 @@ from zepad_mm.utils.images import MAX_PIXELS, read_image, to_tensor
 from zepad_mm.utils.text import quoted, without_addresses
 from zepad_mm.utils.validation import check_images
 
+LONGEST_PATH = 300  # characters of a path in a message
+FILES = str | bytes | bytearray | memoryview | os.PathLike  # a path, or the content of a file
 MAX_BYTES = 64 * 2**20  # of an image behind a URL
 SUPPORTED = "a PIL image, path, URL, bytes, open file, array or tensor"
 
@@ -29,7 +31,7 @@ def as_iterable(images: Any) -> tuple[bool, Iterable[Any]]:
         return single, list(check_images(pixels))
     if isinstance(images, np.ndarray):
         return images.ndim < 4, [images] if images.ndim < 4 else list(images)
-    if isinstance(images, str | bytes | bytearray | os.PathLike) or hasattr(images, "convert") or _is_open_file(images):
+    if isinstance(images, FILES) or hasattr(images, "convert") or _is_open_file(images):
         return True, [images]
     if isinstance(images, dict) or not isinstance(images, Iterable):
         raise ValueError(f"images: expected {SUPPORTED}, or several of them, got {type(images).__name__}")
@@ -57,14 +59,16 @@ def pixels_of(image: Any, max_pixels: int = MAX_PIXELS) -> Tensor:
         return pixels
     if hasattr(image, "convert"):
         return _convert(image, max_pixels)
-    if isinstance(image, bytes | bytearray):
+    if isinstance(image, bytes | bytearray | memoryview):
         return read_image(io.BytesIO(image), f"{len(image)} bytes", max_pixels=max_pixels)
     if _is_open_file(image):
         return read_image(image, _file_name(image), max_pixels=max_pixels)
     if isinstance(image, str) and _is_url(image):
         return read_image(io.BytesIO(_fetch(image)), quoted(image), max_pixels=max_pixels)
     if isinstance(image, str | os.PathLike):
-        return read_image(Path(image), repr(str(image)), max_pixels=max_pixels)
+        if str(image)[:5].lower() == "data:":
+            raise ValueError(f"{quoted(str(image))}: data URLs are not read; pass the bytes, base64.b64decode(...)")
+        return read_image(Path(image), quoted(str(image), LONGEST_PATH), max_pixels=max_pixels)
     raise ValueError(f"expected {SUPPORTED}, got {type(image).__name__}")
 
 
@@ -90,6 +94,8 @@ def _array_to_tensor(array: np.ndarray) -> Tensor:
     """An array with the channels last, as in Pillow and OpenCV, or first, or without (grey) as a (3, H, W) tensor."""
     if array.dtype.kind not in "fu":
         raise ValueError(f"images: expected an array of uint8 or of floats in [0, 1], got {array.dtype}")
+    if array.dtype.kind == "f":  # torch knows neither other byte orders nor other precisions
+        array = array.astype(np.float64 if array.dtype.itemsize > 4 else np.float32)
     if array.ndim == 2:
         array = np.stack([array] * 3)
     elif array.ndim == 3 and array.shape[-1] in (1, 3):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,16 @@ COMMANDS: dict[str, Command] = {
     "demo": DEMO,
     "doctor": DOCTOR,
 }
+
+
+# what jsonargparse says, in the words of this program
+PARSER_MESSAGES = (
+    (
+        re.compile(r'Parser key "(?:\w+\.)?(\w+)": Expected an? <class \'(\w+)\'>\. Got value: '),
+        r"--\1: expected \2, got ",
+    ),
+    (re.compile(r"(?<=arguments are required: )\w+\.(?=\w)"), "--"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,7 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def translate_error(error: BaseException) -> str:
     """One line for stderr, whatever line breaks the message of the exception has."""
-    return "zepad: " + printable(" ".join(str(getattr(error, "message", None) or error).split()))
+    text = " ".join(str(getattr(error, "message", None) or error).split())
+    for pattern, plain in PARSER_MESSAGES:
+        text = pattern.sub(plain, text)
+    return "zepad: " + printable(text)
 
 
 class _OneLine(logging.Formatter):

@@ -16,11 +16,9 @@ from zepad_mm.cli.common import (
     print_result,
     split_labels,
 )
+from zepad_mm.utils.image_files import SUFFIXES, entries
 from zepad_mm.utils.registry import check_choice
 from zepad_mm.utils.text import printable
-
-# endings of image files in a folder; zepad_mm.utils.images would load torch
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 
 
 def _declare(parser: Any) -> None:
@@ -81,7 +79,8 @@ def _files(given: Sequence[str]) -> list[str]:
     for image in given:
         path = Path(image)
         if path.is_dir():
-            found = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            direct, inside = entries(path)
+            found = sorted([*direct, *(file for files in inside.values() for file in files)])
             if not found:
                 raise UsageError(f"{image} holds no image; expected files that end in {', '.join(SUFFIXES)}")
             images += found
@@ -95,7 +94,7 @@ def _files(given: Sequence[str]) -> list[str]:
 def _check(options: Any, labels: Sequence[str]) -> None:
     """What can be wrong with the options, before a model is loaded."""
     from zepad_mm.encoders.prompts import templates_of
-    from zepad_mm.utils.validation import check_names
+    from zepad_mm.utils.names import check_names
 
     check_names(labels, "--labels")
     templates_of(options.template)

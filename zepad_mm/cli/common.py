@@ -81,7 +81,7 @@ def declare_policy(parser: Any) -> None:
 def check_policy(options: Any) -> None:
     """Raise ValueError for an unknown ``--policy``, before a model is loaded."""
     if options.policy is not None:
-        from zepad_mm.models.serialization import Policy
+        from zepad_mm.models.config import Policy
 
         check_choice("--policy", options.policy, get_args(Policy))
 

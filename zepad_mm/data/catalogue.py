@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zepad_mm.data.folders import SplitNotFoundError
+from zepad_mm.utils.names import clean_name
 from zepad_mm.utils.registry import Registry
-from zepad_mm.utils.validation import clean_name
 
 log = logging.getLogger(__name__)
 

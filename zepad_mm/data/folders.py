@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from zepad_mm.utils.images import SUFFIXES
-from zepad_mm.utils.validation import check_names
+from zepad_mm.utils.image_files import SUFFIXES, entries
+from zepad_mm.utils.names import check_names
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +35,12 @@ LAYOUT = """expected one of
     FOLDER/train/CLASS/IMAGE and FOLDER/test/CLASS/IMAGE (also validation/)
     FOLDER/CLASS/IMAGE, which is split here
     FOLDER/train-00000-of-00001.parquet and so on"""
+# folders that are meant as splits and not named as one: test_images, training set, train1
+SPLIT_LIKE = re.compile(
+    rf"({'|'.join(name for names in SPELLINGS.values() for name in names)})"
+    r"[ _.-]?(images?|imgs?|photos?|pictures?|pics?|sets?|data|files?|split|\d+)",
+    re.IGNORECASE,
+)
 PARQUET = re.compile(r"(?P<split>.+?)(-(?P<number>\d+)(-of-(?P<total>\d+))?)?\.parquet", re.IGNORECASE)
 
 
@@ -84,13 +89,27 @@ def parquet_files(folder: Path, split: str) -> list[Path] | None:
     spellings = sorted({matches[path]["split"] for path in chosen})
     if len(spellings) > 1:
         raise ValueError(f"{folder}: {' and '.join(spellings)} both name the split {split!r}; keep one of them")
-    totals = {int(matches[path]["total"]) for path in chosen if matches[path]["total"]}
-    if totals and totals != {len(chosen)}:
+    _check_parts(folder, split, [matches[path] for path in chosen])
+    return sorted(chosen, key=lambda path: (int(matches[path]["number"] or 0), path.name))
+
+
+def _check_parts(folder: Path, split: str, parts: list[re.Match[str]]) -> None:
+    """Raise ValueError unless the files of a split are all the parts of one export."""
+    totals = {int(part["total"]) for part in parts if part["total"]}
+    if totals and totals != {len(parts)}:
         raise ValueError(
-            f"{folder}: {chosen[0].name} is one of {max(totals)} parts of the split {split!r}, and {len(chosen)} are "
+            f"{folder}: {parts[0].string} is one of {max(totals)} parts of the split {split!r}, and {len(parts)} are "
             "there; fetch the others, and keep the parts of one export"
         )
-    return sorted(chosen, key=lambda path: (int(matches[path]["number"] or 0), path.name))
+    if len(parts) == 1:
+        return
+    numbers = sorted(int(part["number"]) if part["number"] else -1 for part in parts)
+    if numbers != list(range(numbers[0], numbers[0] + len(parts))) or numbers[0] not in (0, 1):
+        raise ValueError(
+            f"{folder}: the files {', '.join(part.string for part in parts[:5])} of the split {split!r} are not the "
+            "parts of one export: expected a single file, or numbers without a gap; fetch the missing ones, and delete "
+            "those of another export"
+        )
 
 
 def image_files(folder: Path, split: str) -> ImageFiles:
@@ -100,9 +119,11 @@ def image_files(folder: Path, split: str) -> ImageFiles:
         FileNotFoundError: no image. SplitNotFoundError: none of this split. ValueError: a layout that can be read in
             two ways.
     """
-    direct, inside = _entries(folder)
+    direct, inside = entries(folder)
     if not direct and not inside:
-        raise FileNotFoundError(f"{folder} holds no image ({', '.join(SUFFIXES)}) and no parquet file; {LAYOUT}")
+        deeper = next(folder.glob("*/*.parquet"), None)
+        where = "" if deeper is None else f" ({deeper.parent.name}/{deeper.name} is one level down)"
+        raise FileNotFoundError(f"{folder} holds no image ({', '.join(SUFFIXES)}) and no parquet file{where}; {LAYOUT}")
     if direct and inside:
         raise ValueError(
             f"{folder} holds both images ({Path(direct[0]).name}) and folders of images ({', '.join(sorted(inside))}); "
@@ -113,7 +134,7 @@ def image_files(folder: Path, split: str) -> ImageFiles:
         return _held_out(folder, direct, inside, split)
     if split_of(split) not in splits:
         raise SplitNotFoundError(f"dataset {str(folder)!r} has no split {split!r}; it has {', '.join(splits)}")
-    contents = {key: _entries(folder / name) for key, name in splits.items()}
+    contents = {key: entries(folder / name) for key, name in splits.items()}
     chosen = splits[split_of(split)]
     direct, classes = contents[split_of(split)]
     if direct and classes:
@@ -123,17 +144,36 @@ def image_files(folder: Path, split: str) -> ImageFiles:
         )
     if not classes:
         return ImageFiles(tuple(direct), None, ())
+    _check_same_classes(folder, splits, {key: set(names) for key, (_, names) in contents.items()})
     return _labelled(classes, sorted({name for _, names in contents.values() for name in names}))
+
+
+def _check_same_classes(folder: Path, splits: dict[str, str], classes: dict[str, set[str]]) -> None:
+    """Raise ValueError where a split has class folders, and none of them is one of the training images."""
+    for key, names in classes.items():
+        if names and classes.get("train") and not names & classes["train"]:
+            raise ValueError(
+                f"{folder}: {splits[key]} holds the folders {', '.join(sorted(names)[:5])}, and {splits['train']} "
+                f"{', '.join(sorted(classes['train'])[:5])}: no class in common. Sort the images of {splits[key]} into "
+                f"folders of the same names; {LAYOUT}"
+            )
 
 
 def _split_folders(folder: Path, inside: dict[str, list[str]], split: str) -> dict[str, str] | None:
     """Split to the name of its folder; None where the folders are classes. Raises ValueError where it may be both."""
     known = [name for name in inside if split_of(name) in SPELLINGS]
     other = sorted(set(inside) - set(known))
-    nested = {name: bool(_entries(folder / name)[1]) for name in inside}
+    nested = {name: bool(entries(folder / name)[1]) for name in inside}
     asked = split_of(split) in [name.lower() for name in other]
     if not known and not asked:
+        if meant := [name for name in other if SPLIT_LIKE.fullmatch(name)]:
+            raise ValueError(
+                f"{folder / meant[0]}: is {meant[0]!r} a split or a class? Rename it to train, validation or test if "
+                f"it is a split; {LAYOUT}"
+            )
         deep = [name for name in other if nested[name]]
+        if deep and any(split_of(name) in SPELLINGS for name in entries(folder / deep[0])[1]):
+            raise ValueError(f"{folder / deep[0]} holds the splits: give that folder; {LAYOUT}")
         if deep:
             raise ValueError(
                 f"{folder / deep[0]} holds folders of images: is {deep[0]!r} a split or a class? Rename it to train, "
@@ -197,34 +237,3 @@ def _labelled(classes: dict[str, list[str]], names: list[str]) -> ImageFiles:
     index = {name: number for number, name in enumerate(names)}
     rows = [(path, index[name]) for name in sorted(classes) for path in classes[name]]
     return ImageFiles(tuple(path for path, _ in rows), tuple(label for _, label in rows), tuple(names))
-
-
-def _entries(folder: Path) -> tuple[list[str], dict[str, list[str]]]:
-    """Image files of a folder, and of each folder in it that has any (at any depth); hidden ones are left out."""
-    direct: list[str] = []
-    inside: dict[str, list[str]] = {}
-    left_out: dict[str, int] = {}
-    seen = set()  # folders that links lead to
-    for root, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        folders[:] = [] if real in seen else sorted(name for name in folders if not _hidden(name))
-        if real in seen:
-            continue
-        seen.add(real)
-        images = [name for name in sorted(files) if not _hidden(name)]
-        for name in images:
-            if Path(name).suffix.lower() not in SUFFIXES:
-                left_out[Path(name).suffix.lower()] = left_out.get(Path(name).suffix.lower(), 0) + 1
-        found = [os.path.join(root, name) for name in images if Path(name).suffix.lower() in SUFFIXES]
-        top = Path(root).relative_to(folder).parts[:1]
-        if not top:
-            direct = found
-        elif found:
-            inside.setdefault(top[0], []).extend(found)
-    if left_out:
-        log.info("%s: left out what is no image: %s", folder, ", ".join(f"{n} {kind}" for kind, n in left_out.items()))
-    return direct, inside
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith((".", "__MACOSX"))

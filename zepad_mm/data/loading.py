@@ -9,24 +9,29 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import torch
 from torch import Tensor
 
 import zepad_mm.data.catalogue_entries  # noqa: F401  registers the entries
 from zepad_mm.data.catalogue import CATALOGUE, find_entry, select_split
-from zepad_mm.data.folders import ImageFiles, SplitNotFoundError, image_files, parquet_files
+from zepad_mm.data.folders import ImageFiles, SplitNotFoundError, image_files, parquet_files, split_of
 from zepad_mm.data.webdataset import IMAGES, Webdataset
 from zepad_mm.encoders.prompts import clean_name
 from zepad_mm.utils.images import Resize, check_image, read_image
 from zepad_mm.utils.io import ASSETS
+from zepad_mm.utils.names import check_names
 from zepad_mm.utils.registry import did_you_mean
-from zepad_mm.utils.validation import check_names
 
 EMBEDDED_DATA = ASSETS / "clothing"
 EMBEDDED_SIZE = 128  # side in pixels of what the embedded CLIP sees
 SHOWN = 5  # damaged images that an error names
 CACHE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
+CASTS = {  # how a column gets the type that is expected
+    "image": ", e.g. table.cast_column('image', datasets.Image())",
+    "label": ", e.g. table.cast_column('label', ClassLabel(names=['cat', 'dog']))",
+}
 EMBEDDED_SPLITS = ("surrogate", "train", "validation", "test")
 
 
@@ -42,7 +47,7 @@ def open_table(source: str, split: str, streaming: bool = False) -> Any:
     """
     from datasets import concatenate_datasets
 
-    tables = [_open(source, part, streaming) for part in split.split("+")]
+    tables = [_open(source, part, streaming) for part in split_parts(split)]
     for table in tables[1:]:
         if table.features != tables[0].features:
             raise ValueError(
@@ -52,8 +57,18 @@ def open_table(source: str, split: str, streaming: bool = False) -> Any:
     return tables[0] if len(tables) == 1 else concatenate_datasets(tables)
 
 
+def split_parts(split: str) -> list[str]:
+    """The splits of ``train+test``. Raises ValueError for one that is named twice."""
+    parts = split.split("+")
+    if len({split_of(part) for part in parts}) < len(parts):
+        raise ValueError(f"split {split!r}: expected each split once, e.g. 'train+test'")
+    return parts
+
+
 def local_folder(source: str) -> Path | None:
     """The folder of a dataset; None for one of the Hub. Raises FileNotFoundError for a path that is no folder."""
+    if not source:
+        raise FileNotFoundError("dataset '': expected the path of a folder, a Hub name, or 'embedded'")
     if Webdataset.parse(source) is not None:
         return None
     name = split_options(source)[0]
@@ -70,9 +85,13 @@ def split_options(source: str) -> tuple[str, dict[str, str]]:
     name, mark, options = source.rpartition("?")
     if not mark or Path(source).is_dir():
         return source, {}
-    found = dict(option.partition("=")[::2] for option in options.split("&"))
-    if not found.keys() <= {"image", "label"} or not all(found.values()):
-        raise ValueError(f"dataset {source!r}: expected NAME?image=COLUMN&label=COLUMN, got {options!r}")
+    pairs = [option.partition("=")[::2] for option in options.split("&")]
+    found = {key: unquote(value) for key, value in pairs}
+    if not found.keys() <= {"image", "label"} or not all(found.values()) or len(found) < len(pairs):
+        raise ValueError(
+            f"dataset {source!r}: expected NAME?image=COLUMN&label=COLUMN, each once, got {options!r}; in the name of "
+            "a column write %3F for ?, %26 for &, %25 for %"
+        )
     return name, found
 
 
@@ -154,13 +173,14 @@ def _image_table(files: ImageFiles) -> Any:
 
 
 def parquet_features(file: Any) -> Any:
-    """(the open ``ParquetFile``, its ``Features``). Raises ValueError for a damaged file."""
+    """(the open ``ParquetFile``, its ``Features``) of a path or a URL. Raises ValueError for a damaged file."""
     import pyarrow as pa
     from datasets import Features
+    from datasets.utils.file_utils import xopen
     from pyarrow.parquet import ParquetFile
 
     try:
-        opened = ParquetFile(file)
+        opened = ParquetFile(xopen(file, "rb") if "://" in str(file) else file)
     except (pa.ArrowException, EOFError) as error:
         raise ValueError(f"{file} is not a complete parquet file ({error})") from error
     return opened, Features.from_arrow_schema(opened.schema_arrow)
@@ -249,7 +269,7 @@ def choose_columns(features: Any, source: str, labelled: bool = True) -> tuple[s
     if label is None and labelled:
         raise ValueError(
             f"dataset {source!r} has no labels: its columns are {_described(features)}; expected class folders, or a "
-            "column of type ClassLabel, e.g. table.cast_column('label', ClassLabel(names=['cat', 'dog']))"
+            f"column of type ClassLabel{CASTS['label']}"
         )
     return image, label
 
@@ -265,7 +285,7 @@ def _choose(features: Any, kind: str, feature: type, asked: dict[str, str], sour
         shown = f"{features[wanted]!s:.200}" if wanted in features else "missing"
         raise ValueError(
             f"dataset {source!r}: the column {wanted!r} is {shown}; expected one of type {feature.__name__}"
-            f"{f': {hint} for one of ' + ', '.join(fitting) if fitting else ''}"
+            f"{f': {hint} for one of ' + ', '.join(fitting) if fitting else CASTS[kind]}"
         )
     if len(fitting) > 1:
         raise ValueError(

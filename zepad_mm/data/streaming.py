@@ -3,23 +3,26 @@
 The rows of an epoch are put in order by the seed (whole row groups of the parquet files, then within a shuffle buffer)
 and dealt to the readers in parts that differ by at most one row, whatever the sizes of the files. Readers are the
 workers of all processes; after each epoch the shares are dealt anew, and no reader gets ahead of another by more than a
-row. That needs the number of rows, which local files tell.
+row. That needs the number of rows, which parquet files tell, in a folder or on the Hub, and image files in a folder.
 
-Streams of the Hub tell none: ``datasets`` shares them by whole files where their number is a multiple of the number of
-processes, else by every k-th row, and each reader starts over when its own share ends. Where shares are uneven (files
-of 8 and 72 rows and two processes), rows of the smaller ones are seen more often; download such a dataset and stream
-it from the folder.
+Other files on the Hub (archives of images, selections of rows by the catalogue) tell none: ``datasets`` shares them by
+whole files where their number is a multiple of the number of processes, else by every k-th row, and each reader starts
+over when its own share ends. Where shares are uneven (files of 8 and 72 rows and two processes), rows of the smaller
+ones are seen more often, and a warning says so; download such a dataset and stream it from the folder.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from zepad_mm.data.catalogue import find_entry
 from zepad_mm.data.folders import parquet_files
 from zepad_mm.data.loading import (
     check_label_column,
@@ -31,11 +34,15 @@ from zepad_mm.data.loading import (
     local_folder,
     open_table,
     parquet_features,
+    split_options,
+    split_parts,
     undecoded,
 )
 from zepad_mm.utils.images import Resize, as_resize
 from zepad_mm.utils.seeding import derived_generator
 
+log = logging.getLogger(__name__)
+READERS = 16  # files on the Hub whose ends are read at the same time
 CHUNK = 256  # rows of a folder that are shuffled as one
 
 
@@ -211,9 +218,16 @@ def stream_images(source: str, split: str, image_size: int | Resize = 64, shuffl
         stream = open_table(source, split, streaming=True)
         image_column, label_column = find_columns(stream, source)
         names, stream = class_names_of(stream.features, label_column), undecoded(stream, image_column)
+        units = _hub_units(source, split, (image_column, str(label_column)))
+        if not units:
+            log.warning(
+                "%s lies in files on the Hub that do not tell their number of rows: with several processes or workers, "
+                "rows of small files are seen more often; download it and give the folder for every row once per epoch",
+                name,
+            )
     else:
         stream, features = None, None
-        for part in split.split("+"):
+        for part in split_parts(split):
             its_features, its_units = _local_units(source, part)
             if features is not None and its_features != features:
                 raise ValueError(f"dataset {source!r}: the parts of {split!r} have other columns or classes")
@@ -239,20 +253,56 @@ def _local_units(source: str, split: str) -> tuple[Any, tuple[RowGroup | Rows, .
         return table.features, tuple(
             Rows(table, first, min(CHUNK, len(table) - first)) for first in range(0, len(table), CHUNK)
         )
-    units: list[RowGroup | Rows] = []
+    units: list[RowGroup] = []
     features = None
     for file in files:
         opened, its_features = parquet_features(file)
         if features is not None and its_features != features:
             raise ValueError(f"{file} has other columns or classes than {files[0]}: {dict(its_features)!s:.500}")
-        features, first = its_features, 0
-        for number in range(opened.num_row_groups):
-            size = opened.metadata.row_group(number).num_rows
-            units.append(RowGroup(file, number, first, size))
-            first += size
+        features = its_features
+        units += _row_groups(file, opened)
     if not sum(unit.size for unit in units):
         raise ValueError(f"dataset {source!r}: the split {split!r} has no rows")
     return features, tuple(units)
+
+
+def _row_groups(file: Any, opened: Any) -> list[RowGroup]:
+    """The row groups of a parquet file."""
+    sizes = [opened.metadata.row_group(number).num_rows for number in range(opened.num_row_groups)]
+    return [RowGroup(file, number, sum(sizes[:number]), size) for number, size in enumerate(sizes)]
+
+
+def _hub_units(source: str, split: str, columns: tuple[str, str]) -> tuple[RowGroup, ...]:
+    """The row groups of a data set on the Hub, from the ends of its parquet files; empty for files of other kinds."""
+    from datasets import load_dataset_builder
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    name = split_options(source)[0]
+    entry = find_entry(name)
+    builder = load_dataset_builder(*((name, None) if entry is None else (entry.hub, entry.config)))
+    files = builder.config.data_files or {}
+    parts = [part if entry is None else entry.hub_split(part) for part in split_parts(split)]
+    chosen = entry is not None and (
+        bool(entry.split_column) or any(part in entry.shares for part in split_parts(split))
+    )
+    if not isinstance(builder, Parquet) or chosen or not all(part in files for part in parts):
+        return ()
+    paths = [str(path) for part in parts for path in files[part]]
+    with ThreadPoolExecutor(READERS) as pool:
+        opened = list(pool.map(lambda path: parquet_features(path)[0], paths))
+    if not all(_is_encoded(one.schema_arrow, columns) for one in opened):
+        return ()
+    return tuple(unit for path, one in zip(paths, opened, strict=True) for unit in _row_groups(path, one))
+
+
+def _is_encoded(schema: Any, columns: tuple[str, str]) -> bool:
+    """Whether the image column of a file holds encoded images and its label column class indices."""
+    from pyarrow import types
+
+    if not set(columns) <= set(schema.names):
+        return False
+    image, label = (schema.field(name).type for name in columns)
+    return types.is_struct(image) and types.is_integer(label)
 
 
 def _check_labels(units: Sequence[RowGroup | Rows], column: str, classes: int, where: str) -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 from zepad_mm.data.folders import SplitNotFoundError
 from zepad_mm.encoders.prompts import templates_of
 from zepad_mm.utils.hub import fetch
-from zepad_mm.utils.validation import clean_name
+from zepad_mm.utils.names import clean_name
 
 log = logging.getLogger(__name__)
 

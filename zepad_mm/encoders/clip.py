@@ -18,7 +18,7 @@ from zepad_mm.encoders.sources import BACKENDS, at_revision, parse_source, with_
 from zepad_mm.encoders.state_dict import check_weights
 from zepad_mm.utils.hub import Access
 from zepad_mm.utils.isolation import preserved_process_state
-from zepad_mm.utils.validation import check_names
+from zepad_mm.utils.names import check_names
 
 CACHED_SETS = 64  # sets of class names whose embeddings a text tower keeps
 

@@ -20,18 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zepad_mm.encoders.backends import HF_WEIGHTS, hf_repository
 from zepad_mm.encoders.base import Encoder, feature_dim_of
 from zepad_mm.encoders.build_limits import BuildLimit
 from zepad_mm.encoders.clip import TextEncoder
 from zepad_mm.encoders.huggingface_preprocess import preprocess_of
 from zepad_mm.encoders.library_configs import TOKENIZER_FILES, TRANSFORMERS_CONFIGS, WRONG_CONFIG, cleaned_folder
-from zepad_mm.encoders.sources import BACKENDS, FOLDER, EncoderBackend, HubFiles, Source, weight_files
+from zepad_mm.encoders.sources import FOLDER, Source, weight_files
 from zepad_mm.encoders.state_dict import summary
 from zepad_mm.utils.hub import fetch
 
 log = logging.getLogger(__name__)
 LONGEST = 300  # letters of a library's message in ours
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 class HFBackbone(nn.Module):
@@ -117,42 +117,27 @@ class HFTextTower(nn.Module):
         return self.model.get_text_features(**tokens).pooler_output
 
 
-class HuggingFaceBackend(EncoderBackend):
-    """Image models of transformers; those with text features are CLIPs."""
-
-    has_clips = True
-    names_are_repositories = True
-
-    def load(self, source: Source, pretrained: bool) -> Encoder:
-        with _cleaned(source, pretrained) as folder:
-            model = _create(source, folder, pretrained)
-            if _is_clip_class(type(model)):
-                model = _half(model, "text")
-            return _image_tower(model, source, folder)
-
-    def load_clip(self, source: Source, pretrained: bool) -> tuple[Encoder, TextEncoder]:
-        with _cleaned(source, pretrained) as folder:
-            return _load_clip(source, folder, pretrained)
-
-    def has_text(self, source: Source) -> bool:
-        from transformers import MODEL_MAPPING
-
-        with _cleaned(source, pretrained=False) as folder:
-            return _is_clip_class(MODEL_MAPPING.get(type(_config(source, folder)), None))
-
-    def hub_files(self, source: Source) -> HubFiles | None:
-        if source.place == FOLDER:
-            return None
-        return HubFiles(
-            repo_id=_repository(source),
-            weights=WEIGHTS,
-            required=("config.json",),
-            extras=TOKENIZER_FILES,
-            revision=source.revision,
-        )
+def load(source: Source, pretrained: bool) -> Encoder:
+    """As :meth:`EncoderBackend.load`."""
+    with _cleaned(source, pretrained) as folder:
+        model = _create(source, folder, pretrained)
+        if _is_clip_class(type(model)):
+            model = _half(model, "text")
+        return _image_tower(model, source, folder)
 
 
-BACKENDS.register("hf")(HuggingFaceBackend())
+def load_clip(source: Source, pretrained: bool) -> tuple[Encoder, TextEncoder]:
+    """As :meth:`EncoderBackend.load_clip`."""
+    with _cleaned(source, pretrained) as folder:
+        return _load_clip(source, folder, pretrained)
+
+
+def has_text(source: Source) -> bool:
+    """As :meth:`EncoderBackend.has_text`."""
+    from transformers import MODEL_MAPPING
+
+    with _cleaned(source, pretrained=False) as folder:
+        return _is_clip_class(MODEL_MAPPING.get(type(_config(source, folder)), None))
 
 
 def _load_clip(source: Source, folder: Path, pretrained: bool) -> tuple[Encoder, TextEncoder]:
@@ -225,10 +210,10 @@ def _cleaned(source: Source, pretrained: bool) -> Iterator[Path]:
             raise FileNotFoundError(f"{source.name}/config.json does not exist; expected a folder by save_pretrained")
     else:  # with weights the whole model has been fetched already
         files = ("config.json", "preprocessor_config.json")
-        folder = fetch(_repository(source), files, required=files[:1], revision=source.revision)
-    links = [path.name for path in weight_files(folder, WEIGHTS)] if pretrained else []
+        folder = fetch(hf_repository(source), files, required=files[:1], revision=source.revision)
+    links = [path.name for path in weight_files(folder, HF_WEIGHTS)] if pretrained else []
     if pretrained and not links:
-        raise FileNotFoundError(f"{source}: {folder} holds no weights: expected one of {', '.join(WEIGHTS)}")
+        raise FileNotFoundError(f"{source}: {folder} holds no weights: expected one of {', '.join(HF_WEIGHTS)}")
     with cleaned_folder(folder, TRANSFORMERS_CONFIGS, [*links, *TOKENIZER_FILES]) as clean:
         yield clean
 
@@ -245,7 +230,7 @@ def _create(source: Source, folder: Path, pretrained: bool) -> Any:
     from transformers import AutoModel
 
     config = _config(source, folder)
-    with _clear_errors(source, "its weights"), BuildLimit(str(source), weight_files(folder, WEIGHTS)):
+    with _clear_errors(source, "its weights"), BuildLimit(str(source), weight_files(folder, HF_WEIGHTS)):
         if not pretrained:
             model = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
             pooler = getattr(model, "pooler", None)
@@ -303,16 +288,6 @@ def _publishes_pooler(config: Any) -> bool:
         if not any("pooler." in key for key in writer.state_dict()):
             return False
     return True
-
-
-def _repository(source: Source) -> str:
-    """The name on the Hub. Raises ValueError for what can be none."""
-    if source.name.count("/") > 1 or not source.name.strip("/"):
-        raise ValueError(
-            f"{source}: expected hf:ORG/NAME, hf:ORG/NAME@REVISION or hf:local-dir:PATH, "
-            "e.g. 'hf:facebook/dinov2-small'"
-        )
-    return source.name
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from zepad_mm.encoders.backends import EMBEDDED, OPEN_CLIP_WEIGHTS
 from zepad_mm.encoders.base import Encoder, Preprocess, feature_dim_of
 from zepad_mm.encoders.build_limits import BuildLimit
 from zepad_mm.encoders.clip import TextEncoder
@@ -27,7 +28,7 @@ from zepad_mm.encoders.library_configs import (
     cleaned_folder,
     read_config,
 )
-from zepad_mm.encoders.sources import BACKENDS, FOLDER, HUB, EncoderBackend, HubFiles, Source
+from zepad_mm.encoders.sources import FOLDER, Source
 from zepad_mm.encoders.state_dict import SHOWN, load_state_dict_strict, read_foreign, summary
 from zepad_mm.utils.hub import fetch
 from zepad_mm.utils.io import ASSETS
@@ -35,57 +36,22 @@ from zepad_mm.utils.isolation import library_logs
 from zepad_mm.utils.registry import did_you_mean
 
 log = logging.getLogger(__name__)
-EMBEDDED = "embedded"  # the CLIP that is shipped with this package
 EMBEDDED_CLIP = ASSETS / "clip"
-WEIGHTS = (
-    *("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.safetensors"),
-    *("open_clip_pytorch_model.pth", "model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth"),
-)
 COMPUTED = ("attn_mask", "input_resolution", "context_length", "vocab_size")  # stored by some, learnt by none
 
 
-class OpenClipBackend(EncoderBackend):
-    """CLIPs of open_clip; every one has a text tower."""
-
-    has_clips = True
-    takes_weights = True
-
-    def load(self, source: Source, pretrained: bool) -> Encoder:
-        return _image_tower(_create(source, pretrained)[0], str(source))
-
-    def load_clip(self, source: Source, pretrained: bool) -> tuple[Encoder, TextEncoder]:
-        clip, tokenizer = _create(source, pretrained, text=True)
-        encoder = _image_tower(clip, str(source))
-        text = TextEncoder(clip, tokenizer, str(source))
-        del clip.visual  # the encoder holds it; kept here too it would be counted and moved twice
-        return encoder, text
-
-    def has_text(self, source: Source) -> bool:
-        return True
-
-    def hub_files(self, source: Source) -> HubFiles | None:
-        if source.place == FOLDER or source.name == EMBEDDED:
-            return None
-        weights = WEIGHTS[:2]
-        if source.place == HUB:
-            return HubFiles(
-                repo_id=source.name,
-                weights=weights,
-                required=("open_clip_config.json",),
-                extras=TOKENIZER_FILES,
-                revision=source.revision,
-            )
-        import open_clip  # here, because it takes seconds and not every source needs it
-
-        name, _, tag = source.name.partition("/")
-        place = (open_clip.get_pretrained_cfg(name, tag) or {}).get("hf_hub", "")
-        if not place:
-            return None
-        repo_id, _, file = place.rpartition("/")
-        return HubFiles(repo_id=repo_id, weights=(file,) if file else weights, tag=(name, tag))
+def load(source: Source, pretrained: bool) -> Encoder:
+    """As :meth:`EncoderBackend.load`."""
+    return _image_tower(_create(source, pretrained)[0], str(source))
 
 
-BACKENDS.register("open_clip")(OpenClipBackend())
+def load_clip(source: Source, pretrained: bool) -> tuple[Encoder, TextEncoder]:
+    """As :meth:`EncoderBackend.load_clip`."""
+    clip, tokenizer = _create(source, pretrained, text=True)
+    encoder = _image_tower(clip, str(source))
+    text = TextEncoder(clip, tokenizer, str(source))
+    del clip.visual  # the encoder holds it; kept here too it would be counted and moved twice
+    return encoder, text
 
 
 class _FirstOutput(nn.Module):
@@ -154,9 +120,9 @@ def _create_from_folder(source: Source, pretrained: bool) -> tuple[Any, Any]:
             "rebuild it with tools/wordnet_clip/build.py" if folder == EMBEDDED_CLIP else "expected open_clip's files"
         )
         raise FileNotFoundError(f"{folder / 'open_clip_config.json'} does not exist; {missing}")
-    weights = next((name for name in WEIGHTS if (folder / name).is_file()), None)
+    weights = next((name for name in OPEN_CLIP_WEIGHTS if (folder / name).is_file()), None)
     if pretrained and weights is None:
-        raise FileNotFoundError(f"{folder} holds no weights: expected one of {', '.join(WEIGHTS)}")
+        raise FileNotFoundError(f"{folder} holds no weights: expected one of {', '.join(OPEN_CLIP_WEIGHTS)}")
     with cleaned_folder(folder, OPEN_CLIP_CONFIGS, [*([weights] if weights else []), *TOKENIZER_FILES]) as clean:
         text = read_config(clean / "open_clip_config.json")["model_cfg"]["text_cfg"]
         with BuildLimit(str(source), [clean / weights] if weights else []):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from string import Formatter
 
+from zepad_mm.utils.names import clean_name
 from zepad_mm.utils.registry import Registry
-from zepad_mm.utils.validation import clean_name
 
 __all__ = ["PROMPTS", "clean_name", "templates_of"]
 
@@ -33,6 +33,11 @@ def templates_of(prompts: str | Sequence[str]) -> tuple[str, ...]:
     """The templates of a named set, or the ones given. Raises ValueError for a template without ``{}``."""
     if isinstance(prompts, str):
         prompts = (prompts,) if "{" in prompts else PROMPTS.get(prompts)
+    if not isinstance(prompts, Iterable) or not all(isinstance(template, str) for template in prompts):
+        raise ValueError(
+            f"prompts: expected a named set ({', '.join(PROMPTS)}), a template such as 'a photo of a {{}}.' or several "
+            f"of them, got {prompts!r:.100}"
+        )
     for template in prompts:
         if not _has_one_place(template):
             raise ValueError(f"prompt template {template!r}: expected exactly one '{{}}', e.g. 'a photo of a {{}}.'")

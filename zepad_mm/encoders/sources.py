@@ -77,7 +77,8 @@ class EncoderBackend(ABC):
     """The encoders of one library: what its sources name, where they lie on the Hub, and how they are loaded.
 
     To add a kind, write one file with a sub-class, register an instance of it in :data:`BACKENDS` and import the file
-    in ``zepad_mm/encoders/__init__.py``. A small model of the kind in ``tests/helpers/encoder_zoo.py`` runs every test.
+    in ``zepad_mm/encoders/__init__.py`` (which imports no torch: let methods import what loads; those that come with
+    the package are in ``backends.py``). A small model of the kind in ``tests/helpers/encoder_zoo.py`` runs every test.
     """
 
     has_clips = False  # some sources of this kind have a text tower

@@ -24,7 +24,7 @@ from urllib.parse import parse_qsl
 
 from zepad_mm.encoders.base import Encoder, Preprocess, feature_dim_of
 from zepad_mm.encoders.image_size import resize_tower
-from zepad_mm.encoders.sources import BACKENDS, EncoderBackend, Source, check_image_size
+from zepad_mm.encoders.sources import Source, check_image_size
 from zepad_mm.encoders.ssl_networks import MOMENTUM, ONLINE, Network, find_networks
 from zepad_mm.encoders.state_dict import load_state_dict_strict, read_foreign, summary
 from zepad_mm.utils.config import Config
@@ -53,19 +53,8 @@ class CheckpointOptions(Config):
     heads: int | None = None  # attention heads of a ViT; default one for every 64 channels (12 in MoCo v3's ViT-S)
 
 
-class SSLBackend(EncoderBackend):
-    """Checkpoints of self-supervised learning."""
-
-    reads_file = True
-
-    def load(self, source: Source, pretrained: bool) -> Encoder:
-        return _load(source, pretrained)
-
-
-BACKENDS.register("ssl")(SSLBackend())
-
-
-def _load(source: Source, pretrained: bool) -> Encoder:
+def load(source: Source, pretrained: bool) -> Encoder:
+    """As :meth:`EncoderBackend.load`."""
     path, options = Path(source.name), _options(source)
     tensors = read_foreign(path)
     networks = find_networks(tensors)

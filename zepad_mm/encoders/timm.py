@@ -9,46 +9,20 @@ from pickle import UnpicklingError
 from types import SimpleNamespace
 from typing import Any, get_args
 
+from zepad_mm.encoders.backends import TIMM_WEIGHTS
 from zepad_mm.encoders.base import Encoder, Preprocess, feature_dim_of
 from zepad_mm.encoders.build_limits import BuildLimit
 from zepad_mm.encoders.library_configs import TIMM_CONFIGS, WRONG_CONFIG, cleaned_folder, read_config
-from zepad_mm.encoders.sources import BACKENDS, FOLDER, HUB, EncoderBackend, HubFiles, Source
+from zepad_mm.encoders.sources import FOLDER, Source
 from zepad_mm.utils.atomic import complete_folder
 from zepad_mm.utils.images import Interpolation
 from zepad_mm.utils.registry import did_you_mean
 
 log = logging.getLogger(__name__)
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
-class TimmBackend(EncoderBackend):
-    """Image models of timm, without their classifiers."""
-
-    def load(self, source: Source, pretrained: bool) -> Encoder:
-        return _load(source, pretrained)
-
-    def hub_files(self, source: Source) -> HubFiles | None:
-        repo_id: str | None = source.name if source.place == HUB else None
-        if not source.place:
-            import timm
-
-            known = timm.is_model(source.name.partition(".")[0])
-            config: Any = timm.get_pretrained_cfg(source.name) if known else None
-            repo_id = config.hf_hub_id if config is not None and not config.hf_hub_filename else None
-        if not repo_id:
-            return None
-        return HubFiles(
-            repo_id=repo_id,
-            weights=WEIGHTS,
-            required=("config.json",),
-            revision=source.revision,
-        )
-
-
-BACKENDS.register("timm")(TimmBackend())
-
-
-def _load(source: Source, pretrained: bool) -> Encoder:
+def load(source: Source, pretrained: bool) -> Encoder:
+    """As :meth:`EncoderBackend.load`."""
     import timm
 
     if source.place == FOLDER:
@@ -69,9 +43,9 @@ def _load(source: Source, pretrained: bool) -> Encoder:
 
 def _create_from_folder(source: Source, folder: Path, pretrained: bool) -> Any:
     """From timm's ``config.json``, reduced to what is known here, and the weights beside it."""
-    found = next((name for name in WEIGHTS if (folder / name).is_file()), None)
+    found = next((name for name in TIMM_WEIGHTS if (folder / name).is_file()), None)
     if pretrained and found is None:
-        raise FileNotFoundError(f"{folder} holds no weights: expected one of {', '.join(WEIGHTS)}")
+        raise FileNotFoundError(f"{folder} holds no weights: expected one of {', '.join(TIMM_WEIGHTS)}")
     with cleaned_folder(folder, TIMM_CONFIGS, [found] if found else []) as clean:
         about = read_config(clean / "config.json")
         config = SimpleNamespace(num_classes=about.get("num_classes", about["pretrained_cfg"].get("num_classes", 1000)))

@@ -17,15 +17,8 @@ from zepad_mm.encoders.sources import is_local
 from zepad_mm.evaluation.report import OVERESTIMATED, Report, budget_of, cell
 from zepad_mm.evaluation.report_text import OPERATING_POINTS, operating_points, summary
 from zepad_mm.evaluation.threats import CLEAN, T1I, T1IB, T2, T3, THREATS, WORST, RowKind
-from zepad_mm.models.serialization import (
-    CONFIG,
-    GENERATED,
-    PLACEHOLDER,
-    ZePADConfig,
-    card_metadata,
-    describe_model,
-    short_card,
-)
+from zepad_mm.models.card import GENERATED, PLACEHOLDER, card_metadata, describe_model, short_card
+from zepad_mm.models.config import CONFIG, ZePADConfig
 from zepad_mm.utils.hub import card_text
 from zepad_mm.utils.io import read_json, write_text
 from zepad_mm.utils.text import bullets, markdown_table, percent

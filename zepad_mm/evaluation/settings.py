@@ -9,8 +9,8 @@ from zepad_mm.attacks import FUSED_LOSSES, MODES, UNIVERSAL_ATTACKS
 from zepad_mm.attacks.base import check_budget
 from zepad_mm.data.corruptions import CORRUPTIONS, OUT_OF_DISTRIBUTION, SEVERITIES, check_severity
 from zepad_mm.evaluation.threats import ATTACKS, CLEAN, T1, T1B, T1IB, T1P, T2, THREATS, threat_model
+from zepad_mm.models.config import Policy
 from zepad_mm.models.fusion import RULES
-from zepad_mm.models.serialization import Policy
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.registry import Registry
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from zepad_mm.encoders import BACKENDS, Encoder, TextEncoder, load_clip
 from zepad_mm.evaluation.threats import RowKind
 from zepad_mm.models.branch import Branch, run_branches
+from zepad_mm.models.config import Policy
 from zepad_mm.models.fusion import Fusion, build, rule_names
 from zepad_mm.models.gate import FeatureGate
 from zepad_mm.models.heads import zero_shot_head
-from zepad_mm.models.serialization import Policy
 from zepad_mm.models.zepad import DetectorConfig, ZePAD
 from zepad_mm.utils.images import Resize
 

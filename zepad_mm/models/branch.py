@@ -9,42 +9,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from zepad_mm.encoders import Encoder
+from zepad_mm.models.config import Adaptation, BranchConfig, Role
 from zepad_mm.models.gate import FeatureGate, with_gate
-from zepad_mm.models.heads import HEADS
-from zepad_mm.utils.config import Config
 
-Role = Literal["robust", "benign"]
-Adaptation = Literal["none", "full", "lora"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class BranchConfig(Config):
-    """What a branch is made of, enough to build it again around the saved weights."""
-
-    name: str  # unique within a model
-    role: Role  # "robust": tuned on adversarial images; "benign": never
-    source: str  # where the base encoder comes from, e.g. "open_clip:embedded"
-    adaptation: Adaptation = "none"  # "none": the base as it is; "full": all weights tuned; "lora": an adapter
-    head: str = "zero_shot"  # a name of zepad_mm.models.heads.HEADS
-    objective: str = ""  # how it was tuned, for the model card
-    untuned: bool = False  # it was to be tuned, and no tuned weights were better on validation than the public ones
-
-    def __post_init__(self) -> None:
-        if str(self.role) in ("mpae", "bmp"):
-            raise ValueError(
-                f"branch {self.name!r}: expected a role of {get_args(Role)}, got {self.role!r}. In files by an older "
-                "zepad-mm change the role 'mpae' to 'robust' and 'bmp' to 'benign' in config.json"
-            )
-        super().__post_init__()
-        if not self.name or "." in self.name or "/" in self.name:
-            raise ValueError(f"branch name {self.name!r}: expected a non-empty name without '.' and '/'")
-        HEADS.get(self.head)
+__all__ = ["Adaptation", "Branch", "BranchConfig", "BranchOutputs", "Role", "encode", "run_branches"]
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zepad_mm.models.config import GATED_RULE, GateConfig
 from zepad_mm.models.detection import GATE_SCORE, SCORES, entropy
-from zepad_mm.models.gate import GateConfig
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.registry import Registry
 
 # name -> rule class; its fields are the constants
 RULES: Registry[type[Rule]] = Registry("fusion rule")
-GATED_RULE = "gated"  # needs a model with a gate
 
 
 @dataclass(frozen=True)

@@ -9,53 +9,16 @@ the benign branches in the fusion rule ``gated``. It is differentiable, so that 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zepad_mm.utils.config import Config
+from zepad_mm.models.config import GateConfig
 
 T = TypeVar("T")
 COSINE_FACTOR = 5.0  # brings the cosine, one number, to the scale of the many small entries of unit features
-MOST_HIDDEN = 65_536  # hidden units that a file may ask for
-
-
-@dataclass(frozen=True, kw_only=True)
-class GateConfig(Config):
-    """Everything of a gate except its weights."""
-
-    kind: Literal["learned", "cosine"] = "learned"  # "cosine": mean cosine distance, nothing is trained
-    hidden: int = 128  # hidden units of the learned gate
-    dropout: float = 0.2  # while it is trained
-    threshold: float | None = None  # z at which the benign weight is half its cap; None: not calibrated yet
-    sharpness: float = 2.0  # how steeply the benign weight falls at the threshold, per unit of z
-    cap: float = 1.0  # largest weight of the benign branches together, unless a policy of the model sets another
-    false_alarm_rate: float = 0.05  # share of clean calibration images above the threshold
-    seen_attacks: tuple[str, ...] = ()  # kinds of attacks in its training, for the report
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 1 <= self.hidden <= MOST_HIDDEN:
-            raise ValueError(f"hidden: expected 1 to {MOST_HIDDEN} units, got {self.hidden}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: expected a share in [0, 1), got {self.dropout}")
-        if not self.sharpness > 0:
-            raise ValueError(f"sharpness: expected a positive number, got {self.sharpness}")
-        for name in ("cap", "false_alarm_rate"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a share in [0, 1], got {getattr(self, name)}")
-
-    @property
-    def calibrated_threshold(self) -> float:
-        """The threshold. Raises ValueError for a gate that has none."""
-        if self.threshold is None:
-            raise ValueError(
-                "the gate has no threshold; calibrate it on clean images, or give one: GateConfig(threshold=...)"
-            )
-        return self.threshold
 
 
 class FeatureGate(nn.Module):

@@ -7,125 +7,30 @@ full, the gate), ``branches/NAME/`` (adapters, loadable by peft alone).
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zepad_mm import __version__
-from zepad_mm.encoders import Encoder, describe_changes, fingerprint, has_lora, load_encoder, load_lora
-from zepad_mm.encoders.sources import BACKENDS, repositories
+from zepad_mm.encoders import Encoder, has_lora, load_encoder, load_lora
+from zepad_mm.encoders.fingerprint import describe_changes, fingerprint
+from zepad_mm.encoders.sources import BACKENDS
 from zepad_mm.encoders.state_dict import load_state_dict_strict
-from zepad_mm.models.branch import Branch, BranchConfig
-from zepad_mm.models.fusion import GATED_RULE
-from zepad_mm.models.gate import FeatureGate, GateConfig, gate_for
+from zepad_mm.models.branch import Branch
+from zepad_mm.models.card import GENERATED, short_card
+from zepad_mm.models.config import CONFIG, BranchConfig, ZePADConfig
+from zepad_mm.models.gate import FeatureGate, gate_for
 from zepad_mm.models.heads import HEADS
 from zepad_mm.utils.atomic import complete_folder, replacing_folder
-from zepad_mm.utils.config import Config
-from zepad_mm.utils.hub import Access, card_text, fetch
+from zepad_mm.utils.hub import Access, fetch
 from zepad_mm.utils.io import ASSETS, read_json, read_tensors, write_json, write_tensors, write_text
-from zepad_mm.utils.registry import check_choice, did_you_mean
-from zepad_mm.utils.text import quoted
-from zepad_mm.utils.validation import check_names
+from zepad_mm.utils.registry import did_you_mean
 from zepad_mm.utils.wrappers import unwrapped
 
 EMBEDDED_MODEL = ASSETS / "zepad"
-FORMAT = 1
-CONFIG, WEIGHTS, ADAPTERS, CARD = "config.json", "model.safetensors", "branches", "README.md"
-GENERATED = "<!-- written with the model, and again at each save; remove this line to keep a text of your own -->"
-PLACEHOLDER = "owner/name"  # stands in a card for the name it is published under
-
-
-Policy = Literal["zero_sacrifice", "white_box"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DetectorConfig(Config):
-    """When an input is flagged as adversarial."""
-
-    score: str = "jensen_shannon"  # a name of zepad_mm.models.detection.SCORES
-    threshold: float | None = None  # from clean validation images; None: scores are given, nothing is flagged
-    false_positive_rate: float = 0.05  # share of clean validation images above the threshold
-
-
-@dataclass(frozen=True, kw_only=True)
-class ZePADConfig(Config):
-    """Everything of a defended model except its weights."""
-
-    public_source: str  # the encoder that is defended, and that a T1 attacker knows
-    branches: tuple[BranchConfig, ...]
-    class_names: tuple[str, ...]
-    prompts: tuple[str, ...] = ("a photo of a {}.",)  # templates of the zero-shot heads
-    fusion: str = "bounded_benign"  # a name of zepad_mm.models.fusion.RULES
-    fusion_params: dict[str, Any] = field(default_factory=dict)  # constants of the rule; missing ones are its defaults
-    detector: DetectorConfig = field(default_factory=DetectorConfig)
-    gate: GateConfig | None = None  # of the feature gate; None: the model has none
-    policy: Policy = "zero_sacrifice"  # against attackers who do not know the defence, or "white_box" against all
-    policy_caps: dict[str, float] = field(default_factory=dict)  # policy -> largest benign weight of the rule "gated"
-    revisions: dict[str, str] = field(default_factory=dict)  # source -> commit of the base, where it is known
-    tuned_names: tuple[str, ...] = ()  # all that the robust branches know; empty: tuned to keep other names too
-    storage_dtype: Literal["float32", "float16"] = "float32"  # of the saved weights
-    fingerprint: tuple[float, ...] = ()  # logits of a fixed image, checked on load
-    encoders: dict[str, Any] = field(default_factory=dict)  # fingerprint of each branch's encoder, to name what changed
-    version: str = __version__  # of zepad-mm that wrote it
-    format: int = FORMAT
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_names([branch.name for branch in self.branches], "branch names")
-        check_names(self.class_names, fold_case=False)
-        for policy, cap in self.policy_caps.items():
-            check_choice("policy_caps", policy, get_args(Policy))
-            if not 0 <= cap <= 1:
-                raise ValueError(f"policy_caps.{policy}: expected a share in [0, 1], got {cap}")
-        if self.format != FORMAT:
-            raise ValueError(f"the model is of format {self.format}, this zepad-mm reads {FORMAT}; upgrade zepad-mm")
-
-    @property
-    def benign(self) -> tuple[bool, ...]:
-        """For each branch whether it is benign."""
-        return tuple(branch.role == "benign" for branch in self.branches)
-
-    @property
-    def rule_params(self) -> dict[str, Any]:
-        """Constants of the rule, with the cap that the policy sets."""
-        if self.fusion != GATED_RULE or self.policy not in self.policy_caps:
-            return self.fusion_params
-        return {"cap": self.policy_caps[self.policy], **self.fusion_params}
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """Every base encoder, each once, the public one first."""
-        return tuple(dict.fromkeys((self.public_source, *(branch.source for branch in self.branches))))
-
-    def warn_untuned_classes(self, names: Sequence[str]) -> None:
-        """Warn about class names that the robust branches were not tuned on, where they were tuned by labels."""
-        known = {name.lower() for name in self.tuned_names}
-        untuned = [name for name in names if name.lower() not in known]
-        if known and untuned:
-            few = ", ".join(map(quoted, untuned[:3])) + (", ..." if len(untuned) > 3 else "")
-            warnings.warn(
-                f"the robust branches were tuned by labels on {len(known)} classes and may have forgotten others: "
-                f"{few}. "
-                "Evaluate on images of your own, or tune by 'fare', which keeps other classes (zepad "
-                "defend --defences fare)",
-                stacklevel=3,
-            )
-
-    @property
-    def nothing_tuned(self) -> bool:
-        """Whether every robust branch is the public encoder still, so that the model defends nothing."""
-        robust = [branch for branch in self.branches if branch.role == "robust"]
-        return bool(robust) and all(branch.untuned for branch in robust)
-
-    @property
-    def zero_shot(self) -> bool:
-        """Whether all heads are zero-shot, so that any class names can be set."""
-        return all(branch.head == "zero_shot" for branch in self.branches)
+WEIGHTS, ADAPTERS, CARD = "model.safetensors", "branches", "README.md"
 
 
 def find_model_folder(name: str | Path, revision: str | None, access: Access) -> Path:
@@ -138,6 +43,11 @@ def find_model_folder(name: str | Path, revision: str | None, access: Access) ->
     if name != "embedded" and not Path(name).is_dir():
         kind, colon, rest = name.partition(":")
         known = [f"{known}:{rest}" for known in BACKENDS] if colon else ["embedded"]
+        if rest and kind in BACKENDS:
+            raise ValueError(
+                f"{name!r} is an encoder without a defence; expected a defended model: zepad defend {name} --out "
+                f"FOLDER makes one, and zepad evaluate {name} evaluates it as it is"
+            )
         hint = "" if "/" in kind or (not rest and colon) else did_you_mean(name, known)
         if hint:  # before the Hub is asked for it
             raise FileNotFoundError(f"{name!r} is neither a folder here nor a name on the Hub (owner/name){hint}")
@@ -225,50 +135,6 @@ def check_float32(model: nn.Module, done: str) -> None:
             f"the model has weights in {', '.join(types)}; models are {done} in float32: load it without a cast, or "
             "write model.to(torch.float32) first, which keeps the rounded weights"
         )
-
-
-def short_card(config: ZePADConfig) -> str:
-    """A card without results; :func:`zepad_mm.evaluation.model_card.write_card` writes the one with them."""
-    body = f"""\
-{GENERATED}
-# ZePAD over `{config.public_source}`
-
-{describe_model(config)}
-
-Not evaluated yet: run `zepad evaluate`, then `zepad card` writes a card from its report.
-
-```python
-from zepad_mm import ZePAD
-
-model = ZePAD.from_pretrained("{PLACEHOLDER}")
-```
-"""
-    return card_text(body, **card_metadata(config))
-
-
-def card_metadata(config: ZePADConfig) -> dict[str, Any]:
-    """What the Hub finds a model by."""
-    task = "zero-shot-image-classification" if config.zero_shot else "image-classification"
-    tags = ["adversarial-robustness", "zepad", *(["clip"] if config.zero_shot else [])]
-    bases = repositories(config.sources)
-    return {"pipeline_tag": task, "tags": tags, **({"base_model": bases} if bases else {})}
-
-
-def describe_model(config: ZePADConfig) -> str:
-    """Branches, fusion and detector in Markdown."""
-    lines = [
-        f"| {b.name} | {b.role} | `{b.source}` | {config.revisions.get(b.source, '')[:12]} | {b.adaptation} "
-        f"| {b.objective} |"
-        for b in config.branches
-    ]
-    head = "| branch | role | base | commit of the base | adaptation | objective |\n|---|---|---|---|---|---|\n"
-    untuned = ", ".join(branch.name for branch in config.branches if branch.untuned)
-    warning = f"**Untuned: {untuned}.** On validation no tuned weights were better than the public ones."
-    if config.nothing_tuned:
-        warning += " No robust branch is tuned: this model defends against nothing."
-    policy = f" (policy `{config.policy}`)" if config.policy_caps else ""
-    table = head + "\n".join(lines) + f"\n\nFusion: `{config.fusion}` {config.rule_params}{policy}. "
-    return (f"{warning}\n\n" if untuned else "") + table + f"Detector: `{config.detector.score}`, advisory."
 
 
 def _build_branch(

@@ -18,6 +18,8 @@ from zepad_mm.encoders import Encoder, SharedTrunk, TextEncoder, load_clip
 from zepad_mm.encoders.prompts import templates_of
 from zepad_mm.encoders.sources import is_local, known_revisions
 from zepad_mm.models.branch import Branch, BranchConfig, BranchOutputs, run_branches
+from zepad_mm.models.card import PLACEHOLDER
+from zepad_mm.models.config import DetectorConfig, Policy, ZePADConfig
 from zepad_mm.models.folded import FoldedEncoders
 from zepad_mm.models.fusion import GATED_RULE, Decision, Fusion, build
 from zepad_mm.models.gate import FeatureGate
@@ -25,10 +27,6 @@ from zepad_mm.models.heads import HEADS, zero_shot_head
 from zepad_mm.models.serialization import (
     ADAPTERS,
     EMBEDDED_MODEL,
-    PLACEHOLDER,
-    DetectorConfig,
-    Policy,
-    ZePADConfig,
     check_float32,
     find_model_folder,
     read_model,
@@ -37,7 +35,8 @@ from zepad_mm.models.serialization import (
 from zepad_mm.utils.hub import Access, push_folder
 from zepad_mm.utils.io import write_text
 from zepad_mm.utils.isolation import preserved_process_state
-from zepad_mm.utils.validation import check_images, check_names
+from zepad_mm.utils.names import check_names
+from zepad_mm.utils.validation import check_images
 
 log = logging.getLogger(__name__)
 

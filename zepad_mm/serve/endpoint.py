@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field, StringConstraints
 
 from zepad_mm import __version__
-from zepad_mm.models.serialization import Policy
+from zepad_mm.models.config import Policy
 from zepad_mm.serve.gateway import Gateway, PageGuard
 from zepad_mm.serve.limits import BusyError
 from zepad_mm.serve.service import ATTACKS, Service, error_text, png

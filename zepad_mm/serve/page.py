@@ -18,7 +18,7 @@ from PIL import Image
 
 from zepad_mm.data import load_data
 from zepad_mm.encoders.prompts import PROMPTS
-from zepad_mm.models.serialization import Policy
+from zepad_mm.models.config import Policy
 from zepad_mm.serve.limits import BusyError, Uploads, upload_folder
 from zepad_mm.serve.page_requests import PageRequests
 from zepad_mm.serve.service import ATTACKS, Attacked, Service, error_text, png

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 
 from zepad_mm.attacks import Perturbation
 from zepad_mm.classifier import RobustZeroShotClassifier
-from zepad_mm.models.serialization import Policy
+from zepad_mm.models.config import Policy
 from zepad_mm.serve.endpoint import create_app
 from zepad_mm.serve.limits import TimedProtocol
 from zepad_mm.serve.service import Service

@@ -16,7 +16,7 @@ from zepad_mm.attacks.base import round_within_budget
 from zepad_mm.classifier import RobustZeroShotClassifier, pixels_of
 from zepad_mm.data import load_data
 from zepad_mm.encoders import Preprocess
-from zepad_mm.models.serialization import Policy
+from zepad_mm.models.config import Policy
 from zepad_mm.serve.limits import RequestLimiter
 from zepad_mm.serve.settings import MAX_LEVELS, ServeSettings
 from zepad_mm.utils.io import ASSETS

@@ -10,8 +10,9 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from zepad_mm.encoders import Encoder, Fingerprint, differences, fingerprint, has_lora, load_encoder, load_lora
+from zepad_mm.encoders import Encoder, has_lora, load_encoder, load_lora
 from zepad_mm.encoders.build_limits import BuildLimit
+from zepad_mm.encoders.fingerprint import Fingerprint, differences, fingerprint
 from zepad_mm.encoders.state_dict import load_state_dict_strict
 from zepad_mm.models.gate import FeatureGate, GateConfig
 from zepad_mm.models.heads import HEADS

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from zepad_mm.encoders import Encoder
 from zepad_mm.evaluation.stage_cache import StageCache
@@ -29,6 +28,7 @@ from zepad_mm.training.gate_examples import BACKWARD, ExampleMaker, crafting_pas
 from zepad_mm.training.gate_fit import fit_gate
 from zepad_mm.training.gate_images import ImagePool, Images
 from zepad_mm.training.gate_settings import UNIDENTIFYING, GateSettings
+from zepad_mm.utils.progress import Progress, say
 from zepad_mm.utils.seeding import derived_generator
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def train_gate(
     pool = ImagePool({**sources, **extra})
     parts = split_pool(pool, list(sources), settings)
     cache = _open_cache(out, pool, (benign, *robust, *([public] if public else [])), directions, settings)
-    with tqdm(total=_work(parts, settings), disable=not progress, unit="image") as bar:
+    with Progress(total=_work(parts, settings), disable=not progress, unit="image", desc="training the gate") as bar:
         maker = ExampleMaker(
             benign, robust, pool, settings, public=public, directions=directions, cache=cache, progress=bar
         )
@@ -154,14 +154,17 @@ def _learn(maker: ExampleMaker, parts: GateSplit) -> GateRun:
         kind=settings.kind, hidden=settings.hidden, dropout=settings.dropout, seen_attacks=_seen(settings)
     )
     fit = fit_gate(train, validation, maker.widths, config, settings, device)
+    rounds = settings.rounds if settings.round_n and settings.kind == "learned" else 0
+    say(log, "gate: mean AUROC %.3f on validation before %d rounds of attacks on the gate", fit.auroc, rounds)
     held = _shuffled(parts.validation, settings, "gate-aware")
-    for number in range(settings.rounds if settings.round_n and settings.kind == "learned" else 0):
+    for number in range(rounds):
         rows = order.roll(-number * settings.round_n - settings.per_image_n)[: settings.round_n]
         part = -(-ATTACKED_VALIDATION // settings.rounds)
         few = held.roll(-number * part)[:part]
         train.append(maker.gate_aware(fit.gate, rows, f"{number} train"))
         validation.append(maker.gate_aware(fit.gate, few, f"{number} validation"))
         fit = fit_gate(train, validation, maker.widths, config, settings, device)
+        say(log, "gate: mean AUROC %.3f on validation after round %d of %d", fit.auroc, number + 1, rounds)
     return GateRun(clean, train, validation, fit, parts, {name: maker.pool.rows(name) for name in maker.pool.sources})
 
 

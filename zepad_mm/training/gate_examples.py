@@ -110,7 +110,7 @@ class ExampleMaker:
 
     def _advance(self, images: int, name: str) -> None:
         if self.progress is not None:
-            self.progress.set_description(name, refresh=False)
+            self.progress.set_description(f"training the gate, {name}", refresh=False)
             self.progress.update(images)
 
     # ---- unattacked images -----------------------------------------------------------------------------------

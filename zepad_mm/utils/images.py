@@ -25,9 +25,6 @@ from zepad_mm.utils.text import without_addresses
 
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-SUFFIXES = (
-    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
-)  # fmt: skip
 WIDEST = 32  # aspect ratio beyond which an image is cropped before it is resized
 LARGEST_SIDE = 8192  # of images that a model wants, in pixels
 

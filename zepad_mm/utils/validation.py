@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import unicodedata
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-
-MAX_NAMES = 100_000  # of one model or label set: the text tower encodes each
 
 
 def check_images(images: Tensor) -> Tensor:
@@ -40,6 +37,9 @@ def check_images(images: Tensor) -> Tensor:
         raise ValueError(f"images: expected floats in [0, 1], got {images.dtype}; write images.float() / 255")
     if images.numel() == 0 or images.requires_grad or torch.compiler.is_compiling():
         return images
+    if images.is_meta or images.layout != torch.strided:
+        what = "on the meta device, without values" if images.is_meta else f"of layout {images.layout}"
+        raise ValueError(f"images: expected a dense tensor with values, got one {what}; write images.to_dense()")
     low, high = (float(bound) for bound in images.detach().aminmax())
     if not (low >= -1e-6 and high <= 1 + 1e-6):  # also true for NaN, which compares false
         fix = "write images / 255" if high > 2 else "hand in raw pixels: the encoder normalises inside"
@@ -68,45 +68,23 @@ def check_labels(labels: Tensor | None, images: Tensor) -> Tensor:
     return labels.to(images.device, torch.long)
 
 
-def clean_name(name: str) -> str:
-    """A class name as a person would write it, in composed Unicode: ``"T_shirt "`` becomes ``"T shirt"``."""
-    return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").split())
+def check_count(value: Any, name: str) -> int:
+    """A whole number of at least 1. Raises ValueError for anything else."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+        raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r:.100}")
+    return int(value)
 
 
-def check_names(names: Sequence[str], what: str = "class names", *, fold_case: bool = True) -> list[str]:
-    """The names as a list, if there is at least one and none is empty, or the same text as another.
-
-    Names are the same text if they differ in case, underscores, white space or Unicode form alone.
-
-    Args:
-        names: to check.
-        what: they are, for messages.
-        fold_case: False for the names of published data sets: ImageNet has a Cardigan and a cardigan.
-
-    Raises:
-        ValueError: no names, too many, an empty one, or duplicates.
-    """
-    if isinstance(names, str):
-        raise ValueError(f"{what}: expected a list of strings, got the string {names!r:.100}; write [{names!r:.100}]")
-    names = list(names)
-    if not names:
-        raise ValueError(f"{what}: the list is empty; give at least one name, e.g. ['cat', 'dog']")
-    if len(names) > MAX_NAMES:
-        raise ValueError(f"{what}: expected at most {MAX_NAMES:,}, got {len(names):,}")
-    first: dict[str, str] = {}
-    twice = []
-    for name in names:
-        if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"{what}: expected non-empty strings, got {name!r:.100}")
-        text = unicodedata.normalize("NFC", clean_name(name).casefold() if fold_case else clean_name(name))
-        if not text:
-            raise ValueError(f"{what}: expected names with letters, got {name!r:.100}")
-        if text in first:
-            twice.append(name if first[text] == name else f"{first[text]} (also as {name})")
-        first.setdefault(text, name)
-    if twice:
-        raise ValueError(f"{what}: given more than once: {', '.join(text[:100] for text in sorted(set(twice))[:10])}")
-    return names
+def check_device(device: str | torch.device | None) -> None:
+    """Raise ValueError for a device that torch does not know or that is not there; None is any."""
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: torch without CUDA
+        known = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        known += ["mps"] if torch.backends.mps.is_available() else []
+        raise ValueError(f"device: expected one of {', '.join(known)}, got {str(device)!r}") from error
 
 
 def check_epsilon(epsilon: float, name: str = "epsilon") -> float:
