@@ -43,7 +43,7 @@ CONFIG = ROOT / "recipes" / "configs" / "embedded" / "tune_fare.yaml"
 PUBLIC = "open_clip:embedded"
 PUBLIC_BRANCH = BranchConfig(name="benign", role="benign", source=PUBLIC, objective="none: the public encoder")
 EPSILON = 1 / 255  # of the white-box attack of the selection: at 4 / 255 among all names every cap leaves nothing
-UNIVERSAL = FeatureUAP(epsilon=10 / 255)  # the attack that detection scores are compared on
+UNIVERSAL = FeatureUAP(epsilon=10 / 255)  # the attack that suspicion scores are compared on
 
 
 def parse_options() -> argparse.Namespace:

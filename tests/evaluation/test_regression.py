@@ -30,7 +30,7 @@ def expected(name: str) -> list[dict[str, str]]:
 
 
 def committed(rows: list[dict[str, Any]], wanted: list[dict[str, str]], *keys: str) -> list[dict[str, Any]]:
-    """The rows that the file holds; a fusion rule or detection score that was registered since adds others."""
+    """The rows that the file holds; a fusion rule or suspicion score that was registered since adds others."""
     known = {tuple(line[key] for key in keys) for line in wanted}
     return [row for row in rows if tuple(str(row[key]) for key in keys) in known]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -114,3 +115,20 @@ def test_documents_say_one_perturbation_only_of_one(path: str) -> None:
             for row in (report.row(name), strongest_single(report, name, T1.key))
         ]
         assert all(share in known for share in shares), sentence
+
+
+# what is called otherwise in a message, a help text or a page: one word for one thing
+OTHER_WORDS = re.compile(r"\b(mpae|(detection|detector|anomaly) score|(clean|public|standard) branch)", re.IGNORECASE)
+
+
+def test_texts_of_the_package_use_one_word_for_one_thing() -> None:
+    """Branches are robust or benign, what the detector gives is a suspicion score."""
+    found = []
+    for path in (*(ROOT / "zepad_mm").rglob("*.py"), *(ROOT / "recipes").glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        documents = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documents:
+                found += [(path.name, match.group()) for match in OTHER_WORDS.finditer(node.value)]
+    # files by an older version are told how to rename their roles
+    assert [entry for entry in found if entry != ("config.py", "mpae")] == []

@@ -1,4 +1,4 @@
-"""The contract of fusion rules and detection scores."""
+"""The contract of fusion rules and suspicion scores."""
 
 from __future__ import annotations
 

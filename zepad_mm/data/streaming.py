@@ -280,12 +280,12 @@ def _hub_units(source: str, split: str, columns: tuple[str, str]) -> tuple[RowGr
     name = split_options(source)[0]
     entry = find_entry(name)
     builder = load_dataset_builder(*((name, None) if entry is None else (entry.hub, entry.config)))
-    files = builder.config.data_files or {}
-    parts = [part if entry is None else entry.hub_split(part) for part in split_parts(split)]
-    chosen = entry is not None and (
-        bool(entry.split_column) or any(part in entry.shares for part in split_parts(split))
-    )
-    if not isinstance(builder, Parquet) or chosen or not all(part in files for part in parts):
+    files, parts = builder.config.data_files or {}, split_parts(split)
+    if entry is not None:
+        if entry.split_column or any(part in entry.shares for part in parts):  # selections of rows
+            return ()
+        parts = [entry.hub_split(part) for part in parts]
+    if not isinstance(builder, Parquet) or not all(part in files for part in parts):
         return ()
     paths = [str(path) for part in parts for path in files[part]]
     with ThreadPoolExecutor(READERS) as pool:

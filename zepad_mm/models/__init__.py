@@ -1,1 +1,1 @@
-"""The defended model: branches, heads, fusion rules, detection scores, and their files."""
+"""The defended model: branches, heads, fusion rules, suspicion scores, and their files."""

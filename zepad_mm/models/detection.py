@@ -1,4 +1,4 @@
-"""Detection scores from the outputs of the branches; higher means more suspicious. All but the gate's need no training.
+"""Suspicion scores from the outputs of the branches; higher means more suspicious. All but the gate's need no training.
 
 The branches were tuned differently, so a perturbation made for one of them drives them apart. A detector is advisory:
 attackers who know it lower the score while keeping the wrong answer, and every report includes that attack.
@@ -18,7 +18,7 @@ PAPER_GAP = 0.1
 GATE_SCORE = "feature_gate"  # needs a model with a gate
 
 # name -> score(branch_logits (N, B, C), benign (N,)) -> (B,); a model with a gate has its logit z in one more row
-SCORES: Registry[Callable[[Tensor, Sequence[bool]], Tensor]] = Registry("detection score")
+SCORES: Registry[Callable[[Tensor, Sequence[bool]], Tensor]] = Registry("suspicion score")
 
 
 @SCORES.register("confidence_gap")

@@ -225,7 +225,7 @@ class Gated(Rule):
 
 @dataclass(frozen=True)
 class Fusion:
-    """Branch logits (N, B, C) to a :class:`Decision`: a rule, the roles of the branches, and a detection score.
+    """Branch logits (N, B, C) to a :class:`Decision`: a rule, the roles of the branches, and a suspicion score.
 
     Args:
         rule: how to mix.

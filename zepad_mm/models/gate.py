@@ -2,7 +2,7 @@
 
 Robust encoders that were tuned to keep the original's features on clean images (FARE) move little under an attack made
 on the original; the original moves far. What both say about one image is enough to tell, without labels or class
-names, so that one gate serves every task. Its logit z is the detection score ``feature_gate`` and sets the weight of
+names, so that one gate serves every task. Its logit z is the suspicion score ``feature_gate`` and sets the weight of
 the benign branches in the fusion rule ``gated``. It is differentiable, so that every white-box attack goes through it.
 """
 

@@ -74,7 +74,10 @@ def claim(folder: str | Path) -> Iterator[None]:
     """
     path = Path(folder) / RUN_LOCK
     is_new = not path.parent.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise type(error)(f"{folder}: a file is where a folder is expected; give another output folder") from error
     while True:
         with open_until_exit(path, os.O_RDWR | os.O_CREAT) as handle:
             if not try_lock(handle):
