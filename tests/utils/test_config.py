@@ -12,6 +12,7 @@ import pytest
 
 import zepad_mm
 from zepad_mm.utils.config import Config, literal_fields
+from zepad_mm.utils.text import parser_message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,12 +108,57 @@ def test_from_cli_reads_a_file_and_options(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--part.kind", "smal"], "smal"), (["--part.kinds", "small"], "part.kinds"), (["--rate", "fast"], "fast")],
+    [
+        (["--part.kind", "smal"], "smal"),
+        (["--part.kinds", "small"], "part.kinds"),
+        (["--rate", "fast"], "rate: expected float, got fast"),
+    ],
 )
 def test_from_cli_names_what_is_wrong(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         Settings.from_cli(["--name", "a", *arguments])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\nname: b\n", "the key 'name' stands twice, in the lines 1 and 2"),
+        ("name: a\npart: {kind: small, kind: large}\n", "the key 'kind' stands twice"),
+        ("name: a\nprat: {}\n", "unknown key 'prat'; did you mean"),
+        ("name: a\npart: &a {kind: *a}\n", "line 2: expected values, got one nested without end"),
+    ],
+)
+def test_from_cli_reads_each_key_once(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "settings.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        Settings.from_cli(["--config", str(tmp_path / "settings.yaml")])
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1  # no usage
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("Parser key \"top\": Expected a <class 'int'>. Got value: x", "top: expected int, got x"),
+        (
+            'Parser key "a.steps":\n  Does not validate against any of the Union subtypes\n  Subtypes: [<class '
+            "'int'>, <class 'NoneType'>]\n  Errors:\n    - Expected a <class 'int'>\n  Given value: ten",
+            "a.steps: expected int, null, got ten",
+        ),
+        (
+            "Parser key \"p\": Does not validate against any of the Union subtypes Subtypes: [typing.Literal['no', "
+            "'x'], <class 'NoneType'>] Errors: - E Given value type: b Given value: False",
+            "p: expected 'no', 'x', null, got False; YAML reads no, off, yes and on as booleans: write them in quotes",
+        ),
+        ("the following arguments are required: classify.labels", "the following arguments are required: --labels"),
+    ],
+)
+def test_messages_of_the_parser_are_plain(text: str, plain: str) -> None:
+    assert parser_message(text) == plain
 
 
 def test_from_cli_prints_the_config(capsys: pytest.CaptureFixture[str]) -> None:

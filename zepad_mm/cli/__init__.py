@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from zepad_mm.cli.evaluate import DEMO, EVALUATE, REPORT
 from zepad_mm.cli.publish import CARD, PUSH
 from zepad_mm.cli.serve import SERVE
 from zepad_mm.utils.stopping import STOPPED, USER_ERRORS, Stopped, treat_sigterm_as_sigint
-from zepad_mm.utils.text import printable
+from zepad_mm.utils.text import parser_message, printable
 
 __all__ = ["COMMANDS", "USER_ERRORS", "UsageError", "budget", "main"]
 
@@ -37,16 +36,6 @@ COMMANDS: dict[str, Command] = {
     "demo": DEMO,
     "doctor": DOCTOR,
 }
-
-
-# what jsonargparse says, in the words of this program
-PARSER_MESSAGES = (
-    (
-        re.compile(r'Parser key "(?:\w+\.)?(\w+)": Expected an? <class \'(\w+)\'>\. Got value: '),
-        r"--\1: expected \2, got ",
-    ),
-    (re.compile(r"(?<=arguments are required: )\w+\.(?=\w)"), "--"),
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,10 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def translate_error(error: BaseException) -> str:
     """One line for stderr, whatever line breaks the message of the exception has."""
-    text = " ".join(str(getattr(error, "message", None) or error).split())
-    for pattern, plain in PARSER_MESSAGES:
-        text = pattern.sub(plain, text)
-    return "zepad: " + printable(text)
+    return "zepad: " + printable(parser_message(str(getattr(error, "message", None) or error)))
 
 
 class _OneLine(logging.Formatter):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import sys
 import types
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from zepad_mm.utils.registry import check_choice, did_you_mean, shorten
+from zepad_mm.utils.text import parser_message
 
 C = TypeVar("C", bound="Config")
 LARGEST = 2**63 - 1  # integer, as JSON, YAML and torch hold it
@@ -67,25 +70,82 @@ class Config:
     def from_cli(cls: type[C], arguments: Sequence[str] | None = None) -> C:
         """Parse a command line: ``--config FILE.yaml``, and an option for every field, nested ones with dots.
 
-        ``--print_config`` prints every field and exits. An unknown key in the file or on the command line ends the
-        program with an error that names it. A boolean field with ``metadata={"flag": "its help"}`` is given as
-        ``--name`` alone.
+        ``--print_config`` prints every field and exits. An unknown key in the file or on the command line, or one that
+        stands twice in the file, ends the program with a line that names it. A boolean field with
+        ``metadata={"flag": "its help"}`` is given as ``--name`` alone.
 
         Args:
             arguments: the words of the command line; None: those of this program.
+
+        Raises:
+            ValueError: a value that the settings refuse. SystemExit: anything else, with exit code 2 and one line on
+                stderr.
         """
-        from jsonargparse import ArgumentParser
+        from jsonargparse import ArgumentError, ArgumentParser
 
         module = sys.modules[cls.__module__]
-        parser = ArgumentParser(description=(module.__doc__ or "").partition("\n")[0])
+        parser = ArgumentParser(description=(module.__doc__ or "").partition("\n")[0], exit_on_error=False)
         parser.add_argument("--config", action="config", help="YAML file; options after it override it")
         flags = {field.name: field.metadata["flag"] for field in dataclasses.fields(cls) if "flag" in field.metadata}
         parser.add_class_arguments(cls, skip=set(flags))
         for name, text in flags.items():
             parser.add_argument(f"--{name}", action="store_true", help=text)
-        values = parser.parse_args(None if arguments is None else list(arguments)).as_dict()
-        values.pop("config")
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        try:
+            for path in _config_files(words):
+                _check_keys(path, {field.name for field in dataclasses.fields(cls)})
+            values = parser.parse_args(words).as_dict()
+            values.pop("config")
+        except (ArgumentError, RecursionError, ValueError) as error:
+            text = parser_message(str(getattr(error, "message", None) or error))
+            sys.stderr.write(f"{parser.prog}: {text}\n")
+            raise SystemExit(2) from error
         return cls.from_dict(values)
+
+
+def _config_files(words: Sequence[str]) -> list[Path]:
+    """The files behind ``--config`` that are there; the parser names those that are not."""
+    given = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+    given += [after for word, after in itertools.pairwise(words) if word == "--config"]
+    return [path for path in map(Path, given) if path.is_file()]
+
+
+def _check_keys(file: Path, known: set[str]) -> None:
+    """Raise ValueError for a key of a YAML file that stands twice, is unknown and empty, or holds itself.
+
+    The parser takes the last of two, passes over what is empty, and follows an alias without end. What is no YAML is
+    left to it too.
+    """
+    import yaml
+
+    try:
+        root = yaml.compose(file.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
+        return
+    if not isinstance(root, yaml.MappingNode):
+        return
+    for key in (name.value for name, _ in root.value):
+        if key not in known and key not in ("config", "print_config"):
+            raise ValueError(f"{file} has an unknown key {shorten(key)}{did_you_mean(key, known)}")
+    _check_node(root, str(file), ())
+
+
+def _check_node(node: Any, file: str, above: tuple[Any, ...]) -> None:
+    """Raise ValueError for a key that stands twice in a mapping of a YAML file, or holds itself; the nodes above it."""
+    parts = node.value if isinstance(node.value, list) else []
+    if any(node is one for one in above) or len(above) > DEEPEST:
+        raise ValueError(f"{file}, line {node.start_mark.line + 1}: expected values, got one nested without end")
+    lines: dict[str, int] = {}
+    for part in parts:
+        name, value = part if isinstance(part, tuple) else (None, part)
+        if name is not None:
+            line = name.start_mark.line + 1
+            if name.value in lines:
+                raise ValueError(
+                    f"{file}: the key {shorten(name.value)} stands twice, in the lines {lines[name.value]} and {line}"
+                )
+            lines[name.value] = line
+        _check_node(value, file, (*above, node))
 
 
 def literal_fields(cls: type[Config]) -> dict[str, tuple[Any, ...]]:

@@ -70,6 +70,33 @@ def without_addresses(text: str) -> str:
     return ADDRESS.sub("", OBJECT.sub("the file", text))
 
 
+# what jsonargparse says, in the words of this package
+PARSER_MESSAGES = (
+    (re.compile(r"Parser key \"(?P<key>[\w.]+)\": ?"), r"\g<key>: "),
+    (
+        re.compile(
+            r"Does not validate against any of the Union subtypes Subtypes: [\[(](?P<types>.*)[\])] Errors: .*"
+            r"Given value: (?P<value>.*)"
+        ),
+        r"expected \g<types>, got \g<value>",
+    ),
+    (re.compile(r"Expected an? (?P<type>.*)\. Got value: "), r"expected \g<type>, got "),
+    (re.compile(r"<class '(?:\w+\.)*(?P<name>\w+)'>"), r"\g<name>"),
+    (re.compile(r"typing\.Literal\[(?P<choices>[^]]*)\]"), r"\g<choices>"),
+    (re.compile(r"\bNoneType\b"), "null"),
+    (re.compile(r"(?<=arguments are required: )\w+\.(?=\w)"), "--"),
+    (re.compile(r"(got (?:True|False))$"), r"\1; YAML reads no, off, yes and on as booleans: write them in quotes"),
+)
+
+
+def parser_message(text: str) -> str:
+    """An error of the command-line parser in one line: the key, what was expected and what was given."""
+    text = " ".join(text.split())
+    for pattern, plain in PARSER_MESSAGES:
+        text = pattern.sub(plain, text)
+    return text
+
+
 def budget_text(epsilon: float, norm: str) -> str:
     """A budget as people read it: "4/255", "L2 0.5" or "3 % of the area"."""
     if norm == "patch":
