@@ -109,6 +109,44 @@ def test_classifier_rejects_input(classifier: RobustZeroShotClassifier, images: 
         classifier([{}], LABELS)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"images": "data:image/png;base64," + "A" * 9999}, "data URLs are not read"),
+        ({"images": "x" * 9999}, "File name too long"),
+        ({"images": torch.zeros(3, 8, 8, device="meta")}, "without values"),
+        ({"candidate_labels": None}, "candidate_labels: expected a list of strings, got None"),
+        ({"candidate_labels": {"a", "b"}}, "has no order"),
+        ({"hypothesis_template": 3}, "prompts: expected a named set"),
+        ({"hypothesis_template": [None]}, "prompts: expected a named set"),
+        ({"top_k": 1.5}, "top_k: expected a whole number"),
+        ({"top_k": "2"}, "top_k: expected a whole number"),
+    ],
+)
+def test_classifier_names_arguments_of_a_wrong_type(
+    classifier: RobustZeroShotClassifier, images: torch.Tensor, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        classifier(**{"images": images[0], "candidate_labels": LABELS, **given})
+    assert len(str(error.value)) < 500
+    with pytest.raises(ValueError, match="batch_size: expected a whole number"):
+        RobustZeroShotClassifier(classifier.model, batch_size="8")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"dtype: expected torch\.float32"):
+        classifier.to(dtype="bfloat16")  # type: ignore[arg-type]
+
+
+def test_classifier_reads_floats_of_every_byte_order(classifier: RobustZeroShotClassifier) -> None:
+    array = np.random.default_rng(0).random((64, 64, 3), np.float32)
+    expected = classifier(array, LABELS)
+    for other in (array.astype(">f4"), array.astype(np.longdouble), array.astype("<f8")):
+        found = classifier(other, LABELS)
+        assert [entry["label"] for entry in found] == [entry["label"] for entry in expected]
+        assert found[0]["score"] == pytest.approx(expected[0]["score"], abs=1e-4)
+    file = io.BytesIO()
+    Image.fromarray((array * 255).astype(np.uint8)).save(file, "PNG")
+    assert classifier(memoryview(file.getvalue()), LABELS) == classifier(file.getvalue(), LABELS)
+
+
 def _hf_clip(folder: Path) -> tuple[RobustZeroShotClassifier, str]:
     """A classifier with one untuned branch around a transformers CLIP, and the folder of that CLIP."""
     source = zoo.ZOO["hf: CLIP"](folder).source

@@ -97,6 +97,18 @@ def test_budget_rejects_bad_values(text: str) -> None:
         (["serve", "embedded", "--host", "203.0.113.1"], "cannot listen on 203.0.113.1:7860"),
         (["serve", "embedded", "--perturbation", "./nowhere"], "nowhere does not exist"),
         (["serve", "./nowhere", "--port", "0"], "nowhere"),
+        (["serve", "embedded", "--port", "http"], "--port: expected int, got http"),
+        (["classify", "embedded", __file__], "the following arguments are required: --labels"),
+        (["classify", "embedded", __file__, "--labels", "caf\udce9,b"], "is not valid Unicode"),
+        (["classify", "./nowhere", __file__, "--labels", "a,b", "--device", "cudaa"], "device: expected one of cpu"),
+        (["classify", "open_clip:embedded", __file__, "--labels", "a,b"], "is an encoder without a defence; expected"),
+        (["classify", "", __file__, "--labels", "a,b"], "model: expected 'embedded', a folder, or owner/name"),
+        (
+            ["classify", "https://huggingface.co/a/b", __file__, "--labels", "a,b"],
+            "is the address of a page; write 'a/b'",
+        ),
+        (["evaluate", "embedded", "--preset", "smoke", "--out", __file__], "a file is where a folder is expected"),
+        (["evaluate", "embedded", "--preset", "smoke", "--out", ""], "out: expected the path of a folder"),
     ],
 )
 def test_user_error_is_one_line(
@@ -190,11 +202,13 @@ def test_classify_reads_folders_and_names_damaged_files(
     (tmp_path / "deep").mkdir()
     for name in ("a.png", "deep/b.JPG", "\x1b[31mc.png"):
         Image.new("RGB", (40, 30), "red").save(tmp_path / name)
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "deep" / "d.jfif", "JPEG")
     (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "deep" / "._b.JPG").write_bytes(b"left by another system")
     words = ["classify", saved, str(tmp_path), "--labels", "cat,dog"]
     assert main(words) == 0
     said = capsys.readouterr()
-    assert said.out.count("cat") == 3
+    assert said.out.count("cat") == 4
     assert "\x1b" not in said.out + said.err
     (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:50])
     assert main([*words, "--json"]) == 2
@@ -202,7 +216,7 @@ def test_classify_reads_folders_and_names_damaged_files(
     answers = {Path(entry["image"]).name: entry for entry in json.loads(said.out)}
     assert "cut.png' could not be read" in answers["cut.png"]["error"]
     assert len(answers["b.JPG"]["answer"]) == 2
-    assert "1 of 4 images could not be read" in said.err
+    assert "1 of 5 images could not be read" in said.err
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")

@@ -122,7 +122,7 @@ def parse_source(text: str) -> Source:
     kind, separator, rest = str(text).partition(":")
     if not separator or not rest:
         raise ValueError(
-            f"encoder source {text!r}: expected KIND:NAME with KIND one of {', '.join(BACKENDS)}, "
+            f"encoder source {shorten(text)}: expected KIND:NAME with KIND one of {', '.join(BACKENDS)}, "
             "e.g. 'open_clip:ViT-B-32/laion2b_s34b_b79k', 'hf:facebook/dinov2-small', 'timm:resnet18.a1_in1k' or "
             "'ssl:checkpoint.ckpt'"
         )

@@ -7,6 +7,7 @@ full, the gate), ``branches/NAME/`` (adapters, loadable by peft alone).
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from zepad_mm.models.heads import HEADS
 from zepad_mm.utils.atomic import complete_folder, replacing_folder
 from zepad_mm.utils.hub import Access, fetch
 from zepad_mm.utils.io import ASSETS, read_json, read_tensors, write_json, write_tensors, write_text
-from zepad_mm.utils.registry import did_you_mean
+from zepad_mm.utils.registry import did_you_mean, shorten
 from zepad_mm.utils.wrappers import unwrapped
 
 EMBEDDED_MODEL = ASSETS / "zepad"
@@ -39,7 +40,11 @@ def find_model_folder(name: str | Path, revision: str | None, access: Access) ->
     Raises:
         FileNotFoundError: there is none; ValueError: a revision of what has none; else as ``hub.fetch``.
     """
+    if not isinstance(name, str | Path) or not str(name):
+        raise ValueError(f"model: expected 'embedded', a folder, or owner/name on the Hub, got {shorten(name)}")
     name = str(name)
+    if url := re.match(r"https?://(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", name):
+        raise ValueError(f"{shorten(name)} is the address of a page; write {url[1]!r}")
     if name != "embedded" and not Path(name).is_dir():
         kind, colon, rest = name.partition(":")
         known = [f"{known}:{rest}" for known in BACKENDS] if colon else ["embedded"]

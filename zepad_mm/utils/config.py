@@ -120,7 +120,9 @@ def _check_keys(file: Path, known: set[str]) -> None:
 
     try:
         root = yaml.compose(file.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not a text file in UTF-8: {error}") from error
+    except (yaml.YAMLError, RecursionError):
         return
     if not isinstance(root, yaml.MappingNode):
         return

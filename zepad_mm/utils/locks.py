@@ -72,6 +72,8 @@ def claim(folder: str | Path) -> Iterator[None]:
     Raises:
         ValueError: another run writes to the folder. OSError: the folder cannot be written to.
     """
+    if not str(folder):
+        raise ValueError("out: expected the path of a folder, got ''; for this one write '.'")
     path = Path(folder) / RUN_LOCK
     is_new = not path.parent.exists()
     try:
