@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from zepad_mm.encoders import load_encoder
 from zepad_mm.utils.isolation import library_logs, preserved_process_state
 
 
@@ -39,6 +40,23 @@ def test_preserved_process_state_makes_normal_tensors() -> None:
     assert tensor.dtype == torch.float32
     with torch.no_grad(), preserved_process_state():
         assert not torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_preserved_process_state_knows_its_own_type_and_device(dtype: torch.dtype) -> None:
+    """Users set defaults for models of their own; ours are loaded as ever."""
+    expected = load_encoder("open_clip:embedded")
+    torch.set_default_dtype(dtype)
+    torch.set_default_device("meta")
+    try:
+        found = load_encoder("open_clip:embedded")
+        assert torch.get_default_dtype() == dtype
+        assert torch.get_default_device().type == "meta"
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor), name
 
 
 def test_library_logs_keeps_infos_off_the_root_logger(

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -16,17 +16,20 @@ def preserved_process_state(random_state: bool = True) -> Iterator[None]:
     """Context after which torch's random state, the environment and the handlers of the root logger are as before.
 
     Libraries initialise weights that are then overwritten, set variables at import, and log on the root logger, which
-    installs a handler. Tensors made inside are normal ones whatever the caller's inference mode and autocast: models
-    are kept, and may need gradients later.
+    installs a handler. Tensors made inside are normal ones, float32 on the CPU, whatever the caller's inference mode,
+    autocast, default type and default device: models are kept, and may need gradients later.
 
     Args:
         random_state: False lets the block draw from torch's random state, for weights that stay random.
     """
     environment, root = dict(os.environ), logging.getLogger()
     handlers, state = list(root.handlers), torch.get_rng_state()
-    gradients = torch.is_grad_enabled()
+    gradients, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    elsewhere = torch.get_default_device().type != "cpu"
     try:
+        torch.set_default_dtype(torch.float32)
         with (
+            torch.device("cpu") if elsewhere else nullcontext(),
             torch.inference_mode(False),
             torch.set_grad_enabled(gradients),
             torch.autocast("cpu", enabled=False),
@@ -34,6 +37,7 @@ def preserved_process_state(random_state: bool = True) -> Iterator[None]:
         ):
             yield
     finally:
+        torch.set_default_dtype(dtype)
         if random_state:
             torch.set_rng_state(state)
         for name in set(os.environ) - set(environment):
