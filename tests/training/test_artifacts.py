@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,6 +38,16 @@ def test_write_tuned_gives_wrapped_modules_their_plain_names(
     write_tuned(tmp_path / "tuned", encoder, {})
     assert getattr(owner, name) is wrapped
     assert load_tuned(tmp_path / "tuned").state_dict().keys() == load_encoder(encoder.source).state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"threshold": "0.3"}, {"threshold": math.nan}, {"threshold": True}, {"threshold": [0.1]}]
+)
+def test_detector_refuses_what_is_no_threshold(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="threshold wants"):
+        DetectorConfig(**wrong)
+    with pytest.raises(ValueError, match="false_positive_rate: expected a share"):
+        DetectorConfig(false_positive_rate=5.0)
 
 
 def test_configs_hold_numbers_of_numpy_as_plain_ones() -> None:

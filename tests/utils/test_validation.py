@@ -28,7 +28,7 @@ GOOD = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
         (GOOD.clone().index_fill_(0, torch.tensor(1), float("nan")), ValueError, "NaN"),
         (GOOD.clone().index_fill_(0, torch.tensor(1), float("inf")), ValueError, "infinity"),
         (GOOD.clone().index_fill_(0, torch.tensor(1), -float("inf")), ValueError, "infinity"),
-        (GOOD.to("meta"), ValueError, "on the meta device, without values"),
+        (GOOD.to("meta"), ValueError, "on meta, without values"),
         (GOOD.to_sparse(), ValueError, r"images.to_dense\(\)"),
     ],
 )

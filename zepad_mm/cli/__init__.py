@@ -38,6 +38,9 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+CONTINUE = {"evaluate": "; to continue, run it with --resume", "defend": "; to continue, run it again"}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -48,9 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from jsonargparse import ArgumentError
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         parser = _parser()
-        words = list(sys.argv[1:] if arguments is None else arguments)
         if not words:
             parser.print_help()
             return 0
@@ -72,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"zepad: {error}", file=sys.stderr)
         return STOPPED
     except KeyboardInterrupt:
-        print("zepad: stopped; to continue, run evaluate with --resume, or defend as before", file=sys.stderr)
+        command = next((word for word in words if word in COMMANDS), "")
+        print(f"zepad: stopped{CONTINUE.get(command, '')}", file=sys.stderr)
         return STOPPED
 
 

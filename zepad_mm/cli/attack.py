@@ -55,8 +55,10 @@ def craft(settings: AttackSettings, progress: bool = True) -> Perturbation:
     from zepad_mm.attacks import UNIVERSAL_ATTACKS
     from zepad_mm.data import load_data
     from zepad_mm.encoders import load_encoder
+    from zepad_mm.utils.atomic import check_writable
 
     attack = UNIVERSAL_ATTACKS.get(settings.attack)(seed=settings.seed)
+    check_writable(settings.path)  # before minutes of work
     if settings.eps is not None:
         attack = replace(attack, epsilon=budget(str(settings.eps)))
     if settings.steps is not None:
@@ -68,7 +70,6 @@ def craft(settings: AttackSettings, progress: bool = True) -> Perturbation:
     attack = replace(attack, image_size=resize.image_size)
     data = load_data(settings.data, split, resize, settings.n, settings.seed, labelled=False)
     perturbation = attack.fit(encoders, data.images.to(device), progress=progress)
-    settings.path.parent.mkdir(parents=True, exist_ok=True)
     perturbation.save(settings.path)
     if settings.path != Path(settings.out):
         delta = perturbation.delta

@@ -45,7 +45,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from zepad_mm.attacks import frozen
+from zepad_mm.attacks import frozen, published_variants
 from zepad_mm.data import load_class_names, load_templates
 from zepad_mm.evaluation.data import EvalData
 from zepad_mm.evaluation.detection import (
@@ -233,6 +233,8 @@ class _Run:
         policy, rules = self.settings.policy, self.settings.rules
         subject = subject_of(model, class_names=names, rules=rules, baselines=self.baselines, policy=policy)
         images.check(subject.class_names)
+        for path in self.settings.published:  # a file that cannot be used is named before anything runs
+            published_variants(path, epsilon=self.settings.epsilon_universal, image_size=images.test.images.shape[-1])
         with torch.inference_mode(False):
             session = Session(subject, images, self.settings, out, self.resume, processes, store)
             if out is not None and keep_finished and self.resume and _is_finished(out):

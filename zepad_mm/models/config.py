@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from zepad_mm import __version__
-from zepad_mm.utils.config import Config
+from zepad_mm.utils.config import Config, convert_value
 from zepad_mm.utils.names import check_names
 from zepad_mm.utils.registry import check_choice
 from zepad_mm.utils.text import quoted
@@ -93,6 +93,13 @@ class DetectorConfig(Config):
     score: str = "jensen_shannon"  # a name of zepad_mm.models.detection.SCORES
     threshold: float | None = None  # from clean validation images; None: scores are given, nothing is flagged
     false_positive_rate: float = 0.05  # share of clean validation images above the threshold
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.threshold is not None:
+            convert_value(float, self.threshold, "threshold")
+        if not 0 <= convert_value(float, self.false_positive_rate, "false_positive_rate") <= 1:
+            raise ValueError(f"false_positive_rate: expected a share in [0, 1], got {self.false_positive_rate}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,8 @@ from zepad_mm.serve.settings import ServeSettings
 
 MAX_HEADERS = 16 * 1024  # bytes of the head of a request
 
+LAST_PORT = 2**16 - 1
+
 
 def serve(
     model: str | Path = "embedded",
@@ -114,6 +116,8 @@ class _Server(uvicorn.Server):
 
 def _listening_socket(host: str, port: int) -> socket.socket:
     """A listening socket: clients that connect while the model is loading wait."""
+    if not 0 <= port <= LAST_PORT:  # the system would take the remainder
+        raise ValueError(f"port: expected a number from 0 (a free one) to {LAST_PORT}, got {port}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)

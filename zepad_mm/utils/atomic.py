@@ -41,6 +41,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
 
 
+def check_writable(path: str | Path) -> None:
+    """Make the folder of a file. Raises OSError that names the file when it could not be written there."""
+    path = Path(path)
+    with _staging(path.parent, path):
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder; give the name of a file")
+
+
 @contextmanager
 def replacing_folder(folder: str | Path) -> Iterator[Path]:
     """A temporary folder whose files together replace those of the same names in ``folder`` once the block ends.

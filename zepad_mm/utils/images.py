@@ -49,10 +49,12 @@ class Resize(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.image_size < 1:
+            raise ValueError(f"image_size: expected at least 1 pixel, got {self.image_size}")
         if max(self.image_size, self.resize_size or 1) > LARGEST_SIDE:
             largest = max(self.image_size, self.resize_size or 1)
             raise ValueError(f"image_size, resize_size: expected at most {LARGEST_SIDE} pixels, got {largest}")
-        if self.image_size < 1 or (self.resize_size or self.image_size) < self.image_size:
+        if (self.resize_size or self.image_size) < self.image_size:
             raise ValueError(
                 f"resize_size: expected at least the image_size of {self.image_size} pixels, got {self.resize_size}"
             )

@@ -38,10 +38,8 @@ def check_images(images: Tensor) -> Tensor:
     if images.numel() == 0 or images.requires_grad or torch.compiler.is_compiling():
         return images
     if images.is_meta or images.layout != torch.strided:
-        what = (
-            "on the meta device, without values" if images.is_meta else f"of {images.layout}: write images.to_dense()"
-        )
-        raise ValueError(f"images: expected a dense tensor with values, got one {what}")
+        what = "without values" if images.is_meta else f"of {images.layout}; write images.to_dense()"
+        raise ValueError(f"images: expected a dense tensor with values, got one on {images.device}, {what}")
     low, high = (float(bound) for bound in images.detach().aminmax())
     if not (low >= -1e-6 and high <= 1 + 1e-6):  # also true for NaN, which compares false
         fix = "write images / 255" if high > 2 else "hand in raw pixels: the encoder normalises inside"
