@@ -91,7 +91,7 @@ def read_model(folder: Path, access: Access) -> tuple[ZePADConfig, list[Branch],
 
 
 def write_model(
-    folder: Path,
+    folder: str | Path,
     config: ZePADConfig,
     branches: Mapping[str, Branch],
     gate: FeatureGate | None = None,
@@ -101,8 +101,10 @@ def write_model(
 
     A card that a user wrote is kept. Compiled or parallel modules are written under their plain names.
     """
+    if not str(folder):
+        raise ValueError("save_directory: expected the path of a folder, got ''; for this one write '.'")
     with unwrapped(*branches.values()):
-        _write_model(folder, config, branches, gate, card)
+        _write_model(Path(folder), config, branches, gate, card)
 
 
 def _write_model(

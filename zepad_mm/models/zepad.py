@@ -353,12 +353,10 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
         Raises:
             OSError: no room, or no right to write; the message names the file, and a model that was there is intact.
         """
-        if not str(save_directory):
-            raise ValueError("save_directory: expected the path of a folder, got ''; for this one write '.'")
         check_float32(self, "saved")
         # not by the mixin, which deletes the old config.json before it writes anything
         branches = {name: self.branch(name) for name in self.branches}
-        write_model(Path(save_directory), self.config, branches, self.gate, card)
+        write_model(save_directory, self.config, branches, self.gate, card)
 
     def push_to_hub(  # type: ignore[override]
         self,
