@@ -144,8 +144,9 @@ def image_files(folder: Path, split: str) -> ImageFiles:
         )
     if not classes:
         return ImageFiles(tuple(direct), None, ())
-    _check_same_classes(folder, splits, {key: set(names) for key, (_, names) in contents.items()})
-    return _labelled(classes, sorted({name for _, names in contents.values() for name in names}))
+    names = check_names(sorted({name for _, names in contents.values() for name in names}), "class folders")
+    _check_same_classes(folder, splits, {key: set(found) for key, (_, found) in contents.items()})
+    return _labelled(classes, names)
 
 
 def _check_same_classes(folder: Path, splits: dict[str, str], classes: dict[str, set[str]]) -> None:
