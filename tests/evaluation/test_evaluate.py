@@ -32,6 +32,7 @@ from zepad_mm.evaluation.plots import (
     confidence_figure,
     contact_sheet,
     frontier_figure,
+    reader_name,
     roc_figure,
     tradeoff_figure,
     write_figures,
@@ -502,9 +503,9 @@ def test_write_figures_draws_every_plot(
     assert sorted(path.name for path in paths) == [f"{name}.png" for name in names]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
     (panel,) = tradeoff_figure(report).axes
-    assert [text.get_text() for text in panel.get_xticklabels()] == report.models
+    assert [text.get_text() for text in panel.get_xticklabels()] == list(map(reader_name, report.models))
     places = {text.get_text(): text.xy for text in frontier_figure(report).axes[0].texts}
-    assert places["zepad"] == pytest.approx((100 * report.accuracy("zepad"), 100 * report.accuracy("zepad", "T2")))
+    assert places["defended"] == pytest.approx((100 * report.accuracy("zepad"), 100 * report.accuracy("zepad", "T2")))
     clean, scores = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.25, 0.4])
     assert "AUROC 0.833" in roc_figure(clean, {"T1": scores}, "score").axes[0].get_legend().get_texts()[0].get_text()
     with pytest.raises(ValueError, match="scores of clean images"):
