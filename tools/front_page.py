@@ -13,7 +13,8 @@ from statistics import mean
 from typing import Any, get_args
 
 from tools.readme_picture import RECORD, caption
-from zepad_mm.models.serialization import CONFIG, EMBEDDED_MODEL, Policy
+from zepad_mm.models.config import CONFIG, Policy
+from zepad_mm.models.serialization import EMBEDDED_MODEL
 from zepad_mm.utils.io import read_json
 from zepad_mm.utils.text import markdown_table, percent
 
