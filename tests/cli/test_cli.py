@@ -112,6 +112,8 @@ def test_budget_rejects_bad_values(text: str) -> None:
         (["attack", "open_clip:embedded", "--image-size", "0"], "image_size: expected at least 1 pixel, got 0"),
         (["evaluate", "embedded", "--preset", "smoke", "--out", __file__], "a file is where a folder is expected"),
         (["evaluate", "embedded", "--preset", "smoke", "--out", ""], "out: expected the path of a folder"),
+        (["defend", "open_clip:embedded", "--out", ""], "out: expected the path of a folder"),
+        (["attack", "open_clip:embedded", "--out", ""], "out: expected the path of a folder"),
     ],
 )
 def test_user_error_is_one_line(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from zepad_mm.cli.common import DATA, SOURCE, Command, budget, print_result
 from zepad_mm.utils.config import Config
+from zepad_mm.utils.locks import output_folder
 
 if TYPE_CHECKING:
     from zepad_mm.attacks import Perturbation
@@ -43,7 +44,7 @@ class AttackSettings(Config):
     @property
     def path(self) -> Path:
         """The file of the perturbation."""
-        out = Path(self.out)
+        out = output_folder(self.out)
         return out if out.suffix == ".safetensors" else out / f"{self.attack}.safetensors"
 
 

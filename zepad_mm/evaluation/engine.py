@@ -87,6 +87,7 @@ from zepad_mm.evaluation.white_box import (
 from zepad_mm.utils.atomic import complete_folder, replacing_folder
 from zepad_mm.utils.distributed import Processes, claim_together
 from zepad_mm.utils.images import Resize
+from zepad_mm.utils.locks import output_folder
 from zepad_mm.utils.provenance import provenance
 
 log = logging.getLogger(__name__)
@@ -160,7 +161,7 @@ def evaluate(
     changes["threats"] = None if threats is None else (threats,) if isinstance(threats, str) else tuple(threats)
     settings = replace(settings, **{key: value for key, value in changes.items() if value is not None})
     run = _Run(settings, resume, baselines or {}, accelerator)
-    folder = None if out is None else Path(out)
+    folder = None if out is None else output_folder(out)
     if models is None and tasks is None:
         return run.one(model, data, folder)
     with nullcontext() if folder is None else claim_together(folder, accelerator):

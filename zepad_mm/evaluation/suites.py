@@ -23,6 +23,7 @@ from zepad_mm.evaluation.report import Report, joined
 from zepad_mm.evaluation.settings import PRESETS, EvalSettings
 from zepad_mm.utils.distributed import Processes, claim_together
 from zepad_mm.utils.io import read_json, write_json
+from zepad_mm.utils.locks import output_folder
 from zepad_mm.utils.provenance import provenance
 from zepad_mm.utils.registry import Registry
 
@@ -106,7 +107,7 @@ def evaluate_suite(
     settings = PRESETS.get(about.preset) if settings is None else settings
     settings = replace(settings, test_split=SPLIT, validation_split=SPLIT, surrogate_split=SPLIT)
     budgets = tuple(about.budgets if budgets is None else budgets)
-    folder, started = Path(out), time.perf_counter()
+    folder, started = output_folder(out), time.perf_counter()
     processes = Processes.of(accelerator)
     first = processes.first
     with claim_together(folder, accelerator):

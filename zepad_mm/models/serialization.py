@@ -27,6 +27,7 @@ from zepad_mm.models.heads import HEADS
 from zepad_mm.utils.atomic import complete_folder, replacing_folder
 from zepad_mm.utils.hub import Access, fetch
 from zepad_mm.utils.io import ASSETS, read_json, read_tensors, write_json, write_tensors, write_text
+from zepad_mm.utils.locks import output_folder
 from zepad_mm.utils.registry import did_you_mean, shorten
 from zepad_mm.utils.wrappers import unwrapped
 
@@ -101,10 +102,8 @@ def write_model(
 
     A card that a user wrote is kept. Compiled or parallel modules are written under their plain names.
     """
-    if not str(folder):
-        raise ValueError("save_directory: expected the path of a folder, got ''; for this one write '.'")
     with unwrapped(*branches.values()):
-        _write_model(Path(folder), config, branches, gate, card)
+        _write_model(output_folder(folder), config, branches, gate, card)
 
 
 def _write_model(

@@ -23,6 +23,7 @@ from zepad_mm.utils.atomic import complete_folder
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.distributed import claim_together, make_accelerator
 from zepad_mm.utils.io import read_json
+from zepad_mm.utils.locks import output_folder
 from zepad_mm.utils.progress import say
 from zepad_mm.utils.provenance import check_identity
 
@@ -86,7 +87,7 @@ def tune(
         ValueError: ``out`` holds an encoder that was tuned with other settings, or is in use by another run; else as
             :func:`fit` and :func:`build_student`.
     """
-    accelerator, folder = accelerator or make_accelerator(), Path(out)
+    accelerator, folder = accelerator or make_accelerator(), output_folder(out)
     defence = make_defence(tuning.defence, tuning.defence_options)
     identity = _identity(tuning, defence, train, validation)
     # before the claim, which all processes make together: one process alone may load what they tuned

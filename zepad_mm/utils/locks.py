@@ -63,6 +63,13 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_in_child)
 
 
+def output_folder(folder: str | Path) -> Path:
+    """The path of a folder that is written to. Raises ValueError for an empty one: the current folder is not meant."""
+    if not str(folder):
+        raise ValueError("out: expected the path of a folder, got ''; for the current one write '.'")
+    return Path(folder)
+
+
 @contextmanager
 def claim(folder: str | Path) -> Iterator[None]:
     """Keep other runs out of an output folder, which is made if missing.
@@ -72,9 +79,7 @@ def claim(folder: str | Path) -> Iterator[None]:
     Raises:
         ValueError: another run writes to the folder. OSError: the folder cannot be written to.
     """
-    if not str(folder):
-        raise ValueError("out: expected the path of a folder, got ''; for this one write '.'")
-    path = Path(folder) / RUN_LOCK
+    path = output_folder(folder) / RUN_LOCK
     is_new = not path.parent.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
