@@ -257,7 +257,8 @@ def _read_tensors(path: Path) -> Any:
         if metadata.get("format") == PERTURBATION_FORMAT:
             raise ValueError(f"{path} was written by zepad-mm; use Perturbation.load(path)")
         return tensors
-    raise ValueError(f"{path}: expected a file that ends in .npy, .npz, .mat, .safetensors or one of {TORCH_FILES}")
+    endings = ", ".join((".npy", ".npz", ".mat", ".safetensors", *TORCH_FILES))
+    raise ValueError(f"{path}: expected a file that ends in one of {endings}")
 
 
 def _matlab_arrays(path: Path) -> dict[str, Tensor]:
