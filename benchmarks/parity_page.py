@@ -63,23 +63,26 @@ def section(run: Record) -> list[str]:
     """One model at one budget."""
     meta, config = run["meta"], run["meta"]["config"]
     versions = ", ".join(f"{name} {meta['versions'][name]}" for name in ("torch", "torchattacks", "adv-lib"))
+    preset = f"preset `{config['preset']}`; " if config["preset"] else ""
     lines = [
         f"## Model `{config['model']}`, data `{config['data']}`, L-inf {config['epsilon'] * 255:.4g}/255",
         "",
-        f"{config['n']} test images; preset `{config['preset']}`; commit {meta['commit']}, seed {meta['seed']}, "
+        f"{config['n']} test images; {preset}commit {meta['commit']}, seed {meta['seed']}, "
         f"{meta['hardware']}; {versions}.",
     ]
     lines += [f"Model: {config['about']}."] * bool(config["about"])
     lines += [f"Published code: {config['published']}."] * bool(config["published"])
     for target, found in run["targets"].items():
-        lines += ["", f"### {target[0].upper()}{target[1:]}", "", table(found), "", *sentences(found)]
+        lines += ["", f"### {target[0].upper()}{target[1:]}", "", table(found)]
+        said = sentences(found)
+        lines += ["", *said] if said else []
     return lines
 
 
 def table(found: Record) -> str:
     """Accuracies and times of one target."""
     stages = found["stages"]
-    rows = [["none", "", percent(found["clean"]), ""]]
+    rows = [["none", "", percent(found["clean"]), ""]] if "clean" in found else []
     for name, stage in stages.items():
         count = round(stage["accuracy"] * stage["n"])
         accuracy = interval_text(stage["accuracy"], *wilson(count, stage["n"]))
@@ -89,7 +92,7 @@ def table(found: Record) -> str:
 
 def sentences(found: Record) -> list[str]:
     """The comparison in words."""
-    said, pgd, lines = summary(found["stages"]), found["pgd"], []
+    said, lines = summary(found["stages"]), []
     if "union" in said:
         points, held = said["above_union"] * 100, said["above_union"] <= MARGIN
         lines.append(
@@ -106,8 +109,10 @@ def sentences(found: Record) -> list[str]:
             f"{said['few']} images ({'at least' if held else 'LESS THAN'} {FACTOR} times), where T2 leaves "
             f"{abs(points):.1f} points {'more' if points > 0 else 'less'}."
         )
-    lines.append(
-        f"- PGD without random start, ours and torchattacks': the last iterates differ by at most "
-        f"{pgd['largest_difference']:.2g} ({pgd['unequal_pixels'] * 100:.3g} % of pixels by more than 1e-6)."
-    )
+    if "pgd" in found:
+        pgd = found["pgd"]
+        lines.append(
+            f"- PGD without random start, ours and torchattacks': the last iterates differ by at most "
+            f"{pgd['largest_difference']:.2g} ({pgd['unequal_pixels'] * 100:.3g} % of pixels by more than 1e-6)."
+        )
     return lines
