@@ -48,7 +48,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="use so many images of each set, in short steps: a dry run")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    public, settings = load_encoder(options.public).eval(), replace(SETTINGS, seed=options.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    public, settings = load_encoder(options.public).eval().to(device), replace(SETTINGS, seed=options.seed)
     if options.limit:
         settings = replace(settings, universal_steps=2, per_image_n=8, per_image_steps=1, rounds=1, round_n=8, steps=20)
     side = public.preprocess.image_size
@@ -58,10 +59,10 @@ def main() -> None:
     sources["mosaics"] = mosaics(learned, count, seeded_generator(options.seed)).float() / 255
     held = _by_source(unpack(options.images, "validation", side), options.limit or CALIBRATION)
     gate, record = train_gate(
-        public, [load_tuned(options.robust)], sources, settings,
+        public, [load_tuned(options.robust).to(device)], sources, settings,
         calibration={f"{name} validation": images for name, images in held.items()}, out=options.out, progress=True,
     )  # fmt: skip
-    write_gate(options.out / "gate.safetensors", gate)
+    write_gate(options.out / "gate.safetensors", gate.cpu())
     write_json(options.out / "gate.json", {**origin(), **record, "config": gate.config.to_dict()})
     print(f"Written: {options.out}")
 
