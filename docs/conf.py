@@ -66,7 +66,12 @@ def list_public_names(app: Sphinx, name: str, source: list[str]) -> None:
 
 
 def escape_bars(app: Sphinx, what: str, name: str, about: Any, options: Any, lines: list[str]) -> None:
-    """``|x|`` is a length in a docstring, and a substitution to Sphinx; text between backticks stays."""
+    """``|x|`` is a length in a docstring, and a substitution to Sphinx; text between backticks stays.
+
+    A constant has the docstring of its type, which says nothing about it, and which is dropped.
+    """
+    if what == "data":
+        lines.clear()
     for index, line in enumerate(lines):
         parts = re.split(r"(``.*?``)", line)
         lines[index] = "".join(part if part.startswith("``") else part.replace("|", r"\|") for part in parts)
