@@ -34,7 +34,7 @@ from zepad_mm.cli.common import budget
 from zepad_mm.data import load_class_names, load_templates
 from zepad_mm.evaluation import PRESETS, EvalData, EvalSettings, Subject, subject_of
 from zepad_mm.evaluation.session import Session
-from zepad_mm.evaluation.subjects import BranchView, load_model, resize_of
+from zepad_mm.evaluation.subjects import DEFENCE, BranchView, FusedAnswer, Row, RowKind, load_model, resize_of
 from zepad_mm.evaluation.threats import CLEAN, T2
 from zepad_mm.evaluation.universal import run_clean
 from zepad_mm.evaluation.white_box import QUICK_STEPS, run_white_box
@@ -84,6 +84,21 @@ def alone(subject: Subject) -> Subject:
     return replace(subject, members=members, rows=(row,), public_encoder=None, text=None)
 
 
+def defence_alone(model: ZePAD) -> Subject:
+    """A defence as it ships, without the undefended model, which may have no head for the task."""
+    members = {f"branch:{name}": branch for name, branch in model.branches.items()}
+    gated, rule = model.gate is not None, FusedAnswer(model.fusion)
+    row = Row(DEFENCE, tuple(range(len(members))), rule, RowKind.DEFAULT, gated)
+    return Subject(
+        members=members,
+        rows=(row,),
+        class_names=model.class_names,
+        fusion=model.fusion,
+        detector=model.config.detector,
+        gate=model.gate,
+    )
+
+
 def targets(model: Any, data: EvalData, settings: EvalSettings, branch: str | None) -> Iterator[Target]:
     """The model as it ships and, of a defence, the branch of that name, by default the best under a quick attack."""
     names = data.test.class_names
@@ -97,7 +112,7 @@ def targets(model: Any, data: EvalData, settings: EvalSettings, branch: str | No
         network = model.branch(name).eval()
         return int(right(network, quick(network, images, labels), labels).sum())
 
-    yield Target("whole defence", alone(subject_of(model)), data, settings)
+    yield Target("whole defence", defence_alone(model), data, settings)
     if branch == "none":
         return
     best = branch or max((about.name for about in model.config.branches), key=kept)
@@ -334,7 +349,8 @@ def main() -> None:
         batch_size=BATCH,
     )
     model = load_model(given.model, load_class_names(given.data, settings.test_split), load_templates(given.data))
-    data = EvalData.load(given.data, settings, resize_of(model))
+    shown = next(iter(model.branches.values())) if isinstance(model, ZePAD) else model
+    data = EvalData.load(given.data, settings, resize_of(shown))
     config = {
         "model": Path(given.model).name,
         "data": Path(given.data).name,
