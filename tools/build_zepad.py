@@ -141,7 +141,8 @@ def _objective(record: dict[str, Any]) -> str:
     if options is None:
         return "FARE"
     rho = f", clean features within rho = {options['rho']}" if options.get("rho") else ""
-    return f"FARE at {255 * options['epsilon']:.3g}/255{rho}"
+    universal = ", universal perturbations in the batch" if options.get("universal_share") else ""
+    return f"FARE at {255 * options['epsilon']:.3g}/255{rho}{universal}"
 
 
 if __name__ == "__main__":

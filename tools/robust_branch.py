@@ -168,11 +168,13 @@ def _show(options: argparse.Namespace, names: list[str], shown: dict[str, Any] =
             shown[name], line = lines[-1], json.loads(lines[-1])
             keys = ("step", "loss", "distance_attacked", "relative_clean", "multiplier", "images_per_s")
             print(name, *(f"{key} {line[key]:.4g}" for key in keys if key in line), flush=True)
-        if checkpoint.exists() and not (options.work / f"{name}.json").exists():
+        weights = options.out / f"{name}.safetensors"
+        done = weights.exists() and read_tensors(weights)[1]["state"] == "result"
+        if checkpoint.exists() and not done:
             changed = checkpoint.stat().st_mtime
             if changed != shown.get(f"{name} exported"):
                 shown[f"{name} exported"] = changed
-                export(checkpoint, options.out / f"{name}.safetensors", {"state": "preview"})
+                export(checkpoint, weights, {"state": "preview"})
 
 
 def tune_one(options: argparse.Namespace, setting: Setting) -> None:
