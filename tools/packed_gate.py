@@ -33,7 +33,7 @@ CALIBRATION = 200  # validation images of each set
 SETTINGS = GateSettings(
     n=1300, universal=("feature_uap", "adv_encoder", "fff", "adv_encoder_patch"), held_out="uap", universal_steps=60,
     corrupted_views=1, per_image_n=500, per_image_steps=6, rounds=2, round_n=140, round_steps=6,
-    least_change=0.1, gating_rate=0.02,
+    least_change=0.1, gating_rate=0.05,
 )  # fmt: skip
 
 

@@ -59,13 +59,13 @@ def craft(settings: AttackSettings, progress: bool = True) -> Perturbation:
     from zepad_mm.utils.atomic import check_writable
 
     attack = UNIVERSAL_ATTACKS.get(settings.attack)(seed=settings.seed)
-    check_writable(settings.path)  # before minutes of work
     if settings.eps is not None:
         attack = replace(attack, epsilon=budget(str(settings.eps)))
     if settings.steps is not None:
         attack = replace(attack, steps=settings.steps)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoders = {source: load_encoder(source).to(device) for source in settings.encoders}
+    check_writable(settings.path)  # before minutes of work, and after what is refused without any
     split = settings.split or ("surrogate" if settings.data == "embedded" else "train")
     resize = next(iter(encoders.values())).preprocess.at(settings.image_size)
     attack = replace(attack, image_size=resize.image_size)
