@@ -140,7 +140,7 @@ def _seeds(sets: dict[str, Any], gates: dict[str, Any], cap: int) -> str:
                   for kind in (True, False)]  # fmt: skip
         transfer = [row["gates"][name]["auroc"] for row in _of(sets, "T1i")]
         lines.append([
-            name, *(f"{100 * value:+.1f}" for value in (mean(kept), min(kept), mean(held), min(held))),
+            name, *(f"{round(100 * value, 1) + 0.0:+.1f}" for value in (mean(kept), min(kept), mean(held), min(held))),
             *(f"{mean(group):.3f}" for group in groups), f"{min(groups[0] + groups[1]):.3f}",
             f"{mean(transfer):.3f}" if transfer else "", percent(mean(row["gates"][name]["flagged"] for row in clean)),
         ])  # fmt: skip

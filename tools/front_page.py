@@ -146,7 +146,7 @@ class GateRecord:
     def price(self) -> str:
         """What the second encoder and the gate buy over the robust encoder alone."""
         points = {
-            threat: 100 * (self.accuracy("zero_sacrifice", threat) - self.accuracy("robust", threat))
+            threat: round(100 * (self.accuracy("zero_sacrifice", threat) - self.accuracy("robust", threat)), 1) + 0.0
             for threat in ("clean", "T1", "T1i")
         }
         moved = ", ".join(
