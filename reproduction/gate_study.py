@@ -75,6 +75,7 @@ UNIVERSAL_EPSILON = 10 / 255
 WHITE_BOX = 4 / 255
 CAPS = (0.0, 0.2, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.8, 1.0)  # of the frontier
 SEVERITY = 2  # of the corruptions
+ATTACK_BATCH = 50  # images of T1i that are attacked together
 
 
 def transfer_attacks(epsilon: float) -> dict[str, Attack]:
@@ -197,7 +198,8 @@ class Study:
 
     def attacked(self, stage: str, attack: Attack) -> Tensor:
         """The images under an attack on the public model, made once."""
-        key, answers, size = f"{self.name} {stage} images", partial(self._answers, self.pair.public), 50
+        key, answers = f"{self.name} {stage} images", partial(self._answers, self.pair.public)
+        size = ATTACK_BATCH  # not an option: random starts follow from it, and what is kept serves every run
         kept = self.caches.public.read(key)
         if kept is None:
             with frozen(nn.ModuleList([self.pair.public, self.head])):

@@ -52,7 +52,9 @@ class FARE(Defence):
     soft_label_weight: float = 0.0  # weight of the KL to the frozen encoder's soft labels
     soft_labels: Literal["images", "names"] = "images"  # what the anchors are
     temperature: float = 0.05  # of the soft labels, in units of a cosine
-    universal_share: float = 0.0  # of each batch, in [0, 1): attacked by universal perturbations
+    universal_share: float = (
+        0.0  # of each batch, at most what clean_fraction leaves: attacked by universal perturbations
+    )
     universal_epsilon: float = 10 / 255  # L-inf budget of these
     universal_count: int = 8  # of these
 
@@ -142,7 +144,7 @@ class FARE(Defence):
             count = size
         features = student.encoder(images)
         distances = self._distances(features, targets)
-        attacked = features[-size:]  # where no row is clean: all of them
+        attacked = features[-size:]  # of the adversarial batch, behind those of a pass on clean images
         total = distances[count:].mean()
         parts = {"distance_attacked": total.detach()}
         if count > 0:
