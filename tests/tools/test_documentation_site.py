@@ -15,7 +15,7 @@ from tests.helpers.documents import ROOT
 
 # packages whose public names are those of __all__, and modules whose public names are what they define
 PACKAGES = ("attacks", "classifier", "data", "defences", "encoders", "evaluation", "pretraining", "serve", "training")
-MODULES = ("defend", "selection", "utils.hub", "models.zepad", "models.onnx")
+MODULES = ("defend", "pipelines", "selection", "utils.hub", "models.zepad", "models.onnx")
 NO_REFERENCE = {"cli", "models", "utils"}  # commands have --help; of models and utils the modules above and below
 
 

@@ -36,6 +36,7 @@ class Task:
         heads: branch name to its zero-shot head for these labels.
         undefended_head: the zero-shot head of the undefended encoder.
         policy: as for :meth:`ZePAD.set_policy`; None: the model's own.
+        logit_bias: of a SigLIP, whose scores are a sigmoid for each label; None: scores are a softmax over the labels.
     """
 
     model: ZePAD
@@ -43,6 +44,7 @@ class Task:
     heads: Mapping[str, ZeroShotHead]
     undefended_head: ZeroShotHead
     policy: Policy | None = None
+    logit_bias: float | None = None
 
     def branch_logits(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to the logits of each branch (N, B, C); as :meth:`ZePAD.branch_logits`."""
@@ -63,6 +65,28 @@ class Task:
     def undefended(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to the logits of the undefended encoder (B, C)."""
         return self.undefended_head(encode(self.model.undefended.encoder, images))
+
+    def scores(self, logits: Tensor, level: Tensor | None = None) -> Tensor:
+        """Logits (B, C) to the score of each label in [0, 1], in the same order (B, C).
+
+        Args:
+            logits: of one encoder, or fused.
+            level: (B,), for a SigLIP the log-sum-exp that the logits should have; None: theirs. A rule that mixes
+                probabilities keeps the differences of logits and loses their level, on which a sigmoid depends.
+        """
+        if self.logit_bias is None:
+            return logits.softmax(-1)
+        if level is not None:
+            logits = logits.log_softmax(-1) + level.unsqueeze(-1)
+        return (logits + self.logit_bias).sigmoid()
+
+    def fused_scores(self, decision: Decision, branch_logits: Tensor) -> Tensor:
+        """Scores (B, C) of a decision on branch logits (N, B, C).
+
+        For a SigLIP at the branches' own level, each by its weight: where one branch answers alone, or all agree, they
+        are what its sigmoid gives.
+        """
+        return self.scores(decision.logits, (decision.weights * branch_logits.logsumexp(-1)).sum(0))
 
 
 Labels = list[dict[str, Any]]
@@ -186,7 +210,8 @@ class RobustZeroShotClassifier:
             scales = {name: self.model.branch(name).head.logit_scale for name in self.model.branches}
             heads = {name: ZeroShotHead.from_embeddings(embeddings, float(scale)) for name, scale in scales.items()}  # type: ignore[arg-type]
             undefended_head = ZeroShotHead.from_embeddings(embeddings, text.logit_scale)
-        return Task(self.model, tuple(names), heads, undefended_head, policy)
+            bias = text.logit_bias if text.sigmoid else None
+        return Task(self.model, tuple(names), heads, undefended_head, policy, bias)
 
     def __call__(
         self,
@@ -220,9 +245,8 @@ class RobustZeroShotClassifier:
         Returns:
             ``[{"score", "label"}, ...]``, best first, for one image, as transformers'
             zero-shot-image-classification pipeline; a list of those for many; an iterator over those for a stream,
-            which is read one batch at a time. Scores sum to 1, for SigLIP too: the fusion compares labels with each
-            other, where the pipeline applies a sigmoid to each label of a SigLIP. The other images of a batch
-            change a result by float rounding only.
+            which is read one batch at a time. Scores sum to 1, except those of a SigLIP: they are a sigmoid for each
+            label, as in the pipeline. The other images of a batch change a result by float rounding only.
 
         Raises:
             ValueError: no labels, a template without ``{}``, an unreadable image, pixels out of range, or a model
@@ -261,10 +285,12 @@ class RobustZeroShotClassifier:
         """The answers to a batch that is resized for each branch, and under the name "" for the undefended encoder."""
         branches = {name: images for name, images in resized.items() if name}
         outputs = self.model.branch_outputs(branches, task.heads)
-        decision = _on_cpu(task.fuse(outputs))
+        decision = task.fuse(outputs)
+        scores = task.fused_scores(decision, outputs.logits).cpu()
+        decision = _on_cpu(decision)
         flags = self.model.is_adversarial(decision).tolist()
         answers: list[Any] = []
-        for row, flagged in zip(decision.logits.softmax(-1), flags, strict=True):
+        for row, flagged in zip(scores, flags, strict=True):
             answer = _ranked(row, task.names, wanted.top_k)
             if wanted.on_adversarial == "flag":
                 answer = [{**entry, "flagged": flagged} for entry in answer]
@@ -287,8 +313,8 @@ class RobustZeroShotClassifier:
         encoder = self.model.undefended.encoder
         for name, features in zip(self.model.branches, outputs.features, strict=True):
             if self.model.branch(name).encoder is encoder:  # an untuned benign branch: its features are there
-                return task.undefended_head(features).softmax(-1).cpu()
-        return task.undefended(images).softmax(-1).cpu()
+                return task.scores(task.undefended_head(features)).cpu()
+        return task.scores(task.undefended(images)).cpu()
 
     def _evidence(self, decision: Decision, index: int, flagged: bool) -> dict[str, Any]:
         names = list(self.model.branches)

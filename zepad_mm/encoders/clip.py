@@ -35,6 +35,7 @@ class TextEncoder(nn.Module):
         logit_scale: the factor CLIP multiplies cosines with before the softmax (about 100 for public models).
         logit_bias: what SigLIP adds to scaled cosines before its sigmoid; 0 elsewhere. One number for all classes:
             softmax, argmax, margins and every fusion rule are the same without it, so zero-shot heads leave it out.
+        sigmoid: whether it was trained with a sigmoid for each text, as SigLIP, in place of a softmax over texts.
     """
 
     def __init__(self, tower: Any, tokenizer: Callable[[list[str]], Any], source: str) -> None:
@@ -44,6 +45,7 @@ class TextEncoder(nn.Module):
         self.source = source
         self.logit_scale = float(tower.logit_scale.detach().exp())
         bias = getattr(tower, "logit_bias", None)
+        self.sigmoid = bias is not None
         self.logit_bias = 0.0 if bias is None else float(bias.detach())
         self._cache: OrderedDict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = OrderedDict()
 

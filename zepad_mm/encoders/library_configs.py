@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from zepad_mm.utils.config import convert_value
+from zepad_mm.utils.hub import MODEL_TYPE
 from zepad_mm.utils.io import WRONG_CONTENT, read_json
 from zepad_mm.utils.registry import did_you_mean
 
@@ -279,6 +280,10 @@ def clean_transformers_config(values: dict[str, Any], where: str, model_type: st
     from transformers import CONFIG_MAPPING
 
     kind = values.get("model_type", model_type)
+    if kind == MODEL_TYPE:
+        raise ValueError(
+            f"{where} is of a defended model, expected one of an encoder; write ZePAD.from_pretrained(...)"
+        )
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         own = " and brings code of its own, which is never run here" if "auto_map" in values else ""
         raise ValueError(f"{where}: the model_type {str(kind)[:80]!r} is unknown to transformers{own}")

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from zepad_mm import __version__
 from zepad_mm.utils.config import Config, convert_value
+from zepad_mm.utils.hub import MODEL_TYPE
 from zepad_mm.utils.names import check_names
 from zepad_mm.utils.registry import check_choice
 from zepad_mm.utils.text import quoted
@@ -123,6 +124,7 @@ class ZePADConfig(Config):
     encoders: dict[str, Any] = field(default_factory=dict)  # fingerprint of each branch's encoder, to name what changed
     version: str = __version__  # of zepad-mm that wrote it
     format: int = FORMAT
+    model_type: Literal["zepad"] = MODEL_TYPE  # by which transformers knows the file; see zepad_mm.pipelines
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from zepad_mm import __version__
 
 LIBRARY = "zepad-mm"
+MODEL_TYPE: Literal["zepad"] = "zepad"  # in the config.json of defended models; see zepad_mm.pipelines
 # formats that run code when they are opened; what is pushed from here is safetensors, JSON, text, images, parquet
 PICKLES = (".bin", ".ckpt", ".joblib", ".npz", ".pickle", ".pkl", ".pt", ".pth")
 
