@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from zepad_mm.data import EMBEDDED_SIZE, LabelledImages, load_data, load_embedded, to_tensor
+from zepad_mm.data import CATALOGUE, EMBEDDED_SIZE, LabelledImages, load_data, load_embedded, to_tensor
+from zepad_mm.data.loading import hub_name
 
 
 def test_load_data_reads_class_folders_and_names_bad_files(tmp_path: Path) -> None:
@@ -33,6 +34,15 @@ def test_load_data_reads_class_folders_and_names_bad_files(tmp_path: Path) -> No
         load_data(str(tmp_path / "cut"), "train")
     with pytest.raises(FileNotFoundError, match="no split 'test'; it has train"):
         load_data(str(tmp_path / "cut"), "test")
+
+
+def test_hub_name_is_that_of_data_read_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"owner/photos?image=a&label=b": "owner/photos", "wds:owner/wds_pets@main": "owner/wds_pets"}
+    names |= {name: CATALOGUE.get(name).hub for name in CATALOGUE}
+    assert {source: hub_name(source) for source in names} == names
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "photos").mkdir(parents=True)
+    assert [hub_name(source) for source in ("embedded", "owner/photos", "wds:owner/photos")] == [None, None, None]
 
 
 def test_load_embedded_splits_are_disjoint() -> None:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from tests.helpers.models import make_zepad
 from zepad_mm.evaluation import Report
-from zepad_mm.evaluation.model_card import model_card, write_card
+from zepad_mm.evaluation.model_card import eval_result_files, model_card, write_card
 from zepad_mm.models.zepad import ZePADConfig
 from zepad_mm.utils.io import read_json
 
@@ -45,6 +46,23 @@ def test_card_shows_the_numbers_of_the_report(config: ZePADConfig, report: Repor
     assert f"| {found['auroc']:.3f} | {100 * found['tpr_at_fpr1']:.1f} " in text
     assert "`pgd@branch:tecoa`" in text
     assert report.meta["commit"] in text
+
+
+def test_eval_results_name_the_data_set_on_the_hub(config: ZePADConfig, report: Report) -> None:
+    """As the Hub's own parser reads them; none for data that is not there."""
+    assert eval_result_files(config, report) == {}
+    on_hub = changed(report, config={**report.meta["config"], "hub_data": "acme/clothes"})
+    (text,) = eval_result_files(config, on_hub).values()
+    entries = parse_eval_result_entries(yaml.safe_load(text))
+    assert [(entry.dataset_id, entry.task_id, entry.value) for entry in entries] == [
+        ("acme/clothes", threat, report.accuracy("zepad", threat)) for threat in report.threats
+    ]
+    assert entries[report.threats.index("T2")].notes == (
+        "accuracy under T2, 4/255, worst case per image (likely overestimated); 500 images of the split test; zepad-mm"
+    )
+    assert ModelCard(model_card(config, on_hub)).data.eval_results[0].dataset_type == "acme/clothes"
+    with pytest.raises(ValueError, match="of another model"):
+        eval_result_files(replace(config, fusion="equal"), on_hub)
 
 
 def test_card_metadata_has_the_results_for_the_hub(config: ZePADConfig, report: Report) -> None:

@@ -18,14 +18,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard, constants
+import yaml
+from huggingface_hub import ModelCard, constants, parse_eval_result_entries
 
 from tests.helpers.documents import DOCUMENTS, blocks
 from tests.helpers.hub_server import Hub, environment, reached_through, running_hub
 from tests.helpers.models import CLASSES, TINY_CLIP, make_zepad, write_clip
+from tests.helpers.webdatasets import webdataset
 from zepad_mm import RobustZeroShotClassifier, load_encoder
 from zepad_mm.attacks import Perturbation
 from zepad_mm.evaluation import EvalData, EvalSettings, Records, Report, evaluate, fetch_report, push_report
+from zepad_mm.evaluation.model_card import eval_result_files, model_card
 from zepad_mm.models.branch import Branch, BranchConfig
 from zepad_mm.models.heads import HEADS
 from zepad_mm.models.zepad import ZePAD, ZePADConfig
@@ -407,11 +410,13 @@ def test_push_errors_name_the_fix(hub: Hub, model: ZePAD, clip_source: str, tmp_
 
 
 def test_push_skips_unfinished_files(hub: Hub, tmp_path: Path) -> None:
-    for name in ("README.md", ".half-written", "figures/a.png", "figures/.half-written", "cache/stage.safetensors"):
+    hidden = (".half-written", ".env", "figures/.half-written", ".eval_results/.half-written", ".git[1]/config")
+    kept = {"README.md", "figures/a.png", ".eval_results/a.yaml"}
+    for name in (*kept, *hidden, "cache/stage.safetensors"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("something")
     address = push_folder(tmp_path, "acme/folder", token=OWNER)
-    assert set(hub.files("acme/folder")) == {".gitattributes", "README.md", "figures/a.png"}
+    assert set(hub.files("acme/folder")) == {".gitattributes", *kept}
     assert address == f"{hub.url}/acme/folder/commit/{hub.repos['acme/folder'].find('main')}"
 
 
@@ -494,6 +499,31 @@ def test_evaluation_records_on_the_hub(hub: Hub, images: torch.Tensor, tmp_path:
         push_report(tmp_path / "out", "acme/report", token=OWNER)
     with pytest.raises(FileNotFoundError, match="expected the report of an evaluation"):
         push_report(tmp_path, "acme/report", token=OWNER)
+
+
+def test_eval_results_are_pushed_with_their_model(hub: Hub, model: ZePAD, tmp_path: Path) -> None:
+    """A report on a data set of the Hub, as the Hub's own parser reads it; gone when other weights are pushed."""
+    hub.put("datasets/acme/wds_pets", webdataset(CLASSES, images=9))
+    settings = EvalSettings(
+        threats=("clean", "T2"), steps=1, restarts=1, diagnostics_n=0, n=4, n_validation=2, n_surrogate=2,
+        test_split="test", validation_split="test", surrogate_split="test",
+    )  # fmt: skip
+    report = evaluate(model, data="wds:acme/wds_pets", settings=settings)
+    files = eval_result_files(model.config, report)
+    model.push_to_hub("acme/defended", token=OWNER, card=model_card(model.config, report), eval_results=files)
+    pushed = hub.files("acme/defended")
+    entries = parse_eval_result_entries(yaml.safe_load(pushed[".eval_results/zepad-mm.yaml"]))
+    assert [(entry.dataset_id, entry.task_id) for entry in entries] == [
+        ("acme/wds_pets", "clean"),
+        ("acme/wds_pets", "T2"),
+    ]
+    legacy = ModelCard(pushed["README.md"].decode()).data
+    assert [result.metric_value for result in legacy.eval_results] == [entry.value for entry in entries]
+    assert {result.dataset_type for result in legacy.eval_results} == {"acme/wds_pets"}
+    assert legacy.library_name == "zepad-mm"
+    assert ZePAD.from_pretrained("acme/defended", cache_dir=tmp_path / "elsewhere").config.fusion == model.config.fusion
+    model.push_to_hub("acme/defended", token=OWNER)
+    assert ".eval_results/zepad-mm.yaml" not in hub.files("acme/defended")
 
 
 # ---- as a user does it ---------------------------------------------------------------------------------------------

@@ -41,13 +41,15 @@ def _declare_push(parser: Any) -> None:
 
 def _push(options: Any) -> int:
     from zepad_mm.evaluation import Report
-    from zepad_mm.evaluation.model_card import model_card
+    from zepad_mm.evaluation.model_card import eval_result_files, model_card
     from zepad_mm.models.zepad import ZePAD
 
     report = None if options.report is None else Report.load(options.report)
     model = ZePAD.from_pretrained(options.model)
     card = None if report is None else model_card(model.config, report)
-    url = model.push_to_hub(options.repo, private=options.private or None, branch=options.branch, card=card)
+    results = None if report is None else eval_result_files(model.config, report)
+    place: dict[str, Any] = {"private": options.private or None, "branch": options.branch}
+    url = model.push_to_hub(options.repo, card=card, eval_results=results, **place)
     print_result(options, {"url": url}, f"Published: {url}")
     return 0
 

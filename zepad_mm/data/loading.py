@@ -80,6 +80,18 @@ def local_folder(source: str) -> Path | None:
     return None
 
 
+def hub_name(source: str) -> str | None:
+    """The name on the Hub, ``owner/name``, of a dataset that is read from there; None for one of this machine."""
+    shards = Webdataset.parse(source)
+    if shards is not None:
+        return None if shards.is_local else shards.name
+    if local_folder(source) is not None:
+        return None
+    name = split_options(source)[0]
+    entry = find_entry(name)
+    return name if entry is None else entry.hub
+
+
 def split_options(source: str) -> tuple[str, dict[str, str]]:
     """``NAME?image=COLUMN&label=COLUMN`` in name and columns. Raises ValueError for other options."""
     name, mark, options = source.rpartition("?")

@@ -47,6 +47,7 @@ from torch import Tensor, nn
 
 from zepad_mm.attacks import frozen, published_variants
 from zepad_mm.data import load_class_names, load_templates
+from zepad_mm.data.loading import hub_name
 from zepad_mm.evaluation.data import EvalData
 from zepad_mm.evaluation.detection import (
     deployed_threshold,
@@ -245,6 +246,8 @@ class _Run:
             with frozen(BranchView(list(session.members.values()))):
                 findings = _run_stages(session)
         described = {"model": dict(subject.about), "source": source, "data": images.test.name}
+        if isinstance(data, str) and (on_hub := hub_name(data)):
+            described["hub_data"] = on_hub
         if images.origin:
             described["images"] = dict(images.origin)
         meta = provenance(seed=self.settings.seed, config={"evaluation": self.settings.to_dict(), **described})

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult
+from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
+from huggingface_hub.utils import yaml_dump
 
 from zepad_mm.encoders.sources import is_local
 from zepad_mm.evaluation.report import OVERESTIMATED, Report, budget_of, cell
@@ -19,7 +20,7 @@ from zepad_mm.evaluation.report_text import OPERATING_POINTS, operating_points, 
 from zepad_mm.evaluation.threats import CLEAN, T1I, T1IB, T2, T3, THREATS, WORST, RowKind
 from zepad_mm.models.card import GENERATED, PLACEHOLDER, card_metadata, describe_model, short_card
 from zepad_mm.models.config import CONFIG, ZePADConfig
-from zepad_mm.utils.hub import card_text
+from zepad_mm.utils.hub import RESULTS_FILE, card_text
 from zepad_mm.utils.io import read_json, write_text
 from zepad_mm.utils.text import bullets, markdown_table, percent
 
@@ -71,6 +72,33 @@ def write_card(folder: str | Path, report: Report | None) -> None:
     if card.is_file() and GENERATED not in card.read_text(encoding="utf-8"):
         raise FileExistsError(f"{card} was not written by zepad-mm and is kept; move it away for a new one")
     write_text(card, model_card(ZePADConfig.from_dict(read_json(folder / CONFIG)), report))
+
+
+def eval_result_entries(config: ZePADConfig, report: Report) -> list[EvalResultEntry]:
+    """The accuracies in the Hub's newer form, one for each threat model, whose key is the task of the data set.
+
+    Empty where the data set was not read from the Hub: an entry names it by its name there.
+
+    Args:
+        config, report: as for :func:`model_card`.
+
+    Raises:
+        ValueError: as for :func:`model_card`.
+    """
+    _check_same_model(config, report)
+    data, entries = report.meta["config"].get("hub_data"), []
+    for result in _results(config, report) if data else ():
+        about: dict[str, Any] = result.metric_args or {}
+        notes = f"{result.metric_name}; {about['n']} images of the split {result.dataset_split}; zepad-mm"
+        entry = EvalResultEntry(data, about["threat"], result.metric_value, notes=notes)
+        entries.append(entry)
+    return entries
+
+
+def eval_result_files(config: ZePADConfig, report: Report) -> dict[str, str]:
+    """Name and text of the file of :func:`eval_result_entries` in a repository; empty where there are none."""
+    entries = eval_result_entries(config, report)
+    return {RESULTS_FILE: yaml_dump(eval_result_entries_to_yaml(entries))} if entries else {}
 
 
 def _check_same_model(config: ZePADConfig, report: Report) -> None:
@@ -242,7 +270,7 @@ def _results(config: ZePADConfig, report: Report) -> Iterator[EvalResult]:
         copied: dict[str, Any] = {key: row[key] for key in ("threat", "norm", "epsilon", "n", "ci_low", "ci_high")}
         yield EvalResult(
             task_type=task,
-            dataset_type=row["dataset"],
+            dataset_type=report.meta["config"].get("hub_data") or row["dataset"],
             dataset_name=row["dataset"],
             dataset_split=split,
             metric_type="accuracy",

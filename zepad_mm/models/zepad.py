@@ -32,7 +32,7 @@ from zepad_mm.models.serialization import (
     read_model,
     write_model,
 )
-from zepad_mm.utils.hub import Access, push_folder
+from zepad_mm.utils.hub import RESULTS_FILE, Access, push_folder
 from zepad_mm.utils.io import write_text
 from zepad_mm.utils.isolation import preserved_process_state
 from zepad_mm.utils.names import check_names
@@ -367,11 +367,13 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
         branch: str | None = None,
         commit_message: str = "Upload a defended encoder",
         card: str | None = None,
+        eval_results: Mapping[str, str] | None = None,
     ) -> str:
         """Publish what :meth:`save_pretrained` writes; see :func:`zepad_mm.utils.hub.push_folder`.
 
         Args:
             card: as for :meth:`save_pretrained`.
+            eval_results: names and texts of files by :func:`~zepad_mm.evaluation.model_card.eval_result_files`.
 
         Returns:
             The address of the commit.
@@ -389,13 +391,8 @@ class ZePAD(nn.Module, ModelHubMixin, library_name="zepad-mm", tags=["adversaria
             self.save_pretrained(folder, card=card)
             written = Path(folder) / "README.md"
             write_text(written, written.read_text(encoding="utf-8").replace(PLACEHOLDER, repo_id))
-            # adapters of branches that the model no longer has
-            return push_folder(
-                folder,
-                repo_id,
-                private=private,
-                token=token,
-                branch=branch,
-                message=commit_message,
-                replaces=(f"{ADAPTERS}/*",),
-            )
+            for name, text in (eval_results or {}).items():
+                write_text(Path(folder) / name, text)
+            old = (f"{ADAPTERS}/*", RESULTS_FILE)  # of branches and weights that the model no longer has
+            access: dict[str, Any] = {"private": private, "token": token, "branch": branch}
+            return push_folder(folder, repo_id, message=commit_message, replaces=old, **access)

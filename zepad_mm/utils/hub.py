@@ -5,6 +5,7 @@ The client's errors are replaced, not chained: a server's answer may contain a t
 
 from __future__ import annotations
 
+import glob
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from zepad_mm import __version__
 LIBRARY = "zepad-mm"
 MODEL_TYPE: Literal["zepad"] = "zepad"  # in the config.json of defended models; see zepad_mm.pipelines
 # formats that run code when they are opened; what is pushed from here is safetensors, JSON, text, images, parquet
+EVAL_RESULTS = ".eval_results"  # folder of a model's results, which the Hub shows on its page and beside the data set
+RESULTS_FILE = f"{EVAL_RESULTS}/zepad-mm.yaml"
 PICKLES = (".bin", ".ckpt", ".joblib", ".npz", ".pickle", ".pkl", ".pt", ".pth")
 
 
@@ -145,10 +148,17 @@ def push_folder(
             folder_path=folder,
             revision=branch,
             commit_message=message,
-            ignore_patterns=["cache/*", ".*", "*/.*"],  # unfinished files begin with a dot
+            ignore_patterns=["cache/*", *map(glob.escape, _hidden_files(folder))],
             delete_patterns=list(replaces),
         )
     return str(commit.commit_url)
+
+
+def _hidden_files(folder: Path) -> list[str]:
+    """What is not pushed, by path: unfinished files, which begin with a dot, and whatever else is hidden."""
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    hidden = (path for path in paths if any(part.startswith(".") for part in path.parts if part != EVAL_RESULTS))
+    return [path.as_posix() for path in hidden]
 
 
 def card_text(body: str, **data: Any) -> str:
