@@ -46,7 +46,8 @@ from zepad_mm.data import LabelledImages, load_data
 from zepad_mm.data.corruptions import CORRUPTIONS, corrupt
 from zepad_mm.encoders import Encoder, TextEncoder, load_clip
 from zepad_mm.evaluation.stage_cache import StageCache
-from zepad_mm.models.gate import FeatureGate, gate_weight
+from zepad_mm.models.fusion import GATED_RULE, build
+from zepad_mm.models.gate import FeatureGate, with_gate
 from zepad_mm.models.heads import zero_shot_head
 from zepad_mm.training import load_gate, load_tuned
 from zepad_mm.training.checkpoint import crc_of
@@ -73,7 +74,7 @@ UNIVERSAL = ("adv_encoder", "feature_uap", "uapgd", "ssp", "x_transfer", "etu", 
 PATCHES = ("adv_encoder_patch",)
 UNIVERSAL_EPSILON = 10 / 255
 WHITE_BOX = 4 / 255
-CAPS = (0.0, 0.2, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.8, 1.0)  # of the frontier
+CAPS = (0.0, 0.2, 0.3, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of the frontier
 SEVERITY = 2  # of the corruptions
 ATTACK_BATCH = 50  # images of T1i that are attacked together
 
@@ -224,7 +225,7 @@ class Study:
                 z = gate(seen.public, [seen.robust])
                 clean.setdefault(name, z)
                 found = {
-                    "by_cap": [self.right(self.fused(seen, gate, z, cap), probabilities=True) for cap in CAPS],
+                    "by_cap": [_share(self.fused(seen, gate, z, cap).argmax(-1) == self.labels) for cap in CAPS],
                     "flagged": _share(z > self.options.thresholds[name]),
                 }
                 if about["threat"] in ("T1", "T1i"):
@@ -234,14 +235,13 @@ class Study:
         return rows
 
     def fused(self, seen: Features, gate: FeatureGate, z: Tensor, cap: float) -> Tensor:
-        """Probabilities (n, C) with the benign weight of a gate."""
-        weight = gate_weight(z, gate.config.calibrated_threshold, gate.config.sharpness, cap).unsqueeze(1)
-        public, robust = (self.head(features).softmax(-1) for features in (seen.public, seen.robust))
-        return weight * public + (1 - weight) * robust
+        """Logarithms of the fused probabilities (n, C), by the rule of the model with a cap on the benign weight."""
+        fuse = build(GATED_RULE, (True, False), params={"cap": cap}, gate=gate.config)
+        return fuse(with_gate(torch.stack([self.head(seen.public), self.head(seen.robust)]), z)).logits
 
-    def right(self, outputs: Tensor, probabilities: bool = False) -> float:
-        """Accuracy of features (n, D) under the head, or of probabilities (n, C)."""
-        return _share((outputs if probabilities else self.head(outputs)).argmax(-1) == self.labels)
+    def right(self, features: Tensor) -> float:
+        """Accuracy of features (n, D) under the head."""
+        return _share(self.head(features).argmax(-1) == self.labels)
 
     def white_box(self, gate: FeatureGate) -> list[dict[str, Any]]:
         """T2 of the robust encoder alone (cap 0) and of each cap: how many images are right after each attack."""
@@ -277,7 +277,7 @@ class Study:
     def _defended(self, gate: FeatureGate, cap: float, images: Tensor) -> Tensor:
         seen = Features(self.pair.public(images), self.pair.robust(images))
         z = gate(seen.public, [seen.robust])
-        return self.fused(seen, gate, z, cap).clamp_min(1e-12).log()
+        return self.fused(seen, gate, z, cap)
 
 
 def craft(public: Encoder, folder: Path, options: argparse.Namespace) -> dict[str, Perturbation]:
@@ -298,13 +298,14 @@ def craft(public: Encoder, folder: Path, options: argparse.Namespace) -> dict[st
     return found
 
 
-def load_pair(options: argparse.Namespace) -> tuple[Pair, dict[str, FeatureGate], dict[str, float]]:
-    """The encoders, the gates by name, and the detection threshold of each gate."""
+def load_pair(options: argparse.Namespace) -> tuple[Pair, dict[str, FeatureGate], dict[str, float], float]:
+    """The encoders, the gates by name, the detection threshold of each gate, and the cap that the tables use."""
     gates = {path.parent.name or path.stem: load_gate(path) for path in options.gates}
     thresholds = {
         path.parent.name or path.stem: _detection_threshold(path, gate)
         for path, gate in zip(options.gates, gates.values(), strict=True)
     }
+    cap = 1.0
     if options.robust is not None:
         public, text = load_clip(options.clip)
         robust = load_tuned(options.robust)
@@ -312,13 +313,14 @@ def load_pair(options: argparse.Namespace) -> tuple[Pair, dict[str, FeatureGate]
         model = ZePAD.from_pretrained(options.model)
         names = [branch.name for branch in model.config.branches]
         public, robust = (model.branch(names[model.benign.index(role)]).encoder for role in (True, False))
-        text = model.text
+        text, cap = model.text, model.config.policy_caps.get("zero_sacrifice", cap)
         if isinstance(model.gate, FeatureGate):
             gates = {"shipped": model.gate} | gates
             threshold = model.config.detector.threshold
             thresholds["shipped"] = model.gate.config.calibrated_threshold if threshold is None else threshold
     pair = Pair(public.eval().to(options.device), robust.eval().to(options.device), text)
-    return pair, {name: gate.to(options.device) for name, gate in gates.items()}, thresholds
+    cap = cap if options.cap is None else options.cap
+    return pair, {name: gate.to(options.device) for name, gate in gates.items()}, thresholds, cap
 
 
 def _detection_threshold(path: Path, gate: FeatureGate) -> float:
@@ -342,6 +344,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--clip", default="open_clip:embedded", help="public CLIP, with --robust")
     parser.add_argument("--robust", help="folder of a tuned encoder, in the place of --model")
     parser.add_argument("--gates", nargs="*", type=Path, default=[], help="files of recipes/train_gate.py")
+    parser.add_argument("--cap", type=float, help="of the tables (default: of zero_sacrifice in the model, else 1)")
     parser.add_argument("--data-root", type=Path, required=True, help="folder of the parquet sets")
     parser.add_argument("--out", type=Path, default=Path("results/gate.json"))
     parser.add_argument("--work", type=Path, default=Path("outputs/gate_study"), help="features and perturbations")
@@ -368,7 +371,9 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = parse_options()
     started = time.perf_counter()
-    pair, gates, options.thresholds = load_pair(options)
+    pair, gates, options.thresholds, cap = load_pair(options)
+    if cap not in CAPS:
+        raise SystemExit(f"--cap: expected one of {', '.join(map(str, CAPS))}, got {cap}")
     folder = options.work / "perturbations"
     folder.mkdir(parents=True, exist_ok=True)
     deltas = craft(pair.public, folder, options)
@@ -390,7 +395,7 @@ def main() -> None:
     config = {key: str(value) for key, value in vars(options).items() if key not in ("out", "work", "data_root")}
     configs = {name: gate.config.to_dict() for name, gate in gates.items()}
     meta = provenance(seed=options.seed, config={"study": config, "gates": configs})
-    write_json(options.out, {"meta": meta, "command": _command(), "caps": CAPS, "sets": found})
+    write_json(options.out, {"meta": meta, "command": _command(), "caps": CAPS, "cap": cap, "sets": found})
 
 
 def _command() -> str:

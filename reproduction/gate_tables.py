@@ -66,7 +66,7 @@ def render(record: dict[str, Any]) -> str:
     sets, caps = record["sets"], record["caps"]
     config = record["meta"]["config"]
     gate = next(iter(config["gates"]))
-    cap = caps.index(1.0)
+    cap = caps.index(record["cap"])
     seen = set(config["gates"][gate]["seen_attacks"])
     return PAGE.format(
         sets=len(sets),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.helpers.models import CLASSES, make_zepad
+from tests.helpers.models import CLASSES, make_gated_zepad, make_zepad
 from zepad_mm import selection
 from zepad_mm.data import LabelledImages
 from zepad_mm.models.fusion import RULES
@@ -59,3 +59,19 @@ def test_select_detector_keeps_its_false_positive_rate(clip_source: str, labelle
     assert model.config.detector.score == max(detected, key=lambda name: detected[name])
     decision = model.decide(labelled.images)
     assert model.is_adversarial(decision).float().mean() <= 0.1
+
+
+@pytest.mark.parametrize(
+    ("robust_class", "sets", "expected"),
+    [(0, 2, 0.5), (1, 2, 0.6), (1, 1, 1.0)],  # p = .79 of the benign branch loses against a sure robust one below .6
+)
+def test_cap_of_zero_sacrifice_is_the_lowest_that_costs_no_set_accuracy(
+    robust_class: int, sets: int, expected: float, clip_source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_gated_zepad(clip_source)
+    outputs = torch.zeros(4, 6, 3)
+    outputs[:2, :, robust_class], outputs[2, :, 0], outputs[3] = 20.0, 2.0, -50.0  # the gate sees no attack
+    monkeypatch.setattr(ZePAD, "branch_logits", lambda self, images: outputs)
+    data = LabelledImages(torch.zeros(6, 3, 32, 32), torch.zeros(6).long(), CLASSES, "made up")
+    assert selection._harmless_cap(model, [data] * sets) == expected
+    assert model.class_names == CLASSES

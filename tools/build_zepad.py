@@ -2,6 +2,7 @@
 """Build the shipped defended model: the embedded CLIP, a robust branch of it, and the feature gate between them.
 
     python -m tools.build_zepad --robust TUNED --gate GATE --images images.parquet
+    python -m tools.build_zepad --robust shipped --gate GATE --images images.parquet      # another gate alone
     python -m tools.build_zepad --out my-model      # tunes branch and gate first; the shipped model is kept
 
 TUNED is a tuned encoder of tools/robust_branch.py, GATE a file of recipes/train_gate.py, images.parquet what the branch
@@ -49,7 +50,9 @@ UNIVERSAL = FeatureUAP(epsilon=10 / 255)  # the attack that suspicion scores are
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--robust", type=Path, help="folder of the tuned encoder (default: tune one)")
+    parser.add_argument(
+        "--robust", type=Path, help="tuned folder, or shipped: the branch that is there (default: tune one)"
+    )
     parser.add_argument("--gate", type=Path, help="file of the gate (default: train one)")
     parser.add_argument(
         "--images", type=Path, help="packed images, whose validation part selects; default: the clothes"
@@ -63,7 +66,8 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     args = parse_options()
     public, text = load_clip(PUBLIC)
-    validation = load_validation(args, public).sample(args.n, seed=0)
+    pool, sets = load_validation(args, public)
+    validation = pool.sample(args.n, seed=0)
     robust, robust_record = load_robust(args)
     gate, gate_record = load_or_train_gate(args, public, robust)
     names, prompts = validation.class_names, templates_of("photo")
@@ -84,7 +88,7 @@ def main() -> None:
     )
     model = ZePAD(config, branches, gate)
     selection = select_fusion(model, validation, epsilon=EPSILON)
-    print(f"caps: {select_policies(model, selection)}")
+    print(f"caps: {select_policies(model, selection, sets)}")
     perturbation = UNIVERSAL.fit(public, load_data("embedded", "surrogate", public.preprocess).images)
     detected = select_detector(model, validation, perturbation(validation.images))
     if model.config.detector.score == GATE_SCORE and "thresholds" in gate_record:  # of more images, and more sets
@@ -104,16 +108,27 @@ def main() -> None:
     print(f"written to {args.out}")
 
 
-def load_validation(args: argparse.Namespace, public: Encoder) -> LabelledImages:
-    """The packed validation images, or those of the clothes."""
+def load_validation(args: argparse.Namespace, public: Encoder) -> tuple[LabelledImages, list[LabelledImages]]:
+    """The packed validation images, in all and by source under their own names; or those of the clothes alone."""
     if args.images is None:
-        return load_data("embedded", "validation", public.preprocess)
+        return load_data("embedded", "validation", public.preprocess), []
     packed = unpack(args.images, "validation", public.preprocess.image_size)
-    return LabelledImages(packed.pixels.float() / 255, packed.labels, packed.class_names, "packed images")
+    pool = LabelledImages(packed.pixels.float() / 255, packed.labels, packed.class_names, "packed images")
+    parts = {name: packed.of(name) for name in packed.sources}
+    return pool, [
+        pool,
+        *(
+            LabelledImages(part.pixels.float() / 255, part.labels, part.class_names, name)
+            for name, part in parts.items()
+        ),
+    ]
 
 
 def load_robust(args: argparse.Namespace) -> tuple[Encoder, dict[str, Any]]:
-    """The robust encoder and its record; tuned here unless a folder is given. A killed tuning resumes."""
+    """The robust encoder and its record; tuned here unless one is given. A killed tuning resumes."""
+    if args.robust == Path("shipped"):
+        record = read_json(EMBEDDED_MODEL / "build.json")["parts"]["fare"]
+        return ZePAD.from_pretrained("embedded").branch("fare").encoder, record
     folder = args.robust or args.work / "fare"
     if args.robust is None:
         options = ["--config", str(CONFIG), "--out", str(folder)]

@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """Train the feature gate of the shipped model on packed images: some minutes on a CPU.
 
-    python -m tools.packed_gate --robust TUNED --images images.parquet --out gate0
-    python -m tools.packed_gate --robust TUNED --images images.parquet --out gate1 --seed 1
+    python -m tools.packed_gate --images images.parquet --out gate0
+    python -m tools.packed_gate --images images.parquet --out gate1 --seed 1 --robust TUNED
 
-TUNED is a tuned encoder of tools/robust_branch.py, images.parquet the file of tools/pack_images.py. The gate learns
+images.parquet is the file of tools/pack_images.py, TUNED a tuned encoder of tools/robust_branch.py; without one it is
+the robust encoder of the shipped model. The gate learns
 from the part "gate", which the branch was not tuned on, and from mosaics of it, whose detail is as fine as that of
 large photos. Half of each validation set joins its calibration, the other half measures false alarms. Four of the
 universal attacks of reproduction/gate_study.py are left out, so that it measures unseen kinds. A killed run continues.
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor
 
 from tools.pack_images import Packed, mosaics, unpack
-from zepad_mm.encoders import load_encoder
+from zepad_mm import ZePAD
+from zepad_mm.encoders import load_clip
 from zepad_mm.training import GateSettings, load_tuned, train_gate, write_gate
 from zepad_mm.utils.io import write_json
 from zepad_mm.utils.provenance import origin
@@ -31,8 +33,8 @@ from zepad_mm.utils.seeding import seeded_generator
 PUBLIC = "open_clip:embedded"
 CALIBRATION = 200  # validation images of each set
 SETTINGS = GateSettings(
-    n=1300, universal=("feature_uap", "adv_encoder", "fff", "adv_encoder_patch"), held_out="uap", universal_steps=60,
-    corrupted_views=1, per_image_n=500, per_image_steps=6, rounds=2, round_n=140, round_steps=6,
+    n=None, universal=("feature_uap", "adv_encoder", "fff", "adv_encoder_patch"), held_out="uap", universal_steps=60,
+    corrupted_views=1, universal_views=1, per_image_n=1200, stopped_n=2400, rounds=3, round_n=300,
     least_change=0.1, gating_rate=0.05,
 )  # fmt: skip
 
@@ -40,19 +42,25 @@ SETTINGS = GateSettings(
 def main() -> None:
     """Train, and write gate.safetensors and gate.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--robust", type=Path, required=True, help="folder of the tuned encoder")
+    parser.add_argument("--robust", type=Path, help="folder of the tuned encoder (default: that of the shipped model)")
     parser.add_argument("--images", type=Path, required=True, help="file of tools/pack_images.py")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--public", default=PUBLIC, help="source of the encoder that attackers know")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--mosaics", type=int, default=600)
+    parser.add_argument("--mosaics", type=int, default=2400)
     parser.add_argument("--limit", type=int, help="use so many images of each set, in short steps: a dry run")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    public, settings = load_encoder(options.public).eval().to(device), replace(SETTINGS, seed=options.seed)
+    public, text = load_clip(options.public)
+    public, settings = public.eval().to(device), replace(SETTINGS, seed=options.seed)
+    if options.robust is None:
+        robust = ZePAD.from_pretrained("embedded").branch("fare").encoder
+    else:
+        robust = load_tuned(options.robust)
     if options.limit:
-        settings = replace(settings, universal_steps=2, per_image_n=8, per_image_steps=1, rounds=1, round_n=8, steps=20)
+        settings = replace(settings, universal_steps=2, per_image_steps=1, rounds=1, steps=20)
+        settings = replace(settings, per_image_n=8, stopped_n=8, round_n=8)
     side = public.preprocess.image_size
     learned = unpack(options.images, "gate", side)
     sources = _by_source(learned, options.limit)
@@ -60,8 +68,9 @@ def main() -> None:
     sources["mosaics"] = mosaics(learned, count, seeded_generator(options.seed)).float() / 255
     held = _by_source(unpack(options.images, "validation", side), options.limit or CALIBRATION)
     gate, record = train_gate(
-        public, [load_tuned(options.robust).to(device)], sources, settings,
-        calibration={f"{name} validation": images for name, images in held.items()}, out=options.out, progress=True,
+        public, [robust.to(device)], sources, settings,
+        calibration={f"{name} validation": images for name, images in held.items()},
+        directions=text.class_embeddings(learned.class_names), out=options.out, progress=True,
     )  # fmt: skip
     write_gate(options.out / "gate.safetensors", gate.cpu())
     write_json(options.out / "gate.json", {**origin(), **record, "config": gate.config.to_dict()})

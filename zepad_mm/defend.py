@@ -53,7 +53,8 @@ NAMES = ("person", "animal", "plant", "vehicle", "building", "food", "clothing",
 QUICK_GATE = GateSettings(
     n=256, corruptions=("gaussian_noise", "gaussian_blur", "contrast", "crop_flip"), corrupted_views=1,
     universal=("feature_uap", "adv_encoder"), held_out=None, universal_steps=15, universal_views=1,
-    per_image=("pgd:feature_l2",), per_image_n=64, per_image_steps=4, rounds=1, round_n=32, round_steps=4, steps=200,
+    per_image=("pgd:feature_l2",), per_image_n=64, per_image_steps=4, stopped_n=64,
+    rounds=1, round_n=32, round_steps=4, steps=200,
 )  # fmt: skip
 
 

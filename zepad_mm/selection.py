@@ -42,6 +42,8 @@ GRIDS: dict[str, dict[str, Sequence[float]]] = {
     "mixed_nuts": {"benign_weight": (0.2, 0.35, 0.45), "power": (1.0, 2.0), "scale": (2.0, 4.0)},
     "gated": {"cap": (0.25, 0.35, 0.45, 0.6, 0.8, 1.0)},
 }
+CAPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # of "zero_sacrifice", from the highest
+LOST = 0.01  # of the undefended accuracy of a validation set, that "zero_sacrifice" may cost
 FINALISTS = 8  # candidates, from the most accurate to the most robust, that are attacked through their own output
 CONTENDERS = 8  # further candidates at most, the most accurate first, while the pool leaves them robust enough
 
@@ -172,15 +174,20 @@ def _attack_finalists(
     return next((c for c in best if c.attacked), max(tested, key=lambda c: c.shared)), tried
 
 
-def select_policies(model: ZePAD, selection: Selection, tolerance: float = 0.01) -> dict[str, float]:
+def select_policies(
+    model: ZePAD, selection: Selection, sets: Sequence[LabelledImages] = (), tolerance: float = 0.01
+) -> dict[str, float]:
     """Set the rule "gated" with a cap of the benign weight for each policy, in place; "zero_sacrifice" is in use.
 
-    "zero_sacrifice" has no cap: what the gate lets pass is answered by the benign branches. "white_box" has the highest
-    cap that is as robust as the best robust branch; 0 where none is.
+    "zero_sacrifice" has the lowest cap that costs no clean accuracy on ``sets``: below 1 the robust branches decide
+    where the benign ones are unsure, as under an attack that stops at the first wrong answer. It is 1 without several
+    sets: on a single one the robust branches may be better than elsewhere. "white_box" has the highest cap that is as
+    robust as the best robust branch; 0 where none is.
 
     Args:
         model: with a calibrated gate, as it was when the rules were scored.
         selection: of :func:`select_fusion`.
+        sets: validation images of several kinds under their own class names, for models with a text tower.
         tolerance: how far below the best robust branch the cap of "white_box" may be, in robust accuracy.
 
     Returns:
@@ -190,10 +197,31 @@ def select_policies(model: ZePAD, selection: Selection, tolerance: float = 0.01)
     floor = max(selection.branches[name]["shared"] for name in names) - tolerance
     gated = [candidate for candidate in selection.tried if candidate.rule == GATED_RULE]
     kept = [candidate.params["cap"] for candidate in gated if candidate.shared >= floor]
-    caps = {"zero_sacrifice": 1.0, "white_box": max(kept, default=0.0)}
+    caps = {"zero_sacrifice": _harmless_cap(model, sets), "white_box": max(kept, default=0.0)}
     model.config = replace(model.config, policy="zero_sacrifice", policy_caps=caps)
     model.set_fusion(GATED_RULE)
     return caps
+
+
+def _harmless_cap(model: ZePAD, sets: Sequence[LabelledImages]) -> float:
+    """The lowest cap with which no set loses more than ``LOST`` of its undefended accuracy, and the mean none of it."""
+    if len(sets) < 2:
+        return 1.0
+    own, lost = model.config.class_names, []
+    for data in sets:
+        logits = _in_batches(model.set_classes(data.class_names).branch_logits, data.images)
+        rules = [build(GATED_RULE, model.benign, params={"cap": cap}, gate=model.config.gate) for cap in CAPS]
+        answers = [logits[model.benign.index(True)], *(rule(logits).logits for rule in rules)]
+        undefended, *found = (float((answer.argmax(-1) == data.labels).float().mean()) for answer in answers)
+        lost.append([undefended - accuracy for accuracy in found])
+        log.info("%s: undefended %.3f, by cap %s %s", data.name, undefended, CAPS, [round(one, 3) for one in found])
+    model.set_classes(own)
+    harmless = [cap for cap, found in zip(CAPS, zip(*lost, strict=True), strict=True) if _harmless(found)]
+    return min(harmless, default=1.0)
+
+
+def _harmless(lost: Sequence[float]) -> bool:
+    return max(lost) <= LOST and sum(lost) <= 1e-6  # room for rounding
 
 
 def select_detector(

@@ -42,6 +42,7 @@ SETTINGS = GateSettings(
     per_image_n=64,
     per_image_steps=3,
     per_image_budgets=(8 / 255, 12 / 255),
+    stopped_n=32,
     rounds=2,
     round_n=32,
     round_steps=3,
@@ -126,7 +127,7 @@ def test_several_sets_make_thresholds_stricter_for_sets_never_seen(photos: dict[
     images = photos["train"].images
     shifted = F.avg_pool2d(F.pad(images.flip(1), (2, 2, 2, 2), mode="reflect"), 5, 1)
     benign, robust = encoders()
-    settings = replace(SETTINGS, rounds=0, per_image_n=0)
+    settings = replace(SETTINGS, rounds=0, per_image_n=0, stopped_n=0)
     gate, record = train_gate(benign, [robust], {"as they are": images, "shifted": shifted}, settings)
     assert set(record["false_alarms_of_sets_left_out"]) == {"gating", "detection"}
     for name, rate in (("gating", settings.gating_rate), ("detection", settings.detection_rate)):
@@ -148,7 +149,7 @@ def test_same_seed_gives_the_same_gate_and_another_seed_another(
 def test_labels_are_not_read(photos: dict[str, LabelledImages]) -> None:
     data = photos["train"]
     unlabelled = replace(data, labels=torch.full_like(data.labels, -1), class_names=())
-    few = {"rounds": 0, "per_image_n": 0}
+    few = {"rounds": 0, "per_image_n": 0, "stopped_n": 0}
     gates = [trained({"train": images}, settings=few)[0] for images in (data, unlabelled)]
     assert same(*gates)
 
@@ -217,7 +218,7 @@ def test_public_encoder_may_be_another_than_the_benign_one(photos: dict[str, Lab
 
 
 def test_cosine_gate_is_calibrated_without_training(photos: dict[str, LabelledImages]) -> None:
-    gate, record = trained(photos, settings={"kind": "cosine", "per_image_n": 0})
+    gate, record = trained(photos, settings={"kind": "cosine", "per_image_n": 0, "stopped_n": 0})
     assert gate.config.kind == "cosine"
     assert not list(gate.parameters())
     assert 0 < gate.config.calibrated_threshold < 2

@@ -62,6 +62,7 @@ class GateConfig(Config):
     threshold: float | None = None  # z at which the benign weight is half its cap; None: not calibrated yet
     sharpness: float = 2.0  # how steeply the benign weight falls at the threshold, per unit of z
     cap: float = 1.0  # largest weight of the benign branches together, unless a policy of the model sets another
+    robust_scale: float = 1.0  # factor on the robust logits: below 1, a robust branch overrules where it is sure
     false_alarm_rate: float = 0.05  # share of clean calibration images above the threshold
     seen_attacks: tuple[str, ...] = ()  # kinds of attacks in its training, for the report
 
@@ -71,8 +72,9 @@ class GateConfig(Config):
             raise ValueError(f"hidden: expected 1 to {MOST_HIDDEN} units, got {self.hidden}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected a share in [0, 1), got {self.dropout}")
-        if not self.sharpness > 0:
-            raise ValueError(f"sharpness: expected a positive number, got {self.sharpness}")
+        for name in ("sharpness", "robust_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         for name in ("cap", "false_alarm_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a share in [0, 1], got {getattr(self, name)}")

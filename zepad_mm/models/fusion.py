@@ -131,8 +131,7 @@ class BoundedBenign(Rule):
 
     def __call__(self, branch_logits: Tensor, benign: Sequence[bool]) -> tuple[Tensor, Tensor]:
         weights = _role_weights(branch_logits, benign, self.benign_weight)
-        factor = branch_logits.new_tensor([1.0 if kind else self.sharpness for kind in benign])
-        return _mix_probabilities(branch_logits * factor.view(-1, 1, 1), weights)
+        return _mix_probabilities(_scaled(branch_logits, benign, self.sharpness), weights)
 
     def benign_bound(self, branch_logits: Tensor, benign: Sequence[bool]) -> Tensor:
         return _role_weights(branch_logits, benign, self.benign_weight)[_rows(benign, True)].sum(0)
@@ -202,9 +201,11 @@ class Gated(Rule):
     threshold: float = 0.0  # z at which the benign weight is half the cap
     sharpness: float = 2.0  # per unit of z
     cap: float = 1.0  # in [0, 1], largest benign weight
+    robust_scale: float = 1.0  # factor on the robust logits: below 1, a robust branch overrules where it is sure
 
     def __call__(self, branch_logits: Tensor, benign: Sequence[bool]) -> tuple[Tensor, Tensor]:
-        logits, own = branch_logits[: len(benign)], self.benign_bound(branch_logits, benign)
+        own = self.benign_bound(branch_logits, benign)
+        logits = _scaled(branch_logits[: len(benign)], benign, self.robust_scale)
         if all(benign) or not any(benign):
             return _mix_probabilities(logits, _role_weights(logits, benign, 0.0))
         margin = self.sharpness * (self.threshold - branch_logits[len(benign), :, 0])
@@ -299,6 +300,7 @@ def build(
     if rule.needs_gate and gate is not None:
         constants.setdefault("sharpness", gate.sharpness)
         constants.setdefault("cap", gate.cap)
+        constants.setdefault("robust_scale", gate.robust_scale)
         if "threshold" not in constants:
             constants["threshold"] = gate.calibrated_threshold
     return Fusion(rule.from_dict(constants), tuple(benign), score, gate is not None)
@@ -317,6 +319,11 @@ def _mix_probabilities(branch_logits: Tensor, weights: Tensor) -> tuple[Tensor, 
     """Log of the weighted mean probability, by log-sum-exp: finite for extreme logits, with gradients everywhere."""
     logs = branch_logits.log_softmax(-1) + weights.clamp_min(1e-12).log().unsqueeze(-1)
     return logs.logsumexp(0), weights
+
+
+def _scaled(branch_logits: Tensor, benign: Sequence[bool], factor: float) -> Tensor:
+    """Branch logits (N, B, C) with a factor on those of the robust branches."""
+    return branch_logits * branch_logits.new_tensor([1.0 if kind else factor for kind in benign]).view(-1, 1, 1)
 
 
 def _role_weights(branch_logits: Tensor, benign: Sequence[bool], benign_weight: float) -> Tensor:

@@ -150,6 +150,10 @@ def _learn(maker: ExampleMaker, parts: GateSplit) -> GateRun:
         train.append(maker.per_image(order[: settings.per_image_n], "train", settings.per_image))
         few = _shuffled(parts.validation, settings, "attacked")[:ATTACKED_VALIDATION]
         validation += [maker.per_image(few, name, (name,)) for name in settings.per_image]
+    if settings.stopped_n:
+        train.append(maker.stopped(order.roll(-settings.per_image_n)[: settings.stopped_n], "train"))
+        few = _shuffled(parts.validation, settings, "stopped")[: 2 * ATTACKED_VALIDATION]
+        validation.append(maker.stopped(few, "validation"))
     config = GateConfig(
         kind=settings.kind, hidden=settings.hidden, dropout=settings.dropout, seen_attacks=_seen(settings)
     )
@@ -158,7 +162,8 @@ def _learn(maker: ExampleMaker, parts: GateSplit) -> GateRun:
     say(log, "gate: mean AUROC %.3f on validation before %d rounds of attacks on the gate", fit.auroc, rounds)
     held = _shuffled(parts.validation, settings, "gate-aware")
     for number in range(rounds):
-        rows = order.roll(-number * settings.round_n - settings.per_image_n)[: settings.round_n]
+        first = settings.per_image_n + settings.stopped_n + number * settings.round_n
+        rows = order.roll(-first)[: settings.round_n]
         part = -(-ATTACKED_VALIDATION // settings.rounds)
         few = held.roll(-number * part)[:part]
         train.append(maker.gate_aware(fit.gate, rows, f"{number} train"))
@@ -175,10 +180,12 @@ def _shuffled(rows: Tensor, settings: GateSettings, purpose: str) -> Tensor:
 def _seen(settings: GateSettings) -> tuple[str, ...]:
     """Kinds of attacks that the fit or its selection has seen."""
     universal = (*settings.universal, *([settings.held_out] if settings.held_out else []))
+    per_image = [name.partition(":")[0] for name in settings.per_image] if settings.per_image_n else []
+    per_image += ["pgd"] if settings.stopped_n else []
     aware = ("gate_aware",) if settings.rounds and settings.round_n and settings.kind == "learned" else ()
     return (
         *(universal if settings.universal_views else ()),
-        *(dict.fromkeys(name.partition(":")[0] for name in settings.per_image) if settings.per_image_n else ()),
+        *dict.fromkeys(per_image),
         *aware,
     )
 
@@ -195,6 +202,9 @@ def _work(parts: GateSplit, settings: GateSettings) -> int:
     few = min(held, ATTACKED_VALIDATION)
     if settings.per_image_n:
         attacked = min(train, settings.per_image_n) + few * len(settings.per_image)
+        passes += attacked * BACKWARD * settings.per_image_steps
+    if settings.stopped_n:
+        attacked = min(train, settings.stopped_n) + min(held, 2 * ATTACKED_VALIDATION)
         passes += attacked * BACKWARD * settings.per_image_steps
     if settings.round_n and settings.rounds:
         attacked = min(train, settings.round_n) + min(held, -(-ATTACKED_VALIDATION // settings.rounds))

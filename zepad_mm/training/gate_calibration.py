@@ -76,6 +76,7 @@ def calibrate(run: GateRun, widths: Sequence[int], settings: GateSettings) -> tu
         gate.config,
         threshold=threshold,
         sharpness=min(max(sharpness, SHARPNESS[0]), SHARPNESS[1]),
+        robust_scale=settings.robust_scale,
         false_alarm_rate=settings.gating_rate,
     )
     alarms = {name: [_alarms(*pair, rate) for pair in left_out] for name, rate in targets.items()}

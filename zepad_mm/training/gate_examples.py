@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from zepad_mm.attacks import ATTACKS, FEATURE_LOSSES, UNIVERSAL_ATTACKS, Perturbation, UniversalAttack, frozen
+from zepad_mm.attacks import ATTACKS, FEATURE_LOSSES, PGD, UNIVERSAL_ATTACKS, Perturbation, UniversalAttack, frozen
 from zepad_mm.attacks.gate_aware import GateAwarePGD
 from zepad_mm.attacks.universal.base import PatchAttack
 from zepad_mm.attacks.wrappers import Model
@@ -27,7 +27,7 @@ from zepad_mm.training.gate_images import Examples, ImagePool, corruption
 from zepad_mm.training.gate_settings import GateSettings
 from zepad_mm.utils.seeding import derived_generator, derived_seed, seeded_generator
 
-CLASSES = 20  # of an attack on a margin
+CLASSES = (5, 200)  # fewest and most of an attack on a margin
 REFERENCES = 512  # images whose features stand for classes, where attackers know another encoder
 BACKWARD = 3  # passes that a forward and a backward pass together cost
 GATE_WEIGHTS = (0.02, 1.0)  # lowest and highest weight of the gate's score in a gate-aware attack
@@ -202,12 +202,31 @@ class ExampleMaker:
                 if loss in FEATURE_LOSSES:
                     return ATTACKS.get(name)(**options)(model, images, generator=generator)
                 head, labels = self._pseudo_classes(images, generator)
-                options["stop_when_wrong"] = bool(torch.rand(1, generator=generator) < 0.5)
+                options["stop_when_wrong"] = False
                 attack = ATTACKS.get(name)(**options)
                 return attack(lambda images: head(model(images)), images, labels, generator=generator)
 
         features = self._stage(f"per-image {kind}", rows, size, make, BACKWARD * settings.per_image_steps)
         return self._changed(Examples("per_image", kind, True, features, rows))
+
+    def stopped(self, rows: Tensor, kind: str) -> Examples:
+        """Each image attacked on the margin of the public encoder until the answer is wrong, and no further.
+
+        Such an attack moves the features least. All count, since the smallest move is enough to change the answer.
+        """
+        settings, size = self.settings, self.settings.attack_batch_size
+        seed = derived_seed(settings.seed, "budgets", "stopped", kind)
+        budgets = spread(settings.per_image_budgets, -(-len(rows) // size), seed)
+
+        def make(images: Tensor, generator: torch.Generator, number: int) -> Tensor:
+            attack = PGD(epsilon=budgets[number], steps=settings.per_image_steps)
+            with self._autocast(), _all_frozen((self.public,)):
+                head, labels = self._pseudo_classes(images, generator)
+                model: Model = partial(self._features, self.public)
+                return attack(lambda images: head(model(images)), images, labels, generator=generator)
+
+        features = self._stage(f"stopped {kind}", rows, size, make, BACKWARD * settings.per_image_steps)
+        return Examples("stopped", kind, True, features, rows)
 
     def gate_aware(self, gate: FeatureGate, rows: Tensor, kind: str) -> Examples:
         """Each image attacked on the public encoder while the gate's score is kept low.
@@ -253,13 +272,15 @@ class ExampleMaker:
         """
         known, mean = self.reference, self.reference.mean(0)
         draw = float(torch.rand(1, generator=generator))
+        low, high = CLASSES
+        count = round(low * (high / low) ** float(torch.rand(1, generator=generator)))
         if self.directions is not None and draw < 0.5:
             centre = torch.zeros_like(mean)
-            classes = self.directions[torch.randperm(len(self.directions), generator=generator)[:CLASSES]].cpu()
+            classes = self.directions[torch.randperm(len(self.directions), generator=generator)[:count]].cpu()
         elif draw < 0.75:
-            centre, classes = mean, known[torch.randint(len(known), (CLASSES,), generator=generator)] - mean
+            centre, classes = mean, known[torch.randint(len(known), (count,), generator=generator)] - mean
         else:
-            mixed = torch.randn(CLASSES, len(known), generator=generator)
+            mixed = torch.randn(count, len(known), generator=generator)
             centre, classes = mean, mixed @ (known - mean)  # as spread out as the features are
         centre, classes = centre.to(self.device), F.normalize(classes.float(), dim=-1).to(self.device)
 

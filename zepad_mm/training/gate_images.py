@@ -71,7 +71,7 @@ class Examples:
     """Features of one kind of images.
 
     Attributes:
-        group: "clean", "corrupted", "universal", "held_out", "per_image" or "gate_aware".
+        group: "clean", "corrupted", "universal", "held_out", "per_image", "stopped" or "gate_aware".
         kind: which of the group, e.g. "fff", or a number.
         attacked: the label.
         features: (n, D) of the benign encoder and, beside them, of the robust ones.

@@ -14,8 +14,8 @@ from zepad_mm.utils.validation import check_epsilon
 CROP = "crop_flip"  # a random crop, flipped with probability 1/2
 DOWNSCALE = "downscale"  # to fewer pixels and back
 
-# settings that change no result, and may differ when a run is resumed
-UNIDENTIFYING = ("encode_batch_size",)
+# settings that change no example, and may differ when a run is resumed
+UNIDENTIFYING = ("encode_batch_size", "robust_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,7 @@ class GateSettings(Config):
     per_image_n: int = 800
     per_image_steps: int = 8
     per_image_budgets: tuple[float, ...] = (1 / 255, 12 / 255)
+    stopped_n: int = 400  # images attacked on a margin by PGD that stops at the first wrong answer: the smallest change
     # attacks that also keep the gate's own score low, on other images in each round
     rounds: int = 3
     round_n: int = 160
@@ -63,6 +64,7 @@ class GateSettings(Config):
     # thresholds
     gating_rate: float = 0.03  # share of clean images whose benign branch may lose more than half of its weight
     detection_rate: float = 0.05  # share of clean images that may be flagged as adversarial
+    robust_scale: float = 0.7  # factor on the robust logits in the fusion, so that they overrule where they are sure
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -73,12 +75,14 @@ class GateSettings(Config):
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("corrupted_views", "universal_views", "per_image_n", "rounds", "round_n"):
+        for name in ("corrupted_views", "universal_views", "per_image_n", "stopped_n", "rounds", "round_n"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
         for name in ("validation_share", "calibration_share", "gating_rate", "detection_rate"):
             if not 0 < getattr(self, name) < 0.5:
                 raise ValueError(f"{name}: expected a share above 0 and below 0.5, got {getattr(self, name)}")
+        if not self.robust_scale > 0:
+            raise ValueError(f"robust_scale: expected a positive number, got {self.robust_scale}")
         self._check_names()
         for name in ("universal_budgets", "per_image_budgets", "round_budgets"):
             bounds = getattr(self, name)
