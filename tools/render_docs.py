@@ -18,6 +18,8 @@ from typing import Any
 from tools.front_page import between, front_page
 from tools.gpu_readme import GPU, gpu_readme
 from tools.recipes_readme import recipes_readme
+from tools.threat_figures import MARKS as FIGURE_MARKS
+from tools.threat_figures import figures_block
 from zepad_mm.evaluation import THREATS, Report, RowKind
 from zepad_mm.evaluation.model_card import model_card
 from zepad_mm.evaluation.report import JSON, MARKDOWN, budget_of, by_strength
@@ -128,6 +130,11 @@ def demo_page(old: str) -> str:
     return between(old, MARKS, NOT_MEASURED if report is None else demo_block(report).rstrip())
 
 
+def threats_page(old: str) -> str:
+    """The page of the threat models with its figures and their captions written again."""
+    return between(old, FIGURE_MARKS, figures_block())
+
+
 def demo_report() -> Report | None:
     """The committed report of the shipped model; None where it is not measured yet."""
     return Report.load(DEMO) if (DEMO / JSON).is_file() else None
@@ -149,6 +156,7 @@ def writers() -> dict[Path, Callable[[str], str]]:
     found: dict[Path, Callable[[str], str]] = {
         ROOT / "README.md": front_page,
         ROOT / "docs" / "shipped_model.md": demo_page,
+        ROOT / "docs" / "threats.md": threats_page,
         ROOT / "recipes" / "README.md": recipes_readme,
         GPU / "README.md": gpu_readme,
         EMBEDDED_MODEL / "README.md": card,

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.documents import DOCUMENTS, ROOT, blocks, commands, name_of
+from tools import threat_figures
 from tools.front_page import GATE, GateRecord
 from tools.readme_picture import RECORD, caption, fingerprint
+from tools.threat_figures import caption as caption_of
 from zepad_mm.attacks import ATTACKS
 from zepad_mm.cli import _parser
 from zepad_mm.defences import DEFENCES
@@ -111,6 +113,24 @@ def test_picture_is_of_the_shipped_model() -> None:
     assert record["fingerprint"] == fingerprint(), remedy
     right = sum(row["attacked"]["defended"]["right"] for row in record["photos"])
     assert f"defended {right};" in caption(record).partition("after it")[2]
+
+
+def test_threat_figures_are_of_the_shipped_model() -> None:
+    """Within the budget of each threat model, small, and captions that hold for any answers."""
+    record = read_json(threat_figures.RECORD)
+    remedy = "another model ships: python -m tools.threat_figures && python -m tools.render_docs"
+    assert record["fingerprint"] == fingerprint(), remedy
+    for attacker in threat_figures.ATTACKERS:
+        found = record["threats"][attacker.threat.key]
+        assert found["epsilon"] == threat_figures.epsilon_of(attacker.threat)
+        assert found["change"] <= found["epsilon"] + 1e-6
+        assert (threat_figures.FIGURES / f"{attacker.threat.key}.png").stat().st_size < 80_000
+    assert "the defended one 0; flagged: 0. None of those of T2 is flagged either" in caption_of(record, "T3")
+    changed = deepcopy(record)
+    for row in changed["threats"]["T2"]["photos"].values():
+        row["flagged"] = True
+    assert "None of" not in caption_of(changed, "T3")
+    assert "flagged: 3." in caption_of(changed, "T2")
 
 
 def test_front_page_words_follow_the_record() -> None:
