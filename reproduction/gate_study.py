@@ -11,7 +11,8 @@ public encoder for every robust one. They give the answers of every cap and of e
 
 - T1: universal perturbations at 10/255 and a patch, made on the public encoder from surrogate images.
 - T1i: attacks on each image, made on the public encoder; the attacker does not know the defence.
-- T2: PGD, APGD on cross-entropy, then targeted APGD, through the whole model, each on what is still right.
+- T2: PGD, longer with momentum, APGD on cross-entropy, then targeted APGD, through the whole model, each on what is
+  still right.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from zepad_mm.attacks import (
     Attack,
     DiverseInput,
     MomentumIterative,
+    MomentumPGD,
     Perturbation,
     TranslationInvariant,
     frozen,
@@ -98,6 +100,7 @@ def strong_attacks(epsilon: float, steps: int, targeted_steps: int) -> tuple[Att
     """The attacks of T2, cheap ones first; each takes the images that the ones before left right."""
     return (
         PGD(epsilon=epsilon, steps=10),
+        MomentumPGD(epsilon=epsilon, steps=steps),
         APGD(epsilon=epsilon, loss="ce", steps=steps),
         APGD(epsilon=epsilon, loss="targeted", steps=targeted_steps, targets=9),
     )
@@ -359,7 +362,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--white-box-sets", nargs="*", choices=tuple(SETS), default=["clothing", "imagenet20"])
     parser.add_argument("--white-box-n", type=int, default=400)
     parser.add_argument("--white-box-caps", nargs="+", type=float, default=[0.0, 0.45, 1.0])
-    parser.add_argument("--steps", type=int, default=100, help="of APGD on cross-entropy, in T2")
+    parser.add_argument("--steps", type=int, default=100, help="of momentum PGD, and of APGD on cross-entropy, in T2")
     parser.add_argument("--targeted-steps", type=int, default=100, help="of targeted APGD for each of 9 classes, in T2")
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

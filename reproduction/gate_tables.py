@@ -55,7 +55,8 @@ False alarms on everyday corruptions (severity {severity}), mean over sets: {cor
 
 ## White box (T2, 4/255)
 
-Right answers after PGD, APGD on cross-entropy and targeted APGD in turn; cap 0 is the robust encoder alone.
+Right answers after PGD, momentum PGD, APGD on cross-entropy and targeted APGD in turn; cap 0 is the robust encoder
+alone.
 
 {white_box}
 """

@@ -68,7 +68,12 @@ class EvalSettings(Config):
     steps: int = 20  # gradient steps of every T2 attack: the same for branches and for fused models
     restarts: int = 1  # of each model's own attack, on the images that survived the shared pool
     own_attacks: tuple[str, ...] = STRONG  # each model's own, of OWN_ATTACKS
-    adaptive: tuple[str, ...] = ("fused_margin", "mora", "average_logit", "weight_hijack")  # losses on the model as it ships
+    adaptive: tuple[str, ...] = (
+        "fused_margin",
+        "mora",
+        "average_logit",
+        "weight_hijack",
+    )  # losses on the model as it ships
     prompt_sets: tuple[str, ...] = ("single", "photo", "style")  # that "prompts" attacks at once
     superclasses: tuple[int, ...] = ()  # the superclass of each class; given, T2 also attacks to leave it
     pools: tuple[str, ...] = POOLS  # what T2's shared pool is made on; see POOLS
