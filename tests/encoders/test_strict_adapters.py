@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,8 @@ def test_load_lora_refuses_other_tensors(change: str, tmp_path: Path) -> None:
         ("r", -1),
         ("target_modules", "(a+)+$"),
         ("target_modules", "("),
+        ("target_modules", ["proj"] * 300_000),
+        ("rank_pattern", {f"layer{number}": 2 for number in range(300_000)}),
         ("lora_alpha", "x"),
         ("peft_type", "ADALORA"),
         ("megatron_core", "os"),
@@ -96,6 +99,36 @@ def test_load_lora_refuses_other_configurations(key: str, value: Any, tmp_path: 
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(ValueError, match=f"{key}|trained on"):
         load_lora(load_encoder(SOURCE), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "base", "fits"),
+    [
+        ("hf:google/vit-base", "google/vit-base", True),
+        ("hf:google/vit-base@main", "google/vit-base", True),
+        ("hf:google/vit-base", "google/vit-base-in21k", False),
+        ("open_clip:hf-hub:laion/clip", "laion/other", False),
+        ("open_clip:embedded", "laion/other", True),  # no repository: may be a copy
+        ("hf:local-dir:models/vit", "google/vit-base", True),
+        ("hf:google/vit-base", "hf:google/vit-large", False),
+    ],
+)
+def test_load_lora_compares_repositories_as_peft_writes_them(
+    source: str, base: str, fits: bool, tmp_path: Path
+) -> None:
+    path = write_adapter(tmp_path) / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
+    encoder = load_encoder(SOURCE)
+    encoder.source = source
+    with nullcontext() if fits else pytest.raises(ValueError, match="was trained on"):
+        load_lora(encoder, tmp_path)
+
+
+def test_load_lora_leaves_the_random_state(tmp_path: Path) -> None:
+    encoder, folder = load_encoder(SOURCE), write_adapter(tmp_path)
+    state = torch.get_rng_state()
+    load_lora(encoder, folder)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_load_lora_refuses_a_second_adapter(tmp_path: Path) -> None:

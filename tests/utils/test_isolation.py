@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import sys
 from types import ModuleType
 
@@ -29,6 +30,29 @@ def test_preserved_process_state_restores_everything(monkeypatch: pytest.MonkeyP
     with preserved_process_state(random_state=False):
         torch.rand(1)
     assert not torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from zepad_mm import RobustZeroShotClassifier, ZePAD, evaluate, load_encoder",
+        "from zepad_mm.classifier import pixels_of; from PIL import Image; pixels_of(Image.new('RGB', (40, 40)))",
+        "from zepad_mm.data.corruptions import corrupt; corrupt(torch.rand(1, 3, 9, 9), 'gaussian_blur', 1, None)",
+        "import zepad_mm.training, zepad_mm.pretraining, zepad_mm.defend",
+    ],
+)
+def test_imports_and_first_calls_leave_the_process_as_it_was(code: str) -> None:
+    """In a fresh process: torchvision sets a variable when it is imported."""
+    check = f"""
+import logging, os, torch
+variables, state, handlers = dict(os.environ), torch.get_rng_state(), list(logging.getLogger().handlers)
+{code}
+assert dict(os.environ) == variables, set(os.environ) - set(variables)
+assert torch.equal(torch.get_rng_state(), state)
+assert logging.getLogger().handlers == handlers
+"""
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_preserved_process_state_makes_normal_tensors() -> None:

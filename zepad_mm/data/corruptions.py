@@ -12,14 +12,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms.functional import gaussian_blur as blur
-from torchvision.transforms.functional import to_pil_image
 
-from zepad_mm.utils.images import read_image
+from zepad_mm.utils.images import read_image, to_pil
+from zepad_mm.utils.isolation import import_isolated
 from zepad_mm.utils.registry import Registry
 from zepad_mm.utils.validation import check_images
 
 SEVERITIES = (1, 2, 3, 4, 5)
+FUNCTIONAL = "torchvision.transforms.functional"
 
 Corruption = Callable[[Tensor, int, torch.Generator], Tensor]
 OutOfDistribution = Callable[[Tensor, torch.Generator], Tensor]
@@ -56,6 +56,7 @@ def gaussian_blur(images: Tensor, severity: int, generator: torch.Generator) -> 
     sigma = (0.5, 0.75, 1.0, 1.25, 1.5)[severity - 1]
     reach = int(4 * sigma + 0.5)
     wide = nn.functional.pad(images, (reach,) * 4, mode="replicate")
+    blur = import_isolated(FUNCTIONAL).gaussian_blur
     return blur(wide, [2 * reach + 1] * 2, [sigma] * 2)[..., reach:-reach, reach:-reach].clamp(0, 1)
 
 
@@ -66,7 +67,7 @@ def jpeg(images: Tensor, severity: int, generator: torch.Generator) -> Tensor:
     read = []
     for image in images.cpu():
         file = io.BytesIO()
-        to_pil_image((image * 255).round().byte()).save(file, "JPEG", quality=quality)
+        to_pil(image).save(file, "JPEG", quality=quality)
         read.append(read_image(file, "the compressed image"))
     return torch.stack(read).to(images) if read else images
 

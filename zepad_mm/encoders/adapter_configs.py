@@ -28,6 +28,7 @@ ADAPTER_NOTES = ("peft_version", "auto_mapping", "inference_mode", "revision", "
 PATTERN = re.compile(r"[\w.\-^$|()\[\]\\*+?:]{0,400}")
 NESTED_REPEAT = re.compile(r"[*+?}]\)*[*+{]|\\\d|\(\?[^:]|\)[*+?{]")  # may take exponential time
 MOST_REPEATS = 3
+FEW_PATTERNS = 64  # peft tries every one on every module
 
 
 def clean_adapter_config(values: dict[str, Any], tensors: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -61,13 +62,14 @@ def clean_adapter_config(values: dict[str, Any], tensors: Mapping[str, Any], whe
         raise ValueError(
             f"{where}: init_lora_weights: {start!r:.60} changes the base; convert the adapter with peft first"
         )
-    for key in ("target_modules", "exclude_modules", "layers_pattern"):
-        _check_patterns(clean.get(key) or (), f"{where}: {key}")
+    for key in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+        patterns = clean.get(key) or ()
+        if not isinstance(patterns, str) and len(patterns) > max(FEW_PATTERNS, len(tensors)):
+            raise ValueError(f"{where}: {key}: got {len(patterns):,} entries for {len(tensors)} tensors")
+        _check_patterns(patterns if isinstance(patterns, str) else tuple(patterns), f"{where}: {key}")
     largest = max(
         (min(tensor.shape) for name, tensor in tensors.items() if "lora_A" in name and tensor.ndim), default=0
     )
-    for key in ("rank_pattern", "alpha_pattern"):
-        _check_patterns(tuple(clean.get(key) or ()), f"{where}: {key}")
     ranks = {
         "r": clean.get("r", 8),
         **{f"rank_pattern {name}": rank for name, rank in (clean.get("rank_pattern") or {}).items()},

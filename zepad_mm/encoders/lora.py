@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,14 +18,16 @@ from zepad_mm.encoders.base import Encoder, feature_dim_of
 from zepad_mm.encoders.build_limits import BuildLimit, check_memory_of
 from zepad_mm.encoders.library_configs import WRONG_CONFIG, read_config
 from zepad_mm.encoders.shared_trunk import blocks_of
-from zepad_mm.encoders.sources import BACKENDS, FOLDER, parse_source
+from zepad_mm.encoders.sources import BACKENDS, FOLDER, HUB, parse_source
 from zepad_mm.encoders.state_dict import load_state_dict_strict
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.io import read_tensors
+from zepad_mm.utils.isolation import preserved_process_state
 from zepad_mm.utils.seeding import seeded_generator
 from zepad_mm.utils.wrappers import unwrap
 
 WEIGHTS = "adapter_model.safetensors"
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name, as peft writes a model of the Hub
 SAME, SAME_HALF = 1e-3, 5e-2  # features with the adapter beside and inside the weights, relative to the largest
 
 
@@ -144,6 +147,7 @@ def count_parameters(module: nn.Module) -> ParameterCount:
     return ParameterCount(trainable, sum(parameter.numel() for parameter in parameters))
 
 
+@preserved_process_state()
 def load_lora(encoder: Encoder, folder: str | Path, trainable: bool = False) -> Encoder:
     """Put the adapter saved in ``folder`` (``adapter_config.json`` + safetensors) into ``encoder``, in place.
 
@@ -197,13 +201,18 @@ def _check_base(name: Any, encoder: Encoder, where: str) -> None:
     """Raise ValueError where the adapter names the encoder that it was trained on, and it is another one.
 
     Folders and checkpoints of one machine have other names on the next, and a name on the Hub may be the folder of its
-    cache: only sources that both mean a public model can be told apart.
+    cache: only sources that both mean a public model can be told apart. peft itself writes ``owner/name``.
     """
     if not name or name == encoder.source:
         return
     theirs, ours = _public_name(str(name)), _public_name(encoder.source)
+    if REPOSITORY.fullmatch(str(name)):
+        theirs, ours = str(name), _repository(encoder.source)
     if theirs and ours and theirs != ours:
-        raise ValueError(f"{where} was trained on {str(name)[:100]}, and this encoder is {encoder.source}")
+        raise ValueError(
+            f"{where} was trained on {str(name)[:100]}, and this encoder is {encoder.source}; where both are the same "
+            "model, change base_model_name_or_path in its adapter_config.json"
+        )
 
 
 def _public_name(source: str) -> str:
@@ -216,6 +225,16 @@ def _public_name(source: str) -> str:
         parsed.place == FOLDER or parsed.weights or parsed.kind not in BACKENDS or BACKENDS.get(parsed.kind).reads_file
     )
     return "" if local else f"{parsed.kind}:{parsed.place}:{parsed.name}"
+
+
+def _repository(source: str) -> str:
+    """The repository on the Hub that a source names; empty where it names none."""
+    try:
+        parsed = parse_source(source)
+    except ValueError:
+        return ""
+    by_name = not parsed.place and parsed.kind in BACKENDS and BACKENDS.get(parsed.kind).names_are_repositories
+    return parsed.name if (parsed.place == HUB or by_name) and not parsed.weights else ""
 
 
 def _without_adapter(module: nn.Module) -> nn.Module:

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from zepad_mm.utils.isolation import import_isolated
+
 ONLINE, MOMENTUM = "online", "momentum"
 NETWORKS = (ONLINE, MOMENTUM)
 STEMS = ("7x7", "3x3p1", "3x3p2", "3x3p1pool", "3x3p2pool")
@@ -129,8 +131,7 @@ def _count(tensors: dict[str, Tensor], pattern: str) -> int:
 
 
 def _resnet(network: Network, stem: str | None, where: str) -> Built:
-    from torchvision.models import resnet
-
+    resnet = import_isolated("torchvision.models.resnet")
     tensors = network.tensors
     if "conv1.weight" not in tensors:
         raise ValueError(
@@ -220,8 +221,6 @@ def _vit(network: Network, heads: int | None, where: str) -> Built:
 
 
 def _torchvision_vit(network: Network, heads: int | None, where: str) -> Built:
-    from torchvision.models import VisionTransformer
-
     tensors = network.tensors
     if "conv_proj.weight" not in tensors:
         raise ValueError(
@@ -232,6 +231,6 @@ def _torchvision_vit(network: Network, heads: int | None, where: str) -> Built:
     side = _side(tensors["encoder.pos_embedding"].shape[1] - 1, patch, where)
     heads = _heads(width, heads, network, where)
     hidden = tensors["encoder.layers.encoder_layer_0.mlp.0.weight"].shape[0]
-    backbone = VisionTransformer(side, patch, depth, heads, width, hidden)
-    backbone.heads = nn.Identity()  # type: ignore[assignment]
+    backbone = import_isolated("torchvision.models").VisionTransformer(side, patch, depth, heads, width, hidden)
+    backbone.heads = nn.Identity()
     return Built(backbone, f"ViT of {depth} blocks, {width} channels, {heads} heads, patches of {patch}", side)

@@ -19,6 +19,7 @@ from zepad_mm.encoders import Preprocess
 from zepad_mm.models.config import Policy
 from zepad_mm.serve.limits import RequestLimiter
 from zepad_mm.serve.settings import MAX_LEVELS, ServeSettings
+from zepad_mm.utils.images import to_pil
 from zepad_mm.utils.io import ASSETS
 from zepad_mm.utils.text import printable, quoted, without_addresses
 
@@ -189,8 +190,6 @@ def error_text(error: Exception) -> str:
 
 def png(image: Tensor) -> bytes:
     """Encode (3, H, W) in [0, 1] as PNG bytes."""
-    from torchvision.transforms.functional import to_pil_image
-
     file = io.BytesIO()
-    to_pil_image((image * 255).round().byte()).save(file, "PNG")
+    to_pil(image).save(file, "PNG")
     return file.getvalue()

@@ -13,6 +13,7 @@ from torch import Tensor
 from zepad_mm.defences.base import Batch
 from zepad_mm.utils.atomic import replacing
 from zepad_mm.utils.io import write_tensors
+from zepad_mm.utils.isolation import import_isolated
 
 SAMPLES = "samples"
 
@@ -37,12 +38,11 @@ def write_samples(accelerator: Accelerator, out: Path, step: int, images: Tensor
         out: folder of the run; the grid is ``samples/STEP.png`` in it.
         images, attacked: (N, 3, H, W) in [0, 1].
     """
-    from torchvision.utils import make_grid, save_image
-
     difference = (0.5 + 10 * (attacked - images)).clamp(0, 1)
-    grid = make_grid(torch.cat([images, attacked, difference]).float().cpu(), nrow=len(images), padding=1)
+    utils = import_isolated("torchvision.utils")
+    grid = utils.make_grid(torch.cat([images, attacked, difference]).float().cpu(), nrow=len(images), padding=1)
     with replacing(out / SAMPLES / f"{step}.png") as temporary:
-        save_image(grid, temporary, format="png")
+        utils.save_image(grid, temporary, format="png")
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):
             tracker.log_images({"clean, attacked, 10 x difference": grid[None].numpy()}, step=step)

@@ -149,8 +149,6 @@ def to_tensor(image: Any, size: int | Resize | None = None, max_pixels: int | No
 
 def _levels(image: Any, sixteen_bit: bool) -> Tensor:
     """(3, H, W) float32 in [0, 1] of a PIL image in its own size."""
-    from torchvision.transforms.functional import pil_to_tensor
-
     if image.mode.startswith("I;16") or sixteen_bit:
         grey = torch.from_numpy(np.asarray(image).astype(np.float32) / 65535)
         return grey.expand(3, -1, -1).contiguous()
@@ -170,9 +168,16 @@ def _levels(image: Any, sixteen_bit: bool) -> Tensor:
     try:
         if image.mode in ("P", "PA", "LA", "La", "RGBa"):
             image = image.convert("RGBA")  # not all of them lead to RGB directly
-        return pil_to_tensor(image.convert("RGB")).float() / 255
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
     except ValueError as error:
         raise ValueError(f"its mode {image.mode!r} cannot be converted to RGB ({error})") from error
+
+
+def to_pil(image: Tensor) -> Any:
+    """(3, H, W) in [0, 1] as a PIL image of 8 bits."""
+    from PIL import Image
+
+    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
 def read_image(

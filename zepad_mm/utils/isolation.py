@@ -7,8 +7,33 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from importlib import import_module
+from typing import Any
 
 import torch
+
+
+@contextmanager
+def preserved_environment() -> Iterator[None]:
+    """Context after which the environment variables are as before."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+        for name, value in before.items():
+            if os.environ.get(name) != value:
+                os.environ[name] = value
+
+
+def import_isolated(name: str) -> Any:
+    """A module of a library whose import sets environment variables, imported without them.
+
+    torchvision imports torch's compiler, which sets the folder of its cache.
+    """
+    with preserved_environment():
+        return import_module(name)
 
 
 @contextmanager
@@ -22,13 +47,14 @@ def preserved_process_state(random_state: bool = True) -> Iterator[None]:
     Args:
         random_state: False lets the block draw from torch's random state, for weights that stay random.
     """
-    environment, root = dict(os.environ), logging.getLogger()
+    root = logging.getLogger()
     handlers, state = list(root.handlers), torch.get_rng_state()
     gradients, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
     elsewhere = torch.get_default_device().type != "cpu"
     try:
         torch.set_default_dtype(torch.float32)
         with (
+            preserved_environment(),
             torch.device("cpu") if elsewhere else nullcontext(),
             torch.inference_mode(False),
             torch.set_grad_enabled(gradients),
@@ -40,11 +66,6 @@ def preserved_process_state(random_state: bool = True) -> Iterator[None]:
         torch.set_default_dtype(dtype)
         if random_state:
             torch.set_rng_state(state)
-        for name in set(os.environ) - set(environment):
-            del os.environ[name]
-        for name, value in environment.items():
-            if os.environ.get(name) != value:
-                os.environ[name] = value
         for handler in [handler for handler in root.handlers if handler not in handlers]:
             root.removeHandler(handler)
 
