@@ -374,16 +374,25 @@ def test_example_of_push_runs(examples: Path, tmp_path: Path, capsys: pytest.Cap
         assert "no-key" not in refused.stderr + refused.stdout
 
 
-def test_example_of_serve_runs(capsys: pytest.CaptureFixture[str], examples: Path) -> None:
-    """The server stops on Ctrl-C."""
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_example_of_serve_runs(
+    stop: signal.Signals, capsys: pytest.CaptureFixture[str], examples: Path, tmp_path: Path
+) -> None:
+    """The server stops on Ctrl-C and SIGTERM, and leaves no uploads behind."""
     words = [*example_of("serve", capsys), "--port", "0", "--json"]
     with subprocess.Popen(
-        [sys.executable, "-m", "zepad_mm.cli", *words], stdout=subprocess.PIPE, text=True, cwd=examples
+        [sys.executable, "-m", "zepad_mm.cli", *words],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=examples,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
     ) as process:
         assert process.stdout is not None
         url = json.loads(process.stdout.readline())["url"]
         assert url.startswith("http://127.0.0.1:")
         with urllib.request.urlopen(f"{url}/v1/health", timeout=60) as answer:
             assert json.load(answer) == {"status": "ok"}
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) in (0, 130)
+        assert list(tmp_path.iterdir())
+        process.send_signal(stop)
+        assert process.wait(60) == 130
+    assert list(tmp_path.iterdir()) == []

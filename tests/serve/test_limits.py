@@ -194,6 +194,16 @@ def test_page_bodies_are_checked(client: httpx.Client, body: dict[str, Any], sta
     assert "\x1b" not in answer.json()["detail"]
 
 
+def test_only_examples_that_exist_are_loaded(client: httpx.Client) -> None:
+    def load(number: Any) -> int:
+        body = {"data": [number], "fn_index": 0, "session_hash": "abc"}
+        return client.post("/gradio_api/run/predict", json=body).status_code
+
+    first = next(number for number in range(100) if load(number) != 200)
+    assert first > 2
+    assert [load(number) for number in (first, 1000, -1, None)] == [422] * 4
+
+
 @pytest.mark.parametrize("content", [b"", b"[" * 20_000, b'{"data": ', b"\xff", b"null", b"1"])
 def test_damaged_json_is_refused(client: httpx.Client, content: bytes) -> None:
     answer = client.post("/gradio_api/queue/join", content=content, headers={"content-type": "application/json"})
@@ -308,7 +318,9 @@ def test_bodies_together_have_a_limit(classifier: RobustZeroShotClassifier) -> N
     assert ServeSettings().uploads_mb >= ServeSettings().upload_mb
 
 
-def test_server_stops_within_the_grace_period(classifier: RobustZeroShotClassifier) -> None:
+def test_server_stops_within_the_grace_period(
+    classifier: RobustZeroShotClassifier, caplog: pytest.LogCaptureFixture
+) -> None:
     """Although a stream of results is open, a request computes nothing, and a body never ends."""
     with running(classifier, grace_s=1) as (client, service, server, thread), ThreadPoolExecutor(1) as pool:
         with service.limiter.slot():  # the page's request waits, so its stream stays open
@@ -331,6 +343,7 @@ def test_server_stops_within_the_grace_period(classifier: RobustZeroShotClassifi
             assert not thread.is_alive()
             assert time.monotonic() - begun < 5
         stream.exception(20)
+    assert not any(record.exc_info for record in caplog.records)
 
 
 def test_serve_runs_inside_a_running_loop(

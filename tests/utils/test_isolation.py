@@ -37,7 +37,7 @@ def test_preserved_process_state_restores_everything(monkeypatch: pytest.MonkeyP
     [
         "from zepad_mm import RobustZeroShotClassifier, ZePAD, evaluate, load_encoder",
         "from zepad_mm.classifier import pixels_of; from PIL import Image; pixels_of(Image.new('RGB', (40, 40)))",
-        "from zepad_mm.data.corruptions import corrupt; corrupt(torch.rand(1, 3, 9, 9), 'gaussian_blur', 1, None)",
+        "from zepad_mm.data.corruptions import corrupt; corrupt(torch.ones(1, 3, 9, 9), 'gaussian_blur', 1, None)",
         "import zepad_mm.training, zepad_mm.pretraining, zepad_mm.defend",
     ],
 )

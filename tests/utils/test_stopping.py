@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from typing import NoReturn
 
 import pytest
@@ -35,6 +37,18 @@ def test_run_program_raises_faults_and_returns_codes() -> None:
     with pytest.raises(ZeroDivisionError):
         run_program(lambda: 1 // 0)
     assert [run_program(lambda value=value: value) for value in (3, None, "text", True)] == [3, 0, 0, 0]  # type: ignore[misc]
+
+
+def test_exit_at_once_cleans_up_and_waits_for_no_thread() -> None:
+    code = """
+import atexit, threading, time
+from zepad_mm.utils.stopping import exit_at_once
+threading.Thread(target=time.sleep, args=[600]).start()
+atexit.register(print, "cleaned up")
+exit_at_once(130)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (130, "cleaned up\n")
 
 
 def test_a_second_interrupt_ends_at_once() -> None:

@@ -59,8 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         settings = parser.parse_args(words)
         options = settings[settings.command]
-        if settings.command != "serve":  # which drains its connections
-            treat_sigterm_as_sigint()
+        treat_sigterm_as_sigint()  # a server drains its connections first
         with _messages_on_stderr(logging.WARNING if options.quiet else logging.INFO):
             code = COMMANDS[settings.command].run(options)
         sys.stdout.flush()  # a full disk behind it is an error of this command

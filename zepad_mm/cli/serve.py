@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from zepad_mm.cli.common import MODEL, Command, UsageError, check_policy, declare_policy, print_result
 from zepad_mm.cli.settings_options import SettingsOptions
+from zepad_mm.utils.stopping import STOPPED, exit_at_once
 
 SERVE_OPTIONS = SettingsOptions(
     "serve/settings.py:ServeSettings",
@@ -41,16 +43,20 @@ def _run(options: Any) -> int:
         text = f"Serving {options.model} on {url} (endpoint: {url}/docs); stop it with Ctrl-C"
         print_result(options, {"url": url}, text)
 
-    serve(
-        options.model,
-        host=options.host,
-        port=options.port,
-        device=options.device,
-        policy=options.policy,
-        perturbation=options.perturbation,
-        settings=ServeSettings(**SERVE_OPTIONS.given(options)),
-        ready=ready,
-    )
+    try:
+        serve(
+            options.model,
+            host=options.host,
+            port=options.port,
+            device=options.device,
+            policy=options.policy,
+            perturbation=options.perturbation,
+            settings=ServeSettings(**SERVE_OPTIONS.given(options)),
+            ready=ready,
+        )
+    except KeyboardInterrupt:  # once the grace period is over; a request may still compute
+        print("zepad: stopped", file=sys.stderr)
+        exit_at_once(STOPPED)
     return 0
 
 

@@ -164,6 +164,8 @@ class _Exchange:
             await self.gateway.app(self.scope, receive, self.send)
         except RefusedError as error:
             self.refusal = self.refusal or error
+        except asyncio.CancelledError:  # by uvicorn after the grace period, which would log a traceback
+            self.refusal = RefusedError(503, "the server is stopping")
         except Exception:
             if self.refusal is None:
                 raise

@@ -67,7 +67,9 @@ def mount(app: FastAPI, service: Service) -> PageRequests:
     functions = {function.name: index for index, function in page.fns.items()}
     uploads = Uploads(folder, service.settings.uploads_mb * 2**20)
     policies = _policies(service)
-    return PageRequests(page, functions["run"], functions["load_example"], service.settings, uploads, policies)
+    examples = sum(len(block.raw_samples or ()) for block in page.blocks.values() if isinstance(block, gr.Dataset))
+    run, load = functions["run"], functions["load_example"]
+    return PageRequests(page, run, load, service.settings, uploads, examples, policies)
 
 
 def build(service: Service) -> gr.Blocks:

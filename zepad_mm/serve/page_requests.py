@@ -38,6 +38,7 @@ class PageRequests:
         example: index of the function that loads an example image.
         settings: the limits.
         uploads: the folder of gradio's files.
+        examples: how many example images there are.
         policies: that the page offers; empty: it offers no choice.
     """
 
@@ -48,13 +49,14 @@ class PageRequests:
         example: int,
         settings: ServeSettings,
         uploads: Uploads,
+        examples: int,
         policies: Sequence[str] = (),
     ) -> None:
         self.blocks = blocks
         self.settings = settings
         self.uploads = uploads
         self.text = 2 * settings.max_labels * (settings.max_label_length + 2)  # the service says what is too long
-        self.models = {JOIN: _run_model(run, self.text, policies), EXAMPLE: _example_model(example)}
+        self.models = {JOIN: _run_model(run, self.text, policies), EXAMPLE: _example_model(example, examples)}
         self.sessions: OrderedDict[str, None] = OrderedDict()
 
     def body_limit(self, path: str) -> int:
@@ -154,11 +156,11 @@ def _run_model(function: int, text: int, policies: Sequence[str]) -> type[BaseMo
     return Run
 
 
-def _example_model(function: int) -> type[BaseModel]:
+def _example_model(function: int, count: int) -> type[BaseModel]:
     """The request that loads an example image by its number."""
 
     class Example(BaseModel):
-        data: tuple[Annotated[int, Field(ge=0, le=1000)]]
+        data: tuple[Annotated[int, Field(ge=0, lt=count)]]
         fn_index: Literal[function]  # type: ignore[valid-type]
         trigger_id: int | None = None
         session_hash: Annotated[str, StringConstraints(pattern=SESSION)]

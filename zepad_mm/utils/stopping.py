@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -9,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 USER_ERRORS = (ValueError, OSError)  # printed as one line; everything else is a fault of the program
 STOPPED = 130  # exit code after SIGINT or SIGTERM
@@ -75,6 +76,15 @@ def run_program(main: Callable[[], Any]) -> int:
         sys.stderr.write(f"{name}: {one_line(error)}\n")
         return 2
     return code if type(code) is int else 0
+
+
+def exit_at_once(code: int) -> NoReturn:
+    """End the program with its files cleaned up, but without waiting for threads that compute and cannot be stopped."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 def one_line(error: BaseException) -> str:
