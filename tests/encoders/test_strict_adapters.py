@@ -13,8 +13,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.utils.parametrizations import weight_norm
+from torch.optim.swa_utils import AveragedModel
 
-from zepad_mm.encoders import LoraSettings, folded_lora, load_encoder, load_lora, merge_lora
+from tests.helpers.models import make_zepad, write_clip
+from zepad_mm.encoders import LoraSettings, add_lora, folded_lora, load_encoder, load_lora, merge_lora
+from zepad_mm.models.zepad import ZePAD
+from zepad_mm.training.artifacts import write_tuned
 
 SOURCE = "open_clip:embedded?image_size=64"
 A = "base_model.model.head.proj.lora_A.weight"
@@ -135,6 +140,54 @@ def test_load_lora_refuses_a_second_adapter(tmp_path: Path) -> None:
     encoder = load_lora(load_encoder(SOURCE), write_adapter(tmp_path))
     with pytest.raises(ValueError, match="has a LoRA adapter already"):
         load_lora(encoder, tmp_path)
+
+
+def _second_in_use(backbone: Any) -> None:
+    backbone.add_adapter("second", LoraConfig(r=2, target_modules=["c_fc"]))
+    backbone.set_adapter("second")
+
+
+def _renamed(backbone: Any) -> None:
+    _second_in_use(backbone)
+    backbone.delete_adapter("default")
+
+
+@pytest.mark.parametrize(
+    "change", [_second_in_use, _renamed, lambda backbone: backbone.disable_adapter_layers()], ids=str
+)
+def test_saving_refuses_adapters_that_would_not_load_as_they_are_used(
+    change: Callable[[Any], None], tmp_path: Path
+) -> None:
+    model = make_zepad(write_clip(tmp_path))
+    encoder = model.branch("lora").encoder
+    model.save_pretrained(tmp_path / "model")
+    change(encoder.backbone)
+    with pytest.raises(ValueError, match="only one named default that is in use can be saved"):
+        model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="only one named default that is in use can be saved"):
+        write_tuned(tmp_path / "tuned", encoder, {})
+    ZePAD.from_pretrained(tmp_path / "model")  # the old one is whole
+
+
+@pytest.mark.parametrize("branch", ["full", "benign"])
+def test_saving_refuses_an_undeclared_adapter(branch: str, tmp_path: Path) -> None:
+    model = make_zepad(write_clip(tmp_path))
+    add_lora(model.branch(branch).encoder, LoraSettings(rank=2))
+    with pytest.raises(ValueError, match="but its encoder has an adapter"):
+        model.save_pretrained(tmp_path / "model")
+
+
+def test_saving_unwraps_averaged_weights_and_refuses_parametrized_ones(tmp_path: Path) -> None:
+    model = make_zepad(write_clip(tmp_path))
+    encoder = model.branch("full").encoder
+    encoder.backbone = AveragedModel(encoder.backbone)
+    model.save_pretrained(tmp_path / "model")
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ZePAD.from_pretrained(tmp_path / "model")(images), model(images))
+    weight_norm(encoder.backbone.module.conv1)
+    with pytest.raises(ValueError, match="is parametrized"):
+        model.save_pretrained(tmp_path / "model")
 
 
 def test_lora_settings_refuse_a_string_of_targets() -> None:

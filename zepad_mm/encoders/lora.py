@@ -278,6 +278,18 @@ def _lora_layers(encoder: Encoder) -> list[Any]:
     return [layer for layer in encoder.backbone.modules() if isinstance(layer, LoraLayer)]
 
 
+def check_saved_adapter(encoder: Encoder) -> None:
+    """Raise ValueError unless the adapter is the only one and in use: of several, a folder of ours holds one."""
+    for layer in _lora_layers(encoder):
+        names, active = sorted(layer.scaling), list(layer.active_adapters)
+        if names != ["default"] or active != names or layer.disable_adapters:
+            used = "none" if layer.disable_adapters else ", ".join(active)
+            raise ValueError(
+                f"{encoder.source} has the adapters {', '.join(names)}, of which it uses {used}; only one named "
+                "default that is in use can be saved: delete the others, enable it, or merge with merge_lora(encoder)"
+            )
+
+
 def merge_lora(encoder: Encoder) -> Encoder:
     """Fold the adapter into the weights, W + alpha/r * B A, and drop it; no-op without one.
 

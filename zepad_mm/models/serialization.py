@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from zepad_mm.encoders import Encoder, has_lora, load_encoder, load_lora
 from zepad_mm.encoders.fingerprint import describe_changes, fingerprint
+from zepad_mm.encoders.lora import check_saved_adapter
 from zepad_mm.encoders.sources import BACKENDS
 from zepad_mm.encoders.state_dict import load_state_dict_strict
 from zepad_mm.models.branch import Branch
@@ -119,6 +120,11 @@ def _write_model(
     complete_folder(folder)
     with replacing_folder(folder) as staged:
         for branch in branches.values():
+            if branch.config.adaptation != "lora" and has_lora(branch.encoder):
+                raise ValueError(
+                    f"branch {branch.name!r} is declared as {branch.config.adaptation!r}, but its encoder has an "
+                    "adapter; declare it as 'lora', or write merge_lora(branch.encoder) where it was tuned in full"
+                )
             if branch.config.adaptation == "lora":
                 _save_adapter(branch, staged / ADAPTERS / branch.name, dtype)
         write_tensors(staged / WEIGHTS, tensors, {"format": "pt"})
@@ -161,6 +167,7 @@ def _save_adapter(branch: Branch, folder: Path, dtype: torch.dtype) -> None:
     """The adapter in peft's own layout, so that peft alone can load it."""
     if not has_lora(branch.encoder):
         raise ValueError(f"branch {branch.name!r} is declared as LoRA but its encoder has no adapter")
+    check_saved_adapter(branch.encoder)
     backbone: Any = branch.encoder.backbone
     # save_embedding_layers: there are none, and "auto" asks the Hub for a text model's vocabulary
     backbone.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from zepad_mm.encoders import Encoder, has_lora, load_encoder, load_lora
 from zepad_mm.encoders.build_limits import BuildLimit
 from zepad_mm.encoders.fingerprint import Fingerprint, differences, fingerprint
+from zepad_mm.encoders.lora import check_saved_adapter
 from zepad_mm.encoders.state_dict import load_state_dict_strict
 from zepad_mm.models.gate import FeatureGate, GateConfig
 from zepad_mm.models.heads import HEADS
@@ -66,6 +67,7 @@ def write_tuned(
     with unwrapped(encoder), replacing_folder(folder) as staged:
         adapted = has_lora(encoder)
         if adapted:
+            check_saved_adapter(encoder)
             backbone: Any = encoder.backbone
             # save_embedding_layers: "auto" would ask the Hub for a text model's vocabulary
             backbone.save_pretrained(str(staged / ADAPTER), safe_serialization=True, save_embedding_layers=False)

@@ -1,4 +1,4 @@
-"""Modules without the wrappers of ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``."""
+"""Modules without the wrappers of ``torch.compile``, parallel training and weight averaging."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.optim.swa_utils import AveragedModel
 
-PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -15,7 +17,7 @@ def unwrap(module: nn.Module) -> nn.Module:
     while True:
         children = module._modules
         inner = children.get("_orig_mod") if list(children) == ["_orig_mod"] else None  # of torch.compile
-        if isinstance(module, PARALLEL):
+        if isinstance(module, WRAPPERS):
             inner = module.module
         if inner is None:
             return module
@@ -24,7 +26,17 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def unwrapped(*modules: nn.Module) -> Iterator[None]:
-    """Within, no module inside ``modules`` is wrapped, so that tensors have the names that a fresh model gives them."""
+    """Within, no module inside ``modules`` is wrapped, so that tensors have the names that a fresh model gives them.
+
+    Raises ValueError for parametrized layers, as ``weight_norm`` makes them: no fresh model has their tensors.
+    """
+    for module in modules:
+        for name, layer in module.named_modules():
+            if is_parametrized(layer):
+                raise ValueError(
+                    f"{name} is parametrized, and could not be loaded again; write torch.nn.utils.parametrize."
+                    "remove_parametrizations(layer, name) for its tensors first"
+                )
     replaced = []
     try:
         for module in modules:
