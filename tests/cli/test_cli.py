@@ -262,6 +262,8 @@ def test_attack_reads_a_config_file_and_several_encoders(
     assert main([*words, "--encoders", json.dumps([clip_source, small]), "--steps", "1"]) == 0
     about = json.loads(capsys.readouterr().out)
     assert (about["encoders"], about["steps"]) == ([clip_source, small], 1)
+    assert main([*words, "--encoders", small, "--steps", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["encoders"] == [small]
     config.write_text("epsilom: 0.1\n")
     assert main(words) == 2
     assert "epsilom" in capsys.readouterr().err

@@ -222,6 +222,20 @@ def test_unfinished_files_of_a_live_process_are_kept(tmp_path: Path) -> None:
     assert not (tmp_path / SAVED).exists()
 
 
+def test_claim_names_the_folder_of_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("zepad_mm.utils.locks.os.write", full)
+    with (
+        pytest.raises(OSError, match=r"run could not be written to .*No space left on device"),
+        claim(tmp_path / "run"),
+    ):
+        pass
+    monkeypatch.undo()
+    assert not list(tmp_path.iterdir())  # nor does the lock stay
+
+
 def test_claim_refuses_a_second_run_and_ends_with_a_killed_one(tmp_path: Path) -> None:
     refused = pytest.raises(ValueError, match=rf"in use by another run \(process {os.getpid()} on .*another output")
     with claim(tmp_path), refused, claim(tmp_path):

@@ -85,12 +85,16 @@ def _declare(parser: Any) -> None:
     parser.add_argument("encoder", nargs="*", type=str, help="the same as --encoders, e.g. open_clip:embedded")
     for setting in fields(AttackSettings):
         name, text = "--" + setting.name.replace("_", "-"), setting.metadata["help"]
-        parser.add_argument(name, type=hints[setting.name], default=setting.default, help=text)
+        kind = hints[setting.name]
+        kind = kind | str if setting.name == "encoders" else kind  # one needs no brackets
+        parser.add_argument(name, type=kind, default=setting.default, help=text)
 
 
 def _run(options: Any) -> int:
     values = {setting.name: getattr(options, setting.name) for setting in fields(AttackSettings)}
-    settings = AttackSettings.from_dict(values | ({"encoders": options.encoder} if options.encoder else {}))
+    encoders = options.encoder or options.encoders
+    values["encoders"] = [encoders] if isinstance(encoders, str) else encoders
+    settings = AttackSettings.from_dict(values)
     perturbation = craft(settings, progress=not options.quiet)
     about = {"out": str(settings.path), "epsilon": perturbation.epsilon, **perturbation.provenance}
     print_result(options, about, f"Written: {settings.path} ({perturbation!r})")

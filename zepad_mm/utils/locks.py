@@ -70,6 +70,16 @@ def output_folder(folder: str | Path) -> Path:
     return Path(folder)
 
 
+def _name_owner(handle: int, folder: str | Path) -> None:
+    try:
+        os.truncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    except OSError as error:  # it names no file
+        raise type(error)(
+            error.errno, f"{folder} could not be written to ({error.strerror}); make room, or give another folder"
+        ) from error
+
+
 @contextmanager
 def claim(folder: str | Path) -> Iterator[None]:
     """Keep other runs out of an output folder, which is made if missing.
@@ -95,9 +105,8 @@ def claim(folder: str | Path) -> Iterator[None]:
                 )
             if not os.fstat(handle).st_nlink:  # a run that ended meanwhile removed this file
                 continue
-            os.truncate(handle, 0)
-            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
             try:
+                _name_owner(handle, folder)
                 yield
             finally:
                 path.unlink(missing_ok=True)
