@@ -105,11 +105,17 @@ def load_tasks(config: ClipTable) -> dict[str, Task]:
     return tasks
 
 
+@cache
+def _tuning_images(source: str, n_validation: int, seed: int) -> tuple[LabelledImages, LabelledImages]:
+    """Training and validation images of the baselines, decoded once for all of them."""
+    train = load_data(source, "train+surrogate" if source == "embedded" else "train", _resize())
+    return train, load_data(source, "validation", _resize(), n_validation, seed)
+
+
 def tune_baseline(config: ClipTable, defence: str, rank: int) -> Tuned:
     """The embedded CLIP tuned by a defence, with LoRA of this rank or, for 0, in full; tuned once, then loaded."""
     seed, steps = config.evaluation.seed, config.tune_steps
-    train = load_data(config.tune_on, "train+surrogate" if config.tune_on == "embedded" else "train", _resize())
-    validation = load_data(config.tune_on, "validation", _resize(), config.n_validation, seed)
+    train, validation = _tuning_images(config.tune_on, config.n_validation, seed)
     settings = TrainSettings(
         steps=steps,
         batch_size=config.batch_size,

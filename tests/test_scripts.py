@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks import parity_page
+from benchmarks import kill_tune, parity_page
 
 ROOT = Path(__file__).parents[1]
 NEEDS = {
@@ -143,11 +143,14 @@ def test_kill_reaches_the_workers_of_a_launcher(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
-def test_kill_tune_runs(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "benchmarks/kill_tune.py", "--kills", "0", "--steps", "2", "--processes", "1"]
-    command += ["--out", str(tmp_path / "tune.json")]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=280)
+def test_kill_tune_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = ["--data.n_train", "16", "--data.n_validation", "8", "--settings.batch_size", "8"]
+    monkeypatch.setattr(kill_tune, "TUNE", [*kill_tune.TUNE, *few])
+    words = ["kill_tune", "--kills", "0", "--steps", "2", "--processes", "1", "--out", str(tmp_path / "tune.json")]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit, match="0"):
+        kill_tune.main()
     found = json.loads((tmp_path / "tune.json").read_text())
     assert found["1 process(es)"] == {"kills": 0, "runs": 0, "different": 0, "after_a_checkpoint": 0}
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from tests.helpers.hub_server import environment, running_hub
-from tests.helpers.models import make_gated_zepad, make_zepad
+from tests.helpers.models import make_gated_zepad, make_zepad, write_embedded_at
 from zepad_mm import __version__
 from zepad_mm.attacks import Perturbation
 from zepad_mm.cli import COMMANDS, budget, main
@@ -295,7 +295,7 @@ SMALLER = {
     "attack": ["--steps", "2", "--n", "16"],
     "defend": ["--steps", "2", "--n", "16", "--n-validation", "8", "--batch-size", "4", "--defences", "tecoa"],
     "evaluate": ["--preset", "smoke", "--threats", "clean", "--n", "4", "--no-figures"],
-    "demo": ["--preset", "smoke", "--n", "4"],
+    "demo": ["--preset", "smoke", "--n", "4", "--model", "small"],
 }
 
 
@@ -304,6 +304,7 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files that the examples name."""
     folder = tmp_path_factory.mktemp("examples")
     Image.new("RGB", (60, 80), "red").save(folder / "photo.jpg")
+    write_embedded_at(32, folder / "small")
     ZePAD.from_pretrained("embedded").save_pretrained(folder / "defended")
     return folder
 

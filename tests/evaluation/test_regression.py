@@ -1,15 +1,17 @@
-"""The smoke evaluation of the embedded model at 64 pixels reproduces committed rows: no refactoring moves a number.
+"""The demo on the embedded model at 64 pixels, with the smoke preset, reproduces committed rows.
 
-After a change of the embedded images or models, ``python -m tests.evaluation.test_regression`` writes the rows again.
+No refactoring moves a number. After a change of the embedded images or models,
+``python -m tests.evaluation.test_regression`` writes the rows again.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,22 +38,36 @@ def committed(rows: list[dict[str, Any]], wanted: list[dict[str, str]], *keys: s
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
-    return evaluate_smoke(tmp_path_factory.mktemp("smoke"))
+def demo(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    return made_once("demo", run_demo) / "report"
 
 
-def evaluate_smoke(out: Path, timeout: float | None = 280) -> Report:
-    """``recipes/evaluate.py`` by its smoke configuration."""
-    config = ROOT / "recipes" / "configs" / "smoke" / "evaluate.yaml"
+@pytest.fixture(scope="module")
+def report(demo: Path) -> Report:
+    return Report.load(demo)
+
+
+def run_demo(out: Path, timeout: float | None = 280) -> None:
+    """The script behind scripts/demo, with the smoke preset; its report is in ``out``/report."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     model = write_embedded_at(64, out / "model")
-    command = [sys.executable, "recipes/evaluate.py", "--config", str(config), "--out", str(out / "report")]
-    command += ["--model", str(model)]
+    command = [sys.executable, "scripts/demo.py", "--preset", "smoke", "--model", str(model)]
+    command += ["--out", str(out / "report")]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return Report.load(out / "report")
+
+
+def test_demo_writes_report_and_plots(demo: Path) -> None:
+    report = json.loads((demo / "report.json").read_text())
+    assert {"commit", "config", "seed", "hardware", "versions", "wall_s", "warnings"} <= set(report["meta"])
+    assert {row["threat"] for row in report["rows"]} == {"clean", "T1", "T1b", "T1i", "T2", "T3"}
+    models = {row["model"] for row in report["rows"]}
+    assert {"undefended", "zepad", "zepad:rfdm", "baseline:equal", "branch:fare"} <= models
+    assert {row["score"] for row in report["detection"]} >= {"confidence_gap", "jensen_shannon"}
+    for name in ("confidence", "contact_sheet", "accuracy"):
+        assert (demo / f"{name}.png").stat().st_size > 10_000
 
 
 def test_smoke_rows_match_the_committed_rows(report: Report) -> None:
@@ -97,6 +113,7 @@ def write_expected(name: str, rows: Sequence[dict[str, Any]]) -> None:
 
 if __name__ == "__main__":
     with TemporaryDirectory() as folder:
-        made = evaluate_smoke(Path(folder), timeout=None)
+        run_demo(Path(folder), timeout=None)
+        made = Report.load(Path(folder) / "report")
     write_expected("smoke_rows.csv", made.rows)
     write_expected("smoke_detection.csv", made.detection)

@@ -26,6 +26,7 @@ FEW = replace(
     pools=("branch",),
     adaptive=("average_logit",),
     universal_steps={"feature_uap": 3},
+    family_steps={"feature_uap": 3},
     steps=2,
     diagnostics_n=0,
 )

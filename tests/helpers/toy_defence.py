@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import torch
 from torch import nn
 
@@ -44,7 +47,8 @@ def toy(n: int, seed: int) -> LabelledImages:
     return LabelledImages(images.clamp(0, 1), labels, CLASSES, "toy")
 
 
-def trained(name: str, role: Role, seed: int, epsilon: float) -> Branch:
+@functools.cache
+def _trained(name: str, role: Role, seed: int, epsilon: float) -> Branch:
     """A small network trained for a second, on PGD examples where epsilon is positive."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -70,6 +74,11 @@ def trained(name: str, role: Role, seed: int, epsilon: float) -> Branch:
             optimiser.step()
     optimiser.zero_grad()
     return branch.eval()
+
+
+def trained(name: str, role: Role, seed: int, epsilon: float) -> Branch:
+    """A copy of a network that is trained once in each process."""
+    return copy.deepcopy(_trained(name, role, seed, epsilon))
 
 
 def defended() -> ZePAD:

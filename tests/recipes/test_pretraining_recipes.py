@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -231,13 +228,12 @@ def test_bad_settings_raise(wrong: dict[str, float]):
 @pytest.mark.slow
 def test_ssl_study_runs_end_to_end(tmp_path: Path):
     out, result = tmp_path / "run", tmp_path / "result"
-    command = [sys.executable, "reproduction/ssl_study.py", "--config", "reproduction/configs/ssl_study_smoke.yaml"]
-    command += ["--out", str(out), "--result", str(result)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=240)
+    words = ["--config", str(ROOT / "reproduction" / "configs" / "ssl_study_smoke.yaml")]
+    settings = ssl_study.StudySettings.from_cli([*words, "--out", str(out), "--result", str(result)])
+    ssl_study.main(settings)
     first = json.loads(result.with_suffix(".json").read_text())
     kept = {path: path.stat().st_mtime_ns for path in (out / "evaluation").rglob("report.json")}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=240)
+    ssl_study.main(settings)
     finished = out / "evaluation" / "ssl" / "embedded" / "report.json"
     assert finished.stat().st_mtime_ns == kept[finished]
     report = json.loads(result.with_suffix(".json").read_text())

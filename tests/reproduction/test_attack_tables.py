@@ -8,9 +8,18 @@ from pathlib import Path
 import pytest
 
 from reproduction import adaptive_table, universal_attacks_table
+from tests.helpers.models import write_embedded_at
+from zepad_mm.models.zepad import ZePAD
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ["--evaluation.n", "6", "--evaluation.n_validation", "8", "--evaluation.n_surrogate", "16"]
+
+
+@pytest.fixture(autouse=True)
+def _few_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedded model at 32 pixels in place of the shipped one."""
+    read, small = ZePAD.from_pretrained, write_embedded_at(32, tmp_path / "model")
+    monkeypatch.setattr(ZePAD, "from_pretrained", lambda name: read(small))
 
 
 @pytest.mark.slow

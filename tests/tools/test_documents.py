@@ -37,7 +37,7 @@ RUN_BY = {
     "zepad doctor": "tests/cli/test_cli.py::test_example_of_the_help_runs",
     "zepad push": "tests/cli/test_cli.py::test_example_of_push_runs",
     "zepad serve": "tests/cli/test_cli.py::test_example_of_serve_runs",
-    "scripts/demo": "tests/recipes/test_recipes.py::test_demo_writes_report_and_plots",
+    "scripts/demo": "tests/evaluation/test_regression.py::test_demo_writes_report_and_plots",
     "scripts/test": "is what runs the tests",
     "python recipes/": "tests/recipes/test_recipes.py::test_recipe_runs_its_smoke_config",
     "python -m tools.render_docs": "tests/tools/test_documents.py::test_documents_match_the_records",
