@@ -30,7 +30,7 @@ N, FILES = 48, 4
 @pytest.fixture(autouse=True)
 def _no_sleep_on_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten the five seconds that ``datasets`` sleeps when a stream of parquet files is left before its end."""
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.05)
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.05, raising=False)
 
 
 @pytest.fixture(scope="module")
