@@ -153,7 +153,9 @@ def _renamed(backbone: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [_second_in_use, _renamed, lambda backbone: backbone.disable_adapter_layers()], ids=str
+    "change",
+    [_second_in_use, _renamed, lambda backbone: backbone.disable_adapter_layers()],
+    ids=["second", "renamed", "off"],  # names of functions differ between workers
 )
 def test_saving_refuses_adapters_that_would_not_load_as_they_are_used(
     change: Callable[[Any], None], tmp_path: Path
