@@ -44,6 +44,7 @@ CONFIG = ROOT / "recipes" / "configs" / "embedded" / "tune_fare.yaml"
 PUBLIC = "open_clip:embedded"
 PUBLIC_BRANCH = BranchConfig(name="benign", role="benign", source=PUBLIC, objective="none: the public encoder")
 EPSILON = 1 / 255  # of the white-box attack of the selection: at 4 / 255 among all names every cap leaves nothing
+OTHERS = 800  # images of each set that no branch was tuned on
 UNIVERSAL = FeatureUAP(epsilon=10 / 255)  # the attack that suspicion scores are compared on
 
 
@@ -58,6 +59,9 @@ def parse_options() -> argparse.Namespace:
         "--images", type=Path, help="packed images, whose validation part selects; default: the clothes"
     )
     parser.add_argument("--n", type=int, default=400, help="validation images, at most")
+    parser.add_argument(
+        "--others", nargs="*", default=[], help="SOURCE:SPLIT of sets that no branch was tuned on, for the cap"
+    )
     parser.add_argument("--out", type=Path, default=EMBEDDED_MODEL, help="folder of the model (default: the shipped)")
     parser.add_argument("--work", type=Path, default=Path("outputs/embedded"), help="folder of what is made first")
     return parser.parse_args()
@@ -68,6 +72,9 @@ def main() -> None:
     public, text = load_clip(PUBLIC)
     pool, sets = load_validation(args, public)
     validation = pool.sample(args.n, seed=0)
+    for other in args.others:
+        source, _, split = other.rpartition(":")
+        sets.append(load_data(source, split, public.preprocess, OTHERS, seed=0))
     robust, robust_record = load_robust(args)
     gate, gate_record = load_or_train_gate(args, public, robust)
     names, prompts = validation.class_names, templates_of("photo")

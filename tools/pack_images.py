@@ -2,6 +2,7 @@
 """Pack the images that the robust branch is tuned on into one small parquet file.
 
     python -m tools.pack_images --data-root DIR --out images.parquet
+    python -m tools.pack_images --data-root DIR --out exact.parquet --quality 100 --parts gate validation
 
 DIR holds the parquet folders of ``SOURCES``; the clothing photos are the embedded ones, whose test split differs from
 that of other packagings. Columns: source, part ("train", "gate" or "validation"), label, image (WebP, at most 128
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +33,12 @@ from tools.wordnet_clip.images import PACKED
 from tools.wordnet_clip.names import NEVER_READ
 from zepad_mm.utils.io import ASSETS, replacing
 
+PARTS = ("train", "gate", "validation")
 SOURCES = ("imagenet20", "tinyimagenet80", "caltech69", "clothing")
 TRAIN = {"clothing": ("surrogate", "train")}  # splits that are trained on; "train" of the others
 SIDE = 128  # wider images are made as narrow as this
 QUALITY = 76  # WebP
+LOSSLESS = 100  # as it is: a gate that saw compressed images alone takes the detail of others for an attack
 GATE = 5  # every so many images of a class are left to the gate
 LARGEST = 45.0  # MB of the file
 METADATA = b"class_names"
@@ -66,20 +69,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--quality", type=int, default=QUALITY, help="of WebP")
+    parser.add_argument("--quality", type=int, default=QUALITY, help="of WebP; 100: without loss")
     parser.add_argument("--largest", type=float, default=LARGEST, help="MB of the file; the rest is left out evenly")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args()
-    size = pack(options.data_root, options.out, options.quality, options.largest)
+    size = pack(options.data_root, options.out, options.quality, options.largest, options.parts)
     print(f"Written: {options.out}, {size / 1e6:.1f} MB")
 
 
-def pack(data_root: Path, path: Path, quality: int = QUALITY, largest: float = LARGEST) -> int:
+def pack(
+    data_root: Path,
+    path: Path,
+    quality: int = QUALITY,
+    largest: float = LARGEST,
+    parts: Collection[str] = PARTS,
+) -> int:
     """Write the images; the bytes of the file. Training images over ``largest`` MB are left out, validation is not."""
     names: dict[str, list[str]] = {}
     rows: list[tuple[str, str, int, bytes]] = []
     for source in SOURCES:
         names[source] = _class_names(data_root, source)
-        rows += _rows(data_root, source, len(names[source]), quality)
+        rows += _rows(data_root, source, len(names[source]), quality, parts)
     rows = _thinned(rows, 1e6 * largest)
     table = pa.table(
         {
@@ -122,7 +132,9 @@ def mosaics(packed: Packed, count: int, generator: torch.Generator) -> Tensor:
     return made
 
 
-def _rows(data_root: Path, source: str, classes: int, quality: int) -> list[tuple[str, str, int, bytes]]:
+def _rows(
+    data_root: Path, source: str, classes: int, quality: int, parts: Collection[str]
+) -> list[tuple[str, str, int, bytes]]:
     """(source, part, label, image) of a source. Classes that the CLIP never saw are not trained on here either."""
     held = PACKED.get(source, (0, 0))[1]  # as the CLIP's own training holds them out
     rows, seen = [], [0] * classes
@@ -133,8 +145,9 @@ def _rows(data_root: Path, source: str, classes: int, quality: int) -> list[tupl
         seen[label] += 1
         if seen[label] <= held or label not in never:
             part = "validation" if seen[label] <= held else "gate" if seen[label] % GATE == 0 else "train"
-            rows.append((source, part, label, _encode(image, quality)))
-    if held == 0:
+            if part in parts:
+                rows.append((source, part, label, _encode(image, quality)))
+    if held == 0 and "validation" in parts:
         rows += [
             (source, "validation", label, _encode(image, quality))
             for image, label in _read(data_root, source, "validation")
@@ -145,7 +158,7 @@ def _rows(data_root: Path, source: str, classes: int, quality: int) -> list[tupl
 def _thinned(rows: list[tuple[str, str, int, bytes]], largest: float) -> list[tuple[str, str, int, bytes]]:
     """As many of the training rows as fit, the same share of every class."""
     sizes = {chosen: sum(len(row[3]) + 8 for row in rows if (row[1] == "train") == chosen) for chosen in (True, False)}
-    share = min(1.0, (0.99 * largest - sizes[False]) / sizes[True])
+    share = min(1.0, (0.99 * largest - sizes[False]) / max(1, sizes[True]))
     seen: dict[tuple[str, int], int] = {}
     kept = []
     for row in rows:
@@ -180,7 +193,7 @@ def _encode(data: bytes, quality: int) -> bytes:
     if min(image.size) > SIDE:
         image = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=quality, method=4)
+    image.save(buffer, "WEBP", quality=quality, method=4, lossless=quality == LOSSLESS)
     return buffer.getvalue()
 
 

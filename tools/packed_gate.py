@@ -4,11 +4,12 @@
     python -m tools.packed_gate --images images.parquet --out gate0
     python -m tools.packed_gate --images images.parquet --out gate1 --seed 1 --robust TUNED
 
-images.parquet is the file of tools/pack_images.py, TUNED a tuned encoder of tools/robust_branch.py; without one it is
-the robust encoder of the shipped model. The gate learns
-from the part "gate", which the branch was not tuned on, and from mosaics of it, whose detail is as fine as that of
-large photos. Half of each validation set joins its calibration, the other half measures false alarms. Four of the
-universal attacks of reproduction/gate_study.py are left out, so that it measures unseen kinds. A killed run continues.
+images.parquet is a file of tools/pack_images.py, without loss (--quality 100): a gate that saw compressed images alone
+takes the detail of others for an attack. TUNED is a tuned encoder of tools/robust_branch.py; without one it is the
+robust encoder of the shipped model. The gate learns from the part "gate", which the branch was not tuned on, and from
+mosaics of it, whose detail is as fine as that of large photos. Half of each validation set joins its calibration, the
+other half measures false alarms. Four of the universal attacks of reproduction/gate_study.py are left out, so that it
+measures unseen kinds. A killed run continues.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from zepad_mm.utils.seeding import seeded_generator
 PUBLIC = "open_clip:embedded"
 CALIBRATION = 200  # validation images of each set
 SETTINGS = GateSettings(
-    n=None, universal=("feature_uap", "adv_encoder", "fff", "adv_encoder_patch"), held_out="uap", universal_steps=60,
-    corrupted_views=1, universal_views=1, per_image_n=1200, stopped_n=2400, rounds=3, round_n=300,
-    least_change=0.1, gating_rate=0.05,
+    n=4000, universal=("feature_uap", "adv_encoder", "fff", "adv_encoder_patch"), held_out=None, universal_steps=40,
+    corrupted_views=1, universal_views=1, per_image_n=500, stopped_n=1200, rounds=2, round_n=150,
+    least_change=0.1, gating_rate=0.03,
 )  # fmt: skip
 
 
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--public", default=PUBLIC, help="source of the encoder that attackers know")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--mosaics", type=int, default=2400)
+    parser.add_argument("--mosaics", type=int, default=1500)
     parser.add_argument("--limit", type=int, help="use so many images of each set, in short steps: a dry run")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
