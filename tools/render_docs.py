@@ -143,7 +143,8 @@ def demo_report() -> Report | None:
 def card(_: str) -> str:
     """The card of the shipped model."""
     config = ZePADConfig.from_dict(read_json(EMBEDDED_MODEL / CONFIG))
-    return model_card(config, demo_report()).replace(PLACEHOLDER, "embedded")
+    text = model_card(config, demo_report()).replace(f', model="{PLACEHOLDER}"', "")  # the task's own default
+    return text.replace(PLACEHOLDER, "embedded")
 
 
 def report_file(results: Path, _: str) -> str:

@@ -459,7 +459,7 @@ def test_report_text_has_a_table_per_threat_model_and_a_summary(finished: tuple[
         assert f"## {heading}" in text
     shown = f"{100 * report.accuracy('zepad', 'T2'):.1f}"
     words = "\n".join(summary(report))
-    assert f"leaves {shown} % with the defence" in words
+    assert f"leaves {shown} % right with the defence" in words
     assert "its best branch `branch:robust" in words
     assert "nan" not in text.lower().replace("nano", "")
     with pytest.raises(KeyError, match="models: undefended, zepad"):

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from tests.helpers.models import make_zepad
 from zepad_mm.evaluation import Report
-from zepad_mm.evaluation.model_card import eval_result_files, model_card, write_card
+from zepad_mm.evaluation.model_card import _opening, eval_result_files, model_card, write_card
 from zepad_mm.models.zepad import ZePADConfig
 from zepad_mm.utils.io import read_json
 
@@ -44,7 +44,12 @@ def test_card_shows_the_numbers_of_the_report(config: ZePADConfig, report: Repor
         assert words in text
     found = next(row for row in report.detection if row["score"] == "jensen_shannon" and row["threat"] == "T3")
     assert f"| {found['auroc']:.3f} | {100 * found['tpr_at_fpr1']:.1f} " in text
-    assert "`pgd@branch:tecoa`" in text
+    effort = next(line for line in text.splitlines() if line.startswith("- T2: "))
+    rows = [row for row in report.rows if (row["model"], row["threat"]) == ("zepad", "T2")]
+    count = len([row for row in rows if row["attack"] != "worst" and not row["control"]])
+    assert f"{count} attacks in all: " in effort
+    assert "`pgd`" in effort.partition("made on")[0]
+    assert "`branch:tecoa`" in effort.partition("made on")[2]
     assert report.meta["commit"] in text
 
 
@@ -100,6 +105,21 @@ def test_card_starts_with_failed_diagnostics(config: ZePADConfig, report: Report
     passed = [{**check, "passed": True} for check in report.meta["diagnostics"]]
     sure = model_card(config, changed(report, warnings=[], diagnostics=passed))
     assert "overestimated" not in sure
+
+
+def test_card_has_plain_words_before_tables(config: ZePADConfig, report: Report) -> None:
+    text = model_card(config, report)
+    places = [text.index(f"## {name}") for name in ("Use", "What holds", "Warnings", "In plain words", "Limitations")]
+    assert places == sorted(places)
+    assert places[-1] < text.index("\n| ")
+    assert "A zero-shot image classifier, `open_clip:embedded`, with a defence" in text
+    assert "2 robust copies of its encoder answer beside the public one." in text
+    gated = replace(config, fusion="gated", branches=config.branches[1:])
+    assert "A robust copy of its encoder answers where an image looks attacked" in _opening(gated)
+    assert "beside" in _opening(replace(gated, policy="white_box"))
+    assert 'pipeline("robust-zero-shot-image-classification", model="owner/name")' in text
+    words = report.markdown()
+    assert words.index("A budget such as 4/255") < words.index("## In plain words") < words.index("\n| ")
 
 
 def test_card_lists_what_was_not_measured(config: ZePADConfig, report: Report) -> None:

@@ -15,7 +15,7 @@ def test_first_screen_says_what_holds_against_whom() -> None:
     report = Report.load(EARLIER)
     sentences = first_screen(report)
     assert len(sentences) == 4
-    assert " ".join(sentences) in report.markdown().split("\n\n")[1]
+    assert report.markdown().split("\n\n")[1].startswith("- " + "\n- ".join(sentences))
     clean, public, white = sentences[:3]
     assert f"{percent(report.accuracy(report.default))} % (" in clean
     assert report.undefended is not None

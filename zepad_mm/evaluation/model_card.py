@@ -16,10 +16,10 @@ from huggingface_hub.utils import yaml_dump
 
 from zepad_mm.encoders.sources import is_local
 from zepad_mm.evaluation.report import OVERESTIMATED, Report, budget_of, cell
-from zepad_mm.evaluation.report_text import OPERATING_POINTS, operating_points, summary
+from zepad_mm.evaluation.report_text import OPERATING_POINTS, operating_points, plain_words
 from zepad_mm.evaluation.threats import CLEAN, T1I, T1IB, T2, T3, THREATS, WORST, RowKind
 from zepad_mm.models.card import GENERATED, PLACEHOLDER, card_metadata, describe_model, short_card
-from zepad_mm.models.config import CONFIG, ZePADConfig
+from zepad_mm.models.config import CONFIG, GATED_RULE, ZePADConfig
 from zepad_mm.utils.hub import RESULTS_FILE, card_text
 from zepad_mm.utils.io import read_json, write_text
 from zepad_mm.utils.text import bullets, markdown_table, percent
@@ -44,14 +44,13 @@ def model_card(config: ZePADConfig, report: Report | None) -> str:
     parts = [
         f"{GENERATED}\n# ZePAD over `{config.public_source}`",
         *_doubts(report),
-        "An image encoder that is defended against adversarial examples: "
-        f"{len(config.branches)} branches, some tuned adversarially, one rule that fuses them. {_headline(report)}",
+        f"{_opening(config)} {_headline(report)}",
         _usage(config),
+        f"## What holds\n\n{plain_words(report)[0]}",
+        *plain_words(report)[1:],
+        "## Limitations\n\n" + bullets(_limitations(config, report)),
         _robustness(report),
         *_detection(config, report),
-        "## In plain words\n\n" + bullets(summary(report)),
-        *(["## Warnings\n\n" + bullets(report.meta["warnings"])] if report.meta["warnings"] else []),
-        "## Limitations\n\n" + bullets(_limitations(config, report)),
         f"## What it is made of\n\n{describe_model(config)}",
         _origin(report),
     ]
@@ -142,12 +141,31 @@ def _headline(report: Report) -> str:
     return f"{first}, and {percent(worst['accuracy'])} % under a white-box attack at {_budget(worst)}."
 
 
+def _opening(config: ZePADConfig) -> str:
+    """What the model is, for readers who have seen none like it."""
+    what = "A zero-shot image classifier" if config.zero_shot else "An image classifier"
+    robust = sum(branch.role == "robust" for branch in config.branches)
+    parts = [
+        f"{what}, `{config.public_source}`, with a defence against adversarial examples: images changed so little that "
+        "people see the same, while a model answers wrongly."
+    ]
+    if config.nothing_tuned:
+        return parts[0]
+    gated = config.fusion == GATED_RULE and config.policy == "zero_sacrifice"
+    where = "where an image looks attacked, the public encoder elsewhere" if gated else "beside the public one"
+    if 0 < robust < len(config.branches):
+        one = "A robust copy of its encoder answers"
+        parts.append(f"{one if robust == 1 else f'{robust} robust copies of its encoder answer'} {where}.")
+    return " ".join(parts)
+
+
 def _usage(config: ZePADConfig) -> str:
     if config.zero_shot:
         lines = (
             "from zepad_mm import RobustZeroShotClassifier",
             "",
-            f'RobustZeroShotClassifier.from_pretrained("{PLACEHOLDER}")("photo.jpg", ["a cat", "a dog"])',
+            f'classify = RobustZeroShotClassifier.from_pretrained("{PLACEHOLDER}")',
+            'classify("photo.jpg", ["a cat", "a dog"])',
         )
     else:
         lines = (
@@ -155,7 +173,18 @@ def _usage(config: ZePADConfig) -> str:
             "",
             f'logits = ZePAD.from_pretrained("{PLACEHOLDER}")(images)  # (B, 3, H, W) in [0, 1]',
         )
-    return "## Use\n\n```python\n" + "\n".join(lines) + "\n```"
+    text = "## Use\n\n```python\n" + "\n".join(lines) + "\n```"
+    if not config.zero_shot:
+        return text
+    pipeline = (
+        "from transformers import pipeline",
+        "",
+        "import zepad_mm.pipelines  # registers the task",
+        "",
+        f'classify = pipeline("robust-zero-shot-image-classification", model="{PLACEHOLDER}")',
+        'classify("photo.jpg", candidate_labels=["a cat", "a dog"])',
+    )
+    return f"{text}\n\nThe same as a pipeline of transformers:\n\n```python\n" + "\n".join(pipeline) + "\n```"
 
 
 def _robustness(report: Report) -> str:
@@ -179,12 +208,18 @@ def _effort(report: Report) -> Iterator[str]:
     settings = report.meta["config"]["evaluation"]
     for threat in report.threats:
         rows = [row for row in report.rows if row["model"] == report.default and row["threat"] == threat]
-        attacks = ", ".join(f"`{row['attack']}`" for row in rows if row["attack"] != WORST and not row["control"])
+        names = [row["attack"] for row in rows if row["attack"] != WORST and not row["control"]]
+        attacks = ", ".join(f"`{name}`" for name in names)
         if THREATS[threat].universal or threat in (T1I.key, T1IB.key):
             yield f"{threat}: {attacks}."
         elif threat == T2.key:
             restarts = f"{settings['restarts']} restart{'s' if settings['restarts'] > 1 else ''}"
-            yield f"T2: {settings['steps']} steps and {restarts} for attacks on single images; in all {attacks}."
+            kinds, targets = (dict.fromkeys(name.partition("@")[end] for name in names) for end in (0, 2))
+            what, where = (", ".join(f"`{name}`" for name in found if name) for found in (kinds, targets))
+            yield (
+                f"T2: {settings['steps']} steps and {restarts} for attacks on single images; {len(names)} attacks in "
+                f"all: {what}, made on {where}. Each of them is a row of the report."
+            )
         elif threat == T3.key:
             yield f"T3: {settings['detector_steps']} steps each: {attacks}."
 

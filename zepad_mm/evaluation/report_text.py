@@ -1,4 +1,4 @@
-"""The text of report.md: one table per threat model, detection, a summary in plain words, warnings."""
+"""The text of report.md: plain words and warnings, then one table per threat model, and detection."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ NOTE = (
     "attack and under every attack of that threat model. `<=`: not attacked through its own output, since the attacks "
     "on others put it below the default already, or by reduced attacks only."
 )
+BUDGETS = "A budget such as 4/255 means that no pixel changes by more than 4 of 255 levels."
 REDUCED = "reduced attacks, so that accuracies are upper bounds"
 TOLERANCE = 0.005  # differences of accuracy below it are called none
 
@@ -24,21 +25,34 @@ def report_text(report: Report) -> str:
     if not report.single:
         return _study_text(report, doubt)
     first, meta = report.rows[0], report.meta
-    parts = [f"# Robustness on {first['dataset']}, {first['n']} images{doubt}", " ".join(first_screen(report)), NOTE]
+    parts = [
+        f"# Robustness on {first['dataset']}, {first['n']} images{doubt}",
+        *plain_words(report),
+        f"## Tables\n\n{NOTE}",
+    ]
     parts += [table for threat in by_strength(report) for table in _threat_tables(report, threat)]
     if report.threats == [CLEAN.key]:
         lines = [[f"`{name}`", cell(report.row(name))] for name in report.models]
         parts.append(markdown_table(["model", "clean"], lines))
     parts += _detection_table(report)
     parts += _false_alarm_table(report)
-    parts.append("## In plain words\n\n" + bullets(summary(report)))
-    if meta["warnings"]:
-        parts.append("## Warnings\n\n" + bullets(meta["warnings"]))
     parts.append(
         f"Commit {meta['commit']}, seed {meta['seed']}, {meta['hardware']}, {meta['wall_s']:.0f} s. "
         "All rows are in `report.json`; the answer on every image is in `records.parquet`."
     )
     return "\n\n".join(parts) + "\n"
+
+
+def plain_words(report: Report) -> list[str]:
+    """Return what comes before all tables: what holds, what to beware of, and each attacker in a sentence."""
+    parts = [bullets([*first_screen(report), *([BUDGETS] if _has_linf(report) else [])])]
+    if report.meta["warnings"]:
+        parts.append("## Warnings\n\n" + bullets(report.meta["warnings"]))
+    return [*parts, "## In plain words\n\n" + bullets(summary(report))]
+
+
+def _has_linf(report: Report) -> bool:
+    return any(row["norm"] == "linf" and row["threat"] != CLEAN.key for row in report.rows)
 
 
 def first_screen(report: Report) -> list[str]:
@@ -226,7 +240,7 @@ def summary(report: Report) -> list[str]:
             f"{percent(share)} % {'without an attack' if threat == CLEAN.key else 'against all T2 examples'}"
             for threat, share in report.meta["certificate"].items()
         )
-        lines.append(f"Right, and certified so whatever the benign branches answer: {shares}.")
+        lines.append(f"Proven to be right whatever the benign branches answer: {shares}.")
     if T3.key in report.threats:
         held, cost = report.accuracy(default, T3.key), report.accuracy(default, T3.key, "none")
         lines.append(
@@ -274,7 +288,7 @@ def _with_and_without(report: Report, threat: str = CLEAN.key) -> str:
     if report.undefended is None:
         return ""
     accuracies = report.accuracy(report.default, threat), report.accuracy(report.undefended, threat)
-    return "{} % with the defence, {} % without it".format(*map(percent, accuracies))
+    return "{} % right with the defence, {} % without it".format(*map(percent, accuracies))
 
 
 def _against_best_branch(report: Report) -> Iterator[str]:
