@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from tools.readme_picture import LABELS, PHOTOS, RIGHT, ROOT, WRONG, answer, fingerprint
+from tools.tutorials import small_png
 from zepad_mm.attacks import PGD, FeatureUAP
 from zepad_mm.attacks.base import round_within_budget
 from zepad_mm.attacks.detector_aware import DetectorAware
@@ -194,12 +195,11 @@ def _answers(panel: Axes, found: dict[str, Any], threshold: float | None) -> Non
 
 
 def png(figure: Figure) -> bytes:
-    """A PNG of at most 256 colours, a third of the size."""
-    whole, small = io.BytesIO(), io.BytesIO()
+    """A small PNG."""
+    whole = io.BytesIO()
     figure.savefig(whole, format="png", dpi=100)
     with Image.open(whole) as image:
-        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
-    return small.getvalue()
+        return small_png(image)
 
 
 def figures_block() -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.documents import DOCUMENTS, ROOT, blocks, commands, name_of
-from tools import threat_figures
+from tools import threat_figures, tutorials
 from tools.front_page import GATE, GateRecord
 from tools.readme_picture import RECORD, caption, fingerprint
 from tools.threat_figures import caption as caption_of
@@ -131,6 +131,17 @@ def test_threat_figures_are_of_the_shipped_model() -> None:
         row["flagged"] = True
     assert "None of" not in caption_of(changed, "T3")
     assert "flagged: 3." in caption_of(changed, "T2")
+
+
+def test_tutorials_show_pictures_of_the_shipped_model() -> None:
+    record = read_json(tutorials.RECORD)
+    remedy = "another model ships, or a page is new: python -m tools.tutorials"
+    assert record["fingerprint"] == fingerprint(), remedy
+    assert [page.name for page in tutorials.PAGES] == list(record["pages"]), remedy
+    for page in tutorials.PAGES:
+        for name in record["pages"][page.name]["pictures"]:
+            assert f"](../images/tutorials/{name})" in page.read_text(encoding="utf-8")
+            assert (tutorials.PICTURES / name).stat().st_size < 80_000
 
 
 def test_front_page_words_follow_the_record() -> None:
