@@ -161,7 +161,7 @@ def _opening(config: ZePADConfig) -> str:
 
 def _usage(config: ZePADConfig) -> str:
     if config.zero_shot:
-        lines = (
+        lines: tuple[str, ...] = (
             "from zepad_mm import RobustZeroShotClassifier",
             "",
             f'classify = RobustZeroShotClassifier.from_pretrained("{PLACEHOLDER}")',
