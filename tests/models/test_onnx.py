@@ -39,7 +39,8 @@ def test_export_onnx_matches_torch(model: ZePAD, exported: Exported, batch: int)
         torch.testing.assert_close(torch.from_numpy(theirs), getattr(decision, name), atol=1e-4, rtol=1e-4)
     about = session.get_modelmeta().custom_metadata_map
     assert json.loads(about["zepad_mm.class_names"]) == list(CLASSES)
-    assert json.loads(about["zepad_mm.fusion"]) == {"rule": "gated", "threshold": 0.0, "sharpness": 2.0, "cap": 0.9}
+    rule = {"rule": "gated", "threshold": 0.0, "sharpness": 2.0, "cap": 0.9, "robust_scale": 1.0}
+    assert json.loads(about["zepad_mm.fusion"]) == rule
     assert json.loads(about["zepad_mm.gate"])["seen_attacks"] == ["feature_uap"]
 
 
