@@ -92,17 +92,17 @@ def _of(sets: dict[str, Any], threat: str) -> list[dict[str, Any]]:
 
 
 def _clean(sets: dict[str, Any], gate: str, cap: int) -> str:
-    lines = []
+    lines, found = [], []
     for name, one in sets.items():
         clean = _only(one["rows"], "clean")
         attacked = [row for row in one["rows"] if row["threat"] == "T1"]
-        gated = clean["gates"][gate]["by_cap"][cap]
-        lines.append([
-            name, str(one["classes"]), percent(clean["undefended"]), percent(clean["robust"]), percent(gated),
-            *(percent(min(row[key] for row in attacked)) for key in ("undefended", "robust")),
-            percent(min(row["gates"][gate]["by_cap"][cap] for row in attacked)),
+        found.append([
+            clean["undefended"], clean["robust"], clean["gates"][gate]["by_cap"][cap],
+            *(min(row[key] for row in attacked) for key in ("undefended", "robust")),
+            min(row["gates"][gate]["by_cap"][cap] for row in attacked),
         ])  # fmt: skip
-    lines.append(["mean", "", *(f"{mean(float(line[column]) for line in lines):.1f}" for column in range(2, 8))])
+        lines.append([name, str(one["classes"]), *map(percent, found[-1])])
+    lines.append(["mean", "", *(percent(mean(column)) for column in zip(*found, strict=True))])
     header = ["set", "classes", "undefended", "robust", "gate", "T1 undefended", "T1 robust", "T1 gate"]
     return markdown_table(header, lines)
 
