@@ -78,7 +78,7 @@ UNIVERSAL_EPSILON = 10 / 255
 WHITE_BOX = 4 / 255
 CAPS = (0.0, 0.2, 0.3, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of the frontier
 SEVERITY = 2  # of the corruptions
-ATTACK_BATCH = 200  # images of T1i that are attacked together
+ATTACK_BATCH = 50  # images of T1i that are attacked together
 
 
 def transfer_attacks(epsilon: float) -> dict[str, Attack]:

@@ -4,7 +4,7 @@
     python -m tools.packed_gate --images images.parquet --out gate0
     python -m tools.packed_gate --images images.parquet --out gate1 --seed 1 --robust TUNED
 
-images.parquet is a file of tools/pack_images.py, of images as they are (--quality 100): a gate that saw compressed images alone
+images.parquet is a file of tools/pack_images.py, without loss (--quality 100): a gate that saw compressed images alone
 takes the detail of others for an attack. TUNED is a tuned encoder of tools/robust_branch.py; without one it is the
 robust encoder of the shipped model. The gate learns from the part "gate", which the branch was not tuned on, and from
 mosaics of it, whose detail is as fine as that of large photos. Half of each validation set joins its calibration, the
@@ -49,7 +49,6 @@ def main() -> None:
     parser.add_argument("--public", default=PUBLIC, help="source of the encoder that attackers know")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mosaics", type=int, default=1500)
-    parser.add_argument("--times", type=int, default=1, help="as many images, attacked ones among them: for a GPU")
     parser.add_argument("--limit", type=int, help="use so many images of each set, in short steps: a dry run")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -60,8 +59,6 @@ def main() -> None:
         robust = ZePAD.from_pretrained("embedded").branch("fare").encoder
     else:
         robust = load_tuned(options.robust)
-    counts = {name: options.times * getattr(settings, name) for name in ("n", "per_image_n", "stopped_n", "round_n")}
-    settings = replace(settings, **counts)
     if options.limit:
         settings = replace(settings, universal_steps=2, per_image_steps=1, rounds=1, steps=20)
         settings = replace(settings, per_image_n=8, stopped_n=8, round_n=8)

@@ -48,6 +48,7 @@ RUN_BY = {
     "python3 -m venv": "scripts/_venv.sh does it for scripts/test",
     ". .venv/bin/activate": "of a shell",
     "pip install examples/plugin": "tests/utils/test_registry.py::test_example_plugin_installs",
+    "pip wheel": "fetches the build backend from a package index",
     "pip install": "scripts/_venv.sh does it for scripts/test; another index needs a network",
     ".venv/bin/pip install": "scripts/_venv.sh does it for scripts/test",
     ".venv/bin/pre-commit install": "changes the checkout",
@@ -134,15 +135,13 @@ def test_threat_figures_are_of_the_shipped_model() -> None:
         assert caption_of(changed, "T2").endswith(f"flagged: {count * len(rows)}.")
 
 
-def test_tutorials_show_pictures_of_the_shipped_model() -> None:
-    record = read_json(tutorials.RECORD)
-    remedy = "another model ships, or a page is new: python -m tools.tutorials"
-    assert record["fingerprint"] == fingerprint(), remedy
-    assert [page.name for page in tutorials.PAGES] == list(record["pages"]), remedy
+def test_tutorials_show_what_their_code_gave_with_the_shipped_model() -> None:
+    assert tutorials.stale_pages() == [], "python -m tools.tutorials"
     for page in tutorials.PAGES:
-        for name in record["pages"][page.name]["pictures"]:
-            assert f"](../images/tutorials/{name})" in page.read_text(encoding="utf-8")
-            assert (tutorials.PICTURES / name).stat().st_size < 80_000
+        assert tutorials.shown(page)
+        for name in tutorials.shown(page):
+            assert (tutorials.PICTURES / name).stat().st_size < tutorials.LARGEST
+    assert tutorials.with_outputs("```python\na\n```\nb\n", ["c"]) == "```python\na\n```\n\n```text\nc\n```\nb\n"
 
 
 def test_front_page_words_follow_the_record() -> None:

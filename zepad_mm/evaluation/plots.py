@@ -109,7 +109,7 @@ def contact_sheet(
 def tradeoff_figure(report: Report) -> Figure:
     """Plot the accuracy of each model without an attack and in the worst case of each threat model, with intervals."""
     threats = [threat for threat in report.threats if not THREATS[threat].default_only]
-    figure = _figure(1.2 + 0.95 * len(report.models), 4.3)
+    figure = _figure(max(5.2, 1.2 + 0.95 * len(report.models)), 4.3)  # the legend needs its room
     panel = figure.subplots()
     width = 0.8 / len(threats)
     for index, threat in enumerate(threats):

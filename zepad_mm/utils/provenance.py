@@ -72,13 +72,10 @@ LIBRARIES = ("torch", "torchvision", "open-clip-torch", "timm", "transformers", 
 
 
 def commit() -> str:
-    """The commit of the checkout this package runs from, with "-dirty" for changed code; the version without one.
-
-    A copy of a checkout that lacks its history, as on a machine lent for one run, is told by ``ZEPAD_COMMIT``.
-    """
+    """The commit of the checkout this package runs from, with "-dirty" for changed code; the version without one."""
     folder = Path(__file__).parents[2]
     if not (folder / ".git").exists():
-        return os.environ.get("ZEPAD_COMMIT") or f"zepad-mm {__version__}"
+        return f"zepad-mm {__version__}"
     git = ["git", "-C", str(folder)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
