@@ -27,10 +27,11 @@ from schemathesis import checks
 from torchvision.transforms.functional import to_pil_image
 
 from tests.helpers.models import make_gated_zepad, make_zepad
-from zepad_mm.attacks import Perturbation
+from zepad_mm.attacks import PGD, Perturbation
 from zepad_mm.classifier import RobustZeroShotClassifier, pixels_of
 from zepad_mm.serve import BusyError, ServeSettings, Service, create_app
 from zepad_mm.serve.run import server_config
+from zepad_mm.utils.io import ASSETS
 
 LABELS = ["cat", "dog", "a red car"]
 SMALL = ServeSettings(upload_mb=1, max_pixels=200 * 200, max_labels=5, max_label_length=20, attack_steps=2, page=False)
@@ -222,6 +223,21 @@ def test_service_loads_or_crafts_a_perturbation(service: Service, clip_source: s
     made = Service(RobustZeroShotClassifier(make_zepad(clip_source)), SMALL)
     assert made.perturbation.delta.shape == (3, 32, 32)
     assert made.perturbation is made.perturbation
+
+
+def test_white_box_attack_takes_at_least_what_plain_pgd_takes() -> None:
+    """On the shipped model and photos: plain PGD hardly follows the gate, and would make it look better than it is."""
+    service = Service(RobustZeroShotClassifier.from_pretrained("embedded"), ServeSettings(attack_steps=5, page=False))
+    truth = {"coffee": "a cup of coffee", "rocket": "a rocket"}
+    labels = [*truth.values(), "a cat", "a dog"]
+    task, plain, ours = service.classifier.task(labels), 0, 0
+    for number, (name, label) in enumerate(truth.items()):
+        found = service.attack(ASSETS / "photos" / f"{name}.jpg", labels, attack="white_box", levels=4, label=label)
+        ours += found.after["labels"][0]["label"] != label
+        pgd = PGD(epsilon=4 / 255, steps=5, quantize=True)
+        plain += int(task.defended(pgd(task.defended, found.clean[None], torch.tensor([number]))).argmax()) != number
+    assert ours >= plain
+    assert ours > 0
 
 
 @pytest.mark.parametrize("name", ["workers", "upload_mb", "max_labels", "attack_steps"])

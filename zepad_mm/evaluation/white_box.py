@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from zepad_mm.attacks import (
     Square,
     SuperclassAttack,
 )
+from zepad_mm.attacks.adaptive import Fuse
 from zepad_mm.evaluation.session import Example, Session
 from zepad_mm.evaluation.subjects import BranchView, Row
 from zepad_mm.evaluation.surrogate_views import can_change_prompts, has_encoder, on_patch_tokens, with_prompts
@@ -243,18 +245,24 @@ def _attack_row(session: Session, row: Row, algorithm: str) -> None:
     attack_and_add(session, T2, name, attack, view, mask, start)
 
 
+def fused_attack(loss: str, fuse: Fuse, steps: int, **changes: Any) -> FusedAttack:
+    """The attack with a loss on a fusion, by the optimiser that suits the loss.
+
+    Args:
+        loss: of ``FUSED_LOSSES``.
+        fuse: the fusion, as the model's ``fuse``.
+        steps: gradient steps of other attacks; the loss may take a multiple of them.
+        changes: other fields of the attack, such as ``epsilon``.
+    """
+    driver, factor = DRIVEN.get(loss, ("apgd", 1))
+    return FusedAttack(fuse=fuse, loss=loss, steps=factor * steps, driver=driver, **changes)
+
+
 def _attack_fusion(session: Session, loss: str) -> None:
     """An attack that knows the parts of the model as it ships, on the images that it still gets right."""
     settings, row = session.settings, session.default
-    driver, factor = DRIVEN.get(loss, ("apgd", 1))
-    attack = FusedAttack(
-        fuse=session.fusion,
-        loss=loss,
-        epsilon=settings.epsilon,
-        norm=settings.norm,
-        steps=factor * settings.steps,
-        restarts=settings.restarts,
-        driver=driver,
+    attack = fused_attack(
+        loss, session.fusion, settings.steps, epsilon=settings.epsilon, norm=settings.norm, restarts=settings.restarts
     )
     name = (attack_name(loss, row.name), loss, row.name)
     attack_and_add(session, T2, name, attack, session.fusion_inputs(), session.still_right(row))
