@@ -114,9 +114,12 @@ def test_card_has_plain_words_before_tables(config: ZePADConfig, report: Report)
     assert places[-1] < text.index("\n| ")
     assert "A zero-shot image classifier, `open_clip:embedded`, with a defence" in text
     assert "2 robust copies of its encoder answer beside the public one." in text
-    gated = replace(config, fusion="gated", branches=config.branches[1:])
-    assert "A robust copy of its encoder answers where an image looks attacked" in _opening(gated)
-    assert "beside" in _opening(replace(gated, policy="white_box"))
+    for cap, share in (
+        (0.7, " beside the public one: the more an image looks attacked"),
+        (0.0, ", the public one has no"),
+    ):
+        gated = replace(config, fusion="gated", branches=config.branches[1:], fusion_params={"cap": cap})
+        assert f"A robust copy of its encoder answers{share}" in _opening(gated)
     assert 'pipeline("robust-zero-shot-image-classification", model="owner/name")' in text
     words = report.markdown()
     assert words.index("A budget such as 4/255") < words.index("## In plain words") < words.index("\n| ")

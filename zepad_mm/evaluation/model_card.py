@@ -151,12 +151,20 @@ def _opening(config: ZePADConfig) -> str:
     ]
     if config.nothing_tuned:
         return parts[0]
-    gated = config.fusion == GATED_RULE and config.policy == "zero_sacrifice"
-    where = "where an image looks attacked, the public encoder elsewhere" if gated else "beside the public one"
     if 0 < robust < len(config.branches):
-        one = "A robust copy of its encoder answers"
-        parts.append(f"{one if robust == 1 else f'{robust} robust copies of its encoder answer'} {where}.")
+        one = robust == 1
+        copies = "A robust copy of its encoder answers" if one else f"{robust} robust copies of its encoder answer"
+        parts.append(f"{copies}{_share_of_public(config, 'the copy counts' if one else 'the copies count')}.")
     return " ".join(parts)
+
+
+def _share_of_public(config: ZePADConfig, counting: str) -> str:
+    """How the public encoder takes part, in words that hold for every cap of its weight."""
+    if config.fusion != GATED_RULE:
+        return " beside the public one"
+    if config.rule_params.get("cap", config.gate.cap if config.gate else 1.0) == 0:
+        return ", the public one has no say"
+    return f" beside the public one: the more an image looks attacked, the more {counting}"
 
 
 def _usage(config: ZePADConfig) -> str:
