@@ -10,8 +10,9 @@ a process of its own, on a GPU all at once: one process alone does not fill it. 
 
     python -m tools.robust_branch --clip FOLDER --weights DIR/NAME.safetensors --out TUNED
 
-writes the encoder as a tuned folder, which branches are made of. Without a GPU it takes hours;
---limit makes it a dry run.
+writes the encoder as a tuned folder, which branches are made of; with ``--start WEIGHTS --share 0.5`` half-way between
+those weights and the new ones: less robust and closer to the public encoder, or the reverse. Without a GPU tuning takes
+hours; --limit makes it a dry run.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def main() -> None:
     """Tune every setting, or the one that a process of its own is given."""
     options = _options()
     if options.weights is not None:
-        write_branch(options.clip, options.weights, options.out)
+        write_branch(options.clip, options.weights, options.out, options.start, options.share)
     elif options.only is not None:
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
@@ -102,6 +103,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--precision", choices=("bf16", "no"), default="bf16", help="on a GPU; no: TF32")
     parser.add_argument("--compile", choices=("no", "inductor", "cudagraphs"), default="no")
     parser.add_argument("--start", type=Path, help="go on from these weights of an earlier run")
+    parser.add_argument("--share", type=float, default=1.0, help="of --weights in the average with --start")
     parser.add_argument("--mosaics", type=int, default=0, help="images of four small ones each, sharp at any side")
     parser.add_argument("--limit", type=int, help="use so many images only")
     parser.add_argument("--sequential", action="store_true", help="one setting after the other")
@@ -216,6 +218,7 @@ def tune_one(options: argparse.Namespace, setting: Setting) -> None:
     export(folder / CHECKPOINT, weights, about)
     tuned = read_weights(source, weights).to(device)
     seconds = time.perf_counter() - began
+    torch.backends.cudnn.benchmark = False  # attacks leave out finished images: each new batch size would be tried out
     measured = measure(tuned, source, unpack(options.images, "validation", packed.pixels.shape[-1]), train, options)
     write_json(options.work / f"{setting.name}.json", {
         "fields": setting.fields, "settings": settings.to_dict(), "validation": measured, "seconds": round(seconds, 1),
@@ -280,12 +283,21 @@ def read_weights(source: str, path: Path) -> Encoder:
     return encoder.eval()
 
 
-def write_branch(clip: str, weights: Path, out: Path) -> None:
-    """Write exported weights as a tuned folder."""
+def write_branch(clip: str, weights: Path, out: Path, start: Path | None = None, share: float = 1.0) -> None:
+    """Write exported weights as a tuned folder, or their average with those of ``start``, where tuning began."""
+    if not 0 < share <= 1 or (share < 1 and start is None):
+        raise SystemExit(f"--share: expected a number in (0, 1], below 1 together with --start, got {share}")
     source = clip if ":" in clip else f"open_clip:local-dir:{clip}"
     about = read_tensors(weights)[1]
-    parts = {key: json.loads(about[key]) for key in ("defence", "train") if key in about}
-    write_tuned(out, read_weights(source, weights), {"role": "robust", "identity": {"source": source, **parts}})
+    parts: dict[str, Any] = {key: json.loads(about[key]) for key in ("defence", "train") if key in about}
+    encoder = read_weights(source, weights)
+    if start is not None and share < 1:
+        earlier = read_weights(source, start).state_dict()
+        for name, part in encoder.state_dict().items():
+            if part.is_floating_point():
+                part.copy_(earlier[name].lerp(part, share))
+        parts["share"] = share
+    write_tuned(out, encoder, {"role": "robust", "identity": {"source": source, **parts}})
     print(f"Written: {out}")
 
 

@@ -110,6 +110,15 @@ def test_robust_branch_is_tuned_and_read_back(
     assert {"mosaics", "caltech69 validation"} <= read_json(gate / "gate.json")["images"].keys()
     public, tuned = load_tuned(out), robust_branch.read_weights(clip_source, weights)
     assert all(torch.equal(a, b) for a, b in zip(public.parameters(), tuned.parameters(), strict=True))
+    halfway = ["--start", str(tmp_path / "start.safetensors"), "--share", "0.5", "--out", str(tmp_path / "halfway")]
+    monkeypatch.setattr("sys.argv", ["robust_branch", *clip, "--weights", str(weights), *halfway])
+    robust_branch.main()
+    name, weight = next(iter(tuned.named_parameters()))
+    mean = (start[name] + weight) / 2
+    assert torch.allclose(load_tuned(tmp_path / "halfway").state_dict()[name], mean, atol=1e-6)
+    monkeypatch.setattr("sys.argv", ["robust_branch", *clip, "--weights", str(weights), "--out", "x", "--share", "0.5"])
+    with pytest.raises(SystemExit, match="together with --start"):
+        robust_branch.main()
 
 
 def test_choice_is_the_most_robust_setting_that_loses_little() -> None:
