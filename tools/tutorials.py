@@ -37,7 +37,7 @@ RECORD = ROOT / "results" / "tutorials.json"
 BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n.*?^```\n)?", re.S | re.M)
 WIDTH = 110  # of printed lines; longer ones are broken, as in a terminal
 LARGEST = 80_000  # bytes of a picture
-WIDTHS, COLOURS = (900, 720, 600, 500, 420), 160  # pixels and colours that are tried
+WIDTHS, COLOURS = (1280, 900, 720, 600, 500, 420), 160  # pixels and colours that are tried
 
 
 def code_of(page: Path) -> str:
@@ -56,13 +56,13 @@ def with_outputs(text: str, outputs: list[str]) -> str:
     return BLOCK.sub(written, text)
 
 
-def small_png(image: Image.Image) -> bytes:
-    """A PNG of few colours, as large as fits; the noise of an attack leaves little to compress."""
+def small_png(image: Image.Image, largest: int = LARGEST) -> bytes:
+    """A PNG of few colours, as wide as fits: the noise of an attack leaves little to compress."""
     for width in WIDTHS:
         file, small = io.BytesIO(), image.convert("RGB")
-        small.thumbnail((width, width), Image.Resampling.LANCZOS)
+        small.thumbnail((width, 4 * width), Image.Resampling.LANCZOS)
         small.quantize(COLOURS, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
-        if file.tell() < LARGEST:
+        if file.tell() < largest:
             break
     return file.getvalue()
 

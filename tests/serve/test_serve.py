@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import shutil
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -19,24 +17,22 @@ import httpx
 import pytest
 import schemathesis
 import torch
-import uvicorn
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from schemathesis import checks
 from torchvision.transforms.functional import to_pil_image
 
+from tests.helpers.browser import CHROMIUM, SIZES, attack_example, chromium, running
 from tests.helpers.models import make_gated_zepad, make_zepad
 from zepad_mm.attacks import PGD, Perturbation
 from zepad_mm.classifier import RobustZeroShotClassifier, pixels_of
 from zepad_mm.serve import BusyError, ServeSettings, Service, create_app
-from zepad_mm.serve.run import server_config
 from zepad_mm.utils.io import ASSETS
 
 LABELS = ["cat", "dog", "a red car"]
 SMALL = ServeSettings(upload_mb=1, max_pixels=200 * 200, max_labels=5, max_label_length=20, attack_steps=2, page=False)
 LOCAL = "http://localhost"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -268,15 +264,8 @@ def test_endpoint_withstands_schemathesis(service: Service) -> None:
 def address(clip_source: str) -> Iterator[str]:
     """URL of a running server with the page."""
     service = Service(RobustZeroShotClassifier(make_zepad(clip_source)), ServeSettings(attack_steps=2))
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        server = uvicorn.Server(server_config(create_app(service), service.settings))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(60)
+    with running(service) as url:
+        yield url
 
 
 def test_endpoint_works_beside_the_page(address: str) -> None:
@@ -293,13 +282,13 @@ def test_endpoint_works_beside_the_page(address: str) -> None:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; apt-get install chromium")
-@pytest.mark.parametrize("size", [(1280, 900), (390, 844)], ids=["desktop", "phone"])
-def test_page_works_in_a_browser(address: str, size: tuple[int, int], tmp_path: Path) -> None:
-    from playwright.sync_api import expect, sync_playwright
+@pytest.mark.parametrize("size", SIZES)
+def test_page_works_in_a_browser(address: str, size: str, tmp_path: Path) -> None:
+    from playwright.sync_api import expect
 
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": size[0], "height": size[1]})
+    width, height = SIZES[size]
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": width, "height": height})
         asked, page_errors = [], []
         page.on("request", lambda request: asked.append(request.url))
         page.on("pageerror", lambda error: page_errors.append(str(error)))
@@ -308,15 +297,11 @@ def test_page_works_in_a_browser(address: str, size: tuple[int, int], tmp_path: 
         button.click(timeout=60_000)
         expect(page.get_by_text("Choose or upload an image first.")).to_be_visible(timeout=30_000)
 
-        page.locator(".gallery-item").first.click()
-        labels = page.get_by_label("Labels, separated by commas")
-        labels.fill("a cat, a dog, <b>a hat</b>")
         slider = page.locator("input[type=range]")
         slider.focus()
         slider.press("ArrowRight")
-        page.get_by_label("white box").check()
-        button.click()
-        verdict = page.locator("#verdict")
+        attack_example(page, "a cat, a dog, <b>a hat</b>", "white box")
+        verdict, labels = page.locator("#verdict"), page.get_by_label("Labels, separated by commas")
         expect(verdict).to_contain_text("The undefended encoder", timeout=60_000)
         expect(verdict).to_contain_text("lagged as adversarial")
         expect(page.locator("#branches tr")).to_have_count(4)
@@ -334,9 +319,8 @@ def test_page_works_in_a_browser(address: str, size: tuple[int, int], tmp_path: 
         button.click()
         expect(verdict.get_by_text("red").or_(verdict.get_by_text("blue")).first).to_be_visible(timeout=60_000)
 
-        assert page.evaluate("document.documentElement.scrollWidth") <= size[0]  # no horizontal overflow
+        assert page.evaluate("document.documentElement.scrollWidth") <= width  # no horizontal overflow
         assert page.screenshot(path=tmp_path / "page.png", full_page=True)
         assert not page_errors
         own = ("data:", "blob:", address)
         assert [url for url in asked if not url.startswith(own)] == []  # no request to other hosts
-        browser.close()

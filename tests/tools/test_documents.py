@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.browser import SIZES
 from tests.helpers.documents import DOCUMENTS, ROOT, blocks, commands, name_of
-from tools import threat_figures, tutorials
+from tools import screenshots, threat_figures, tutorials
 from tools.front_page import GATE, GateRecord
 from tools.readme_picture import RECORD, caption, fingerprint
 from tools.threat_figures import caption as caption_of
@@ -142,6 +143,14 @@ def test_tutorials_show_what_their_code_gave_with_the_shipped_model() -> None:
         for name in tutorials.shown(page):
             assert (tutorials.PICTURES / name).stat().st_size < tutorials.LARGEST
     assert tutorials.with_outputs("```python\na\n```\nb\n", ["c"]) == "```python\na\n```\n\n```text\nc\n```\nb\n"
+
+
+def test_screenshots_are_of_the_shipped_model() -> None:
+    record = read_json(screenshots.RECORD)
+    assert record["fingerprint"] == fingerprint(), "another model ships: python -m tools.screenshots"
+    assert record["pictures"] == sorted(f"{size}-{theme}.png" for size in SIZES for theme in screenshots.THEMES)
+    for name in record["pictures"]:
+        assert (screenshots.PICTURES / name).stat().st_size < screenshots.LARGEST
 
 
 def test_front_page_words_follow_the_record() -> None:

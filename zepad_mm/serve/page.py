@@ -32,8 +32,9 @@ MIN_SIDE = 256  # least side in pixels of the shown images
 FONTS = ("system-ui", "sans-serif")  # system fonts: the page loads nothing from other hosts
 CSS = """
 .verdict {padding: .7em 1em; border-radius: 8px; font-size: 1.05em; border: 1px solid var(--border-color-primary)}
-.verdict.flagged {background: #b91c1c; border-color: #b91c1c}
-.verdict.flagged, .verdict.flagged b {color: white}
+.verdict.lost {background: #b91c1c; border-color: #b91c1c}
+.verdict.held {background: #15703a; border-color: #15703a}
+.verdict, .verdict b {color: white}
 .branches {width: 100%; border: 0 !important; border-collapse: collapse; font-variant-numeric: tabular-nums}
 .branches td, .branches th {padding: .35em .2em; border: 0; border-bottom: 1px solid var(--border-color-primary)}
 .branches tr, .branches tbody, .branches thead {border: 0 !important}
@@ -176,7 +177,8 @@ def _policy_input(service: Service) -> gr.Radio:
         [(name.replace("_", " "), name) for name in _policies(service)],
         value=service.classifier.model.config.policy,
         label="Policy",
-        info="Zero sacrifice: clean accuracy is kept. White box: robust to attackers who know the defence.",
+        info="Zero sacrifice keeps the accuracy on clean images. White box gives the public encoder less say, against "
+        "attackers who know the defence.",
     )
 
 
@@ -222,8 +224,9 @@ def _verdict(result: Attacked) -> str:
     suspicion = f"suspicion score {evidence['score']:.3f}, clean {before['score']:.3f}"
     if evidence["gate"] is not None:
         suspicion += f"; gate {before['gate']['logit']:.2f} → {after['gate']['logit']:.2f}"
-    kind = "verdict flagged" if evidence["flagged"] else "verdict"
-    return f'<div class="{kind}" id="verdict">{"<br>".join(lines)}<br>{flag} ({suspicion}).</div>'
+    first, then = (answer["labels"][0]["label"] for answer in (result.before, result.after))
+    kind = "held" if first == then else "lost"
+    return f'<div class="verdict {kind}" id="verdict">{"<br>".join(lines)}<br>{flag} ({suspicion}).</div>'
 
 
 def _branches(service: Service, result: Attacked) -> str:
