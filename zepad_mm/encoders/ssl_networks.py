@@ -13,6 +13,7 @@ from zepad_mm.utils.isolation import import_isolated
 
 ONLINE, MOMENTUM = "online", "momentum"
 NETWORKS = (ONLINE, MOMENTUM)
+MOST_NETWORKS = 50  # in one file; the names of all tensors are read again for each
 STEMS = ("7x7", "3x3p1", "3x3p2", "3x3p1pool", "3x3p2pool")
 # parts of a name that mark the momentum network, a moving average of the online one
 MOMENTUM_PREFIX = re.compile(r"momentum|teacher|target|(^|[._])(ema|encoder_k|key_encoder|k_encoder)([._]|$)")
@@ -68,16 +69,18 @@ FIRST = {
 
 
 def find_networks(tensors: dict[str, Tensor]) -> list[Network]:
-    """Every backbone in a flat table of tensors (:func:`zepad_mm.encoders.state_dict.read_foreign`)."""
+    """Every backbone in a flat table of tensors (:func:`zepad_mm.encoders.state_dict.read_foreign`).
+
+    Raises ValueError for more than ``MOST_NETWORKS``.
+    """
     found = []
     for family, (first, parts) in FIRST.items():
-        for name in tensors:
-            prefix = name.removesuffix(first)
-            if prefix != name and (not prefix or prefix.endswith(".")):
-                inside = {key.removeprefix(prefix): key for key in tensors if key.startswith(prefix)}
-                names = {key: full for key, full in inside.items() if key.split(".")[0] in parts}
-                found.append(_network(prefix, family, names, tensors))
-    for prefix in sorted({name.removesuffix("0.weight") for name in tensors if re.search(r"(^|\.)0\.weight$", name)}):
+        prefixes = [name.removesuffix(first) for name in tensors if name == first or name.endswith(f".{first}")]
+        for prefix in _few(prefixes):
+            inside = {key.removeprefix(prefix): key for key in tensors if key.startswith(prefix)}
+            names = {key: full for key, full in inside.items() if key.split(".")[0] in parts}
+            found.append(_network(prefix, family, names, tensors))
+    for prefix in _few([name.removesuffix("0.weight") for name in tensors if _is_numbered_stem(name, tensors)]):
         numbered = _numbered_resnet(prefix, tensors)
         if numbered:
             # convolution, norm, and at once the first stage: the children of lightly's own ResNet, whose first ReLU
@@ -85,6 +88,16 @@ def find_networks(tensors: dict[str, Tensor]) -> list[Network]:
             bare = numbered["layer1.0.conv1.weight"] == f"{prefix}2.0.conv1.weight"
             found.append(replace(_network(prefix, "ResNet", numbered, tensors), bare=bare))
     return found
+
+
+def _few(prefixes: list[str]) -> list[str]:
+    """The prefixes in order. Raises ValueError where there are too many: each costs a pass over all names."""
+    if len(prefixes) > MOST_NETWORKS:
+        raise ValueError(
+            f"the checkpoint seems to hold {len(prefixes)} networks, {prefixes[0]!r:.100} first; expected at most "
+            f"{MOST_NETWORKS}: save the one that you want by itself"
+        )
+    return sorted(prefixes)
 
 
 def _network(prefix: str, family: str, names: dict[str, str], tensors: dict[str, Tensor]) -> Network:
@@ -99,11 +112,15 @@ def _network(prefix: str, family: str, names: dict[str, str], tensors: dict[str,
     return Network(prefix, family, layout, names, {name: tensors[full] for name, full in names.items()})
 
 
+def _is_numbered_stem(name: str, tensors: dict[str, Tensor]) -> bool:
+    """Whether a tensor is the first convolution of a network with numbered parts, which a norm follows."""
+    prefix, stem = name.removesuffix("0.weight"), tensors[name]
+    begins = prefix != name and (not prefix or prefix.endswith("."))
+    return begins and stem.ndim == 4 and stem.shape[1] == 3 and f"{prefix}1.running_mean" in tensors
+
+
 def _numbered_resnet(prefix: str, tensors: dict[str, Tensor]) -> dict[str, str]:
     """Names of a ResNet that was cut into ``nn.Sequential(*children)``, as lightly's examples do; {} if it is none."""
-    stem, norm = tensors.get(f"{prefix}0.weight"), f"{prefix}1.running_mean"
-    if stem is None or stem.ndim != 4 or stem.shape[1] != 3 or norm not in tensors:
-        return {}
     blocks = re.compile(rf"{re.escape(prefix)}(\d+)\.0\.conv1\.weight")
     stages = sorted({int(match[1]) for match in map(blocks.fullmatch, tensors) if match})
     if len(stages) != 4:
