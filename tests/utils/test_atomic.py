@@ -18,7 +18,8 @@ import torch
 
 from tests.evaluation.test_tables import report
 from tests.helpers.models import make_zepad, write_clip
-from zepad_mm.encoders import load_encoder
+from zepad_mm.attacks import load_adversarial, save_adversarial
+from zepad_mm.encoders import LoraSettings, add_lora, load_encoder
 from zepad_mm.models.zepad import DetectorConfig, ZePAD
 from zepad_mm.pretraining.checkpoint import save_encoder
 from zepad_mm.training import fresh_head, load_head, load_tuned, write_tuned
@@ -99,11 +100,16 @@ def _fill(folder: Path, model: ZePAD, threshold: float) -> None:
     model.set_detector(DetectorConfig(threshold=threshold)).save_pretrained(folder)
 
 
-def _encoder_with_head(folder: Path, source: str, seed: int) -> None:
+def _encoder_with_head(folder: Path, source: str, seed: int, adaptation: str = "full") -> None:
     encoder = load_encoder(source)
+    if adaptation == "lora":
+        add_lora(encoder, LoraSettings(rank=2))
     with torch.no_grad():
-        for parameter in encoder.parameters():
-            parameter.mul_(1 + seed / 100)
+        for name, parameter in encoder.named_parameters():
+            if adaptation == "full":
+                parameter.mul_(1 + seed / 100)
+            elif "lora_" in name:
+                parameter.fill_(seed / 100)
     head = fresh_head("linear", encoder.feature_dim, 3, seed)
     write_tuned(folder, encoder, {"seed": seed}, (head, ("a", "b", "c")))
 
@@ -128,20 +134,46 @@ def test_saving_over_a_model_that_fails_leaves_the_old_one(room: int | None, tmp
     assert ZePAD.from_pretrained(folder).config.detector.threshold == 0.9
 
 
-def test_saving_over_a_tuned_encoder_that_is_killed_leaves_encoder_and_head_of_one_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kinds", [("full", "full"), ("full", "lora")])
+def test_saving_over_a_tuned_encoder_that_is_killed_leaves_encoder_and_head_of_one_run(
+    kinds: tuple[str, str], tmp_path: Path
+) -> None:
     source = write_clip(tmp_path)
     heads = {}
     for seed in (1, 2):
-        _encoder_with_head(tmp_path / str(seed), source, seed)
+        _encoder_with_head(tmp_path / str(seed), source, seed, kinds[seed - 1])
         heads[seed] = load_head(tmp_path / str(seed) / "head.safetensors")[0].state_dict()["layer.weight"]
     weights = {seed: load_tuned(tmp_path / str(seed)).state_dict() for seed in (1, 2)}
     folder = tmp_path / "out"
-    _encoder_with_head(folder, source, 1)
+    _encoder_with_head(folder, source, 1, kinds[0])
     for change in (4, 7):
-        assert _killed_at(change, lambda: _encoder_with_head(folder, source, 2)) == -signal.SIGKILL
-        encoder = load_tuned(folder).state_dict()
-        seed = next(seed for seed in (1, 2) if all(torch.equal(encoder[key], weights[seed][key]) for key in encoder))
+        assert _killed_at(change, lambda: _encoder_with_head(folder, source, 2, kinds[1])) == -signal.SIGKILL
+        found = load_tuned(folder).state_dict()
+        seed = next(seed for seed in (1, 2) if _same(found, weights[seed]))
         assert torch.equal(load_head(folder / "head.safetensors")[0].state_dict()["layer.weight"], heads[seed])
+
+
+def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_adversarial_images_of_a_killed_save_are_all_there_or_none(tmp_path: Path) -> None:
+    images = torch.full((3, 3, 4, 4), 51 / 255)
+    found = []
+    for change in range(12):
+        folder = tmp_path / str(change)
+        code = _killed_at(change, lambda folder=folder: save_adversarial(folder, images))  # type: ignore[misc]
+        try:
+            found.append(len(load_adversarial(folder).images))
+        except FileNotFoundError:
+            found.append(0)
+            atomic._cleaned.clear()
+            save_adversarial(folder, images[:1])
+            assert sorted(path.name for path in folder.iterdir()) == ["000000.png", "adversarial.json"]
+        if code == 0:
+            break
+    assert set(found) == {0, 3}
+    assert found == sorted(found)
 
 
 def _pretrained(folder: Path, seed: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from zepad_mm.attacks.base import check_levels
 from zepad_mm.attacks.perturbation import FORMAT as PERTURBATION_FORMAT
 from zepad_mm.attacks.perturbation import Perturbation
-from zepad_mm.utils.atomic import replacing
+from zepad_mm.utils.atomic import complete_folder, replacing_folder
 from zepad_mm.utils.images import read_image
 from zepad_mm.utils.io import check_not_inflated, read_json, read_tensors, write_json
 from zepad_mm.utils.validation import check_images, check_labels
@@ -44,7 +44,7 @@ class AdversarialImages:
 def save_adversarial(
     folder: str | Path, images: Tensor, labels: Tensor | None = None, about: Mapping[str, Any] | None = None
 ) -> None:
-    """Write ``000000.png`` and so on, and last ``adversarial.json``, without which the folder is incomplete.
+    """Write ``000000.png`` and so on and ``adversarial.json``; the folder has all of them at once, or none.
 
     Args:
         folder: created if missing; must hold no other adversarial images.
@@ -60,18 +60,19 @@ def save_adversarial(
     check_levels(check_images(images))
     labels = None if labels is None else check_labels(labels, images)
     folder = Path(folder)
+    complete_folder(folder)
     if (folder / ADVERSARIAL_FILE).exists():
         raise FileExistsError(f"{folder} holds adversarial images already; give another folder, or delete it")
-    for index, levels in enumerate((images.detach() * 255).round().byte().cpu()):
-        with replacing(folder / _image_name(index)) as temporary:
-            Image.fromarray(levels.permute(1, 2, 0).numpy()).save(temporary, format="PNG")
     note = {
         "format": ADVERSARIAL_FORMAT,
         "n": len(images),
         "labels": None if labels is None else labels.tolist(),
         "about": dict(about or {}),
     }
-    write_json(folder / ADVERSARIAL_FILE, note)
+    with replacing_folder(folder) as staged:
+        for index, levels in enumerate((images.detach() * 255).round().byte().cpu()):
+            Image.fromarray(levels.permute(1, 2, 0).numpy()).save(staged / _image_name(index), format="PNG")
+        write_json(staged / ADVERSARIAL_FILE, note)
 
 
 def load_adversarial(folder: str | Path) -> AdversarialImages:
@@ -82,6 +83,7 @@ def load_adversarial(folder: str | Path) -> AdversarialImages:
             image.
     """
     folder = Path(folder)
+    complete_folder(folder)
     note_path = folder / ADVERSARIAL_FILE
     if not note_path.is_file():
         raise FileNotFoundError(f"{note_path} does not exist; expected a folder by save_adversarial")
