@@ -82,28 +82,32 @@ class Recipe(Config):
 def main(recipe: Recipe) -> dict[str, Any]:
     """Train and write; returns the record."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    device = make_accelerator(1).device
-    encoders = load_encoders(recipe)
-    benign, *robust = [encoder.to(device) for encoder in encoders]
-    resize, seed = benign.preprocess.at(recipe.image_size), recipe.settings.seed
-    images = {name: source.load(resize, seed) for name, source in recipe.data.items()}
     with claim_together(recipe.out):
-        gate, record = train_gate(
-            benign,
-            robust,
-            images,
-            recipe.settings,
-            calibration={name: source.load(resize, seed) for name, source in recipe.calibration.items()},
-            directions=_text_directions(recipe, benign.source, images),
-            out=recipe.out,
-            progress=True,
-        )
-        with replacing_folder(recipe.out) as staged:
-            write_gate(staged / "gate.safetensors", gate)
-            write_json(staged / "gate.json", {"recipe": recipe.to_dict(), **origin(), **record})
+        record = _train_and_write(recipe)
     print(
         f"{recipe.out}: thresholds {record['thresholds']}, mean AUROC {record['mean_auroc']:.3f} on validation images"
     )
+    return record
+
+
+def _train_and_write(recipe: Recipe) -> dict[str, Any]:
+    device = make_accelerator(1).device
+    benign, *robust = [encoder.to(device) for encoder in load_encoders(recipe)]
+    resize, seed = benign.preprocess.at(recipe.image_size), recipe.settings.seed
+    images = {name: source.load(resize, seed) for name, source in recipe.data.items()}
+    gate, record = train_gate(
+        benign,
+        robust,
+        images,
+        recipe.settings,
+        calibration={name: source.load(resize, seed) for name, source in recipe.calibration.items()},
+        directions=_text_directions(recipe, benign.source, images),
+        out=recipe.out,
+        progress=True,
+    )
+    with replacing_folder(recipe.out) as staged:
+        write_gate(staged / "gate.safetensors", gate)
+        write_json(staged / "gate.json", {"recipe": recipe.to_dict(), **origin(), **record})
     return record
 
 
