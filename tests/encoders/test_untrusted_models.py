@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import zepad_mm
 from tests.helpers.encoder_zoo import ZOO
 from tests.helpers.hub_server import reached_through, running_hub
 from zepad_mm.encoders import is_clip, load_clip, load_encoder
@@ -168,6 +170,26 @@ def test_requests_for_other_code_or_files_are_refused_or_ignored(name: str, tmp_
         else:
             assert error is None or keys[-1] in str(error) or "tokenizer" in str(error), (keys, error)
         (folder / file).unlink() if kept is None else (folder / file).write_bytes(kept)
+
+
+def test_every_auto_class_is_told_not_to_trust_remote_code() -> None:
+    """Without it transformers asks on standard input; with it in a dictionary of somebody else it may be True."""
+    seen = set()
+    for path in Path(zepad_mm.__file__).parent.rglob("*.py"):
+        text = path.read_text()
+        calls = ast.walk(ast.parse(text)) if "Auto" in text or "get_tokenizer" in text else ()
+        for node in calls:
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            owner, method = ast.unparse(node.func.value), node.func.attr
+            if (owner.startswith("Auto") and method.startswith("from_")) or method == "get_tokenizer":
+                keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                if not keywords and method == "get_tokenizer":  # of open_clip's own, which is no Auto class
+                    continue
+                assert keywords.get("trust_remote_code") == "False", f"{path.name}: {ast.unparse(node)}"
+                assert None not in keywords, f"{path.name}: {ast.unparse(node)} passes on unknown arguments"
+                seen.add(owner)
+    assert {"AutoConfig", "AutoModel", "AutoTokenizer", "AutoImageProcessor", "open_clip"} <= seen
 
 
 def test_planted_code_is_not_executed_from_the_hub(tmp_path: Path, marker: Path) -> None:

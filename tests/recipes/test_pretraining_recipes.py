@@ -96,19 +96,32 @@ def test_killed_run_resumes_to_the_same_weights(method: str, tmp_path: Path, mon
     assert "epoch 2 of 2: loss" in text
     save = pretrain.save_state
 
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
     def save_and_interrupt(*arguments) -> None:
         save(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pretrain, "save_state", save_and_interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        pretrain.main([*arguments, "--out", str(tmp_path / "killed")])
+    for stop in (interrupt, save_and_interrupt):  # the row of the epoch is written, its state not yet; and then it is
+        monkeypatch.setattr(pretrain, "save_state", stop)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.main([*arguments, "--out", str(tmp_path / "killed")])
+        with (tmp_path / "killed" / "metrics.jsonl").open("a") as metrics:
+            metrics.write('{"epoch": 2, "lo')  # a kill while the next row is written
     monkeypatch.setattr(pretrain, "save_state", save)
     with pytest.raises(ValueError, match="seed"):
         pretrain.main([*arguments, "--out", str(tmp_path / "killed"), "--seed", "9"])
     pretrain.main([*arguments, "--out", str(tmp_path / "killed")])
     whole, killed = (read_tensors(tmp_path / run / "encoder" / "model.safetensors")[0] for run in ("whole", "killed"))
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    rows = [
+        [json.loads(row) for row in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("whole", "killed")
+    ]
+    for key in ("epoch", "loss"):
+        assert [row[key] for row in rows[1]] == [row[key] for row in rows[0]]
+    assert [row["epoch"] for row in rows[1]] == [1, 2]
     encoder = load_encoder(f"timm:local-dir:{tmp_path / 'whole' / 'encoder'}")
     assert encoder.preprocess.image_size == 32
     assert encoder(torch.rand(2, 3, 32, 32)).shape == (2, 256)

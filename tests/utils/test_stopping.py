@@ -33,6 +33,20 @@ def test_run_program_prints_one_line(
     assert printed.count("\n") == 1
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_run_program_ends_on_signals_with_130(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Work that has no step to wait for: heads, gates, evaluations, pre-training."""
+    handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        assert run_program(lambda: signal.raise_signal(number)) == 130
+    finally:
+        for kind, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+            signal.signal(kind, handler)
+    printed = capsys.readouterr().err
+    assert "stopped; start it again with the same settings to go on" in printed
+    assert printed.count("\n") == 1
+
+
 def test_run_program_raises_faults_and_returns_codes() -> None:
     with pytest.raises(ZeroDivisionError):
         run_program(lambda: 1 // 0)
