@@ -217,3 +217,16 @@ def test_branch_config_names_the_roles_that_replace_old_ones() -> None:
     for role in ("mpae", "bmp"):
         with pytest.raises(ValueError, match=r"'robust', 'benign'.*change the role 'mpae' to 'robust' and 'bmp'"):
             BranchConfig(name="one", role=role, source="open_clip:embedded")
+
+
+def test_a_model_in_half_precision_answers_and_says_that_it_is_saved_in_single(
+    zepad: ZePAD, images: torch.Tensor, tmp_path: Path
+) -> None:
+    expected = zepad.decide(images).logits
+    zepad.save_pretrained(tmp_path)
+    half = zepad.to(torch.bfloat16)
+    torch.testing.assert_close(half(images), expected, atol=0.2, rtol=0.1)
+    assert half.decide(images).logits.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"weights in torch\.bfloat16; models are saved in float32"):
+        half.save_pretrained(tmp_path)
+    torch.testing.assert_close(ZePAD.from_pretrained(tmp_path).decide(images).logits, expected)
