@@ -17,6 +17,9 @@ from typing import Any
 
 from tools.front_page import between, front_page
 from tools.gpu_readme import GPU, gpu_readme
+from tools.lowest_versions import MARKS as VERSION_MARKS
+from tools.lowest_versions import RECORD as LOWEST_VERSIONS
+from tools.lowest_versions import sentence
 from tools.recipes_readme import recipes_readme
 from tools.threat_figures import MARKS as FIGURE_MARKS
 from tools.threat_figures import figures_block
@@ -135,6 +138,11 @@ def threats_page(old: str) -> str:
     return between(old, FIGURE_MARKS, figures_block())
 
 
+def install_page(old: str) -> str:
+    """The page of the installation with its sentence about the lowest versions written again."""
+    return between(old, VERSION_MARKS, sentence(read_json(LOWEST_VERSIONS)))
+
+
 def demo_report() -> Report | None:
     """The committed report of the shipped model; None where it is not measured yet."""
     return Report.load(DEMO) if (DEMO / JSON).is_file() else None
@@ -156,6 +164,7 @@ def writers() -> dict[Path, Callable[[str], str]]:
     """Document to the function from its old text to its new one."""
     found: dict[Path, Callable[[str], str]] = {
         ROOT / "README.md": front_page,
+        ROOT / "docs" / "install.md": install_page,
         ROOT / "docs" / "shipped_model.md": demo_page,
         ROOT / "docs" / "threats.md": threats_page,
         ROOT / "recipes" / "README.md": recipes_readme,
