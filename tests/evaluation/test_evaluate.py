@@ -497,6 +497,27 @@ def test_acceptance_names_missed_criteria() -> None:
         assert message in failure
 
 
+def test_contact_sheet_shows_the_images_that_its_titles_name(
+    finished: tuple[Report, Path], model: ZePAD, data: EvalData, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    report, out = finished
+    shutil.copytree(out, tmp_path / "out")
+    shown: list[tuple[torch.Tensor, list[str]]] = []
+
+    def recorded(clean: torch.Tensor, attacked: torch.Tensor, truth: list[str], *rest: object) -> object:
+        shown.append((clean, truth))
+        return contact_sheet(clean, attacked, truth, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("zepad_mm.evaluation.plots.contact_sheet", recorded)
+    turned = replace(data, test=data.test.subset(torch.arange(len(data.test)).flip(0)))  # as some presets shuffle
+    write_figures(report, tmp_path / "out", model, turned, count=6)
+    ((clean, truth),) = shown
+    names = data.test.class_names
+    for image, name in zip(clean, truth, strict=True):
+        (row,) = (data.test.images == image).flatten(1).all(1).nonzero().flatten().tolist()
+        assert names[int(data.test.labels[row])] == name
+
+
 def test_write_figures_draws_every_plot(
     finished: tuple[Report, Path], model: ZePAD, data: EvalData, tmp_path: Path
 ) -> None:

@@ -53,7 +53,7 @@ def _run(options: Any) -> int:
         options,
         {"out": options.out, **model.config.to_dict()},
         f"Written: {options.out}; branches {branches}; fusion {model.config.fusion} {model.config.rule_params}\n"
-        f"Not evaluated yet. Run: zepad evaluate {options.out}",
+        f"Not evaluated yet. With labelled images: zepad evaluate {options.out} --data labelled/ --preset demo",
     )
     if untuned := untuned_warning(model.config):
         print(f"zepad: {untuned}", file=sys.stderr, flush=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from zepad_mm.attacks import Perturbation
 from zepad_mm.evaluation.data import EvalData
 from zepad_mm.evaluation.metrics import wilson
-from zepad_mm.evaluation.records import Attempt, Records
+from zepad_mm.evaluation.records import Attempt, Records, pixel_hashes
 from zepad_mm.evaluation.report import OVERESTIMATED, Report, budget_of, by_strength
 from zepad_mm.evaluation.stage_cache import read_stage
 from zepad_mm.evaluation.threats import CLEAN, T1, T2, T3, THREATS
@@ -315,7 +315,8 @@ def _sheet(report: Report, records: Records, out: Path, data: EvalData, count: i
     if not universal or not len(right):
         return None
     attempt, names = universal[0], data.test.class_names
-    clean = data.test.sample(len(records.labels), report.meta["seed"]).images[right]
+    place = {pixels: index for index, pixels in enumerate(pixel_hashes(data.test.images))}
+    clean = data.test.images[[place[records.images[index]] for index in right.tolist()]]  # they have another order
     attacked = Perturbation(read_stage(out, attempt.threat, attempt.attack)["delta"], attempt.epsilon)(clean)
     answers = {
         model: [names[index] for index in records.predictions[model, attempt.key][right].tolist()]

@@ -41,6 +41,11 @@ class Attempt:
         return f"{self.threat}/{self.attack}"
 
 
+def pixel_hashes(images: Tensor) -> list[str]:
+    """A hash of the pixels of each image of (n, 3, H, W)."""
+    return [hashlib.blake2b(image.numpy().tobytes(), digest_size=8).hexdigest() for image in images.cpu()]
+
+
 @dataclass(frozen=True)
 class Records:
     """Predictions per sample.
@@ -97,7 +102,7 @@ class Records:
                 flagged[example.key] = decision.score > session.threshold
         return cls(
             session.data.test.name,
-            [hashlib.blake2b(image.numpy().tobytes(), digest_size=8).hexdigest() for image in session.images],
+            pixel_hashes(session.images),
             session.labels,
             attempts,
             predictions,
