@@ -395,7 +395,8 @@ def main() -> None:
         log.info("%s finished after %.0f s", name, time.perf_counter() - started)
     if options.prepare:
         return
-    config = {key: str(value) for key, value in vars(options).items() if key not in ("out", "work", "data_root")}
+    folders = ("out", "work", "data_root", "gates")  # of this machine; gates are named below
+    config = {key: str(value) for key, value in vars(options).items() if key not in folders}
     configs = {name: gate.config.to_dict() for name, gate in gates.items()}
     meta = provenance(seed=options.seed, config={"study": config, "gates": configs})
     write_json(options.out, {"meta": meta, "command": _command(), "caps": CAPS, "cap": cap, "sets": found})
