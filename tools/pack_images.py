@@ -5,10 +5,11 @@
     python -m tools.pack_images --data-root DIR --out exact.parquet --quality 100 --parts gate validation
 
 DIR holds the parquet folders of ``SOURCES``; the clothing photos are the embedded ones, whose test split differs from
-that of other packagings. Columns: source, part ("train", "gate" or "validation"), label, image (WebP, at most 128
-pixels wide). Every fifth image of a train split is left to the gate, which must see clean images that the robust branch
-was not tuned on. The metadata of the schema names the classes of each source. No test split is read; validation is the
-split of that name, or the images of the train split that the embedded CLIP was not trained on either.
+that of other packagings. Columns: source, part ("train", "gate" or "validation"), label, image (WebP at most 128 pixels
+wide; at quality 100 the file as it is). Every fifth image of a train split is left to the gate, which must see clean
+images that the robust branch was not tuned on. The metadata of the schema names the classes of each source. No test
+split is read; validation is the split of that name, or the images of the train split that the embedded CLIP was not
+trained on either.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ SOURCES = ("imagenet20", "tinyimagenet80", "caltech69", "clothing")
 TRAIN = {"clothing": ("surrogate", "train")}  # splits that are trained on; "train" of the others
 SIDE = 128  # wider images are made as narrow as this
 QUALITY = 76  # WebP
-LOSSLESS = 100  # as it is: a gate that saw compressed images alone takes the detail of others for an attack
+AS_IT_IS = 100  # the file itself: a gate that saw compressed images alone takes the detail of others for an attack
 GATE = 5  # every so many images of a class are left to the gate
 LARGEST = 45.0  # MB of the file
 METADATA = b"class_names"
@@ -69,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--quality", type=int, default=QUALITY, help="of WebP; 100: without loss")
+    parser.add_argument("--quality", type=int, default=QUALITY, help="of WebP; 100: files as they are")
     parser.add_argument("--largest", type=float, default=LARGEST, help="MB of the file; the rest is left out evenly")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args()
@@ -189,11 +190,13 @@ def _files(data_root: Path, source: str, split: str) -> list[Path]:
 
 
 def _encode(data: bytes, quality: int) -> bytes:
+    if quality == AS_IT_IS:
+        return data
     image = Image.open(io.BytesIO(data)).convert("RGB")
     if min(image.size) > SIDE:
         image = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=quality, method=4, lossless=quality == LOSSLESS)
+    image.save(buffer, "WEBP", quality=quality, method=4)
     return buffer.getvalue()
 
 

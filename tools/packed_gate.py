@@ -4,12 +4,12 @@
     python -m tools.packed_gate --images images.parquet --out gate0
     python -m tools.packed_gate --images images.parquet --out gate1 --seed 1 --robust TUNED
 
-images.parquet is a file of tools/pack_images.py, without loss (--quality 100): a gate that saw compressed images alone
-takes the detail of others for an attack. TUNED is a tuned encoder of tools/robust_branch.py; without one it is the
-robust encoder of the shipped model. The gate learns from the part "gate", which the branch was not tuned on, and from
-mosaics of it, whose detail is as fine as that of large photos. Half of each validation set joins its calibration, the
-other half measures false alarms. Four of the universal attacks of reproduction/gate_study.py are left out, so that it
-measures unseen kinds. A killed run continues.
+images.parquet is a file of tools/pack_images.py, of images as they are (--quality 100): a gate that saw compressed
+images alone takes the detail of others for an attack. TUNED is a tuned encoder of tools/robust_branch.py; without one
+it is the robust encoder of the shipped model. The gate learns from the part "gate", which the branch was not tuned on,
+and from mosaics of it, whose detail is as fine as that of large photos. Half of each validation set joins its
+calibration, the other half measures false alarms. Four of the universal attacks of reproduction/gate_study.py are left
+out, so that it measures unseen kinds. A killed run continues.
 """
 
 from __future__ import annotations

@@ -111,6 +111,8 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.weights is None and options.images is None:
         parser.error("--images: give the file of tools/pack_images.py")
+    if options.weights is None and options.share != 1:
+        parser.error("--share: give it with --weights; tuning from --start takes all of it")
     options.work = options.work or options.out / "work"
     return options
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features
@@ -68,6 +69,10 @@ def test_pack_holds_training_and_validation_images_of_every_source(
     monkeypatch.setattr(pack_images, "ASSETS", data_root)
     small = pack_images.pack(data_root, data_root / "small.parquet", quality=30, largest=0.8 * size / 1e6)
     assert small < 0.85 * size
+    pack_images.pack(data_root, data_root / "exact.parquet", pack_images.AS_IT_IS, parts=("gate", "validation"))
+    files = pq.read_table(data_root / "exact.parquet")["image"].to_pylist()
+    assert all(file.startswith(b"\xff\xd8") for file in files)  # the JPEG files themselves
+    assert pack_images.unpack(data_root / "exact.parquet", "gate", 64).pixels.shape[1:] == (3, 64, 64)
     few = pack_images.unpack(data_root / "small.parquet", "validation", 64)
     assert len(few.labels) == len(validation.labels)
 

@@ -316,7 +316,7 @@ def _sheet(report: Report, records: Records, out: Path, data: EvalData, count: i
         return None
     attempt, names = universal[0], data.test.class_names
     place = {pixels: index for index, pixels in enumerate(pixel_hashes(data.test.images))}
-    clean = data.test.images[[place[records.images[index]] for index in right.tolist()]]  # they have another order
+    clean = data.test.images[[place[records.images[index]] for index in right.tolist()]]  # records may be shuffled
     attacked = Perturbation(read_stage(out, attempt.threat, attempt.attack)["delta"], attempt.epsilon)(clean)
     answers = {
         model: [names[index] for index in records.predictions[model, attempt.key][right].tolist()]
