@@ -28,12 +28,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from zepad_mm.defend import DefendSettings, defend, tune_branches, untuned_warning
+from zepad_mm.defend import DefendSettings, defend, tune_branches
 from zepad_mm.evaluation import evaluate
 from zepad_mm.evaluation.model_card import write_card
+from zepad_mm.models.card import weakness_warning
 from zepad_mm.training import make_accelerator
 from zepad_mm.utils.config import Config
-from zepad_mm.utils.stopping import UNTUNED, run_program
+from zepad_mm.utils.stopping import WEAK, run_program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ class Recipe(Config):
 
 
 def main(recipe: Recipe) -> int:
-    """Run every stage; returns the exit code, 3 where a branch keeps the public weights."""
+    """Run every stage; returns the exit code, 3 where a branch keeps public weights or the defence has no effect."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     accelerator = make_accelerator(recipe.processes, recipe.mixed_precision)
     if not recipe.robust:
@@ -78,9 +79,9 @@ def main(recipe: Recipe) -> int:
     )
     write_card(out, report)
     print((out / "evaluation" / "report.md").read_text(encoding="utf-8"))
-    if untuned := untuned_warning(model.config):
-        print(f"{out}: {untuned}")
-    return UNTUNED if untuned else 0
+    if weakness := weakness_warning(model.config):
+        print(f"{out}: {weakness}")
+    return WEAK if weakness else 0
 
 
 if __name__ == "__main__":

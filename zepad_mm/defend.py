@@ -13,7 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from accelerate import Accelerator
+from torch import Tensor, nn
 
 from zepad_mm.attacks import FeatureUAP
 from zepad_mm.data import LabelledImages, SplitNotFoundError, load_data
@@ -21,6 +23,8 @@ from zepad_mm.defences import DEFENCES, make_defence
 from zepad_mm.encoders import Encoder, LoraSettings, TextEncoder, has_lora, load_clip, load_encoder
 from zepad_mm.encoders.prompts import templates_of
 from zepad_mm.models.branch import Adaptation, Branch, BranchConfig, Role
+from zepad_mm.models.card import weakness_warning
+from zepad_mm.models.config import MeasuredEffect
 from zepad_mm.models.detection import GATE_SCORE
 from zepad_mm.models.heads import zero_shot_head
 from zepad_mm.models.zepad import ZePAD, ZePADConfig
@@ -40,12 +44,14 @@ from zepad_mm.utils.distributed import claim_together
 from zepad_mm.utils.images import Resize
 from zepad_mm.utils.io import write_json
 from zepad_mm.utils.names import check_names
+from zepad_mm.utils.text import budget_text, percent
 from zepad_mm.utils.validation import check_epsilon
 
 log = logging.getLogger(__name__)
 
 BRANCHES_FOLDER = "tuned"  # holds a folder for each tuned branch, beside the model that is made of them
 FEWEST = 64  # training images of a gate
+UNIVERSAL = 10 / 255  # budget of the universal perturbation that detector and effect are measured on
 NAMES = ("person", "animal", "plant", "vehicle", "building", "food", "clothing", "furniture", "tool", "landscape")
 
 
@@ -193,21 +199,9 @@ def _defend(
     model.set_classes(requested or names)
     if out is not None:
         model.save_pretrained(out)
-    if untuned := untuned_warning(model.config):
-        log.warning(untuned)
+    if weakness := weakness_warning(model.config):
+        log.warning(weakness)
     return model
-
-
-def untuned_warning(config: ZePADConfig) -> str:
-    """What to say of a model whose tuning kept public weights; empty where every branch was tuned."""
-    names = ", ".join(branch.name for branch in config.branches if branch.untuned)
-    if not names:
-        return ""
-    what = "NOTHING WAS TUNED, the model is not defended" if config.nothing_tuned else "not every branch was tuned"
-    return (
-        f"{what}: on validation no tuned weights of {names} were better than the public ones. Tune for more steps, at "
-        "another rate (train.lr_encoder) or a smaller epsilon, or on more images"
-    )
 
 
 def tune_branches(
@@ -389,9 +383,10 @@ def _select_fusion_and_threshold(
     if model.gate is not None:
         log.info("gated instead; largest benign weight by policy: %s", select_policies(model, selection))
     size = validation.images.shape[-1]
-    attack = FeatureUAP(epsilon=10 / 255, image_size=size, steps=settings.detector_steps, seed=settings.train.seed)
-    perturbation = attack.fit(model.undefended.encoder, train.images)
-    detected = select_detector(model, validation, perturbation(validation.images))
+    attack = FeatureUAP(epsilon=UNIVERSAL, image_size=size, steps=settings.detector_steps, seed=settings.train.seed)
+    attacked = attack.fit(model.undefended.encoder, train.images)(validation.images)
+    _measure_effect(model, attacked, validation.labels)
+    detected = select_detector(model, validation, attacked)
     if model.config.detector.score == GATE_SCORE:
         model.set_detector(replace(model.config.detector, threshold=detection))
     detector = model.config.detector
@@ -402,4 +397,23 @@ def _select_fusion_and_threshold(
         detector.score,
         threshold,
         shares,
+    )
+
+
+@torch.no_grad()
+def _measure_effect(model: ZePAD, attacked: Tensor, labels: Tensor) -> None:
+    """Set what the model and the public encoder answer right of the attacked validation images; in place."""
+
+    def share_right(network: nn.Module) -> float:
+        answers = torch.cat([network(part).argmax(-1) for part in attacked.split(64)])
+        return float((answers == labels).float().mean())
+
+    undefended, defended = share_right(model.undefended), share_right(model)
+    effect = MeasuredEffect(undefended=undefended, defended=defended, n=len(labels), epsilon=UNIVERSAL)
+    model.config = replace(model.config, effect=effect)
+    log.info(
+        "under a universal perturbation at %s: %s %% right with the defence, %s %% without it",
+        budget_text(UNIVERSAL, "linf"),
+        percent(defended),
+        percent(undefended),
     )

@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
 from zepad_mm.data import EMBEDDED_DATA, SplitNotFoundError, load_class_names, load_data, open_images, stream_images
-from zepad_mm.data.folders import held_out_split, image_files
+from zepad_mm.data.folders import held_out_splits, image_files
 from zepad_mm.defend import DefendSettings, _load_splits
 from zepad_mm.evaluation import EvalData, EvalSettings
 from zepad_mm.training.settings import DataSettings
@@ -146,7 +146,7 @@ def test_class_folders_without_splits_are_split_by_a_fixed_rule(tmp_path: Path) 
     moved = write_images(tmp_path / "another", *(f"{name}/{i}.png" for name in ("cat", "dog") for i in range(20)))
     names = [Path(path).relative_to(source) for path in files["test"].paths]
     assert [Path(path).relative_to(moved) for path in image_files(Path(moved), "test").paths] == names
-    assert held_out_split(tmp_path, [str(tmp_path / "1.png"), str(tmp_path / "2.png")], "test") == []
+    assert held_out_splits(tmp_path, [str(tmp_path / "1.png"), str(tmp_path / "2.png")])["test"] == []
     with pytest.raises(SplitNotFoundError, match="has no splits"):
         load_data(source, "surrogate", 8)
 

@@ -52,6 +52,7 @@ def attack_example(page: Any, labels: str, attack: str) -> None:
     page.locator(".gallery-item").first.click()
     page.get_by_label("Remove Image").first.wait_for(timeout=60_000)  # the image is there
     page.get_by_label("Labels, separated by commas").fill(labels)
+    page.get_by_label("True label").fill(labels.split(",", maxsplit=1)[0])
     page.get_by_label(attack, exact=True).first.check()  # a policy may have the same name
     page.locator("#run").click()
     page.locator("#verdict").wait_for(timeout=60_000)

@@ -157,7 +157,7 @@ def test_page_routes_are_an_allow_list(client: httpx.Client, classifier: RobustZ
     app = create_app(Service(classifier, SETTINGS))
     gradio = next(route.app for route in app.routes if isinstance(route, Mount) and "gradio" in str(type(route.app)))
     used = {"/", "/theme.css", "/favicon.ico", "/robots.txt", "/static/x", "/assets/x", "/openapi.json", "/docs"}
-    used |= {"/redoc", *(f"/gradio_api/{name}" for name in ("upload", "queue/join", "queue/data", "run/x", "file=x"))}
+    used |= {f"/gradio_api/{name}" for name in ("upload", "queue/join", "queue/data", "run/x", "file=x")}
     tried = {path for path in paths_of(gradio.routes) if (path.rstrip("/") or "/") not in used}
     for path in tried:
         for method in ("GET", "POST"):
@@ -412,7 +412,7 @@ def test_toasts_hold_no_html(classifier: RobustZeroShotClassifier, tmp_path: Pat
     path.write_bytes(image_file())
     attack = "<img src=x onerror=alert(1)>"
     twice = f"{attack[:18]},{attack[:18]}"
-    for labels, template, label in ((twice, "photo", ""), ("a,b", "<b>x", ""), ("a,b", "photo", attack)):
+    for labels, template, label in ((twice, "photo", attack[:18]), ("a,b", "<b>x", "a"), ("a,b", "photo", attack)):
         with pytest.raises(gr.Error) as raised:
             run(str(path), labels, template, "universal", 8, label)
         assert "<" not in raised.value.message
@@ -427,8 +427,10 @@ def test_page_offers_the_policies_of_a_gated_model(clip_source: str, tmp_path: P
     path = tmp_path / "image.png"
     path.write_bytes(image_file())
     policies = ("zero_sacrifice", "white_box")
-    tables = [run(str(path), "a,b", "photo", "public", 2, "", policy)[-1] for policy in policies]
+    tables = [run(str(path), "a,b", "photo", "public", 2, "a", policy)[-1] for policy in policies]
     assert tables[0] != tables[1]  # the weights of the branches
+    with pytest.raises(gr.Error, match="True label"):
+        run(str(path), "a,b", "photo", "public", 2, " ")
     checked, inputs = app.page_guard.models["/gradio_api/queue/join"], [*INPUTS, "white_box"]
     for data, accepted in ((inputs, True), (INPUTS, False), ([*INPUTS, "black_box"], False)):
         body = {"data": data, "fn_index": 1, "session_hash": "abc"}
@@ -437,6 +439,28 @@ def test_page_offers_the_policies_of_a_gated_model(clip_source: str, tmp_path: P
         else:
             with pytest.raises(ValueError, match="data"):
                 checked.model_validate(body)
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_page_holds_the_answers_against_the_true_label(
+    classifier: RobustZeroShotClassifier, holds: bool, tmp_path: Path
+) -> None:
+    """Success is to say what the image shows, not to say what was said before the attack."""
+    page = build(Service(classifier, SETTINGS, Perturbation(torch.zeros(3, 32, 32), 4 / 255)))
+    run = next(function.fn for function in page.fns.values() if function.name == "run")  # type: ignore[attr-defined]
+    path = tmp_path / "image.png"
+    path.write_bytes(image_file())
+    answer = classifier(path, ["cat", "dog"])[0]["label"]
+    truth = answer if holds else {"cat": "dog", "dog": "cat"}[answer]
+    verdict, gauge, *_ = run(str(path), "cat,dog", "photo", "universal", 4, truth)
+    assert ("The defence holds." in verdict) == ("verdict held" in verdict) == holds
+    assert ("without any attack" in verdict.partition("The defended model")[2]) != holds
+    assert "Suspicion score: clean" in gauge
+    for _ in range(2):  # also of label sets whose embeddings are kept
+        assert (
+            "Warning: 1 of 2 class names are cut off"
+            in run(str(path), "cat,<b>a very long hat", "photo", "universal", 4, "cat")[0]
+        )
 
 
 def test_log_lines_hold_no_control_characters(client: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -104,6 +105,16 @@ def test_attack_stays_within_the_budget(client: TestClient, service: Service, at
     still = post(client, "/v1/attack", attack=attack, epsilon="0", label="dog").json()
     assert still["label"] == "dog"
     assert still["clean"]["labels"][0] == pytest.approx(still["attacked"]["labels"][0])
+
+
+def test_documentation_loads_nothing_from_other_hosts(client: TestClient) -> None:
+    page = client.get("/docs").text
+    loaded = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert {Path(path).suffix for path in loaded} == {".js", ".css", ".png"}
+    assert all(path.startswith("/docs/static/") for path in loaded)
+    assert all(client.get(path).status_code == 200 for path in loaded)
+    assert "https://" not in page
+    assert "curl -s -F image=@photo.jpg" in client.get("/openapi.json").json()["info"]["description"]
 
 
 def test_model_route_describes_the_model(client: TestClient, service: Service) -> None:
@@ -294,6 +305,9 @@ def test_page_works_in_a_browser(address: str, size: str, tmp_path: Path) -> Non
         page.on("pageerror", lambda error: page_errors.append(str(error)))
         page.goto(address)
         button = page.locator("#run")
+        page.get_by_label("Remove Image").first.wait_for(timeout=60_000)  # an example is there from the beginning
+        expect(page.get_by_label("True label")).to_have_value("cat")
+        page.get_by_label("Remove Image").first.click()
         button.click(timeout=60_000)
         expect(page.get_by_text("Choose or upload an image first.")).to_be_visible(timeout=30_000)
 
@@ -302,17 +316,22 @@ def test_page_works_in_a_browser(address: str, size: str, tmp_path: Path) -> Non
         slider.press("ArrowRight")
         attack_example(page, "a cat, a dog, <b>a hat</b>", "white box")
         verdict, labels = page.locator("#verdict"), page.get_by_label("Labels, separated by commas")
-        expect(verdict).to_contain_text("The undefended encoder", timeout=60_000)
+        expect(verdict).to_contain_text("The undefended model", timeout=60_000)
         expect(verdict).to_contain_text("lagged as adversarial")
+        expect(page.locator("#gauge")).to_contain_text("Suspicion score: clean")
         expect(page.locator("#branches tr")).to_have_count(4)
         expect(page.locator(".pixels img")).to_have_count(3)
         expect(page.get_by_text("<b>a hat</b>").first).to_be_visible()  # escaped
 
-        photo = tmp_path / "photo.jpg"
+        photo, truth = tmp_path / "photo.jpg", page.get_by_label("True label")
         Image.new("RGB", (120, 90), "red").save(photo)
         page.get_by_label("Remove Image").first.click()
         page.locator("input[type=file]").first.set_input_files(photo)
+        expect(truth).to_have_value("", timeout=30_000)  # what the example showed is no more true
         labels.fill("one")
+        button.click()
+        expect(page.get_by_text('Write under "True label"')).to_be_visible(timeout=30_000)
+        truth.fill("red")
         button.click()
         expect(page.get_by_text("an attack needs at least two")).to_be_visible(timeout=30_000)
         labels.fill("red, blue")

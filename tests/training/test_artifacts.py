@@ -15,10 +15,10 @@ from torch import nn
 
 from tests.helpers.models import write_clip
 from tests.training.test_fit import colours, run, tiny_encoder, tiny_student
-from zepad_mm.defend import untuned_warning
 from zepad_mm.encoders import load_encoder
 from zepad_mm.models.branch import BranchConfig
-from zepad_mm.models.card import describe_model
+from zepad_mm.models.card import describe_model, weakness_warning
+from zepad_mm.models.config import MeasuredEffect
 from zepad_mm.models.zepad import DetectorConfig, ZePADConfig
 from zepad_mm.training import load_tuned, make_accelerator, validate, write_tuned
 from zepad_mm.training.student import freeze_unused
@@ -70,9 +70,19 @@ def test_a_model_says_which_branches_are_untuned(tuned: tuple[bool, ...], nothin
     )
     config = ZePADConfig(public_source="open_clip:embedded", branches=branches, class_names=("a",))
     assert config.nothing_tuned == nothing
-    assert ("NOTHING WAS TUNED" in untuned_warning(config)) == nothing
-    assert untuned_warning(config)  # the exit code is 3 for one untuned branch as for all
+    assert ("NOTHING WAS TUNED" in weakness_warning(config)) == nothing
+    assert weakness_warning(config)  # the exit code is 3 for one untuned branch as for all
     assert "Untuned: " in describe_model(config)
+
+
+@pytest.mark.parametrize(("defended", "weak"), [(0.44, True), (0.46, False)])
+def test_a_model_says_that_its_defence_has_no_effect(defended: float, weak: bool) -> None:
+    branch = BranchConfig(name="r", role="robust", source="open_clip:embedded")
+    effect = MeasuredEffect(undefended=0.4, defended=defended, n=50, epsilon=10 / 255)
+    config = ZePADConfig(public_source="open_clip:embedded", branches=(branch,), class_names=("a",), effect=effect)
+    assert ("has no effect" in weakness_warning(config)) == ("has no effect" in describe_model(config)) == weak
+    assert f"universal perturbation at 10/255: {100 * defended:.1f} % right with the defence" in describe_model(config)
+    assert ZePADConfig.from_dict(config.to_dict()).effect == effect
 
 
 @dataclass

@@ -235,8 +235,10 @@ class RobustZeroShotClassifier:
             hypothesis_template: a template with one ``{}``, several, or a named prompt set.
             top_k: number of best labels to return; None: all.
             return_evidence: return ``{"labels", "evidence"}`` for each image, with the branch confidences, the fusion
-                weights, the suspicion score, whether it is flagged (None: the model has no threshold), the gate's
-                logit with its threshold (None: the model has no gate), and the labels of the undefended encoder.
+                weights, the suspicion score with its name (``detector``) and the ``threshold`` above which it flags
+                (None: the model has none), whether it is flagged (None as well), the gate's logit with the value at
+                which it halves the benign weight (None: the model has no gate), and the labels of the undefended
+                encoder.
             on_adversarial: treatment of images whose suspicion score exceeds the model's threshold. "ignore": nothing;
                 "flag": every label gets a third key, "flagged"; "abstain": no labels, ``[]``.
             return_errors: an image that cannot be read has its ValueError in place of an answer; False: it is raised.
@@ -322,6 +324,8 @@ class RobustZeroShotClassifier:
             "confidences": dict(zip(names, decision.confidences[:, index].tolist(), strict=True)),
             "weights": dict(zip(names, decision.weights[:, index].tolist(), strict=True)),
             "score": float(decision.score[index]),
+            "detector": self.model.config.detector.score,
+            "threshold": self.model.config.detector.threshold,
             "flagged": None if self.model.config.detector.threshold is None else flagged,
             "gate": self._gate_evidence(decision, index),
         }

@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1 when ``doctor`` finds something missing; 2 for a user error, printed as one line on
-        stderr; 3 when ``defend`` kept untuned weights in a branch; 130 when stopped by SIGINT (Ctrl-C) or SIGTERM.
+        stderr; 3 when ``defend`` kept untuned weights in a branch, or its defence has no effect; 130 when stopped by
+        SIGINT (Ctrl-C) or SIGTERM.
     """
     from jsonargparse import ArgumentError
 

@@ -112,18 +112,25 @@ def _lines(image: str, answer: Any, with_evidence: bool) -> list[str]:
     if with_evidence:
         evidence = answer["evidence"]
         confidences = ", ".join(f"{name} {value:.2f}" for name, value in evidence["confidences"].items())
-        flag = {None: "no threshold", True: "flagged as adversarial", False: "not flagged"}[evidence["flagged"]]
-        lines.append(f"  confidence: {confidences}; suspicion score {evidence['score']:.3f}, {flag}")
-        gate = evidence["gate"]
-        if gate is not None:
-            threshold = "no threshold" if gate["threshold"] is None else f"threshold {gate['threshold']:.2f}"
-            lines.append(f"  gate: {gate['logit']:.2f} ({threshold}); weight of the branches: {_shares(evidence)}")
+        weights = ", ".join(f"{name} {100 * weight:.0f} %" for name, weight in evidence["weights"].items())
+        lines += [f"  confidence: {confidences}", f"  weight of the branches: {weights}{_gate(evidence['gate'])}"]
+        lines.append(f"  suspicion score: {evidence['score']:.3f} ({evidence['detector']}), {_flag(evidence)}")
         lines.append(f"  undefended: {evidence['undefended'][0]['label']}")
     return lines
 
 
-def _shares(evidence: Any) -> str:
-    return ", ".join(f"{name} {100 * weight:.0f} %" for name, weight in evidence["weights"].items())
+def _flag(evidence: Any) -> str:
+    if evidence["threshold"] is None:
+        return "and the model has no threshold: nothing is flagged"
+    verdict = "flagged as adversarial" if evidence["flagged"] else "not flagged"
+    return f"{verdict}: the threshold is {evidence['threshold']:.3f}"
+
+
+def _gate(gate: Any) -> str:
+    if gate is None:
+        return ""
+    half = "" if gate["threshold"] is None else f"; the benign weight is halved at {gate['threshold']:.2f}"
+    return f" (gate {gate['logit']:.2f}{half})"
 
 
 CLASSIFY = Command(

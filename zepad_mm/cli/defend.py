@@ -7,7 +7,7 @@ from typing import Any
 
 from zepad_mm.cli.common import IMAGES, SOURCE, Command, print_result
 from zepad_mm.cli.settings_options import SettingsOptions, settings_fields
-from zepad_mm.utils.stopping import UNTUNED
+from zepad_mm.utils.stopping import WEAK
 
 DEFEND_SETTINGS = "defend.py:DefendSettings"
 DEFEND_OPTIONS = SettingsOptions(
@@ -42,22 +42,36 @@ def _declare(parser: Any) -> None:
 def _run(options: Any) -> int:
     from dataclasses import replace
 
-    from zepad_mm.defend import DefendSettings, defend, quick_settings, untuned_warning
+    from zepad_mm.defend import DefendSettings, defend, quick_settings
+    from zepad_mm.models.card import weakness_warning
 
     settings = quick_settings() if options.quick else DefendSettings()
     train = replace(settings.train, **_train_options().given(options))
     settings = replace(settings, train=train, **DEFEND_OPTIONS.given(options))
     model = defend(options.source, robust=options.robust, data=options.data, out=options.out, settings=settings)
-    branches = ", ".join(f"{branch.name} ({branch.objective})" for branch in model.config.branches)
-    print_result(
-        options,
-        {"out": options.out, **model.config.to_dict()},
-        f"Written: {options.out}; branches {branches}; fusion {model.config.fusion} {model.config.rule_params}\n"
-        f"Not evaluated yet. With labelled images: zepad evaluate {options.out} --data labelled/ --preset demo",
-    )
-    if untuned := untuned_warning(model.config):
-        print(f"zepad: {untuned}", file=sys.stderr, flush=True)
-    return UNTUNED if untuned else 0
+    print_result(options, {"out": options.out, **model.config.to_dict()}, "\n".join(_closing_words(options.out, model)))
+    if weakness := weakness_warning(model.config):
+        print(f"zepad: {weakness}", file=sys.stderr, flush=True)
+    return WEAK if weakness else 0
+
+
+def _closing_words(out: str, model: Any) -> list[str]:
+    """What was made, and what to do next."""
+    from zepad_mm.models.card import describe_effect
+
+    config = model.config
+    branches = "; ".join(f"{branch.name}, {branch.role} ({branch.objective})" for branch in config.branches)
+    constants = ", ".join(f"{name} {value:g}" for name, value in config.rule_params.items())
+    threshold = config.detector.threshold
+    flags = "nothing is flagged" if threshold is None else f"flagged above {threshold:.3g}"
+    return [
+        f"Written: {out}",
+        f"  branches (encoders): {branches}",
+        f"  fusion rule, which makes one answer of theirs: {config.fusion}{f' ({constants})' if constants else ''}",
+        f"  suspicion score, which flags attacked images: {config.detector.score}, {flags}",
+        *([] if config.effect is None else [f"  {describe_effect(config.effect)}"]),
+        f"Not evaluated yet. With labelled images: zepad evaluate {out} --data labelled/ --preset demo",
+    ]
 
 
 DEFEND = Command(

@@ -4,7 +4,7 @@ Parquet files are named by their split (``train.parquet``, ``train-0.parquet``, 
 the folder or in ``data/``. Image files lie in class folders, in split folders or not::
 
     FOLDER/train/cat/1.jpg   FOLDER/test/dog/7.jpg    a folder for each split, in it one for each class
-    FOLDER/cat/1.jpg         FOLDER/dog/7.jpg         class folders: split here, see ``held_out_split``
+    FOLDER/cat/1.jpg         FOLDER/dog/7.jpg         class folders: split here, see ``held_out_splits``
     FOLDER/train/1.jpg       FOLDER/1.jpg             no classes, where no labels are needed
 
 Split folders have the spellings of ``SPELLINGS``, in any case. Folders inside class folders belong to the class.
@@ -202,10 +202,10 @@ def _held_out(folder: Path, direct: list[str], inside: dict[str, list[str]], spl
         raise SplitNotFoundError(
             f"dataset {str(folder)!r} has no splits, so that train, validation and test are made here; got {split!r}"
         )
-    groups = inside or {"": direct}
-    chosen = {name: held_out_split(folder, paths, split) for name, paths in groups.items()}
-    percent = ", ".join(f"{share:.0%} {name}" for name, share in SHARES.items())
-    log.info("%s has no splits: %s and the rest train, by the SHA-256 of the paths", folder, percent)
+    made = {name: held_out_splits(folder, paths) for name, paths in (inside or {"": direct}).items()}
+    counts = ", ".join(f"{sum(len(one[name]) for one in made.values())} {name}" for name in ("train", *SHARES))
+    log.info("%s has no splits, so they are made by the SHA-256 of the paths: %s", folder, counts)
+    chosen = {name: splits[split] for name, splits in made.items()}
     if not any(chosen.values()):
         raise SplitNotFoundError(
             f"dataset {str(folder)!r} has no splits and too few images to make a split {split!r}: each class needs at "
@@ -214,8 +214,8 @@ def _held_out(folder: Path, direct: list[str], inside: dict[str, list[str]], spl
     return _labelled(chosen, sorted(inside)) if inside else ImageFiles(tuple(chosen[""]), None, ())
 
 
-def held_out_split(folder: Path, paths: Iterable[str], split: str) -> list[str]:
-    """The files of one class that belong to a split, by a fixed rule: the same on every machine and in every command.
+def held_out_splits(folder: Path, paths: Iterable[str]) -> dict[str, list[str]]:
+    """The files of one class by split, by a fixed rule: the same on every machine and in every command.
 
     The files are ordered by the SHA-256 of their path in the folder. The first 20 % are "test", the next 10 %
     "validation", the others "train"; of three files or more each split gets at least one, of fewer all are "train".
@@ -224,13 +224,12 @@ def held_out_split(folder: Path, paths: Iterable[str], split: str) -> list[str]:
     def digest(path: str) -> bytes:
         return hashlib.sha256(Path(path).relative_to(folder).as_posix().encode()).digest()
 
-    order, begin = sorted(paths, key=digest), 0
+    order, begin, splits = sorted(paths, key=digest), 0, {}
     for name, share in SHARES.items():
         end = begin + (max(1, round(share * len(order))) if len(order) >= 3 else 0)
-        if name == split:
-            return sorted(order[begin:end])
+        splits[name] = sorted(order[begin:end])
         begin = end
-    return sorted(order[begin:])
+    return {**splits, "train": sorted(order[begin:])}
 
 
 def _labelled(classes: dict[str, list[str]], names: list[str]) -> ImageFiles:

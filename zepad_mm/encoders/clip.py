@@ -47,7 +47,7 @@ class TextEncoder(nn.Module):
         bias = getattr(tower, "logit_bias", None)
         self.sigmoid = bias is not None
         self.logit_bias = 0.0 if bias is None else float(bias.detach())
-        self._cache: OrderedDict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = OrderedDict()
+        self._cache: OrderedDict[tuple[tuple[str, ...], tuple[str, ...]], tuple[Tensor, list[str]]] = OrderedDict()
 
     @torch.no_grad()
     def forward(self, texts: Sequence[str]) -> Tensor:
@@ -72,18 +72,22 @@ class TextEncoder(nn.Module):
         templates = templates_of(prompts)
         key = (tuple(names), templates)
         if key not in self._cache:
-            self._check_tokens(names, templates)
+            told = self._check_tokens(names, templates)
             with preserved_process_state(), torch.no_grad():  # kept, so never inference tensors nor of half precision
                 embeddings = self([template.format(name) for name in names for template in templates])
                 mean = embeddings.view(len(names), len(templates), -1).mean(dim=1)
-                self._cache[key] = F.normalize(mean, dim=-1)
+                self._cache[key] = F.normalize(mean, dim=-1), told
             if len(self._cache) > CACHED_SETS:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)
-        return self._cache[key]
+        embeddings, told = self._cache[key]
+        for text in told:
+            warnings.warn(text, stacklevel=3)
+        return embeddings
 
-    def _check_tokens(self, names: list[str], templates: tuple[str, ...]) -> None:
-        """Raise ValueError for names with the same tokens; warn of those that differ in case alone or are cut off."""
+    def _check_tokens(self, names: list[str], templates: tuple[str, ...]) -> list[str]:
+        """What to warn of: names cut off or that differ in case alone. Raises ValueError for other equal tokens."""
+        told: list[str] = []
         shortest, longest = min(templates, key=len), max(templates, key=len)
         rows = self._tokens([shortest.format(name) for name in names])
         first: dict[tuple[int, ...], str] = {}
@@ -96,7 +100,7 @@ class TextEncoder(nn.Module):
             )
             if first[row].casefold() != name.casefold():
                 raise ValueError(same)
-            warnings.warn(f"{same}: every image is taken for the first of them", stacklevel=4)
+            told.append(f"{same}: every image is taken for the first of them")
         whole = rows if shortest == longest else self._tokens([longest.format(name) for name in names])
         width, short = max(map(len, whole)), self._tokens(["a"])[0]
         padded = len(short) == width
@@ -105,11 +109,11 @@ class TextEncoder(nn.Module):
         shorter = self._tokens([longest.format(names[index])[:-1] for index in full])
         cut = [names[index] for index, row in zip(full, shorter, strict=True) if row == whole[index]]
         if cut:
-            warnings.warn(
+            told.append(
                 f"{len(cut)} of {len(names)} class names are cut off: {self.source} reads {len(whole[0])} tokens of a "
-                f"text, and {cut[0]!r:.100} with its prompt {longest!r:.100} is longer; shorten it",
-                stacklevel=3,
+                f"text, and {cut[0]!r:.100} with its prompt {longest!r:.100} is longer; shorten it"
             )
+        return told
 
     def _tokens(self, texts: list[str]) -> list[tuple[int, ...]]:
         """The token ids of each text, without the padding that depends on the batch."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 HUB, FOLDER = "hf-hub", "local-dir"  # the places that a source can name
 LARGEST_IMAGE = 1024  # pixels; a source may stand in a file that somebody else wrote
 _IMAGE_SIZE = re.compile(r"\?image_size=(-?\d+)$")
+_OPTION = re.compile(r"\?\w+=?[^/?+]*$")
 INDEX = ".index.json"  # of a model whose weights lie in several files
 SHARD = re.compile(r"[\w-][\w.-]*\.(safetensors|bin)")
 
@@ -121,10 +122,11 @@ def parse_source(text: str) -> Source:
     """
     kind, separator, rest = str(text).partition(":")
     if not separator or not rest:
+        hint = "; did you mean 'open_clip:embedded'?" if text == "embedded" else ""
         raise ValueError(
             f"encoder source {shorten(text)}: expected KIND:NAME with KIND one of {', '.join(BACKENDS)}, "
             "e.g. 'open_clip:ViT-B-32/laion2b_s34b_b79k', 'hf:facebook/dinov2-small', 'timm:resnet18.a1_in1k' or "
-            "'ssl:checkpoint.ckpt'"
+            f"'ssl:checkpoint.ckpt'{hint}"
         )
     if kind not in BACKENDS:  # encoders of a user's own; loading them raises
         return Source(kind, rest)
@@ -166,9 +168,12 @@ def check_image_size(image_size: int) -> int:
 
 
 def _split_image_size(rest: str) -> tuple[str, int | None]:
-    """``"NAME?image_size=N"`` as its two parts; None where there is no size."""
-    found = _IMAGE_SIZE.search(rest)
-    return (rest, None) if found is None else (rest[: found.start()], check_image_size(int(found.group(1))))
+    """``"NAME?image_size=N"`` as its two parts; None where there is no size. Raises ValueError for other options."""
+    if (found := _IMAGE_SIZE.search(rest)) is not None:
+        return rest[: found.start()], check_image_size(int(found.group(1)))
+    if (other := _OPTION.search(rest)) is not None and not Path(rest.partition(":")[2]).exists():
+        raise ValueError(f"encoder source {shorten(rest)}: expected the option ?image_size=N, got {other.group()!r}")
+    return rest, None
 
 
 def _split_weights(kind: str, rest: str) -> tuple[str, str]:

@@ -5,14 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from zepad_mm.evaluation.report import OVERESTIMATED, Report, budget_of, by_strength, cell
-from zepad_mm.evaluation.threats import CLEAN, T1, T1B, T1I, T2, T3, THREATS, WORST, strength
+from zepad_mm.evaluation.report import (
+    HELD,
+    NOT_CHECKED,
+    OVERESTIMATED,
+    UPPER_BOUND,
+    Report,
+    budget_of,
+    by_strength,
+    cell,
+)
+from zepad_mm.evaluation.threats import CLEAN, MODEL, T1, T1B, T1I, T2, T3, THREATS, WORST, strength
 from zepad_mm.utils.text import budget_text, bullets, interval_text, markdown_table, percent
 
 NOTE = (
     "Accuracy in %, with its 95 % Wilson interval. `worst`: an image counts only if it is answered right without an "
     "attack and under every attack of that threat model. `<=`: not attacked through its own output, since the attacks "
     "on others put it below the default already, or by reduced attacks only."
+)
+VERDICTS = (
+    f"The verdict is on the attack, not on the model: `{HELD}`, no check found the attack too weak, so that the number "
+    f"stands, high or low; `{OVERESTIMATED}`, a stronger attack took more; `{UPPER_BOUND}`, the attack on this row was "
+    f"not run at full strength; `{NOT_CHECKED}`, no check was run."
 )
 BUDGETS = "A budget such as 4/255 means that no pixel changes by more than 4 of 255 levels."
 REDUCED = "reduced attacks, so that accuracies are upper bounds"
@@ -28,7 +42,7 @@ def report_text(report: Report) -> str:
     parts = [
         f"# Robustness on {first['dataset']}, {first['n']} images{doubt}",
         *plain_words(report),
-        f"## Tables\n\n{NOTE}",
+        f"## Tables\n\n{NOTE}{_evaluated(report)}",
     ]
     parts += [table for threat in by_strength(report) for table in _threat_tables(report, threat)]
     if report.threats == [CLEAN.key]:
@@ -41,6 +55,12 @@ def report_text(report: Report) -> str:
         "All rows are in `report.json`; the answer on every image is in `records.parquet`."
     )
     return "\n\n".join(parts) + "\n"
+
+
+def _evaluated(report: Report) -> str:
+    """What the row is that is named after no model."""
+    source = report.meta.get("config", {}).get("model", {}).get("source")
+    return f" Row `{MODEL}`: `{source}` as it is." if report.default == MODEL and source else ""
 
 
 def plain_words(report: Report) -> list[str]:
@@ -158,7 +178,8 @@ def _threat_table(report: Report, threat: str, epsilon: float) -> str:
     images = "" if worst["n"] == clean["n"] else f", the first {worst['n']} images"
     weak = f", {REDUCED}" if worst.get("strength") == "reduced" else ""
     title = f"## {THREATS[threat].title}{weak} ({budget_of(worst)}{images})"
-    return "\n\n".join([title, markdown_table(head, lines), *_seen_note(report, threat)])
+    notes = [*([VERDICTS] if judged else []), *_seen_note(report, threat)]
+    return "\n\n".join([title, markdown_table(head, lines), *notes])
 
 
 def _seen_note(report: Report, threat: str) -> Iterator[str]:

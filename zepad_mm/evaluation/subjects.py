@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zepad_mm.encoders import BACKENDS, Encoder, TextEncoder, load_clip
-from zepad_mm.evaluation.threats import RowKind
+from zepad_mm.evaluation.threats import MODEL, RowKind
 from zepad_mm.models.branch import Branch, run_branches
 from zepad_mm.models.config import Policy
 from zepad_mm.models.fusion import Fusion, build, rule_names
@@ -25,7 +25,6 @@ from zepad_mm.models.zepad import DetectorConfig, ZePAD
 from zepad_mm.utils.images import Resize
 
 DEFENCE = "zepad"  # name of the row of a defended model as it ships
-MODEL = "model"  # name of the row of any other model
 UNDEFENDED = "undefended"
 ROBUST = "robust"  # role of a robust branch
 Combine = Callable[[Tensor], Tensor]  # logits (N, B, C) of N networks to one answer (B, C)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from zepad_mm.utils.registry import Registry
 
 WORST = "worst"  # name of the attack in rows of the per-sample worst case
+MODEL = "model"  # name of the row of a model without a defence of ours
 
 
 class RowKind(StrEnum):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from zepad_mm.encoders.sources import repositories
-from zepad_mm.models.config import ZePADConfig
+from zepad_mm.models.config import LEAST_GAIN, MeasuredEffect, ZePADConfig
 from zepad_mm.utils.hub import card_text
+from zepad_mm.utils.text import budget_text, percent
 
 GENERATED = "<!-- written with the model, and again at each save; remove this line to keep a text of your own -->"
 PLACEHOLDER = "owner/name"  # stands in a card for the name it is published under
@@ -53,4 +54,28 @@ def describe_model(config: ZePADConfig) -> str:
         warning += " No robust branch is tuned: this model defends against nothing."
     policy = f" (policy `{config.policy}`)" if config.policy_caps else ""
     table = head + "\n".join(lines) + f"\n\nFusion: `{config.fusion}` {config.rule_params}{policy}. "
-    return (f"{warning}\n\n" if untuned else "") + table + f"Detector: `{config.detector.score}`, advisory."
+    effect = "" if config.effect is None else f"\n\n{describe_effect(config.effect)}"
+    return (f"{warning}\n\n" if untuned else "") + table + f"Detector: `{config.detector.score}`, advisory.{effect}"
+
+
+def weakness_warning(config: ZePADConfig) -> str:
+    """What to say of a model whose tuning kept public weights, or whose defence gains nothing; empty otherwise."""
+    names = ", ".join(branch.name for branch in config.branches if branch.untuned)
+    if not names:
+        if config.effect is None or not config.effect.is_none:
+            return ""
+        advice = "Tune for more steps, at another rate (train.lr_encoder) or on more images"
+        return f"{describe_effect(config.effect).replace('*', '')} {advice}"
+    what = "NOTHING WAS TUNED, the model is not defended" if config.nothing_tuned else "not every branch was tuned"
+    return (
+        f"{what}: on validation no tuned weights of {names} were better than the public ones. Tune for more steps, at "
+        "another rate (train.lr_encoder) or a smaller epsilon, or on more images"
+    )
+
+
+def describe_effect(effect: MeasuredEffect) -> str:
+    """What the defence gained where it was made, in a sentence."""
+    gain = f"{percent(effect.defended)} % right with the defence, {percent(effect.undefended)} % without it"
+    where = f"{effect.n} validation images under a universal perturbation at {budget_text(effect.epsilon, 'linf')}"
+    none = f"**The defence has no effect**: expected at least {100 * LEAST_GAIN:.0f} points more. "
+    return (none if effect.is_none else "") + f"On {where}: {gain}."

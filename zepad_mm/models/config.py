@@ -19,6 +19,7 @@ CONFIG = "config.json"  # the file that holds a ZePADConfig
 GATED_RULE = "gated"  # the fusion rule that needs a model with a gate
 BUILT_IN_HEADS = ("linear", "mlp", "zero_shot")  # of zepad_mm.models.heads.HEADS
 MOST_HIDDEN = 65_536  # hidden units that a file may ask for
+LEAST_GAIN = 0.05  # of accuracy under attack, below which a defence is said to have no effect
 
 Role = Literal["robust", "benign"]
 Adaptation = Literal["none", "full", "lora"]
@@ -106,6 +107,25 @@ class DetectorConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeasuredEffect(Config):
+    """What a defence gained where it was made: accuracies on validation images under a universal perturbation.
+
+    The perturbation is made on the public encoder. Where the images have no labels, the public encoder's answers to the
+    clean images take their place.
+    """
+
+    undefended: float  # of the public encoder, in [0, 1]
+    defended: float
+    n: int
+    epsilon: float  # L-inf, in pixels of [0, 1]
+
+    @property
+    def is_none(self) -> bool:
+        """Whether the defence gained less than :data:`LEAST_GAIN`."""
+        return self.defended - self.undefended < LEAST_GAIN
+
+
+@dataclass(frozen=True, kw_only=True)
 class ZePADConfig(Config):
     """Everything of a defended model except its weights."""
 
@@ -119,6 +139,7 @@ class ZePADConfig(Config):
     gate: GateConfig | None = None  # of the feature gate; None: the model has none
     policy: Policy = "zero_sacrifice"  # against attackers who do not know the defence, or "white_box" against all
     policy_caps: dict[str, float] = field(default_factory=dict)  # policy -> largest benign weight of the rule "gated"
+    effect: MeasuredEffect | None = None  # measured by zepad_mm.defend; None: not measured
     revisions: dict[str, str] = field(default_factory=dict)  # source -> commit of the base, where it is known
     tuned_names: tuple[str, ...] = ()  # all that the robust branches know; empty: tuned to keep other names too
     storage_dtype: Literal["float32", "float16"] = "float32"  # of the saved weights

@@ -56,7 +56,7 @@ def find_model_folder(name: str | Path, revision: str | None, access: Access) ->
                 f"FOLDER makes one, and zepad evaluate {name} evaluates it as it is"
             )
         hint = "" if "/" in kind or (not rest and colon) else did_you_mean(name, known)
-        if hint:  # before the Hub is asked for it
+        if hint or "/" not in name:  # before the Hub is asked for it
             raise FileNotFoundError(f"{name!r} is neither a folder here nor a name on the Hub (owner/name){hint}")
         files = (CONFIG, WEIGHTS, f"{ADAPTERS}/*", "README.md")
         return fetch(name, files, required=(CONFIG, WEIGHTS), revision=revision, access=access)

@@ -8,17 +8,27 @@ from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, File, Form, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, Field, StringConstraints
 
 from zepad_mm import __version__
 from zepad_mm.models.config import Policy
-from zepad_mm.serve.gateway import Gateway, PageGuard
+from zepad_mm.serve.gateway import DOCS, OPENAPI, Gateway, PageGuard
 from zepad_mm.serve.limits import BusyError
 from zepad_mm.serve.service import ATTACKS, Service, error_text, png
 from zepad_mm.serve.settings import MAX_LEVELS, ServeSettings
 
 MOST_ERRORS = 5  # fields that one answer explains
+EXAMPLE = """
+Zero-shot classification that is robust to downstream-agnostic adversarial examples. For example, with the address that
+`zepad serve` prints:
+
+```
+curl -s -F image=@photo.jpg -F labels="a cat" -F labels="a dog" -F evidence=true http://127.0.0.1:7860/v1/classify
+```
+"""
 
 
 class Problem(BaseModel):
@@ -48,6 +58,8 @@ class Evidence(BaseModel):
     confidences: dict[str, float] = Field(description="of each branch, in [0, 1]")
     weights: dict[str, float] = Field(description="of each branch in the fused answer; they sum to 1")
     score: float = Field(description="suspicion score; higher means more suspicious")
+    detector: str = Field(description="name of that score")
+    threshold: float | None = Field(description="the score above which an image is flagged; null: nothing is")
     flagged: bool | None = Field(description="whether it exceeds the threshold; null: no threshold")
     gate: GateView | None = Field(None, description="null: the model has no gate")
     undefended: list[Score] = Field(description="labels of the undefended public encoder")
@@ -119,7 +131,10 @@ def create_app(service: Service, host: str = "127.0.0.1") -> App:
         host,
         title="zepad",
         version=__version__,
-        summary="Zero-shot classification that is robust to downstream-agnostic adversarial examples.",
+        description=EXAMPLE,
+        openapi_url=OPENAPI,
+        docs_url=None,  # FastAPI's own loads scripts from another host
+        redoc_url=None,
     )
 
     @app.exception_handler(BusyError)
@@ -136,11 +151,28 @@ def create_app(service: Service, host: str = "127.0.0.1") -> App:
         return JSONResponse({"detail": fields}, 422)  # without the values: they may be large
 
     _add_routes(app, service, service.settings)
+    _add_docs(app)
     if service.settings.page:
         from zepad_mm.serve.page import mount
 
         app.page_guard = mount(app, service)
     return app
+
+
+def _add_docs(app: FastAPI) -> None:
+    """The documentation of the routes, with scripts and styles from this machine: it works without a network."""
+    static = f"{DOCS}/static"
+    app.mount(static, StaticFiles(packages=[("fastapi_offline", "static")]))
+
+    @app.get(DOCS, include_in_schema=False)
+    def docs() -> HTMLResponse:
+        return get_swagger_ui_html(
+            openapi_url=OPENAPI,
+            title="zepad",
+            swagger_js_url=f"{static}/swagger-ui-bundle.js",
+            swagger_css_url=f"{static}/swagger-ui.css",
+            swagger_favicon_url=f"{static}/favicon.png",
+        )
 
 
 def _add_routes(app: FastAPI, service: Service, settings: ServeSettings) -> None:

@@ -24,7 +24,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 # routes of the endpoint and its documentation; those of the page are in page_requests.py
 ENDPOINT = "/v1/"
-DOCUMENTATION = ("/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")
+DOCS, OPENAPI = "/docs", "/openapi.json"
 
 
 class RefusedError(Exception):
@@ -137,7 +137,7 @@ class _Exchange:
         self.settings = gateway.settings
         self.scope = scope
         self.path: str = scope["path"]
-        own = self.path.startswith(ENDPOINT) or self.path in DOCUMENTATION
+        own = self.path in (DOCS, OPENAPI) or self.path.startswith((ENDPOINT, f"{DOCS}/"))
         self.page = None if own else gateway.page
         # not FastAPI's max_body_size: that is one limit for all routes, and bounds neither all bodies together nor time
         self.limit = self.page.body_limit(self.path) if self.page else self.settings.upload_mb * 2**20

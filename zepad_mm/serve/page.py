@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import html
+import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -19,6 +21,7 @@ from PIL import Image
 from zepad_mm.data import load_data
 from zepad_mm.encoders.prompts import PROMPTS
 from zepad_mm.models.config import Policy
+from zepad_mm.models.detection import GATE_SCORE
 from zepad_mm.serve.limits import BusyError, Uploads, upload_folder
 from zepad_mm.serve.page_requests import PageRequests
 from zepad_mm.serve.service import ATTACKS, Attacked, Service, error_text, png
@@ -41,9 +44,18 @@ CSS = """
 .branches td, .branches th {text-align: right; white-space: nowrap}
 .branches td:first-child, .branches th:first-child {text-align: left; white-space: normal}
 .branches small {opacity: .7}
+.gauge {position: relative; height: 3.4em; margin: .4em 0 0}
+.gauge .bar {position: absolute; top: 1.3em; width: 100%; height: .8em; border-radius: .4em;
+  background: linear-gradient(90deg, #0072b2 50%, #d55e00 50%)}
+.gauge .mark {position: absolute; top: 1.1em; width: .3em; height: 1.2em; margin-left: -.15em; background: #000;
+  outline: 2px solid #fff; border-radius: 2px}
+.gauge .mark.clean {background: #fff; outline-color: #000}
+.gauge span {position: absolute; white-space: nowrap; font-size: .85em; line-height: 1.2em}
 .pixels img {image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain}
 footer {display: none !important}
 """
+GAUGE_SPREAD = {GATE_SCORE: 4.0}  # distance from the threshold that takes the gauge half way to its end
+SPREAD = 0.1  # of the other scores, which are probabilities or nats
 
 
 def mount(app: FastAPI, service: Service) -> PageRequests:
@@ -89,6 +101,11 @@ def build(service: Service) -> gr.Blocks:
         if path is None:
             raise gr.Error("Choose or upload an image first.", print_exception=False)
         candidate_labels = [part.strip() for part in labels.split(",") if part.strip()]
+        if not label.strip():
+            raise gr.Error(
+                'Write under "True label" what the image shows: one of the labels. The attack moves away from it.',
+                print_exception=False,
+            )
         try:
             result = service.attack(
                 Path(path),
@@ -96,7 +113,7 @@ def build(service: Service) -> gr.Blocks:
                 template,
                 attack=attack,
                 levels=int(levels),
-                label=label.strip() or None,
+                label=label.strip(),
                 policy=policy,
             )
         except (ValueError, BusyError) as error:
@@ -107,9 +124,9 @@ def build(service: Service) -> gr.Blocks:
 
     with gr.Blocks(title="zepad", analytics_enabled=False, delete_cache=(UPLOAD_LIFETIME_S, UPLOAD_LIFETIME_S)) as page:
         gr.Markdown(
-            f"# zepad\n`{service.classifier.model.config.public_source}`, attacked and defended. Choose an image, "
-            "enter candidate labels, and see the effect of an attack within a budget on the public encoder and on the "
-            "defended one. A white-box attack still often succeeds."
+            f"# zepad\n`{service.classifier.model.config.public_source}`, attacked and defended. Choose an image, say "
+            "what it shows and among which labels to choose, and see what an attack does to the public encoder and to "
+            "the defended one. An attacker who knows the whole defence (white box) still often succeeds."
         )
         with gr.Row():
             with gr.Column(min_width=300):
@@ -121,6 +138,10 @@ def build(service: Service) -> gr.Blocks:
                     height=280,
                     elem_classes="pixels",
                 )
+                label = gr.Textbox(
+                    names[0], label="True label: what the image shows", info="One of the labels; the attack moves away "
+                    "from it.",
+                )  # fmt: skip
                 labels = gr.Textbox(", ".join(names), label="Labels, separated by commas", lines=2)
                 attack = gr.Radio(
                     [(name.replace("_", " "), name) for name in ATTACKS],
@@ -137,11 +158,11 @@ def build(service: Service) -> gr.Blocks:
                         PROMPTS.names(), value="photo", label="Prompts: a set, or a template with one {}",
                         allow_custom_value=True,
                     )  # fmt: skip
-                    label = gr.Textbox("", label="True label (empty: the answer of the attacked model)")
                 button = gr.Button("Attack and classify", variant="primary", elem_id="run")
-                gr.Examples([[path] for path in examples], inputs=[image], label="Example images")
+                gallery = gr.Examples([[path] for path in examples], inputs=[image], label="Example images")
             with gr.Column(min_width=300):
                 verdict = gr.HTML(label="Verdict")
+                gauge = gr.HTML(label="Suspicion")
                 with gr.Row():
                     attacked = _image_output("Attacked", ["download", "fullscreen"])
                     added = _image_output(f"Added, x{GAIN}", ["fullscreen"])
@@ -156,12 +177,16 @@ def build(service: Service) -> gr.Blocks:
         button.click(
             run,
             [image, labels, template, attack, levels, label, *policies],
-            [verdict, attacked, added, plain_before, plain_after, safe_before, safe_after, branches],
+            [verdict, gauge, attacked, added, plain_before, plain_after, safe_before, safe_after, branches],
             api_visibility="private",
             concurrency_limit=service.settings.workers,
             show_progress="minimal",
             scroll_to_output=True,  # on a phone the answer is below the fold
         )
+        # in the browser: the first example is there when the page opens; examples bring their true label, uploads none
+        page.load(None, js="() => document.querySelector('.gallery-item')?.click()")
+        gallery.dataset.click(None, gallery.dataset, label, js=f"number => {json.dumps(names)}[number]")
+        image.upload(None, None, label, js="() => ''")
     page.state_session_capacity = service.settings.sessions
     return page.queue(max_size=service.settings.queue + service.settings.workers, api_open=False)
 
@@ -198,6 +223,7 @@ def _outputs(service: Service, result: Attacked) -> tuple[Any, ...]:
     safe = [answer["labels"] for answer in (result.before, result.after)]
     return (
         _verdict(result),
+        _gauge(result.before["evidence"], result.after["evidence"]),
         _enlarged(result.attacked),
         _enlarged(difference),
         *({entry["label"]: entry["score"] for entry in answer} for answer in (*plain, *safe)),
@@ -206,27 +232,51 @@ def _outputs(service: Service, result: Attacked) -> tuple[Any, ...]:
 
 
 def _verdict(result: Attacked) -> str:
-    evidence = result.after["evidence"]
-    before, after = result.before["evidence"], result.after["evidence"]
+    """What both models say of the attacked image, held against the true label."""
+    truth = html.escape(result.label)
+    both = result.before, result.after
+    models = {
+        "The undefended model": [answer["evidence"]["undefended"] for answer in both],
+        "The defended model": [answer["labels"] for answer in both],
+    }
     lines = []
-    for name, clean, attacked in (
-        ("The undefended encoder", before["undefended"], after["undefended"]),
-        ("The defended one", result.before["labels"], result.after["labels"]),
-    ):
-        first, then = (html.escape(answer[0]["label"]) for answer in (clean, attacked))
-        says = f"still says <b>{then}</b>" if first == then else f"says <b>{then}</b> instead of <b>{first}</b>"
+    for name, answers in models.items():
+        clean, attacked = (html.escape(answer[0]["label"]) for answer in answers)
+        says = f"still says <b>{truth}</b>"
+        if attacked != truth:
+            says = f"says <b>{attacked}</b> instead of <b>{truth}</b>"
+        if clean != truth:
+            says = f"says <b>{clean}</b> instead of <b>{truth}</b> without any attack, and <b>{attacked}</b> under it"
         lines.append(f"{name} {says}.")
     flag = {
         None: "This model has no threshold: nothing is flagged.",
-        True: "Flagged as adversarial",
-        False: "Not flagged as adversarial",
-    }[evidence["flagged"]]
-    suspicion = f"suspicion score {evidence['score']:.3f}, clean {before['score']:.3f}"
-    if evidence["gate"] is not None:
-        suspicion += f"; gate {before['gate']['logit']:.2f} → {after['gate']['logit']:.2f}"
-    first, then = (answer["labels"][0]["label"] for answer in (result.before, result.after))
-    kind = "held" if first == then else "lost"
-    return f'<div class="verdict {kind}" id="verdict">{"<br>".join(lines)}<br>{flag} ({suspicion}).</div>'
+        True: "The attacked image is flagged as adversarial.",
+        False: "The attacked image is not flagged as adversarial.",
+    }[result.after["evidence"]["flagged"]]
+    held = result.after["labels"][0]["label"] == result.label
+    kind, title = ("held", "The defence holds.") if held else ("lost", "The defence does not hold.")
+    lines += [flag, *(f"Warning: {html.escape(error_text(text))}." for text in result.warnings)]
+    return f'<div class="verdict {kind}" id="verdict"><b>{title}</b><br>{"<br>".join(lines)}</div>'
+
+
+def _gauge(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """The suspicion scores of the clean and the attacked image on a bar, with the threshold in its middle."""
+    scores = {"clean": before["score"], "attacked": after["score"]}
+    told = ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
+    threshold, gate = after["threshold"], after["gate"]
+    if threshold is None:
+        return f'<div class="gauge" id="gauge">Suspicion score: {told}</div>'
+    told = f"Suspicion score: {told}; flagged above {threshold:.2f}"
+    if gate is not None and after["detector"] != GATE_SCORE:
+        told += f"; gate: clean {before['gate']['logit']:.2f}, attacked {gate['logit']:.2f}"
+    spread = GAUGE_SPREAD.get(after["detector"], SPREAD)
+    places = {name: 50 + 100 * math.atan((score - threshold) / spread) / math.pi for name, score in scores.items()}
+    marks = "".join(f'<div class="mark {name}" style="left: {place:.1f}%"></div>' for name, place in places.items())
+    return (
+        f'<div class="gauge" id="gauge" role="img" aria-label="{told}"><span>{told}</span>'
+        f'<div class="bar"></div>{marks}'
+        '<span style="bottom: 0">looks clean</span><span style="bottom: 0; right: 0">looks attacked</span></div>'
+    )
 
 
 def _branches(service: Service, result: Attacked) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from zepad_mm.attacks import PGD, FeatureUAP, Perturbation
 from zepad_mm.attacks.base import round_within_budget
 from zepad_mm.classifier import RobustZeroShotClassifier, pixels_of
+from zepad_mm.classifier.classifier import Task
 from zepad_mm.data import load_data
 from zepad_mm.encoders import Preprocess
 from zepad_mm.evaluation.white_box import fused_attack
@@ -43,6 +45,7 @@ class Attacked:
         clean, attacked: (3, S, S) in [0, 1], in whole levels k / 255, at the size that the public encoder sees.
         before, after: answers of the classifier to each, with the evidence.
         label: the label that the attack moves away from.
+        warnings: what the library says of the labels, e.g. that one is cut off.
     """
 
     clean: Tensor
@@ -50,6 +53,7 @@ class Attacked:
     before: dict[str, Any]
     after: dict[str, Any]
     label: str
+    warnings: tuple[str, ...] = ()
 
 
 class Service:
@@ -72,6 +76,7 @@ class Service:
         self.limiter = RequestLimiter(self.settings.workers, self.settings.queue)
         self._perturbation = perturbation
         self._crafting = threading.Lock()
+        self._recording = threading.Lock()  # recorded warnings are those of the process
         classifier.max_pixels = self.settings.max_pixels
         # attacks switch requires_grad of parameters off and on, which is not thread-safe
         classifier.model.requires_grad_(False)
@@ -135,7 +140,7 @@ class Service:
         if label is not None and label not in names:
             raise ValueError(f"label: expected one of the labels, got {quoted(label)}")
         with self.limiter.slot():
-            task = self.classifier.task(names, template, policy)
+            task, told = self._task(names, template, policy)
             pixels = pixels_of(image, self.settings.max_pixels)
             clean = (self._geometry.resize(pixels[None]) * 255).round() / 255
             clean = clean.to(self.classifier.model.device)
@@ -158,7 +163,14 @@ class Service:
             before, after = self.classifier(
                 both, names, hypothesis_template=template, return_evidence=True, policy=policy
             )
-        return Attacked(clean[0].cpu(), attacked[0].cpu(), before, after, names[away])
+        return Attacked(clean[0].cpu(), attacked[0].cpu(), before, after, names[away], told)
+
+    def _task(self, names: list[str], template: str, policy: Policy | None) -> tuple[Task, tuple[str, ...]]:
+        """The classifier's task, and what the library warns of."""
+        with self._recording, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            task = self.classifier.task(names, template, policy)
+        return task, tuple(str(one.message) for one in caught)
 
     @property
     def perturbation(self) -> Perturbation:
@@ -189,8 +201,8 @@ class Service:
         return list(labels)
 
 
-def error_text(error: Exception) -> str:
-    """The message of an error for a client: printable, bounded, without memory addresses."""
+def error_text(error: Exception | str) -> str:
+    """The message of an error or a warning for a client: printable, bounded, without memory addresses."""
     text = printable(without_addresses(str(error)))
     return text if len(text) <= LONGEST_ERROR else f"{text[: LONGEST_ERROR - 3]}..."
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 USER_ERRORS = (ValueError, OSError)  # printed as one line; everything else is a fault of the program
 STOPPED = 130  # exit code after SIGINT or SIGTERM
-UNTUNED = 3  # exit code of a tuning that kept public weights, for one branch or for all
+WEAK = 3  # exit code of a tuning that kept public weights, or of a defence without any measured effect
 
 
 class Stopped(KeyboardInterrupt):
