@@ -455,7 +455,7 @@ def test_page_holds_the_answers_against_the_true_label(
     verdict, gauge, *_ = run(str(path), "cat,dog", "photo", "universal", 4, truth)
     assert ("The defence holds." in verdict) == ("verdict held" in verdict) == holds
     assert ("without any attack" in verdict.partition("The defended model")[2]) != holds
-    assert "Suspicion score: clean" in gauge
+    assert gauge.count("clean") == 2 + 2 * ("bar" in gauge)
     for _ in range(2):  # also of label sets whose embeddings are kept
         assert (
             "Warning: 1 of 2 class names are cut off"

@@ -44,13 +44,14 @@ CSS = """
 .branches td, .branches th {text-align: right; white-space: nowrap}
 .branches td:first-child, .branches th:first-child {text-align: left; white-space: normal}
 .branches small {opacity: .7}
-.gauge {position: relative; height: 3.4em; margin: .4em 0 0}
-.gauge .bar {position: absolute; top: 1.3em; width: 100%; height: .8em; border-radius: .4em;
+.gauge {font-size: .9em}
+.gauge .bar {position: relative; height: .8em; margin: .5em 0; border-radius: .4em;
   background: linear-gradient(90deg, #0072b2 50%, #d55e00 50%)}
-.gauge .mark {position: absolute; top: 1.1em; width: .3em; height: 1.2em; margin-left: -.15em; background: #000;
-  outline: 2px solid #fff; border-radius: 2px}
-.gauge .mark.clean {background: #fff; outline-color: #000}
-.gauge span {position: absolute; white-space: nowrap; font-size: .85em; line-height: 1.2em}
+.gauge i {display: inline-block; width: .4em; height: 1.1em; border: 2px solid #fff; background: #000;
+  border-radius: 2px; outline: 1px solid #888; vertical-align: middle; box-sizing: content-box}
+.gauge i.clean {border-color: #000; background: #fff}
+.gauge .bar i {position: absolute; top: -.35em; margin-left: -.4em}
+.gauge .ends {display: flex; justify-content: space-between}
 .pixels img {image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain}
 footer {display: none !important}
 """
@@ -262,21 +263,20 @@ def _verdict(result: Attacked) -> str:
 def _gauge(before: dict[str, Any], after: dict[str, Any]) -> str:
     """The suspicion scores of the clean and the attacked image on a bar, with the threshold in its middle."""
     scores = {"clean": before["score"], "attacked": after["score"]}
-    told = ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
+    told = "Suspicion score: " + ", ".join(
+        f'<i class="{name}"></i> {name} {score:.2f}' for name, score in scores.items()
+    )
     threshold, gate = after["threshold"], after["gate"]
     if threshold is None:
-        return f'<div class="gauge" id="gauge">Suspicion score: {told}</div>'
-    told = f"Suspicion score: {told}; flagged above {threshold:.2f}"
+        return f'<div class="gauge" id="gauge">{told}</div>'
+    told += f"; flagged above {threshold:.2f}"
     if gate is not None and after["detector"] != GATE_SCORE:
         told += f"; gate: clean {before['gate']['logit']:.2f}, attacked {gate['logit']:.2f}"
     spread = GAUGE_SPREAD.get(after["detector"], SPREAD)
     places = {name: 50 + 100 * math.atan((score - threshold) / spread) / math.pi for name, score in scores.items()}
-    marks = "".join(f'<div class="mark {name}" style="left: {place:.1f}%"></div>' for name, place in places.items())
-    return (
-        f'<div class="gauge" id="gauge" role="img" aria-label="{told}"><span>{told}</span>'
-        f'<div class="bar"></div>{marks}'
-        '<span style="bottom: 0">looks clean</span><span style="bottom: 0; right: 0">looks attacked</span></div>'
-    )
+    marks = "".join(f'<i class="{name}" style="left: {place:.1f}%"></i>' for name, place in places.items())
+    ends = '<div class="ends"><span>looks clean</span><span>looks attacked</span></div>'
+    return f'<div class="gauge" id="gauge">{told}<div class="bar">{marks}</div>{ends}</div>'
 
 
 def _branches(service: Service, result: Attacked) -> str:
