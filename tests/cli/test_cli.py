@@ -192,7 +192,10 @@ def test_classify_takes_a_policy(
         weights.append(json.loads(capsys.readouterr().out)[0]["answer"]["evidence"]["weights"]["benign"])
     assert weights[1] == pytest.approx(weights[0] / 3, rel=1e-3)
     assert main(words) == 0
-    assert "(threshold 0.00); weight of the branches: full " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "  weight of the branches: full " in said
+    assert "the benign weight is halved at 0.00)" in said
+    assert "(feature_gate), not flagged: the threshold is 0.000" in said
     for given, policy, message in (
         (words[1], "black_box", "--policy: expected one of"),
         (saved, "white_box", "the rule"),
