@@ -23,7 +23,7 @@ from zepad_mm.defences import DEFENCES, make_defence
 from zepad_mm.encoders import Encoder, LoraSettings, TextEncoder, has_lora, load_clip, load_encoder
 from zepad_mm.encoders.prompts import templates_of
 from zepad_mm.models.branch import Adaptation, Branch, BranchConfig, Role
-from zepad_mm.models.card import weakness_warning
+from zepad_mm.models.card import describe_effect, weakness_warning
 from zepad_mm.models.config import MeasuredEffect
 from zepad_mm.models.detection import GATE_SCORE
 from zepad_mm.models.heads import zero_shot_head
@@ -44,13 +44,12 @@ from zepad_mm.utils.distributed import claim_together
 from zepad_mm.utils.images import Resize
 from zepad_mm.utils.io import write_json
 from zepad_mm.utils.names import check_names
-from zepad_mm.utils.text import budget_text, percent
 from zepad_mm.utils.validation import check_epsilon
 
 log = logging.getLogger(__name__)
 
 BRANCHES_FOLDER = "tuned"  # holds a folder for each tuned branch, beside the model that is made of them
-FEWEST = 64  # training images of a gate
+FEWEST, ENOUGH = 64, 100  # training images of a gate; images of a folder without splits that leave as many
 UNIVERSAL = 10 / 255  # budget of the universal perturbation that detector and effect are measured on
 NAMES = ("person", "animal", "plant", "vehicle", "building", "food", "clothing", "furniture", "tool", "landscape")
 
@@ -228,6 +227,9 @@ def _named_splits(
 ) -> tuple[LabelledImages, LabelledImages]:
     """Training and validation images; without labels they get the names and answers of :data:`NAMES`."""
     train, validation = _load_splits(source, settings, public.preprocess)
+    if settings.gate is not None and len(train) < FEWEST:
+        needed = f"a gate needs at least {FEWEST}, with what is held out about {ENOUGH}"
+        log.warning("%s has %d training images, too few for a gate: %s", source, len(train), needed)
     if train.class_names:
         return train, validation
     log.info("%s has no labels: rule and threshold are chosen by the public CLIP's own answers", source)
@@ -341,10 +343,7 @@ def _train_gate(
 
     Returns the threshold of its score for detection; None where there is no gate.
     """
-    if settings.gate is None or model.config.nothing_tuned:
-        return None
-    if len(train) < FEWEST:
-        log.warning("no gate: %d training images, and it needs at least %d", len(train), FEWEST)
+    if settings.gate is None or model.config.nothing_tuned or len(train) < FEWEST:
         return None
     device = make_accelerator().device
     own, others = ([model.branch(name) for name, benign in zip(model.branches, model.benign, strict=True)
@@ -389,15 +388,13 @@ def _select_fusion_and_threshold(
     detected = select_detector(model, validation, attacked)
     if model.config.detector.score == GATE_SCORE:
         model.set_detector(replace(model.config.detector, threshold=detection))
-    detector = model.config.detector
-    threshold = "none" if detector.threshold is None else f"{detector.threshold:.4g}"
-    shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in detected.items())
-    log.info(
-        "detector: suspicion score %s, threshold %s; detected at 5 %% false positives: %s",
-        detector.score,
-        threshold,
-        shares,
+    detector, shares = (
+        model.config.detector,
+        ", ".join(f"{name} {100 * share:.0f} %" for name, share in detected.items()),
     )
+    threshold = "none" if detector.threshold is None else f"{detector.threshold:.4g}"
+    log.info("detector: suspicion score %s, threshold %s", detector.score, threshold)
+    log.info("detected at 5 %% false positives: %s", shares)
 
 
 @torch.no_grad()
@@ -411,9 +408,4 @@ def _measure_effect(model: ZePAD, attacked: Tensor, labels: Tensor) -> None:
     undefended, defended = share_right(model.undefended), share_right(model)
     effect = MeasuredEffect(undefended=undefended, defended=defended, n=len(labels), epsilon=UNIVERSAL)
     model.config = replace(model.config, effect=effect)
-    log.info(
-        "under a universal perturbation at %s: %s %% right with the defence, %s %% without it",
-        budget_text(UNIVERSAL, "linf"),
-        percent(defended),
-        percent(undefended),
-    )
+    log.info("%s", describe_effect(effect).replace("*", ""))

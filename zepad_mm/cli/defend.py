@@ -69,7 +69,7 @@ def _closing_words(out: str, model: Any) -> list[str]:
         f"  branches (encoders): {branches}",
         f"  fusion rule, which makes one answer of theirs: {config.fusion}{f' ({constants})' if constants else ''}",
         f"  suspicion score, which flags attacked images: {config.detector.score}, {flags}",
-        *([] if config.effect is None else [f"  {describe_effect(config.effect)}"]),
+        *([] if config.effect is None or config.effect.is_none else [f"  {describe_effect(config.effect)}"]),
         f"Not evaluated yet. With labelled images: zepad evaluate {out} --data labelled/ --preset demo",
     ]
 

@@ -171,7 +171,7 @@ def _split_image_size(rest: str) -> tuple[str, int | None]:
     """``"NAME?image_size=N"`` as its two parts; None where there is no size. Raises ValueError for other options."""
     if (found := _IMAGE_SIZE.search(rest)) is not None:
         return rest[: found.start()], check_image_size(int(found.group(1)))
-    if (other := _OPTION.search(rest)) is not None and not Path(rest.partition(":")[2]).exists():
+    if (other := _OPTION.search(rest)) is not None and not Path(rest.rpartition(":")[2]).exists():
         raise ValueError(f"encoder source {shorten(rest)}: expected the option ?image_size=N, got {other.group()!r}")
     return rest, None
 
