@@ -408,4 +408,4 @@ def _measure_effect(model: ZePAD, attacked: Tensor, labels: Tensor) -> None:
     undefended, defended = share_right(model.undefended), share_right(model)
     effect = MeasuredEffect(undefended=undefended, defended=defended, n=len(labels), epsilon=UNIVERSAL)
     model.config = replace(model.config, effect=effect)
-    log.info("%s", describe_effect(effect).replace("*", ""))
+    log.info("%s", describe_effect(effect))

@@ -65,7 +65,7 @@ def weakness_warning(config: ZePADConfig) -> str:
         if config.effect is None or not config.effect.is_none:
             return ""
         advice = "Tune for more steps, at another rate (train.lr_encoder) or on more images"
-        return f"{describe_effect(config.effect).replace('*', '')} {advice}"
+        return f"{describe_effect(config.effect)} {advice}"
     what = "NOTHING WAS TUNED, the model is not defended" if config.nothing_tuned else "not every branch was tuned"
     return (
         f"{what}: on validation no tuned weights of {names} were better than the public ones. Tune for more steps, at "
@@ -77,5 +77,5 @@ def describe_effect(effect: MeasuredEffect) -> str:
     """What the defence gained where it was made, in a sentence."""
     gain = f"{percent(effect.defended)} % right with the defence, {percent(effect.undefended)} % without it"
     where = f"{effect.n} validation images under a universal perturbation at {budget_text(effect.epsilon, 'linf')}"
-    none = f"**The defence has no effect**: expected at least {100 * LEAST_GAIN:.0f} points more. "
-    return (none if effect.is_none else "") + f"On {where}: {gain}."
+    none = f" The defence has no effect: expected at least {100 * LEAST_GAIN:.0f} points more."
+    return f"On {where}: {gain}.{none if effect.is_none else ''}"

@@ -119,6 +119,14 @@ class MeasuredEffect(Config):
     n: int
     epsilon: float  # L-inf, in pixels of [0, 1]
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("undefended", "defended", "epsilon"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"effect.{name}: expected a number in [0, 1], got {getattr(self, name)}")
+        if self.n < 1:
+            raise ValueError(f"effect.n: expected at least 1 image, got {self.n}")
+
     @property
     def is_none(self) -> bool:
         """Whether the defence gained less than :data:`LEAST_GAIN`."""
