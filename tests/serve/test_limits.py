@@ -454,6 +454,8 @@ def test_page_holds_the_answers_against_the_true_label(
     truth = answer if holds else {"cat": "dog", "dog": "cat"}[answer]
     verdict, gauge, *_ = run(str(path), "cat,dog", "photo", "universal", 4, truth)
     assert ("The defence holds." in verdict) == ("verdict held" in verdict) == holds
+    assert ("The defended model is wrong without any attack." in verdict) != holds  # no failure of the defence
+    assert "The defence does not hold." not in verdict
     assert ("without any attack" in verdict.partition("The defended model")[2]) != holds
     assert gauge.count("clean") == 2 + 2 * ("bar" in gauge)
     for _ in range(2):  # also of label sets whose embeddings are kept

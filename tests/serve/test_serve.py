@@ -114,6 +114,12 @@ def test_documentation_loads_nothing_from_other_hosts(client: TestClient) -> Non
     assert all(path.startswith("/docs/static/") for path in loaded)
     assert all(client.get(path).status_code == 200 for path in loaded)
     assert "https://" not in page
+    for path in ("/v1/classify", "/v1/attack"):  # else the browser sends all labels as one
+        form = client.get("/openapi.json").json()["paths"][path]["post"]["requestBody"]["content"][
+            "multipart/form-data"
+        ]
+        assert form["encoding"] == {"labels": {"style": "form", "explode": True}}
+        assert form["schema"]
     assert "curl -s -F image=@photo.jpg" in client.get("/openapi.json").json()["info"]["description"]
 
 

@@ -99,11 +99,18 @@ class ModelAnswer(BaseModel):
 
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
-    400: {"model": Problem, "description": "not an image, or not a form"},
+    400: {
+        "model": Problem,
+        "description": "not an image, not a form, or labels that do not fit: given twice, or an unknown template",
+    },
     413: {"model": Problem, "description": "the request is too large"},
     422: {"model": Problem, "description": "a field is missing or out of range"},
     503: {"model": Problem, "description": "all workers are busy and the queue is full; see Retry-After"},
 }
+
+# a browser at /docs would otherwise send all labels as one, joined by commas
+FORM = {"encoding": {"labels": {"style": "form", "explode": True}}}
+BODY = {"requestBody": {"content": {"multipart/form-data": FORM}}}
 
 
 class App(FastAPI):
@@ -206,7 +213,7 @@ def _add_routes(app: FastAPI, service: Service, settings: ServeSettings) -> None
             limits=settings.limits(),
         )
 
-    @app.post("/v1/classify", responses=REFUSALS)
+    @app.post("/v1/classify", responses=REFUSALS, openapi_extra=BODY)
     def classify(
         image: image,  # type: ignore[valid-type]
         labels: labels,  # type: ignore[valid-type]
@@ -222,7 +229,7 @@ def _add_routes(app: FastAPI, service: Service, settings: ServeSettings) -> None
         )
         return Answer.model_validate(found if evidence else {"labels": found})
 
-    @app.post("/v1/attack", responses=REFUSALS)
+    @app.post("/v1/attack", responses=REFUSALS, openapi_extra=BODY)
     def attack(
         image: image,  # type: ignore[valid-type]
         labels: labels,  # type: ignore[valid-type]

@@ -146,7 +146,7 @@ def build(service: Service) -> gr.Blocks:
                 labels = gr.Textbox(", ".join(names), label="Labels, separated by commas", lines=2)
                 attack = gr.Radio(
                     [(name.replace("_", " "), name) for name in ATTACKS],
-                    value="universal",
+                    value="public",  # changes the answer of nearly every example, so that the first click shows it
                     label="Attack",
                     info=". ".join(
                         f"{name.replace('_', ' ').capitalize()}: {about}" for name, about in ATTACKS.items()
@@ -256,6 +256,8 @@ def _verdict(result: Attacked) -> str:
     }[result.after["evidence"]["flagged"]]
     held = result.after["labels"][0]["label"] == result.label
     kind, title = ("held", "The defence holds.") if held else ("lost", "The defence does not hold.")
+    if result.before["labels"][0]["label"] != result.label:  # nothing to defend
+        title = f"The defended model is wrong without any attack{', and right under this one' if held else ''}."
     lines += [flag, *(f"Warning: {html.escape(error_text(text))}." for text in result.warnings)]
     return f'<div class="verdict {kind}" id="verdict"><b>{title}</b><br>{"<br>".join(lines)}</div>'
 
