@@ -186,6 +186,9 @@ def test_defend_rejects_impossible_input(clip_source: str, tmp_path: Path) -> No
         defend(clip_source, robust=["open_clip:embedded"])
     with pytest.raises(FileNotFoundError, match="nowhere"):
         defend(clip_source, data=str(tmp_path / "nowhere"), out=tmp_path)
+    write_photos(tmp_path / "one", 1)
+    with pytest.raises(ValueError, match="data: expected at least 2 images, and about 100 for a gate, got 1 in"):
+        defend(clip_source, data=str(tmp_path / "one"), out=tmp_path / "out")
     with pytest.raises(ValueError, match="did you mean 'tecoa'"):
         DefendSettings(defences=("tecao",))
     with pytest.raises(ValueError, match="'clean' tunes benign branches"):

@@ -245,7 +245,11 @@ def _load_splits(source: str, settings: DefendSettings, resize: Resize) -> tuple
     try:
         return train, load_data(source, "validation", size, settings.n_validation, seed, labelled=False)
     except SplitNotFoundError as error:
-        log.info("%s; a tenth of 'train' is held out for validation", error)
+        if len(train) < 2:
+            raise ValueError(
+                f"data: expected at least 2 images, and about {ENOUGH} for a gate, got {len(train)} in {source}"
+            ) from None
+        log.info("%s; a tenth of 'train' is held out for validation", str(error).partition(";")[0])
         train, held_out = train.split(0.1, seed)
         return train, held_out.sample(settings.n_validation, seed)
 
@@ -408,4 +412,5 @@ def _measure_effect(model: ZePAD, attacked: Tensor, labels: Tensor) -> None:
     undefended, defended = share_right(model.undefended), share_right(model)
     effect = MeasuredEffect(undefended=undefended, defended=defended, n=len(labels), epsilon=UNIVERSAL)
     model.config = replace(model.config, effect=effect)
-    log.info("%s", describe_effect(effect))
+    if not effect.is_none:  # of which the last warning tells
+        log.info("%s", describe_effect(effect))

@@ -64,7 +64,7 @@ def test_budget_rejects_bad_values(text: str) -> None:
     [
         (["nonsense"], "invalid choice"),
         (["evaluate"], "model"),
-        (["evaluate", "embedded", "--eps", "8"], "--eps: expected a budget"),
+        (["evaluate", "embedded", "--eps", "8"], "got '8'; write e.g. 8/255"),
         (["evaluate", "embedded", "--norm", "l2"], "--eps: another norm needs a budget"),
         (["evaluate", "embedded", "--norm", "l1", "--eps", "0.5"], "norm: expected one of linf, l2"),
         (["evaluate", "embedded", "--n", "many"], "many"),
@@ -99,6 +99,12 @@ def test_budget_rejects_bad_values(text: str) -> None:
         (["serve", "./nowhere", "--port", "0"], "nowhere"),
         (["serve", "embedded", "--port", "http"], "port: expected int, got http"),
         (["classify", "embedded", __file__], "the following arguments are required: --labels"),
+        (["classify"], "the following arguments are required: model, images, --labels"),
+        (["defend"], "the following arguments are required: source, --out"),
+        (["report"], "the following arguments are required: reports"),
+        (["classify", "embedded:", __file__, "--labels", "a,b"], "did you mean 'embedded'?"),
+        (["classify", "out/nowhere", __file__, "--labels", "a,b"], "As a folder: there is no 'out/nowhere' here"),
+        (["defend", "embedded:", "--out", "x"], "did you mean 'open_clip:embedded'?"),
         (["classify", "embedded", __file__, "--labels", "caf\udce9,b"], "is not valid Unicode"),
         (["classify", "./nowhere", __file__, "--labels", "a,b", "--device", "cudaa"], "device: expected one of cpu"),
         (["classify", "open_clip:embedded", __file__, "--labels", "a,b"], "is an encoder without a defence; expected"),
@@ -179,6 +185,14 @@ def test_classify_prints_labels_and_evidence(saved: str, tmp_path: Path, capsys:
     assert "flagged" in capsys.readouterr().out
 
 
+def test_one_label_is_no_choice(saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As where labels are separated by semicolons: the answer would be 100 % of the whole text."""
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    for labels, warns in (("a cat;a dog", True), ("a cat,a dog", False)):
+        assert main(["classify", saved, str(tmp_path / "a.png"), "--labels", labels]) == 0
+        assert ("got one label, which is always the answer" in capsys.readouterr().err) == warns
+
+
 def test_classify_takes_a_policy(
     clip_source: str, saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,18 +219,20 @@ def test_classify_takes_a_policy(
 
 
 def test_classify_reads_folders_and_names_damaged_files(
-    saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "deep").mkdir()
     for name in ("a.png", "deep/b.JPG", "\x1b[31mc.png"):
         Image.new("RGB", (40, 30), "red").save(tmp_path / name)
     Image.new("RGB", (40, 30), "red").save(tmp_path / "deep" / "d.jfif", "JPEG")
     (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "LICENCE").write_text("no image")
     (tmp_path / "deep" / "._b.JPG").write_bytes(b"left by another system")
     words = ["classify", saved, str(tmp_path), "--labels", "cat,dog"]
     assert main(words) == 0
     said = capsys.readouterr()
     assert said.out.count("cat") == 4
+    assert "left out what is no image: 1 without a suffix, 1 .txt" in caplog.text
     assert "\x1b" not in said.out + said.err
     (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:50])
     assert main([*words, "--json"]) == 2

@@ -114,6 +114,7 @@ def test_links_and_thumbnails_of_systems_leave_classes_as_they_are(tmp_path: Pat
         (("train.parquet", "train-0.parquet"), "not the parts of one export"),
         (("train-0.parquet", "train-2.parquet"), "numbers without a gap"),
         (("train/0000.parquet",), "train/0000.parquet is one level down"),
+        (("a/b/0.parquet",), "FOLDER/IMAGE, without classes, where no labels are needed"),
     ],
 )
 def test_incomplete_exports_are_refused(names: Sequence[str], message: str, tmp_path: Path) -> None:

@@ -346,7 +346,7 @@ def test_fare_encodes_each_image_once_with_the_original_and_resumes_exactly(
 
 def test_fit_rejects_impossible_runs_before_the_first_step(tmp_path: Path) -> None:
     data = colours()
-    with pytest.raises(ValueError, match="more than the 48 training images"):
+    with pytest.raises(ValueError, match="batch_size: expected at most the 48 training images, got 64; give more"):
         run(tmp_path, settings=quick(batch_size=64))
     student = tiny_student("zero_shot")
     student.encoder.requires_grad_(False)

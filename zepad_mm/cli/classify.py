@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,8 @@ def _check(options: Any, labels: Sequence[str]) -> None:
     from zepad_mm.utils.names import check_names
 
     check_names(labels, "--labels")
+    if len(labels) == 1:
+        warnings.warn('--labels: got one label, which is always the answer; write several: "a cat,a dog"', stacklevel=2)
     templates_of(options.template)
     check_policy(options)
     check_choice("--on-adversarial", options.on_adversarial, ("ignore", "flag", "abstain"))

@@ -63,7 +63,10 @@ def budget(text: str, norm: str = "linf") -> float:
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"--eps: expected a budget such as 4/255 or 0.0157, got {text!r}") from None
     if not 0 < value <= (1 if norm == "linf" else float("inf")):
-        raise ValueError(f"--eps: expected a budget above 0 and at most 1, in pixels of [0, 1], got {text!r}; 8/255?")
+        meant = f"{value:g}/255" if 1 < value <= 255 else "4/255"
+        raise ValueError(
+            f"--eps: expected a budget above 0 and at most 1, in pixels of [0, 1], got {text!r}; write e.g. {meant}"
+        )
     return value
 
 

@@ -34,6 +34,7 @@ SHARES = {"test": 0.2, "validation": 0.1}  # of the images of each class, where 
 LAYOUT = """expected one of
     FOLDER/train/CLASS/IMAGE and FOLDER/test/CLASS/IMAGE (also validation/)
     FOLDER/CLASS/IMAGE, which is split here
+    FOLDER/IMAGE, without classes, where no labels are needed
     FOLDER/train-00000-of-00001.parquet and so on"""
 # folders that are meant as splits and not named as one: test_images, training set, train1
 SPLIT_LIKE = re.compile(

@@ -122,7 +122,7 @@ def parse_source(text: str) -> Source:
     """
     kind, separator, rest = str(text).partition(":")
     if not separator or not rest:
-        hint = "; did you mean 'open_clip:embedded'?" if text == "embedded" else ""
+        hint = "; did you mean 'open_clip:embedded'?" if str(text).rstrip(":").lower() == "embedded" else ""
         raise ValueError(
             f"encoder source {shorten(text)}: expected KIND:NAME with KIND one of {', '.join(BACKENDS)}, "
             "e.g. 'open_clip:ViT-B-32/laion2b_s34b_b79k', 'hf:facebook/dinov2-small', 'timm:resnet18.a1_in1k' or "
@@ -172,7 +172,10 @@ def _split_image_size(rest: str) -> tuple[str, int | None]:
     if (found := _IMAGE_SIZE.search(rest)) is not None:
         return rest[: found.start()], check_image_size(int(found.group(1)))
     if (other := _OPTION.search(rest)) is not None and not Path(rest.rpartition(":")[2]).exists():
-        raise ValueError(f"encoder source {shorten(rest)}: expected the option ?image_size=N, got {other.group()!r}")
+        raise ValueError(
+            f"encoder source {shorten(rest)}: expected the option ?image_size=N, got {other.group()!r}; N is a whole "
+            "number of pixels, e.g. ?image_size=224"
+        )
     return rest, None
 
 

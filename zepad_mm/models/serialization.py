@@ -33,6 +33,7 @@ from zepad_mm.utils.registry import did_you_mean, shorten
 from zepad_mm.utils.wrappers import unwrapped
 
 EMBEDDED_MODEL = ASSETS / "zepad"
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 WEIGHTS, ADAPTERS, CARD = "model.safetensors", "branches", "README.md"
 
 
@@ -48,18 +49,23 @@ def find_model_folder(name: str | Path, revision: str | None, access: Access) ->
     if url := re.match(r"https?://(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", name):
         raise ValueError(f"{shorten(name)} is the address of a page; write {url[1]!r}")
     if name != "embedded" and not Path(name).is_dir():
-        kind, colon, rest = name.partition(":")
-        known = [f"{known}:{rest}" for known in BACKENDS] if colon else ["embedded"]
+        kind, _, rest = name.partition(":")
+        known = [f"{known}:{rest}" for known in BACKENDS] if rest else ["embedded"]
         if rest and kind in BACKENDS:
             raise ValueError(
                 f"{name!r} is an encoder without a defence; expected a defended model: zepad defend {name} --out "
                 f"FOLDER makes one, and zepad evaluate {name} evaluates it as it is"
             )
-        hint = "" if "/" in kind or (not rest and colon) else did_you_mean(name, known)
+        hint = "" if "/" in kind else did_you_mean(name, known)
         if hint or "/" not in name:  # before the Hub is asked for it
             raise FileNotFoundError(f"{name!r} is neither a folder here nor a name on the Hub (owner/name){hint}")
         files = (CONFIG, WEIGHTS, f"{ADAPTERS}/*", "README.md")
-        return fetch(name, files, required=(CONFIG, WEIGHTS), revision=revision, access=access)
+        try:
+            return fetch(name, files, required=(CONFIG, WEIGHTS), revision=revision, access=access)
+        except (FileNotFoundError, PermissionError, ConnectionError) as error:
+            if revision is None and HUB_NAME.fullmatch(name):  # it may be meant as a path
+                raise type(error)(f"{error}. As a folder: there is no {name!r} here") from None
+            raise
     if revision is not None:
         raise ValueError(f"revision: {name} is no repository on the Hub and has no revisions; leave revision out")
     if name == "embedded":

@@ -36,7 +36,10 @@ def check_run(
             "gradient_checkpointing to save memory"
         )
     if not isinstance(train, StreamedImages) and len(train) < settings.batch_size:
-        raise ValueError(f"batch_size: {settings.batch_size} is more than the {len(train)} training images; lower it")
+        raise ValueError(
+            f"batch_size: expected at most the {len(train)} training images, got {settings.batch_size}; give more "
+            "images, or lower it"
+        )
     classes = _num_classes(student)
     for data, what in ((train, "train"), (validation, "validation")):
         if data is None:

@@ -36,7 +36,11 @@ def entries(folder: Path) -> tuple[list[str], dict[str, list[str]]]:
         elif found:
             inside.setdefault(top, []).extend(found)
     if left_out:
-        log.info("%s: left out what is no image: %s", folder, ", ".join(f"{n} {kind}" for kind, n in left_out.items()))
+        log.info(
+            "%s: left out what is no image: %s",
+            folder,
+            ", ".join(f"{n} {kind or 'without a suffix'}" for kind, n in left_out.items()),
+        )
     return direct, inside
 
 

@@ -84,7 +84,9 @@ PARSER_MESSAGES = (
     (re.compile(r"<class '(?:\w+\.)*(?P<name>\w+)'>"), r"\g<name>"),
     (re.compile(r"typing\.Literal\[(?P<choices>[^]]*)\]"), r"\g<choices>"),
     (re.compile(r"\bNoneType\b"), "null"),
-    (re.compile(r"(?<=arguments are required: )\w+\.(?=\w)"), "--"),
+    (re.compile(r"(?<=arguments are required: )--(?=\w+(,|$))"), ""),
+    (re.compile(r"\b[a-z]+\.(?=(labels|out)(,|$))"), "--"),  # the required options; the others are positional
+    (re.compile(r"(?<=arguments are required: )[a-z]+\.(?=\w+(,|$))|(?<=, )[a-z]+\.(?=\w+(,|$))"), ""),
     (re.compile(r"(got (?:True|False))$"), r"\1; YAML reads no, off, yes and on as booleans: write them in quotes"),
 )
 
