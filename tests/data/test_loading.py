@@ -12,7 +12,7 @@ from zepad_mm.data import CATALOGUE, EMBEDDED_SIZE, LabelledImages, load_data, l
 from zepad_mm.data.loading import hub_name
 
 
-def test_load_data_reads_class_folders_and_names_bad_files(tmp_path: Path) -> None:
+def test_load_data_reads_class_folders_and_names_bad_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for split, count in (("train", 3), ("test", 2)):
         for name, colour in (("red_ball", "red"), ("blue", "blue")):
             folder = tmp_path / "folders" / split / name
@@ -26,6 +26,10 @@ def test_load_data_reads_class_folders_and_names_bad_files(tmp_path: Path) -> No
     torch.testing.assert_close(data.images[data.labels == 1].mean((0, 2, 3)), torch.tensor([1.0, 0.0, 0.0]))
     with pytest.raises(FileNotFoundError, match="neither a folder here nor reachable"):
         load_data("no-such-owner/no-such-set", "train")
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("the Hub is asked"))
+    for name, hint in (("photos", ""), ("embeded", "; did you mean 'embedded'.")):
+        with pytest.raises(FileNotFoundError, match=rf"nor a name on the Hub, which is written owner/name{hint}"):
+            load_data(name, "train")
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         load_data(str(tmp_path / "nowhere"), "train")
     (tmp_path / "cut").mkdir()

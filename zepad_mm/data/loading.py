@@ -128,6 +128,12 @@ def _open(source: str, split: str, streaming: bool) -> Any:
         return _read_parquet(files, in_memory=folder == EMBEDDED_DATA)
     source = split_options(source)[0]
     entry = find_entry(source)
+    hint = did_you_mean(source, ["embedded", *CATALOGUE]) or "."
+    give = f"{hint} Give the path of a folder, a Hub name, 'embedded', or one of {', '.join(CATALOGUE)}"
+    if entry is None and "/" not in source:  # before the Hub is asked for it, many times where there is no network
+        raise FileNotFoundError(
+            f"dataset {source!r} is neither a folder here nor a name on the Hub, which is written owner/name{give}"
+        )
     hub, config, hub_split = (
         (source, None, split) if entry is None else (entry.hub, entry.config, entry.hub_split(split))
     )
@@ -145,8 +151,7 @@ def _open(source: str, split: str, streaming: bool) -> Any:
             f"{f' as {hub}' if hub != source else ''} ({type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else ''})"
             f"{'; HF_HUB_OFFLINE is set, so only downloaded datasets are found' if HF_HUB_OFFLINE else ''}"
-            f"{did_you_mean(source, ['embedded', *CATALOGUE]) or '.'} Give the path of a folder, a Hub name, "
-            f"'embedded', or one of {', '.join(CATALOGUE)}"
+            f"{give}"
         ) from error
     return table if entry is None else select_split(entry, table, split)
 
