@@ -16,6 +16,10 @@ def test_first_screen_says_what_holds_against_whom() -> None:
     sentences = first_screen(report)
     assert len(sentences) == 4
     assert report.markdown().split("\n\n")[1].startswith("- " + "\n- ".join(sentences))
+    explained, _, tables = report.markdown().partition("## T1")
+    for name in ("branch:", "baseline:equal", "@"):  # names are explained before the first table
+        assert name in tables
+        assert name in explained.partition("## Tables")[2]
     clean, public, white = sentences[:3]
     assert f"{percent(report.accuracy(report.default))} % (" in clean
     assert report.undefended is not None

@@ -23,6 +23,11 @@ NOTE = (
     "attack and under every attack of that threat model. `<=`: not attacked through its own output, since the attacks "
     "on others put it below the default already, or by reduced attacks only."
 )
+NAMES = (
+    "`undefended` is the public encoder, `branch:NAME` one encoder of the defence alone, `baseline:equal` the mean of "
+    "the answers of all its encoders, `MODEL:RULE` the defence under another fusion rule. "
+)
+MADE_ON = "`ATTACK@MODEL`: an attack, and the model that it was made on."
 VERDICTS = (
     f"The verdict is on the attack, not on the model: `{HELD}`, no check found the attack too weak, so that the number "
     f"stands, high or low; `{OVERESTIMATED}`, a stronger attack took more; `{UPPER_BOUND}`, the attack on this row was "
@@ -42,7 +47,7 @@ def report_text(report: Report) -> str:
     parts = [
         f"# Robustness on {first['dataset']}, {first['n']} images{doubt}",
         *plain_words(report),
-        f"## Tables\n\n{NOTE}{_evaluated(report)}",
+        f"## Tables\n\n{NOTE}{_evaluated(report)}\n\n{NAMES if len(report.models) > 1 else ''}{MADE_ON}",
     ]
     parts += [table for threat in by_strength(report) for table in _threat_tables(report, threat)]
     if report.threats == [CLEAN.key]:
@@ -219,7 +224,8 @@ def _detection_table(report: Report) -> Iterator[str]:
         return
     head = ["score", "attack", "AUROC", *OPERATING_POINTS, "paper's rule", "n"]
     note = (
-        "Share of attacked images caught, in %. Nominal thresholds are exceeded by 1 % and 5 % of clean validation "
+        "Share of attacked images caught, in %. AUROC: the probability that an attacked image gets a higher score than "
+        "a clean one; 0.5 is chance. Nominal thresholds are exceeded by 1 % and 5 % of clean validation "
         "images; in brackets the false alarms that they really raise on the clean test images. Real thresholds are "
         "exceeded by 1 % and 5 % of the clean test images. T2 and T3 hold successful attacks only; `worst` shows the "
         "least suspicious one of each image, for T3 after attacking the detector too."
