@@ -19,6 +19,9 @@ folder of parquet files, or class folders).
 ``batch_size`` is per process. A killed run resumes after its last complete epoch when it is started again with the same
 ``out``. Writes ``out/encoder/`` (timm's format: ``load_encoder("timm:local-dir:OUT/encoder")``), ``metrics.jsonl``,
 ``pretrain.json``, and ``state.safetensors`` while it runs.
+
+``initial`` is an encoder whose weights training continues from; it is probed before the first step too. ``more_data``
+joins further images to those of ``data``, on which alone the probes are made.
 """
 
 from __future__ import annotations
@@ -37,7 +40,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from zepad_mm.data import LabelledImages, load_data
+from zepad_mm.data import LabelledImages, joined, load_data
+from zepad_mm.data.loading import dataset_name
+from zepad_mm.encoders import load_encoder
+from zepad_mm.encoders.state_dict import load_state_dict_strict
 from zepad_mm.pretraining import (
     METHODS,
     Learner,
@@ -73,6 +79,8 @@ class Settings(MethodSettings):
     part: Literal["all", "first_half", "second_half"] = "all"  # part of the split, in file order
     held_out: float = 0.1  # last share of the part, not trained on, for kNN and linear accuracy
     n: int | None = None  # number of images; None: all
+    more_data: list[str] = field(default_factory=list)  # further data sets to train on, whole
+    initial: str | None = None  # source of an encoder of the same arch to start from; None: random weights
     arch: str = "resnet18"  # a timm architecture
     arch_args: dict[str, Any] = field(default_factory=lambda: dict(SMALL_RESNET))  # arguments of timm.create_model
     image_size: int = 32  # side in pixels
@@ -104,7 +112,8 @@ def pretrain(config: Settings) -> dict[str, Any]:
 def _pretrain(config: Settings, accelerator: Accelerator, started: float) -> dict[str, Any]:
     world = accelerator.num_processes
     torch.manual_seed(config.seed)
-    train, held_out = load_splits(config)
+    labelled, held_out = load_splits(config)
+    train = with_more(config, labelled)
     steps = len(train) // (config.batch_size * world)
     if steps == 0:
         raise ValueError(f"{len(train)} images are fewer than one batch of {config.batch_size} x {world} processes")
@@ -119,6 +128,12 @@ def _pretrain(config: Settings, accelerator: Accelerator, started: float) -> dic
         keep_lines(metrics_file, lambda line: line["epoch"] <= first_epoch)
     wrapped, optimizer = accelerator.prepare(learner, optimizer)
     learner = accelerator.unwrap_model(wrapped)
+    found: dict[str, float] = {}
+    if config.initial is not None and first_epoch == 0 and accelerator.is_main_process:
+        before = probe(learner, labelled, held_out, accelerator.device)
+        keep_lines(metrics_file, lambda line: False)
+        append_line(metrics_file, json.dumps({"epoch": 0, **before}))
+        say(log, "before training: %s", before)
 
     bar = Progress(
         total=steps * config.epochs,
@@ -137,7 +152,8 @@ def _pretrain(config: Settings, accelerator: Accelerator, started: float) -> dic
         if accelerator.is_main_process:
             metrics = {"epoch": epoch + 1, "loss": mean_loss, "seconds": time.time() - epoch_started}
             if (epoch + 1) % PROBE_EVERY == 0 or epoch + 1 == config.epochs:
-                metrics |= probe(learner, train, held_out, accelerator.device)
+                found = probe(learner, labelled, held_out, accelerator.device)
+                metrics |= found
             # the row first: a run killed in between trains this epoch again and drops the row, but loses none
             append_line(metrics_file, json.dumps(metrics))
             say(log, "epoch %d of %d: loss %.4f", epoch + 1, config.epochs, mean_loss)
@@ -148,10 +164,11 @@ def _pretrain(config: Settings, accelerator: Accelerator, started: float) -> dic
         return {}
     save_encoder(learner.encoder, out / "encoder", config.arch_args)
     report = {
-        **provenance(seed=config.seed, config=asdict(config) | {"data": train.name, "out": out.name}),
+        **provenance(seed=config.seed, config=asdict(config) | _without_folders(config, labelled.name)),
         "n_train": len(train),
         "n_held_out": len(held_out),
-        **probe(learner, train, held_out, accelerator.device),
+        **({"before": _first_probe(metrics_file)} if config.initial is not None else {}),
+        **(found or probe(learner, labelled, held_out, accelerator.device)),
         "parameters": sum(parameter.numel() for parameter in learner.encoder.parameters()),
         "processes": world,
         "wall_s": round(time.time() - started, 1),
@@ -175,11 +192,38 @@ def load_splits(config: Settings) -> tuple[LabelledImages, LabelledImages]:
     return data.subset(torch.arange(start, border)), data.subset(torch.arange(border, stop))
 
 
+def with_more(config: Settings, images: LabelledImages) -> LabelledImages:
+    """The images and those of ``more_data``."""
+    if not config.more_data:
+        return images
+    more = [load_data(source, config.split, config.image_size, labelled=False) for source in config.more_data]
+    return joined([images, *more])
+
+
+def _without_folders(config: Settings, data: str) -> dict[str, Any]:
+    """What the record says in the place of folders of this machine."""
+    last = {"out": Path(config.out).name, "more_data": [dataset_name(source) for source in config.more_data]}
+    initial = config.initial and config.initial[: config.initial.rfind(":") + 1] + Path(config.initial).name
+    return {"data": data, "initial": initial, **last}
+
+
+def _first_probe(metrics_file: Path) -> dict[str, float]:
+    """The probe before the first step."""
+    first = json.loads(metrics_file.read_text(encoding="utf-8").splitlines()[0])
+    return {name: first[name] for name in ("knn_accuracy", "linear_accuracy")}
+
+
 def build(config: Settings, device: torch.device, world: int) -> tuple[Learner, torch.optim.Optimizer]:
-    """A new learner and its optimiser on the device."""
+    """A new learner and its optimiser on the device. Raises ValueError for initial weights of another architecture."""
     size = (3, config.image_size, config.image_size)
-    overlay = {"input_size": size, "crop_mode": "squash", "crop_pct": 1.0}
+    overlay: dict[str, Any] = {"input_size": size, "crop_mode": "squash", "crop_pct": 1.0}
+    initial = load_encoder(config.initial) if config.initial is not None else None
+    if initial is not None:
+        overlay |= {"mean": initial.preprocess.mean, "std": initial.preprocess.std}
     encoder = timm.create_model(config.arch, num_classes=0, pretrained_cfg_overlay=overlay, **config.arch_args)
+    if initial is not None:
+        hint = f"it is no {config.arch} with arch_args={config.arch_args}; write the --arch and --arch_args that it has"
+        load_state_dict_strict(encoder.state_dict(), initial.backbone.state_dict(), str(config.initial), hint)
     learner = make_learner(config.method, encoder.to(memory_format=torch.channels_last), config, world)
     if world > 1 and device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(learner)

@@ -204,18 +204,30 @@ def select_policies(
 
 
 def _harmless_cap(model: ZePAD, sets: Sequence[LabelledImages]) -> float:
-    """The lowest cap with which no set loses more than ``LOST`` of its undefended accuracy, and the mean none of it."""
+    """:func:`harmless_cap` on sets under their own class names; 1 without several."""
     if len(sets) < 2:
         return 1.0
-    own, lost = model.config.class_names, []
-    for data in sets:
-        logits = _in_batches(model.set_classes(data.class_names).branch_logits, data.images)
-        rules = [build(GATED_RULE, model.benign, params={"cap": cap}, gate=model.config.gate) for cap in CAPS]
-        answers = [logits[model.benign.index(True)], *(rule(logits).logits for rule in rules)]
-        undefended, *found = (float((answer.argmax(-1) == data.labels).float().mean()) for answer in answers)
-        lost.append([undefended - accuracy for accuracy in found])
-        log.info("%s: undefended %.3f, by cap %s %s", data.name, undefended, CAPS, [round(one, 3) for one in found])
+    own = model.config.class_names
+    lost = [accuracy_lost(model.set_classes(data.class_names), data) for data in sets]
     model.set_classes(own)
+    return harmless_cap(lost)
+
+
+def accuracy_lost(model: ZePAD, data: LabelledImages) -> list[float]:
+    """What the rule "gated" loses of the accuracy of the first benign branch on clean images, for each of ``CAPS``."""
+    logits = _in_batches(model.branch_logits, data.images)
+    rules = [build(GATED_RULE, model.benign, params={"cap": cap}, gate=model.config.gate) for cap in CAPS]
+    answers = [logits[model.benign.index(True)], *(rule(logits).logits for rule in rules)]
+    undefended, *found = (float((answer.argmax(-1) == data.labels).float().mean()) for answer in answers)
+    log.info("%s: undefended %.3f, by cap %s %s", data.name, undefended, CAPS, [round(one, 3) for one in found])
+    return [undefended - accuracy for accuracy in found]
+
+
+def harmless_cap(lost: Sequence[Sequence[float]]) -> float:
+    """The lowest cap with which no set loses more than ``LOST`` of its undefended accuracy, and the mean none of it.
+
+    ``lost`` is :func:`accuracy_lost` of each set. 1 where there is no such cap.
+    """
     harmless = [cap for cap, found in zip(CAPS, zip(*lost, strict=True), strict=True) if _harmless(found)]
     return min(harmless, default=1.0)
 

