@@ -57,7 +57,18 @@ from zepad_mm.utils.stopping import run_program
 log = logging.getLogger(__name__)
 SCORE = "feature_gate"
 SCORES = (SCORE, "confidence_gap", "jensen_shannon")  # ours, the paper's, and another without a gate
-CONFIG_OF_PRETRAINING = ("method", "data", "more_data", "initial", "arch", "image_size", "n", "epochs", "batch_size", "lr")
+CONFIG_OF_PRETRAINING = (
+    "method",
+    "data",
+    "more_data",
+    "initial",
+    "arch",
+    "image_size",
+    "n",
+    "epochs",
+    "batch_size",
+    "lr",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

