@@ -17,7 +17,6 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -123,8 +122,7 @@ class Images:
     @cached_property
     def tuning(self) -> dict[str, LabelledImages]:
         """Images of each set that the robust branch and the gate are made of."""
-        few = {name: self.tasks[name].train.sample(self.settings.n_tune, 1) for name in self.settings.tuned_on}
-        return few
+        return {name: self.tasks[name].train.sample(self.settings.n_tune, 1) for name in self.settings.tuned_on}
 
     def _task(self, name: str) -> Task:
         settings = self.settings
@@ -238,11 +236,8 @@ class Victim:
         }
 
     def _set(self, task: str, report: Report) -> dict[str, Any]:
-        names = {
-            self.name: "gated",
-            f"{self.name}/undefended": "undefended",
-            f"{self.name}/branch:robust": "robust",
-        }
+        names = {"": "gated", "/undefended": "undefended", "/branch:robust": "robust"}
+        names = {self.name + row: model for row, model in names.items()}
         kept = ("threat", "attack", "algorithm", "n", "accuracy", "ci_low", "ci_high")
         rows = [
             {"model": names[row["model"]], **{key: row[key] for key in kept if key in row}}
@@ -299,11 +294,5 @@ def eval_data(images: Images, task: str) -> EvalData:
     return EvalData(own.test, own.validation, images.surrogate)
 
 
-def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the settings of a command line; returns the exit code."""
-    main(Settings.from_cli(list(arguments) if arguments is not None else None))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(run_program(run))
+    sys.exit(run_program(lambda: main(Settings.from_cli())))

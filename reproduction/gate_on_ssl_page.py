@@ -135,9 +135,9 @@ def _findings(victims: dict[str, Any], config: dict[str, Any]) -> str:
         held = _differences(sets, "T1", "gated", "robust")
         gained = _differences(sets, "T1", "gated", "undefended")
         lines.append(
-            f"  Against the undefended victim, at the cap {victim['cap']:g}, clean accuracy differs by "
-            f"{mean(kept):+.1f} points in the mean ({min(kept):+.1f} at worst) and accuracy under T1 by {mean(gained):+.1f}. Against the "
-            f"robust branch, accuracy under T1 differs by {mean(held):+.1f} ({min(held):+.1f} at worst)."
+            f"  At the cap {victim['cap']:g}, clean accuracy differs from the undefended victim's by {mean(kept):+.1f} "
+            f"points in the mean ({min(kept):+.1f} at worst) and accuracy under T1 by {mean(gained):+.1f}. From that "
+            f"of the robust branch, accuracy under T1 differs by {mean(held):+.1f} ({min(held):+.1f} at worst)."
         )
     return "\n".join(lines)
 

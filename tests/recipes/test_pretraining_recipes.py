@@ -13,6 +13,7 @@ import torch
 
 from recipes import pretrain
 from reproduction import build_ssl_zoo, ssl_study
+from tools import image_tower
 from zepad_mm import pretraining
 from zepad_mm.encoders import load_encoder
 from zepad_mm.models.zepad import ZePAD
@@ -125,6 +126,45 @@ def test_killed_run_resumes_to_the_same_weights(method: str, tmp_path: Path, mon
     encoder = load_encoder(f"timm:local-dir:{tmp_path / 'whole' / 'encoder'}")
     assert encoder.preprocess.image_size == 32
     assert encoder(torch.rand(2, 3, 32, 32)).shape == (2, 256)
+
+
+def test_training_continues_from_given_weights(tmp_path: Path):
+    """From its own rate of 0 the encoder is the given one; both are probed, and further images join the batches."""
+    torch.manual_seed(0)
+    small = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}
+    pixels = {"input_size": (3, 32, 32), "mean": (0.4, 0.4, 0.4), "std": (0.3, 0.3, 0.3)}
+    given = timm.create_model("resnet18", num_classes=0, pretrained_cfg_overlay=pixels, **small)
+    pretraining.save_encoder(given, tmp_path / "given", small)
+    source = f"timm:local-dir:{tmp_path / 'given'}"
+    arguments = [*QUICK, "--epochs", "1", "--initial", source, "--arch_args", json.dumps(small)]
+    report = pretrain.main([*arguments, "--lr", "0", "--more_data", '["embedded"]', "--out", str(tmp_path / "run")])
+    assert report["n_train"] > 72
+    assert report["config"]["initial"] == "timm:local-dir:given"
+    assert report["config"]["more_data"] == ["clothing"]
+    assert set(report["before"]) == {"knn_accuracy", "linear_accuracy"}
+    assert [json.loads(row)["epoch"] for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == [0, 1]
+    encoder = load_encoder(f"timm:local-dir:{tmp_path / 'run' / 'encoder'}")
+    assert encoder.preprocess.mean == (0.4, 0.4, 0.4)
+    weights = dict(given.named_parameters())
+    assert all(torch.equal(value, weights[name]) for name, value in encoder.backbone.named_parameters())
+    with pytest.raises(ValueError, match="--arch_args"):
+        pretrain.main([*QUICK, "--initial", source, "--out", str(tmp_path / "other")])
+
+
+def test_image_tower_is_written_for_the_strong_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    whole = timm.create_model(image_tower.ARCH, pretrained=False)
+    weights = {name: value for name, value in whole.state_dict().items() if "num_batches" not in name}
+    monkeypatch.setattr(image_tower, "image_tower_weights", lambda: weights)
+    image_tower.main(["--out", str(tmp_path / "tower")])
+    encoder = load_encoder(f"timm:local-dir:{tmp_path / 'tower'}")
+    assert (encoder.feature_dim, encoder.preprocess.image_size) == (1280, 64)
+    assert encoder.preprocess.std == pytest.approx((128 / 255,) * 3)
+    images = torch.rand(1, 3, 64, 64)
+    whole.reset_classifier(0)
+    with torch.no_grad():
+        expected = whole.eval()((images * 255 - 127) / 128)
+        assert torch.allclose(encoder(images), expected, atol=1e-4)
 
 
 def test_the_zoo_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -29,7 +29,7 @@ def test_study_runs_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     pretrain.main([*smoke, "--batch_size", "16", "--out", str(tmp_path / "victim")])
     words = ["--config", str(CONFIGS / "gate_on_ssl_smoke.yaml"), "--out", str(tmp_path / "out")]
     words += ["--victims", json.dumps({"tiny": str(tmp_path / "victim")}), "--result", str(tmp_path / "gate_ssl")]
-    assert gate_on_ssl.run(words) == 0
+    gate_on_ssl.main(gate_on_ssl.Settings.from_cli(words))
     record = read_json(tmp_path / "gate_ssl.json")
     assert str(tmp_path) not in json.dumps(record)
     one = record["victims"]["tiny"]["sets"]["embedded"]
@@ -44,7 +44,7 @@ def test_study_runs_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         raise AssertionError("a finished stage ran again")
 
     monkeypatch.setattr(gate_on_ssl, "train_gate", fail)
-    assert gate_on_ssl.run(words) == 0
+    gate_on_ssl.main(gate_on_ssl.Settings.from_cli(words))
     assert read_json(tmp_path / "gate_ssl.json")["victims"] == record["victims"]
 
 
