@@ -244,9 +244,9 @@ class Victim:
             for row in report.rows
             if row["dataset"] == task and row["model"] in names
         ]
-        kept = ("score", "attack", "auroc", "tpr_at_fpr5", "fpr_at_fpr5", "n")
+        scored = ("score", "attack", "auroc", "tpr_at_fpr5", "fpr_at_fpr5", "n")
         detection = [
-            {key: row[key] for key in kept}
+            {key: row[key] for key in scored}
             for row in report.detection
             if row["dataset"] == task and row["model"] == self.name and row["score"] in SCORES
         ]
@@ -269,6 +269,7 @@ def main(settings: Settings) -> dict[str, Any]:
         torch.set_num_threads(settings.threads)
     started, images = time.perf_counter(), Images(settings)
     found: dict[str, Any] = {}
+    record: dict[str, Any] = {}
     for name, folder in settings.victims.items():
         victim = Victim(name, folder, images)
         victim.select_cap()
