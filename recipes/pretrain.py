@@ -88,6 +88,7 @@ class Settings(MethodSettings):
     batch_size: int = 128  # per process
     lr: float = 2e-3  # peak learning rate of AdamW: one epoch of warm-up, then cosine to 0
     weight_decay: float = 1e-4
+    bn_mode: Literal["eval", "train"] = "train"  # eval: the encoder keeps and uses its running statistics
     min_scale: float = 0.25  # smallest share of the image in a random crop
     seed: int = 0
     threads: int | None = None  # torch threads on the CPU; None: torch's default
@@ -248,6 +249,8 @@ def train_epoch(
     order = torch.randperm(len(train), generator=seeded_generator(config.seed * 1000 + epoch))
     view_generator = seeded_generator((config.seed * 1000 + epoch) * 1000 + rank)
     total = torch.zeros((), device=device)
+    if config.bn_mode == "eval":
+        learner.keep_statistics()
     for step in range(steps):
         decay = (1 + math.cos(math.pi * (epoch * steps + step) / (config.epochs * steps))) / 2
         for group in optimizer.param_groups:

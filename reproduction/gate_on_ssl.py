@@ -56,18 +56,9 @@ from zepad_mm.utils.stopping import run_program
 log = logging.getLogger(__name__)
 SCORE = "feature_gate"
 SCORES = (SCORE, "confidence_gap", "jensen_shannon")  # ours, the paper's, and another without a gate
-CONFIG_OF_PRETRAINING = (
-    "method",
-    "data",
-    "more_data",
-    "initial",
-    "arch",
-    "image_size",
-    "n",
-    "epochs",
-    "batch_size",
-    "lr",
-)
+PRETRAINING = (
+    "method", "data", "more_data", "initial", "arch", "image_size", "n", "epochs", "batch_size", "lr", "bn_mode",
+)  # fmt: skip  # what the record keeps of its configuration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +214,7 @@ class Victim:
         probes = {key: self.pretraining[key] for key in ("knn_accuracy", "linear_accuracy")}
         return {
             "pretraining": {
-                "config": {key: config[key] for key in CONFIG_OF_PRETRAINING},
+                "config": {key: config[key] for key in PRETRAINING if key in config},
                 "commit": self.pretraining["commit"],
                 "before": self.pretraining.get("before"),
                 "after": probes,

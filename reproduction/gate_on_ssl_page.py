@@ -83,7 +83,8 @@ def _victim(name: str, one: dict[str, Any]) -> str:
     about = one["pretraining"]
     size = f"{about['parameters'] / 1e6:.1f} M parameters"
     start = "initialised from ImageNet weights" if about["config"]["initial"] else "from scratch"
-    return f"{name} ({size}, {start}, {about['config']['epochs']} epoch(s) of {about['n_train']} images)"
+    kept = ", BN statistics kept" if about["config"].get("bn_mode") == "eval" else ""
+    return f"{name} ({size}, {start}, {about['config']['epochs']} epoch(s) of {about['n_train']} images{kept})"
 
 
 def _probes(victims: dict[str, Any]) -> str:

@@ -147,6 +147,7 @@ def test_training_continues_from_given_weights(tmp_path: Path):
     assert encoder.preprocess.mean == (0.4, 0.4, 0.4)
     weights = dict(given.named_parameters())
     assert all(torch.equal(value, weights[name]) for name, value in encoder.backbone.named_parameters())
+    assert not torch.equal(encoder.backbone.bn1.running_mean, given.bn1.running_mean)
     with pytest.raises(ValueError, match="--arch_args"):
         pretrain.main([*QUICK, "--initial", source, "--out", str(tmp_path / "other")])
 
@@ -182,6 +183,17 @@ def test_the_zoo_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
     image = torch.rand(1, 3, 32, 32)
     assert torch.allclose(whole(image), half(image), atol=0.01)
     assert (tmp_path / "table.md").read_text().count("\n| ") == 3
+
+
+def test_running_statistics_are_kept_on_request():
+    learner = _tiny("byol").train()
+    learner.keep_statistics()
+    modules = [*learner.encoder.modules(), *learner.target[0].modules()]
+    assert not any(module.training for module in modules if isinstance(module, torch.nn.BatchNorm2d))
+    before = learner.encoder.bn1.running_mean.clone()
+    learner(torch.rand(8, 3, 32, 32), torch.rand(8, 3, 32, 32), torch.zeros(8, dtype=torch.long))
+    assert torch.equal(learner.encoder.bn1.running_mean, before)
+    assert learner.projector.training
 
 
 def _tiny(method: str) -> pretraining.Learner:

@@ -97,6 +97,13 @@ class Learner(nn.Module):
         a, b = self.projector(self.encoder(views)).float().chunk(2)
         return self.loss(a, b, views, labels)
 
+    def keep_statistics(self) -> None:
+        """Let the encoder, and that of the target network, normalise by the running statistics that they have."""
+        for encoder in (self.encoder, *([] if self.target is None else [self.target[0]])):
+            for module in encoder.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+
     def add_target(self) -> None:
         """Create the target network, a copy of encoder and projector without gradients."""
         self.target = copy.deepcopy(nn.Sequential(self.encoder, self.projector)).requires_grad_(False)
