@@ -8,8 +8,8 @@ its robust branch. The cap of the benign weight is selected on validation images
 training splits, and neither tuning, gate nor heads saw them. Attackers make universal perturbations (T1) on the victim
 from images of ``surrogate``, a set that nothing else uses; some kinds of attacks are unknown to the gate.
 
-DIR holds the parquet folders of the sets. A killed run resumes. Writes ``RESULT.json`` and ``RESULT.md``, and under
-``out`` the tuned encoders, the gates and the evaluations.
+DIR holds the parquet folders of the sets. A killed run resumes. Writes ``RESULT.json`` and ``RESULT.md``, in which
+victims of earlier runs stay, and under ``out`` the tuned encoders, the gates and the evaluations.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ class Settings(Config):
     n_head: int = 4000  # images of each task, of those that neither thresholds nor caps are set on
     n_validation: int = 400  # images of each task
     defence_options: dict[str, Any] = field(default_factory=dict)  # of FARE
+    own_options: dict[str, dict[str, Any]] = field(default_factory=dict)  # victim -> those in which it differs
     train: TrainSettings = field(default_factory=TrainSettings)  # of FARE
     gate: GateSettings = field(default_factory=GateSettings)
     head: HeadSettings = field(default_factory=HeadSettings)
@@ -148,7 +149,7 @@ class Victim:
             source=self.source,
             head="probe",  # for validation alone; FARE reads no label
             defence="fare",
-            defence_options=settings.defence_options,
+            defence_options=settings.defence_options | settings.own_options.get(self.name, {}),
             settings=settings.train,
         )
         validation = joined([self.images.tasks[name].validation for name in settings.tuned_on])
@@ -220,7 +221,10 @@ class Victim:
                 "after": probes,
                 **{key: self.pretraining[key] for key in ("n_train", "n_held_out", "parameters", "wall_s")},
             },
-            "tuning": {key: self.tuning[key] for key in ("steps", "best_step", "validation", "seconds")},
+            "tuning": {
+                "defence": self.tuning["identity"]["defence"],
+                **{key: self.tuning[key] for key in ("steps", "best_step", "validation", "seconds")},
+            },
             "gate": {key: value for key, value in self.gate_record.items() if key != "settings"},
             "cap": self.cap,
             "sets": {task: self._set(task, report) for task in self.settings.tasks},
@@ -259,8 +263,8 @@ def main(settings: Settings) -> dict[str, Any]:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     started, images = time.perf_counter(), Images(settings)
-    found: dict[str, Any] = {}
-    record: dict[str, Any] = {}
+    file, record = Path(f"{settings.result}.json"), dict[str, Any]()
+    found = read_json(file)["victims"] if file.is_file() else {}
     for name, folder in settings.victims.items():
         victim = Victim(name, folder, images)
         victim.select_cap()
@@ -275,7 +279,7 @@ def main(settings: Settings) -> dict[str, Any]:
         log.info("%s finished after %.0f s", name, time.perf_counter() - started)
         meta = provenance(seed=settings.seed, config=settings.to_dict())
         record = without_folders({"meta": meta, "victims": found})
-        write_json(f"{settings.result}.json", record)
+        write_json(file, record)
         write_text(f"{settings.result}.md", page(record))
     return record
 

@@ -40,7 +40,7 @@ def page(record: dict[str, Any]) -> str:
     kinds = {name: kind_of(name, config) for name in evaluation["universal"]}
     return PAGE.format(
         victims=" and ".join(_victim(name, one) for name, one in victims.items()),
-        tuning=", ".join(f"{name} {one['tuning']['steps']} steps" for name, one in victims.items()),
+        tuning=", ".join(_tuning(name, one["tuning"]) for name, one in victims.items()),
         n_tune=config["n_tune"],
         n_head=config["n_head"],
         tuned_on=" and ".join(config["tuned_on"]),
@@ -85,6 +85,10 @@ def _victim(name: str, one: dict[str, Any]) -> str:
     start = "initialised from ImageNet weights" if about["config"]["initial"] else "from scratch"
     kept = ", BN statistics kept" if about["config"].get("bn_mode") == "eval" else ""
     return f"{name} ({size}, {start}, {about['config']['epochs']} epoch(s) of {about['n_train']} images{kept})"
+
+
+def _tuning(name: str, tuning: dict[str, Any]) -> str:
+    return f"{name} {tuning['steps']} steps, rho {tuning['defence']['rho']}"
 
 
 def _probes(victims: dict[str, Any]) -> str:
