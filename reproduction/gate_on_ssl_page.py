@@ -88,7 +88,7 @@ def _victim(name: str, one: dict[str, Any]) -> str:
 
 
 def _tuning(name: str, tuning: dict[str, Any]) -> str:
-    return f"{name} {tuning['steps']} steps, rho {tuning['defence']['rho']}"
+    return f"{name} {tuning['steps']} steps, rho {tuning.get('defence', {}).get('rho')}"
 
 
 def _probes(victims: dict[str, Any]) -> str:
