@@ -4,8 +4,8 @@
 
 ``victims`` are folders of recipes/pretrain.py. Each victim is tuned once, without labels, on the sets of ``tuned_on``;
 its gate is trained on the same images. For each task linear heads are trained on clean images, for the victim and for
-its robust branch. The cap of the benign weight is selected on validation images of all tasks: they are from the
-training splits, and neither tuning, gate nor heads saw them. Attackers make universal perturbations (T1) on the victim
+its robust branch. Thresholds of the gate and the cap of the benign weight are set on clean validation images of all
+tasks: they are from the training splits, and neither tuning, the fit of the gate nor heads saw them. Attackers make universal perturbations (T1) on the victim
 from images of ``surrogate``, a set that nothing else uses; some kinds of attacks are unknown to the gate.
 
 DIR holds the parquet folders of the sets. A killed run resumes. Writes ``RESULT.json`` and ``RESULT.md``, in which
@@ -160,7 +160,12 @@ class Victim:
         file, record = self.out / "gate" / "gate.safetensors", self.out / "gate" / "gate.json"
         if not record.is_file():
             gate, found = train_gate(
-                self.public, [self.robust], self.images.tuning, self.settings.gate, out=self.out / "gate" / "cache"
+                self.public,
+                [self.robust],
+                joined(list(self.images.tuning.values())),  # as one: two sets say little of one left out
+                self.settings.gate,
+                calibration={task: self.images.tasks[task].validation for task in self.settings.tasks},
+                out=self.out / "gate" / "cache",
             )
             write_gate(file, gate)
             write_json(record, found)
