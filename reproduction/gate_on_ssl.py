@@ -3,10 +3,10 @@
     python -m reproduction.gate_on_ssl --config reproduction/configs/gate_on_ssl.yaml --data_root DIR
 
 ``victims`` are folders of recipes/pretrain.py. Each victim is tuned once, without labels, on the sets of ``tuned_on``;
-its gate is trained on the same images. For each task linear heads are trained on clean images, for the victim and for
-its robust branch. Thresholds of the gate and the cap of the benign weight are set on clean validation images of all
-tasks: they are from the training splits, and neither tuning, the fit of the gate nor heads saw them. Attackers make universal perturbations (T1) on the victim
-from images of ``surrogate``, a set that nothing else uses; some kinds of attacks are unknown to the gate.
+its gate is trained on the same images. For each task linear heads are trained on clean images, for the victim and its
+robust branch. Thresholds of the gate and the cap of the benign weight are set on clean validation images of all tasks,
+from the training splits; neither tuning, the fit of the gate nor heads saw them. Attackers make universal perturbations
+(T1) on the victim from images of ``surrogate``, which nothing else uses; some kinds are unknown to the gate.
 
 DIR holds the parquet folders of the sets. A killed run resumes. Writes ``RESULT.json`` and ``RESULT.md``, in which
 victims of earlier runs stay, and under ``out`` the tuned encoders, the gates and the evaluations.
