@@ -83,8 +83,9 @@ def _victim(name: str, one: dict[str, Any]) -> str:
     about = one["pretraining"]
     size = f"{about['parameters'] / 1e6:.1f} M parameters"
     start = "initialised from ImageNet weights" if about["config"]["initial"] else "from scratch"
+    labels = ", with their labels" if about["config"]["method"] == "supcon" else " without labels"
     kept = ", BN statistics kept" if about["config"].get("bn_mode") == "eval" else ""
-    return f"{name} ({size}, {start}, {about['config']['epochs']} epoch(s) of {about['n_train']} images{kept})"
+    return f"{name} ({size}, {start}, {about['config']['epochs']} epoch(s) of {about['n_train']} images{labels}{kept})"
 
 
 def _tuning(name: str, tuning: dict[str, Any]) -> str:
