@@ -15,7 +15,9 @@ def test_first_screen_says_what_holds_against_whom() -> None:
     report = Report.load(EARLIER)
     sentences = first_screen(report)
     assert len(sentences) == 4
-    assert report.markdown().split("\n\n")[1].startswith("- " + "\n- ".join(sentences))
+    budgets, screen = report.markdown().split("\n\n")[1:3]
+    assert budgets.startswith("A budget such as 4/255 means")  # before the first budget
+    assert screen == "- " + "\n- ".join(sentences)
     explained, _, tables = report.markdown().partition("## T1")
     for name in ("branch:", "baseline:equal", "@"):  # names are explained before the first table
         assert name in tables

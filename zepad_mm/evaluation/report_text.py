@@ -70,7 +70,7 @@ def _evaluated(report: Report) -> str:
 
 def plain_words(report: Report) -> list[str]:
     """Return what comes before all tables: what holds, what to beware of, and each attacker in a sentence."""
-    parts = [bullets([*first_screen(report), *([BUDGETS] if _has_linf(report) else [])])]
+    parts = [*([BUDGETS] if _has_linf(report) else []), bullets(first_screen(report))]
     if report.meta["warnings"]:
         parts.append("## Warnings\n\n" + bullets(report.meta["warnings"]))
     return [*parts, "## In plain words\n\n" + bullets(summary(report))]
@@ -227,8 +227,9 @@ def _detection_table(report: Report) -> Iterator[str]:
         "Share of attacked images caught, in %. AUROC: the probability that an attacked image gets a higher score than "
         "a clean one; 0.5 is chance. Nominal thresholds are exceeded by 1 % and 5 % of clean validation "
         "images; in brackets the false alarms that they really raise on the clean test images. Real thresholds are "
-        "exceeded by 1 % and 5 % of the clean test images. T2 and T3 hold successful attacks only; `worst` shows the "
-        "least suspicious one of each image, for T3 after attacking the detector too."
+        "exceeded by 1 % and 5 % of the clean test images. T2 and T3 hold successful attacks only: `first_success` "
+        "shows the first one found on each image, `worst` the least suspicious one, for T3 after attacking the "
+        "detector too. Paper's rule: the share of clean and attacked images that ZePAD's published threshold tells apart."
     )
     yield f"## Detection (advisory)\n\n{note}\n\n" + markdown_table(head, lines)
 
@@ -267,7 +268,7 @@ def summary(report: Report) -> list[str]:
             f"{percent(share)} % {'without an attack' if threat == CLEAN.key else 'against all T2 examples'}"
             for threat, share in report.meta["certificate"].items()
         )
-        lines.append(f"Proven to be right whatever the benign branches answer: {shares}.")
+        lines.append(f"Certified, which means right whatever the benign branches answer: {shares}.")
     if T3.key in report.threats:
         held, cost = report.accuracy(default, T3.key), report.accuracy(default, T3.key, "none")
         lines.append(
