@@ -225,11 +225,11 @@ def _detection_table(report: Report) -> Iterator[str]:
     head = ["score", "attack", "AUROC", *OPERATING_POINTS, "paper's rule", "n"]
     note = (
         "Share of attacked images caught, in %. AUROC: the probability that an attacked image gets a higher score than "
-        "a clean one; 0.5 is chance. Nominal thresholds are exceeded by 1 % and 5 % of clean validation "
-        "images; in brackets the false alarms that they really raise on the clean test images. Real thresholds are "
-        "exceeded by 1 % and 5 % of the clean test images. T2 and T3 hold successful attacks only: `first_success` "
-        "shows the first one found on each image, `worst` the least suspicious one, for T3 after attacking the "
-        "detector too. Paper's rule: the share of clean and attacked images that ZePAD's published threshold tells apart."
+        "a clean one; 0.5 is chance. Nominal thresholds are exceeded by 1 % and 5 % of clean validation images; in "
+        "brackets the false alarms that they really raise on the clean test images. Real thresholds are exceeded by "
+        "1 % and 5 % of the clean test images. T2 and T3 hold successful attacks only: `first_success` shows the first "
+        "one found on each image, `worst` the least suspicious one, for T3 after attacking the detector too. Paper's "
+        "rule: the share of clean and attacked images that ZePAD's published threshold tells apart."
     )
     yield f"## Detection (advisory)\n\n{note}\n\n" + markdown_table(head, lines)
 
