@@ -392,10 +392,8 @@ def _select_fusion_and_threshold(
     detected = select_detector(model, validation, attacked)
     if model.config.detector.score == GATE_SCORE:
         model.set_detector(replace(model.config.detector, threshold=detection))
-    detector, shares = (
-        model.config.detector,
-        ", ".join(f"{name} {100 * share:.0f} %" for name, share in detected.items()),
-    )
+    detector = model.config.detector
+    shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in detected.items())
     threshold = "none" if detector.threshold is None else f"{detector.threshold:.4g}"
     log.info("detector: suspicion score %s, threshold %s", detector.score, threshold)
     log.info("detected at 5 %% false positives: %s", shares)

@@ -72,22 +72,22 @@ class TextEncoder(nn.Module):
         templates = templates_of(prompts)
         key = (tuple(names), templates)
         if key not in self._cache:
-            told = self._check_tokens(names, templates)
+            messages = self._check_tokens(names, templates)
             with preserved_process_state(), torch.no_grad():  # kept, so never inference tensors nor of half precision
                 embeddings = self([template.format(name) for name in names for template in templates])
                 mean = embeddings.view(len(names), len(templates), -1).mean(dim=1)
-                self._cache[key] = F.normalize(mean, dim=-1), told
+                self._cache[key] = F.normalize(mean, dim=-1), messages
             if len(self._cache) > CACHED_SETS:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)
-        embeddings, told = self._cache[key]
-        for text in told:
+        embeddings, messages = self._cache[key]
+        for text in messages:
             warnings.warn(text, stacklevel=3)
         return embeddings
 
     def _check_tokens(self, names: list[str], templates: tuple[str, ...]) -> list[str]:
         """What to warn of: names cut off or that differ in case alone. Raises ValueError for other equal tokens."""
-        told: list[str] = []
+        messages: list[str] = []
         shortest, longest = min(templates, key=len), max(templates, key=len)
         rows = self._tokens([shortest.format(name) for name in names])
         first: dict[tuple[int, ...], str] = {}
@@ -100,7 +100,7 @@ class TextEncoder(nn.Module):
             )
             if first[row].casefold() != name.casefold():
                 raise ValueError(same)
-            told.append(f"{same}: every image is taken for the first of them")
+            messages.append(f"{same}: every image is taken for the first of them")
         whole = rows if shortest == longest else self._tokens([longest.format(name) for name in names])
         width, short = max(map(len, whole)), self._tokens(["a"])[0]
         padded = len(short) == width
@@ -109,11 +109,11 @@ class TextEncoder(nn.Module):
         shorter = self._tokens([longest.format(names[index])[:-1] for index in full])
         cut = [names[index] for index, row in zip(full, shorter, strict=True) if row == whole[index]]
         if cut:
-            told.append(
+            messages.append(
                 f"{len(cut)} of {len(names)} class names are cut off: {self.source} reads {len(whole[0])} tokens of a "
                 f"text, and {cut[0]!r:.100} with its prompt {longest!r:.100} is longer; shorten it"
             )
-        return told
+        return messages
 
     def _tokens(self, texts: list[str]) -> list[tuple[int, ...]]:
         """The token ids of each text, without the padding that depends on the batch."""

@@ -265,20 +265,20 @@ def _verdict(result: Attacked) -> str:
 def _gauge(before: dict[str, Any], after: dict[str, Any]) -> str:
     """The suspicion scores of the clean and the attacked image on a bar, with the threshold in its middle."""
     scores = {"clean": before["score"], "attacked": after["score"]}
-    told = "Suspicion score: " + ", ".join(
+    text = "Suspicion score: " + ", ".join(
         f'<i class="{name}"></i> {name} {score:.2f}' for name, score in scores.items()
     )
     threshold, gate = after["threshold"], after["gate"]
     if threshold is None:
-        return f'<div class="gauge" id="gauge">{told}</div>'
-    told += f"; flagged above {threshold:.2f}"
+        return f'<div class="gauge" id="gauge">{text}</div>'
+    text += f"; flagged above {threshold:.2f}"
     if gate is not None and after["detector"] != GATE_SCORE:
-        told += f"; gate: clean {before['gate']['logit']:.2f}, attacked {gate['logit']:.2f}"
+        text += f"; gate: clean {before['gate']['logit']:.2f}, attacked {gate['logit']:.2f}"
     spread = GAUGE_SPREAD.get(after["detector"], SPREAD)
     places = {name: 50 + 100 * math.atan((score - threshold) / spread) / math.pi for name, score in scores.items()}
     marks = "".join(f'<i class="{name}" style="left: {place:.1f}%"></i>' for name, place in places.items())
     ends = '<div class="ends"><span>looks clean</span><span>looks attacked</span></div>'
-    return f'<div class="gauge" id="gauge">{told}<div class="bar">{marks}</div>{ends}</div>'
+    return f'<div class="gauge" id="gauge">{text}<div class="bar">{marks}</div>{ends}</div>'
 
 
 def _branches(service: Service, result: Attacked) -> str:

@@ -140,7 +140,7 @@ class Service:
         if label is not None and label not in names:
             raise ValueError(f"label: expected one of the labels, got {quoted(label)}")
         with self.limiter.slot():
-            task, told = self._task(names, template, policy)
+            task, messages = self._task(names, template, policy)
             pixels = pixels_of(image, self.settings.max_pixels)
             clean = (self._geometry.resize(pixels[None]) * 255).round() / 255
             clean = clean.to(self.classifier.model.device)
@@ -163,7 +163,7 @@ class Service:
             before, after = self.classifier(
                 both, names, hypothesis_template=template, return_evidence=True, policy=policy
             )
-        return Attacked(clean[0].cpu(), attacked[0].cpu(), before, after, names[away], told)
+        return Attacked(clean[0].cpu(), attacked[0].cpu(), before, after, names[away], messages)
 
     def _task(self, names: list[str], template: str, policy: Policy | None) -> tuple[Task, tuple[str, ...]]:
         """The classifier's task, and what the library warns of."""
