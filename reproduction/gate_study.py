@@ -46,7 +46,7 @@ from zepad_mm.attacks import (
 )
 from zepad_mm.data import LabelledImages, load_data
 from zepad_mm.data.corruptions import CORRUPTIONS, corrupt
-from zepad_mm.encoders import Encoder, TextEncoder, load_clip
+from zepad_mm.encoders import Encoder, TextEncoder, load_clip, optimize_for_inference
 from zepad_mm.evaluation.stage_cache import StageCache
 from zepad_mm.models.fusion import GATED_RULE, build
 from zepad_mm.models.gate import FeatureGate, with_gate
@@ -288,7 +288,7 @@ def craft(public: Encoder, folder: Path, options: argparse.Namespace) -> dict[st
     surrogate = load_data("embedded", "surrogate", image_size=public.preprocess).images
     surrogate = surrogate.to(next(public.parameters()).device)
     found = {}
-    for name in (*UNIVERSAL, *PATCHES):
+    for name in options.universal:
         path = folder / f"{name}.safetensors"
         if not path.is_file():
             started = time.perf_counter()
@@ -321,7 +321,9 @@ def load_pair(options: argparse.Namespace) -> tuple[Pair, dict[str, FeatureGate]
             gates = {"shipped": model.gate} | gates
             threshold = model.config.detector.threshold
             thresholds["shipped"] = model.gate.config.calibrated_threshold if threshold is None else threshold
-    pair = Pair(public.eval().to(options.device), robust.eval().to(options.device), text)
+    side = public.preprocess.image_size
+    encoders = [optimize_for_inference(one.eval().to(options.device), side) for one in (public, robust)]
+    pair = Pair(*encoders, text)
     cap = cap if options.cap is None else options.cap
     return pair, {name: gate.to(options.device) for name, gate in gates.items()}, thresholds, cap
 
@@ -354,6 +356,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--longer", type=int, default=4, help="times the steps of each universal attack")
     parser.add_argument("--sets", nargs="+", choices=tuple(SETS), default=tuple(SETS))
     parser.add_argument("--n", type=int, default=400, help="images of a set")
+    universal = (*UNIVERSAL, *PATCHES)
+    parser.add_argument("--universal", nargs="*", choices=universal, default=universal, help="attacks of T1")
     parser.add_argument("--epsilons", nargs="*", type=int, default=[2, 4, 8], help="of 255, of T1i")
     parser.add_argument("--transfer", nargs="+", default=list(transfer_attacks(WHITE_BOX)), help="attacks of T1i")
     parser.add_argument("--transfer-sets", nargs="*", choices=tuple(SETS), default=tuple(SETS), help="of T1i")

@@ -1,7 +1,9 @@
 #!/usr/bin/env python
 """The tables of the gate study.
 
-python -m reproduction.gate_tables results/gate.json      # writes gate.md beside it
+python -m reproduction.gate_tables results/gate.json [results/gate_transfer.json]      # writes gate.md beside the first
+
+A second record, of the same gate, holds attacks on each image of further sets.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from zepad_mm.utils.text import interval_text, markdown_table, percent
 PAGE = """# The feature gate over {sets} data sets
 
 {n} test images of each set, {gates}, made on {hardware}. This page is generated from `gate.json` by
-`python -m reproduction.gate_tables results/gate.json`; the record comes from
+`python -m reproduction.gate_tables {files}`; the records come from
 
-    {command}
+{commands}
 
 The robust encoder, the gate and its threshold saw no test image. "Gate" is the answer of both encoders with the benign
 weight of the gate, at the cap {cap:g}. T1 and T1i are made on the public encoder: the attacker does not know the
@@ -62,8 +64,9 @@ alone.
 """
 
 
-def render(record: dict[str, Any]) -> str:
-    """The page of a record."""
+def render(record: dict[str, Any], further: dict[str, Any] | None = None) -> str:
+    """The page of a record, with the per-image attacks of a further one."""
+    records = [record, *([further] if further else [])]
     sets, caps = record["sets"], record["caps"]
     config = record["meta"]["config"]
     gate = next(iter(config["gates"]))
@@ -73,7 +76,8 @@ def render(record: dict[str, Any]) -> str:
         sets=len(sets),
         n=", ".join(sorted({str(one["n"]) for one in sets.values()})),
         hardware=record["meta"]["hardware"],
-        command=record["command"],
+        files=" ".join(f"results/{name}.json" for name in ("gate", "gate_transfer")[: len(records)]),
+        commands="\n".join(f"    {one['command']}" for one in records),
         gates=f"the gate {gate!r} of {len(config['gates'])}",
         seeds=_seeds(sets, config["gates"], cap),
         cap=caps[cap],
@@ -82,7 +86,7 @@ def render(record: dict[str, Any]) -> str:
         detection=_detection(sets, gate, seen),
         severity=SEVERITY,
         corruptions=_corruptions(sets, gate),
-        transfer=_transfer(sets, gate, cap),
+        transfer="\n\n".join(_transfer(one["sets"], gate, one["caps"].index(one["cap"])) for one in records),
         white_box=_white_box(sets),
     )
 
@@ -186,5 +190,5 @@ def _only(rows: Iterable[dict[str, Any]], threat: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    path = Path(sys.argv[1])
-    write_text(path.with_suffix(".md"), render(read_json(path)))
+    paths = [Path(word) for word in sys.argv[1:]]
+    write_text(paths[0].with_suffix(".md"), render(*map(read_json, paths)))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -27,25 +27,13 @@ class Strength(Config):
     """How strong the attacks are, and how random defences are scored."""
 
     steps: int = 25  # of APGD on the cross-entropy
+    opening_steps: int = 6  # of a first, short APGD where the full one cannot end early
     target_steps: int = 15  # of APGD-T, for each target
     targets: int = 2  # wrong classes of APGD-T
     mora_steps: int = 8  # of each of the five runs of MORA, on fusions
-    pgd_steps: int = 20  # of PGD on the undefended CLIP
+    pgd_steps: int = 10  # of PGD on the undefended CLIP
     draws: int = 3  # answers of a random defence to each example; the accuracy is their mean
     capacity: int = 400  # images in the encoder at once
-
-
-@dataclass(frozen=True)
-class Found:
-    """The worst examples of a defence.
-
-    Attributes:
-        right: (B,) share of answers that are right, in [0, 1]; 0 or 1 for a defence without randomness.
-        after: accuracy after each attack in turn, by its name.
-    """
-
-    right: Tensor
-    after: dict[str, float]
 
 
 def share_right(defence: Defence, images: Tensor, labels: Tensor, strength: Strength) -> Tensor:
@@ -81,6 +69,54 @@ def transferred(
     }
 
 
+class Search:
+    """The worst example found so far for each image; every attack takes the images that are still answered right.
+
+    Attributes:
+        worst: (B, 3, H, W) examples.
+        right: (B,) share of answers to them that are right, in [0, 1]; 0 or 1 for a defence without randomness.
+        after: accuracy after each attack in turn, by its name.
+    """
+
+    def __init__(self, defence: Defence, images: Tensor, labels: Tensor, strength: Strength) -> None:
+        self.defence, self.images, self.labels, self.strength = defence, images, labels, strength
+        self.worst, self.right = images.clone(), share_right(defence, images, labels, strength)
+        self.after: dict[str, float] = {}
+
+    def look(self, name: str, examples: Callable[[Tensor], Tensor]) -> None:
+        """Score the examples of the images (M,) that are still right, and keep those that are worse."""
+        rows = self.right.nonzero()[:, 0]
+        if len(rows) == 0:
+            return
+        made = examples(rows)
+        found = share_right(self.defence, made, self.labels[rows], self.strength)
+        better = found < self.right[rows]
+        self.worst[rows[better]], self.right[rows[better]] = made[better], found[better]
+        self.after[name] = float(self.right.mean())
+
+    def attack(self, name: str, attack: Attack, path: Path) -> None:
+        """Attack along a path, from the clean images."""
+
+        def examples(rows: Tensor) -> Tensor:
+            images, labels = self.images[rows], self.labels[rows]
+            return attack_in_batches(attack, path, images, labels, self.strength.capacity, name)
+
+        self.look(name, examples)
+
+    def apgd(self, loss: str, path: Path, epsilon: float) -> None:
+        """APGD-CE or APGD-T along a path.
+
+        It ends an image early only where the path answers as the defence does; elsewhere a short APGD-CE comes first,
+        which leaves the full one fewer images.
+        """
+        early, strength, name = path.exact and not self.defence.random, self.strength, f"{path.name}, {loss}"
+        steps = strength.steps if loss == "ce" else strength.target_steps
+        full = APGD(epsilon=epsilon, steps=steps, loss=loss, targets=strength.targets, stop_when_wrong=early)
+        if loss == "ce" and not early:
+            self.attack(f"{name}, short", replace(full, steps=strength.opening_steps), path)
+        self.attack(name, full, path)
+
+
 def authors_attack(
     defence: Defence, images: Tensor, labels: Tensor, epsilon: float, strength: Strength, made: Mapping[str, Tensor]
 ) -> Tensor:
@@ -91,58 +127,31 @@ def authors_attack(
     """
     if defence.attack in made:
         return made[defence.attack]
-    path = defence.paths()[0]
-    return attack_in_batches(
-        _apgd("ce", path, defence, epsilon, strength), path, images, labels, strength.capacity, "ce"
-    )
-
-
-def _apgd(loss: str, path: Path, defence: Defence, epsilon: float, strength: Strength) -> APGD:
-    """APGD-CE or APGD-T along a path; it ends early only where the path answers as the defence does."""
-    steps = strength.steps if loss == "ce" else strength.target_steps
-    exact = path.exact and not defence.random
-    return APGD(epsilon=epsilon, steps=steps, loss=loss, targets=strength.targets, stop_when_wrong=exact)
+    search = Search(defence, images, labels, strength)
+    search.apgd("ce", defence.paths()[0], epsilon)
+    return search.worst
 
 
 def adaptive_attack(
     defence: Defence, images: Tensor, labels: Tensor, epsilon: float, strength: Strength, made: Mapping[str, Tensor]
-) -> Found:
+) -> Search:
     """The worst case over all examples that are there already, and APGD along every path of the defence.
 
     APGD-CE on every path, APGD-T on the first, and MORA on fusions; what the authors' attack found along the first path
-    is not repeated. Each attack starts from the clean images that no earlier one broke. The worst example of each image
-    is chosen by some answers of a random defence and scored by new ones, so that the choice does not count as an
-    attack.
+    is not repeated. The worst example of each image is chosen by some answers of a random defence and scored by new
+    ones, so that the choice does not count as an attack.
     """
-    worst, right, after = images.clone(), share_right(defence, images, labels, strength), {}
-
-    def look(name: str, rows: Tensor, examples: Tensor) -> None:
-        found = share_right(defence, examples, labels[rows], strength)
-        better = found < right[rows]
-        worst[rows[better]], right[rows[better]] = examples[better], found[better]
-        after[name] = float(right.mean())
-
+    search = Search(defence, images, labels, strength)
     for name, examples in made.items():
-        rows = right.nonzero()[:, 0]
-        if len(rows):
-            look(name, rows, examples[rows])
+        search.look(name, examples.__getitem__)
     for number, path in enumerate(defence.paths()):
-        known = number == 0 and "authors" in made and defence.attack == "apgd_defence"
-        for loss in (*(() if known else ("ce",)), *(("targeted",) if number == 0 else ())):
-            rows = right.nonzero()[:, 0]
-            if len(rows) == 0:
-                break
-            attack, name = _apgd(loss, path, defence, epsilon, strength), f"{path.name}, {loss}"
-            examples = attack_in_batches(attack, path, images[rows], labels[rows], strength.capacity, name)
-            look(name, rows, examples)
+        first = number == 0
+        if not (first and "authors" in made and defence.attack == "apgd_defence"):
+            search.apgd("ce", path, epsilon)
+        if first:
+            search.apgd("targeted", path, epsilon)
     for further in defence.further_attacks(epsilon, strength.mora_steps):
-        rows = right.nonzero()[:, 0]
-        if len(rows):
-            path = Path(further.name, further.model, views=further.views)
-            examples = attack_in_batches(
-                further.attack, path, images[rows], labels[rows], strength.capacity, further.name
-            )
-            look(further.name, rows, examples)
+        search.attack(further.name, further.attack, Path(further.name, further.model, views=further.views))
     if defence.random:
-        right = share_right(defence, worst, labels, strength)
-    return Found(right, after)
+        search.right = share_right(defence, search.worst, labels, strength)
+    return search

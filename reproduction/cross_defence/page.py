@@ -215,8 +215,9 @@ def _certificates(table: Table) -> list[str]:
     lines = [[title(key), *(_text(table.share(key, column)) for column in columns)] for key in keys]
     return [
         "## Certificates",
-        "Share of images that randomised smoothing answers right with a certified L2 radius of at least so much, in "
-        f"pixels of [0, 1], from {table.config['certify_n']} noisy copies (99.9 % confidence per image). An L-inf "
+        f"Share of {table.config['certify_images']} images of each task that randomised smoothing answers right with a "
+        "certified L2 radius of at least so much, in pixels of [0, 1], from "
+        f"{table.config['certify_n']} noisy copies (99.9 % confidence per image). An L-inf "
         f"budget of {budget_text(table.weak, 'linf')} at {side} pixels is an L2 length of up to "
         f"{table.weak * (3 * side * side) ** 0.5:.2f}, of {budget_text(table.strong, 'linf')} "
         f"{table.strong * (3 * side * side) ** 0.5:.2f}.",
@@ -237,7 +238,8 @@ def _protocol(config: dict[str, Any]) -> list[str]:
         f"Adaptive attack: the worst case per image over both transferred attacks, the universal perturbations at this "
         f"budget, APGD-CE ({strength['steps']} steps) along every gradient path of the defence, and APGD-T (DLR, "
         f"{strength['targets']} targets, {strength['target_steps']} steps each) along the first, and MORA (five runs "
-        f"of {strength['mora_steps']} steps) on fusions that need the logits alone. Paths: through it, "
+        f"of {strength['mora_steps']} steps) on fusions that need the logits alone. Where a path cannot tell that an "
+        f"image is finished, an APGD-CE of {strength['opening_steps']} steps comes first. Paths: through it, "
         "with steps without a gradient held constant (BPDA), with new randomness at each step (EOT), and at its parts "
         "together. Each attack continues with the images that are still answered right.",
         f"Random defences: the accuracy is the mean over {strength['draws']} answers, or of one where the defence "

@@ -24,8 +24,9 @@ def optimize_for_inference(module: AnyModule, image_size: int = 64) -> AnyModule
     """A frozen copy of a module, in eval mode, in which every encoder computes the same with fewer operations.
 
     Attacks and evaluations run a network thousands of times without changing it: folding costs one forward pass and
-    saves a third to a half of each. The module itself is returned where nothing can be folded, or where the
-    outputs of the copy differ on random pixels by more than 1e-4 of the largest output.
+    saves a third to a half of each. On a CPU the filters of convolutions are stored with the channels last, which
+    halves the time of depthwise ones. The module itself is returned where nothing can be folded, or where the outputs
+    of the copy differ on random pixels by more than 1e-4 of the largest output.
 
     Args:
         module: maps (B, 3, H, W) in [0, 1] to a tensor.
@@ -45,6 +46,8 @@ def optimize_for_inference(module: AnyModule, image_size: int = 64) -> AnyModule
             changed |= bool(use_fast_attention(encoder))
         if not changed:
             return module
+        if like.device.type == "cpu":
+            lighter = lighter.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  torch lacks this one
         got = lighter(images)
     difference = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
     if not difference <= SAME:
