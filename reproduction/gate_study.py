@@ -322,8 +322,8 @@ def load_pair(options: argparse.Namespace) -> tuple[Pair, dict[str, FeatureGate]
             threshold = model.config.detector.threshold
             thresholds["shipped"] = model.gate.config.calibrated_threshold if threshold is None else threshold
     side = public.preprocess.image_size
-    encoders = [optimize_for_inference(one.eval().to(options.device), side) for one in (public, robust)]
-    pair = Pair(*encoders, text)
+    public, robust = (optimize_for_inference(one.eval().to(options.device), side) for one in (public, robust))
+    pair = Pair(public, robust, text)
     cap = cap if options.cap is None else options.cap
     return pair, {name: gate.to(options.device) for name, gate in gates.items()}, thresholds, cap
 

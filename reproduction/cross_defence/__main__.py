@@ -14,10 +14,12 @@ import argparse
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from reproduction.cross_defence.attacks import Strength
+from reproduction.cross_defence.figure import write_figure
 from reproduction.cross_defence.images import write_pack
-from reproduction.cross_defence.page import PAGE, page
+from reproduction.cross_defence.page import FIGURE, PAGE, Table, page
 from reproduction.cross_defence.table import TASKS, Settings, measure
 from zepad_mm.utils.io import read_json, write_json, write_text
 
@@ -28,10 +30,12 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--model", default="embedded", help="folder of the defended model under test")
     found.add_argument("--clip", default="open_clip:embedded", help="source of the public CLIP")
     found.add_argument("--branches", nargs="*", default=[], help="further models whose robust encoders get a row")
+    found.add_argument("--caps", nargs="*", type=float, default=list(Settings.caps), help="of a gate, each gets a row")
     found.add_argument("--data-root", type=Path, help="folder of parquet folders")
     found.add_argument("--images", type=Path, help="a packed file, in place of --data-root")
     found.add_argument("--out", type=Path, default=Path("results/cross_defence.json"), help="the record")
     found.add_argument("--docs", type=Path, default=PAGE, help="the page")
+    found.add_argument("--figure", type=Path, default=FIGURE, help="of the page")
     found.add_argument("--work", default="outputs/cross_defence", help="cells, perturbations and examples")
     found.add_argument("--device", default="cpu")
     found.add_argument("--workers", type=int, default=0, help="processes on that device; 0: this one")
@@ -53,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     options = parser().parse_args(arguments)
     if options.page:
-        write_text(options.docs, page(read_json(options.page)))
+        write_page(read_json(options.page), options)
         return
     place = options.images or options.data_root
     if place is None:
@@ -68,12 +72,18 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = {
         key: getattr(options, key) for key in ("model", "clip", "work", "device", "workers", "limit", "n", "seed")
     }
-    lists = {key: tuple(getattr(options, key)) for key in ("branches", "tasks", "defences")}
+    lists = {key: tuple(getattr(options, key)) for key in ("caps", "branches", "tasks", "defences")}
     settings = Settings.from_dict({**chosen, **lists, "images": str(place), "strength": strength})
     record = measure(smoke(settings) if options.smoke else settings)
     write_json(options.out, record)
+    write_page(record, options)
+    print(f"Written: {options.out}, {options.docs}, {record['meta']['cells_s']} s of attacks")
+
+
+def write_page(record: dict[str, Any], options: argparse.Namespace) -> None:
+    """Write the page and the figure in it."""
     write_text(options.docs, page(record))
-    print(f"Written: {options.out}, {options.docs}, {record['meta']['wall_s']:.0f} s")
+    write_figure(Table(record), options.figure)
 
 
 def smoke(settings: Settings) -> Settings:
@@ -87,6 +97,7 @@ def smoke(settings: Settings) -> Settings:
         universal=("feature_uap",),
         universal_steps={"feature_uap": 1},
         certify_n=8,
+        certify_images=4,
     )
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from reproduction.cross_defence.base import Defence, Path
+from reproduction.cross_defence.base import Defence, Parts, Path, mean_answer
 from zepad_mm.attacks import APGD, PGD, Attack
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.seeding import derived_generator
@@ -54,18 +54,27 @@ def attack_in_batches(attack: Attack, path: Path, images: Tensor, labels: Tensor
     )
 
 
-def transferred(
-    undefended: nn.Module, images: Tensor, labels: Tensor, epsilon: float, strength: Strength
-) -> dict[str, Tensor]:
-    """Examples made on the undefended CLIP, as most authors of test-time defences use; each runs to its last step."""
-    path = Path("undefended", undefended, exact=False)
-    attacks: dict[str, Attack] = {
-        "pgd_undefended": PGD(epsilon=epsilon, steps=strength.pgd_steps, loss="ce", stop_when_wrong=False),
-        "apgd_undefended": APGD(epsilon=epsilon, steps=strength.steps, loss="dlr", stop_when_wrong=False),
+def transferred(parts: Parts, images: Tensor, labels: Tensor, epsilon: float, strength: Strength) -> dict[str, Tensor]:
+    """Examples made without the defence, tried on every one of them; each attack runs to its last step.
+
+    The undefended CLIP is what most authors of test-time defences attack. The robust encoder, and both encoders at
+    once, are the parts of every fusion, whose gradient its rule may hide.
+    """
+
+    def both(images: Tensor) -> Tensor:
+        return mean_answer(parts.undefended(images), parts.robust(images))
+
+    ce = APGD(epsilon=epsilon, steps=strength.steps, loss="ce", stop_when_wrong=False)
+    dlr, pgd = replace(ce, loss="dlr"), PGD(epsilon=epsilon, steps=strength.pgd_steps, loss="ce", stop_when_wrong=False)
+    attacks: dict[str, tuple[Attack, Path]] = {
+        "pgd_undefended": (pgd, Path("undefended", parts.undefended)),
+        "apgd_undefended": (dlr, Path("undefended", parts.undefended)),
+        "apgd_robust": (ce, Path("robust", parts.robust)),
+        "apgd_both": (ce, Path("both", both, views=2)),
     }
     return {
         name: attack_in_batches(attack, path, images, labels, strength.capacity, name)
-        for name, attack in attacks.items()
+        for name, (attack, path) in attacks.items()
     }
 
 
@@ -137,9 +146,9 @@ def adaptive_attack(
 ) -> Search:
     """The worst case over all examples that are there already, and APGD along every path of the defence.
 
-    APGD-CE on every path, APGD-T on the first, and MORA on fusions; what the authors' attack found along the first path
-    is not repeated. The worst example of each image is chosen by some answers of a random defence and scored by new
-    ones, so that the choice does not count as an attack.
+    APGD-CE on every path, APGD-T on the first, and MORA on fusions of logits; what the authors' attack found along the
+    first path is not repeated. The worst example of each image is chosen by some answers of a random defence and scored
+    by new ones, so that the choice does not count as an attack.
     """
     search = Search(defence, images, labels, strength)
     for name, examples in made.items():

@@ -4,15 +4,18 @@
   perturbations made on the public encoder.
 - MixedNUTS (Bai et al. 2024): sharpened robust probabilities mixed with the accurate model's, constants of
   ``zepad_mm.models.fusion``.
+- This project's gate, as the model ships and with smaller caps on the benign weight: the dial between both encoders.
 - Adaptive smoothing (Bai et al. 2023): probabilities mixed with a weight that a network learns with labels for one set
   of classes. Zero-shot there are no such labels, so the weight is constant here, a quarter for the public encoder.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
-from reproduction.cross_defence.base import DEFENCES, AuthorsAttack, Defence, FurtherAttack, Parts, Path, mean_answer
+from reproduction.cross_defence.base import DEFENCES, AuthorsAttack, Defence, FurtherAttack, Parts, Path
 from zepad_mm.attacks import FusedAttack
 from zepad_mm.models.fusion import Fusion
 from zepad_mm.models.fusion import build as build_fusion
@@ -24,8 +27,8 @@ ADAPTIVE_SMOOTHING_WEIGHT = 0.25  # of the public encoder
 class Fused(Defence):
     """The branches of a defended model under a fusion rule.
 
-    The attackers go through the rule; aim at the robust branches alone, whose gradient a rule may hide; at all branches
-    at once; and weigh the branches by their influence (MORA), where the rule needs their logits alone.
+    The attackers go through the rule, and weigh the branches by their influence (MORA) where the rule needs their
+    logits alone. Examples made on the robust encoder, and on both encoders at once, are tried on every defence.
 
     Args:
         model: the defended model.
@@ -39,32 +42,21 @@ class Fused(Defence):
         self.attack = attack
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(images) if self.fusion is None else self.fusion(self.branch_logits(images)).logits
+        if self.fusion is None:
+            return self.model(images)
+        logits = self.model.branch_logits(images) if self.fusion.gated else self.branch_logits(images)
+        return self.fusion(logits).logits
 
     def branch_logits(self, images: Tensor) -> Tensor:
         """(N, B, C), without what a gate adds."""
         return self.model.branch_logits(images)[: len(self.model.benign)]
 
     def paths(self) -> list[Path]:
-        robust = [row for row, benign in enumerate(self.model.benign) if not benign]
-
-        def robust_alone(images: Tensor) -> Tensor:
-            names = list(self.model.branches)
-            return mean_answer(*(self.model.branches[names[row]](images) for row in robust))
-
-        def everyone(images: Tensor) -> Tensor:
-            return mean_answer(*self.branch_logits(images).unbind(0))
-
-        count = len(self.model.benign)
-        return [
-            Path("through", self, True, count),
-            Path("robust branches", robust_alone, False, len(robust)),
-            Path("all branches", everyone, False, count),
-        ]
+        return [Path("through", self, views=len(self.model.benign))]
 
     def further_attacks(self, epsilon: float, steps: int) -> list[FurtherAttack]:
         fusion = self.fusion or self.model.fusion
-        if getattr(fusion, "gated", False):  # its decision needs the features, which the attack does not see
+        if fusion.gated:  # its decision needs the features, which the attack does not see
             return []
         attack = FusedAttack(fuse=fusion, loss="mora", epsilon=epsilon, steps=steps)
         return [FurtherAttack("mora", attack, self.branch_logits, len(self.model.benign))]
@@ -93,3 +85,10 @@ def build_adaptive_smoothing(parts: Parts) -> Defence:
 def build_ours(parts: Parts) -> Defence:
     """The defended model as it ships."""
     return Fused(parts.defended, None, "universal")
+
+
+def with_cap(model: ZePAD, cap: float) -> Defence:
+    """A gated model whose benign weight is at most ``cap``."""
+    own = model.fusion.rule
+    rule = type(own).from_dict({**own.to_dict(), "cap": cap})
+    return Fused(model, replace(model.fusion, rule=rule), "universal")

@@ -12,6 +12,7 @@ from zepad_mm.utils.text import budget_text, bullets, interval_text, markdown_ta
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "CROSS_DEFENCE.md"
+FIGURE = ROOT / "docs" / "images" / "cross_defence.png"
 TITLES = {
     "undefended": "undefended CLIP",
     "robust": "robust encoder alone",
@@ -80,9 +81,14 @@ class Table:
 
 
 def _place(key: str) -> tuple[int, str]:
-    """Where a defence stands in tables: further robust encoders behind the first one."""
+    """Where a defence stands in tables: further robust encoders behind the first one, other caps behind the model."""
     order = list(TITLES)
-    return (order.index(key) if key in order else order.index("robust"), key)
+    near = "ours" if is_cap(key) else "robust"
+    return (order.index(key if key in order else near), key)
+
+
+def is_cap(key: str) -> bool:
+    return key.startswith("ours, cap")
 
 
 def _text(share: Share | None) -> str:
@@ -91,6 +97,8 @@ def _text(share: Share | None) -> str:
 
 def title(key: str) -> str:
     """A defence as tables name it; rows of further robust encoders are named by model and branch."""
+    if is_cap(key):
+        return key.replace("ours", TITLES["ours"])
     return TITLES.get(key, f"robust encoder {key}")
 
 
@@ -109,6 +117,10 @@ def page(record: dict[str, Any]) -> str:
         "Accuracy in % with 95 % Wilson intervals. Passes: forward + backward passes of an encoder for an answer; "
         "time: as a multiple of the undefended CLIP's.",
         _table(table, None),
+        "![What each defence keeps, and the frontier of what fuses both encoders](images/cross_defence.png)",
+        "Left: all tasks together, a mark for each attack. Right: what chooses between both encoders, clean accuracy "
+        f"against that under the adaptive attack at {budget_text(table.weak, 'linf')}; the red line is the dial of the "
+        "gate, from the robust encoder alone to the model as it ships.",
         "## What holds and what does not",
         bullets(_findings(table)) or "The rows to compare with were not measured.",
         "These are statements about this CLIP, these budgets and these attacks. An attack gives an upper bound: "
@@ -125,7 +137,7 @@ def page(record: dict[str, Any]) -> str:
         *(f"### {task}\n\n{_table(table, task)}" for task in table.tasks),
         "Written by `python -m reproduction.cross_defence`, from `results/cross_defence.json`: commit "
         f"{meta['commit']}, {meta['hardware']}, torch {meta['versions']['torch']}, seed {meta['seed']}, "
-        f"{meta['wall_s']:.0f} s.",
+        f"{meta['cells_s'] / 3600:.1f} hours of one process.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -235,13 +247,16 @@ def _protocol(config: dict[str, Any]) -> list[str]:
         "Authors' attack: the kind of attack in the defence's paper or code, at the budget of the column, see the list "
         f"below: PGD ({strength['pgd_steps']} steps, cross-entropy) or APGD ({strength['steps']} steps, DLR) on the "
         f"undefended CLIP, or APGD-CE ({strength['steps']} steps) through the defence.",
-        f"Adaptive attack: the worst case per image over both transferred attacks, the universal perturbations at this "
-        f"budget, APGD-CE ({strength['steps']} steps) along every gradient path of the defence, and APGD-T (DLR, "
-        f"{strength['targets']} targets, {strength['target_steps']} steps each) along the first, and MORA (five runs "
-        f"of {strength['mora_steps']} steps) on fusions that need the logits alone. Where a path cannot tell that an "
-        f"image is finished, an APGD-CE of {strength['opening_steps']} steps comes first. Paths: through it, "
-        "with steps without a gradient held constant (BPDA), with new randomness at each step (EOT), and at its parts "
-        "together. Each attack continues with the images that are still answered right.",
+        "Adaptive attack: the worst case per image over examples that are made once and tried on every defence (both "
+        f"attacks on the undefended CLIP, APGD-CE of {strength['steps']} steps on the robust encoder and on the mean "
+        "log-probability of both encoders, the universal perturbations at this budget); then over APGD-CE "
+        f"({strength['steps']} steps) along every gradient path of the defence, APGD-T (DLR, {strength['targets']} "
+        f"targets, {strength['target_steps']} steps each) along the first, and MORA (five runs of "
+        f"{strength['mora_steps']} steps) on fusions that need the logits alone.",
+        "Gradient paths: through the defence, with steps without a gradient held constant (BPDA), with new randomness "
+        "at each step (EOT), and at its parts together. Each attack takes the images that are still answered right; "
+        "where a path cannot tell that an image is finished, an APGD-CE of "
+        f"{strength['opening_steps']} steps comes first.",
         f"Random defences: the accuracy is the mean over {strength['draws']} answers, or of one where the defence "
         "averages over its randomness itself. The example that counts is chosen by other answers than those that score "
         "it.",

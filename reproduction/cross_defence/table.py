@@ -32,6 +32,7 @@ from reproduction.cross_defence.attacks import (
 )
 from reproduction.cross_defence.base import DEFENCES, Defence, Parts, Plain
 from reproduction.cross_defence.cost import ABOUT, about, cost
+from reproduction.cross_defence.fusions import with_cap
 from reproduction.cross_defence.images import Rows, read_rows
 from zepad_mm.attacks import UNIVERSAL_ATTACKS, Perturbation, frozen
 from zepad_mm.data import LabelledImages
@@ -52,6 +53,7 @@ log = logging.getLogger(__name__)
 
 TASKS = ("clothing144", "imagenet20", "caltech69", "tinyimagenet80")
 CERTIFIED_RADII = (0.05, 0.1, 0.15)  # L2, in pixels of [0, 1]
+CHOICES = ("defences", "caps", "tasks")  # of rows and tables, may differ as well
 PLACES = ("images", "work", "device", "workers", "limit", "model", "clip", "branches")  # may differ in a resumed run
 
 
@@ -62,6 +64,7 @@ class Settings(Config):
     model: str  # the defended model under test: its first robust branch is the robust encoder
     clip: str = "open_clip:embedded"  # source of the public CLIP
     images: str  # folder of parquet folders, or a packed file
+    caps: tuple[float, ...] = (0.25,)  # on the benign weight of a gated model under test: each gets a row
     branches: tuple[str, ...] = ()  # further defended models or tuned encoders, whose robust encoders get a row
     tasks: tuple[str, ...] = TASKS  # names of sources of images
     defences: tuple[str, ...] = ()  # keys; empty: all
@@ -83,7 +86,7 @@ class Settings(Config):
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common."""
-        found = {key: value for key, value in self.to_dict().items() if key not in (*PLACES, "defences", "tasks")}
+        found = {key: value for key, value in self.to_dict().items() if key not in (*PLACES, *CHOICES)}
         found["strength"].pop("capacity")  # after an error for lack of memory it may be smaller
         return found
 
@@ -122,7 +125,9 @@ class Bench:
         for source in settings.branches:
             others |= _robust_encoders(source)
         self.others = {name: self._ready(one) for name, (one, _) in others.items()}
+        self.caps = {f"ours, cap {cap:g}": cap for cap in settings.caps if model.gate is not None}
         self.objectives = {name: f"Robust encoder alone: {text}." for name, (_, text) in others.items()}
+        self.objectives |= {name: f"{name}: the largest benign weight." for name in self.caps}
         self.text.to(self.device)
         self.data = lru_cache(maxsize=None)(self._data)
         self.parts = lru_cache(maxsize=1)(self._parts)
@@ -134,7 +139,7 @@ class Bench:
     @property
     def names(self) -> list[str]:
         """Keys of all defences."""
-        return self.settings.defences or [*DEFENCES.names(), *self.others]  # type: ignore[return-value]
+        return self.settings.defences or [*DEFENCES.names(), *self.caps, *self.others]  # type: ignore[return-value]
 
     def rows(self, task: str, part: str, n: int) -> Rows:
         return read_rows(Path(self.settings.images), task, part).sample(n, self.settings.seed)
@@ -168,6 +173,8 @@ class Bench:
     def _defence(self, task: str, name: str) -> Defence:
         parts = self.parts(task)
         with seeded(self.device, self.settings.seed, "calibration", name):
+            if name in self.caps:
+                return with_cap(parts.defended, self.caps[name]).eval()
             if name in self.others:
                 return Plain(EncoderWithHead(self.others[name], parts.undefended.head)).eval()
             return DEFENCES.get(name)(parts).to(self.device).eval()
@@ -192,8 +199,8 @@ class Bench:
         """Examples made without the defence, by attack: made once, then read."""
         path = self.work / "transferred" / f"{task}--{255 * epsilon:g}.safetensors"
         if not path.is_file():
-            data, model = self.data(task), self.parts(task).undefended
-            made = transferred(model, data.images, data.labels, epsilon, self.settings.strength)
+            data, parts = self.data(task), self.parts(task)
+            made = transferred(parts, data.images, data.labels, epsilon, self.settings.strength)
             for name, perturbation in self.perturbations().items():
                 made[f"universal {name}"] = perturbation.rescaled(epsilon)(data.images)
             write_tensors(path, {name: images.cpu() for name, images in made.items()}, {})
@@ -238,6 +245,7 @@ class Bench:
         radius = torch.cat([radius for _, radius in found])
         for least in CERTIFIED_RADII:
             yield self._cell(job, f"certified L2 {least:g}", (right & (radius >= least)).float(), since)
+            since = time.perf_counter()  # all radii come from the same answers
 
     def _attack_cells(self, job: Job, defence: Defence, epsilon: float) -> list[dict[str, Any]]:
         data, strength, since = self.data(job.task), self.settings.strength, time.perf_counter()
@@ -301,7 +309,7 @@ def _measure(job: Job) -> list[dict[str, Any]]:
 
 def measure(settings: Settings) -> dict[str, Any]:
     """Measure every cell that is missing; returns the record of all that are there."""
-    work, started = Path(settings.work), time.perf_counter()
+    work, began = Path(settings.work), time.perf_counter()
     identity = work / "settings.json"
     if identity.is_file():
         check_identity(read_json(identity), settings.identity(), identity)
@@ -319,14 +327,14 @@ def measure(settings: Settings) -> dict[str, Any]:
     ]
     missing = [job for job in jobs if not (work / "cells" / job.file).is_file()]
     log.info("%d of %d jobs to do", len(missing), len(jobs))
-    _run(settings, bench, missing, started, lambda job, cells: write_json(work / "cells" / job.file, cells))
+    _run(settings, bench, missing, began, lambda job, cells: write_json(work / "cells" / job.file, cells))
     files = [path for job in jobs if (path := work / "cells" / job.file).is_file()]
     cells = [cell for path in files for cell in read_json(path)]
     clean = {cell["defence"]: cell for cell in cells if cell["column"] == "clean"}
     shown = [{"key": name} | {key: clean[name][key] for key in ABOUT} for name in bench.names if name in clean]
     config = {key: value for key, value in settings.to_dict().items() if key not in PLACES}
     config |= {"model": Path(settings.model).name, "clip": settings.clip, "image_size": bench.side}
-    meta = provenance(seed=settings.seed, config=config) | {"wall_s": round(time.perf_counter() - started, 1)}
+    meta = provenance(seed=settings.seed, config=config) | {"cells_s": round(sum(cell["seconds"] for cell in cells))}
     return {"meta": meta, "defences": shown, "cells": cells}
 
 

@@ -71,7 +71,7 @@ def test_every_path_of_a_defence_has_a_gradient(defence: Defence) -> None:
 def test_adaptive_attack_is_at_least_as_strong_as_the_authors_one(defence: Defence, parts: Parts) -> None:
     batch = images(6, 2)
     labels = defence(batch).argmax(-1)
-    made = transferred(parts.undefended, batch, labels, EPSILON, WEAK) | {"universal": batch}
+    made = transferred(parts, batch, labels, EPSILON, WEAK) | {"universal": batch}
     examples = authors_attack(defence, batch, labels, EPSILON, WEAK, made)
     assert float((examples - batch).abs().max()) <= EPSILON + 1e-6
     found = adaptive_attack(defence, batch, labels, EPSILON, WEAK, made)
@@ -137,7 +137,16 @@ def test_table_is_measured_packed_resumed_and_written(tmp_path: Path, parts: Par
         "smoothing",
         "model/lora",
     ]
-    words += ["--out", str(tmp_path / "r.json"), "--docs", str(tmp_path / "r.md"), "--work", str(tmp_path / "work")]
+    words += [
+        "--out",
+        str(tmp_path / "r.json"),
+        "--docs",
+        str(tmp_path / "r.md"),
+        "--figure",
+        str(tmp_path / "r.png"),
+        "--work",
+        str(tmp_path / "work"),
+    ]
     main(words)
     record = json.loads((tmp_path / "r.json").read_text())
     columns = {(cell["defence"], cell["column"], cell["epsilon"]) for cell in record["cells"]}
@@ -146,6 +155,7 @@ def test_table_is_measured_packed_resumed_and_written(tmp_path: Path, parts: Par
     assert ("ours", "authors", EPSILON) not in columns  # theirs is T1
     assert all(cell["n"] == 4 and cell["ci_low"] <= cell["accuracy"] <= cell["ci_high"] for cell in record["cells"])
     assert "| this project's model" in (tmp_path / "r.md").read_text()
+    assert (tmp_path / "r.png").stat().st_size > 10_000
     left = next((tmp_path / "work" / "cells").glob("*ours*base*"))
     left.unlink()
     main(words)
