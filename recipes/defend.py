@@ -34,7 +34,7 @@ from zepad_mm.evaluation.model_card import write_card
 from zepad_mm.models.card import weakness_warning
 from zepad_mm.training import make_accelerator
 from zepad_mm.utils.config import Config
-from zepad_mm.utils.stopping import WEAK, run_program
+from zepad_mm.utils.stopping import NO_EFFECT, run_program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ def main(recipe: Recipe) -> int:
     print((out / "evaluation" / "report.md").read_text(encoding="utf-8"))
     if weakness := weakness_warning(model.config):
         print(f"{out}: {weakness}")
-    return WEAK if weakness else 0
+    return NO_EFFECT if weakness else 0
 
 
 if __name__ == "__main__":

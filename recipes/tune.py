@@ -36,7 +36,7 @@ from typing import Literal
 from zepad_mm.defences import make_defence
 from zepad_mm.encoders import load_encoder
 from zepad_mm.training import DataSettings, TuneSettings, estimate_cost, make_accelerator, make_student, tune
-from zepad_mm.utils.stopping import WEAK, run_program
+from zepad_mm.utils.stopping import NO_EFFECT, run_program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ def main(recipe: Recipe) -> int:
         )
         if tuned.untuned:
             accelerator.print(f"{recipe.out}: NOTHING WAS TUNED, no tuned weights were better than the public ones")
-            code = WEAK
+            code = NO_EFFECT
     accelerator.end_training()
     return code
 

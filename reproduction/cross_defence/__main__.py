@@ -88,7 +88,9 @@ def write_page(record: dict[str, Any], options: argparse.Namespace) -> None:
 
 def smoke(settings: Settings) -> Settings:
     """The same with the fewest steps and images."""
-    weak = replace(settings.strength, steps=1, opening_steps=1, target_steps=1, targets=1, pgd_steps=1, draws=2)
+    weak = replace(
+        settings.strength, steps=1, opening_steps=1, margin_steps=1, target_steps=1, targets=1, pgd_steps=1, draws=2
+    )
     return replace(
         settings,
         strength=weak,

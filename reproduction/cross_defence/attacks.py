@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reproduction.cross_defence.base import Defence, Parts, Path, mean_answer
-from zepad_mm.attacks import APGD, PGD, Attack
+from zepad_mm.attacks import APGD, PGD, Attack, MomentumPGD
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.seeding import derived_generator
 
@@ -28,6 +28,7 @@ class Strength(Config):
 
     steps: int = 25  # of APGD on the cross-entropy
     opening_steps: int = 6  # of a first, short APGD where the full one cannot end early
+    margin_steps: int = 100  # of momentum PGD on the margin, on defences without randomness
     target_steps: int = 15  # of APGD-T, for each target
     targets: int = 2  # wrong classes of APGD-T
     mora_steps: int = 8  # of each of the five runs of MORA, on fusions
@@ -112,13 +113,17 @@ class Search:
 
         self.look(name, examples)
 
+    def exact(self, path: Path) -> bool:
+        """Whether an image that is wrong along the path is wrong for the defence."""
+        return path.exact and not self.defence.random
+
     def apgd(self, loss: str, path: Path, epsilon: float) -> None:
         """APGD-CE or APGD-T along a path.
 
         It ends an image early only where the path answers as the defence does; elsewhere a short APGD-CE comes first,
         which leaves the full one fewer images.
         """
-        early, strength, name = path.exact and not self.defence.random, self.strength, f"{path.name}, {loss}"
+        early, strength, name = self.exact(path), self.strength, f"{path.name}, {loss}"
         steps = strength.steps if loss == "ce" else strength.target_steps
         full = APGD(epsilon=epsilon, steps=steps, loss=loss, targets=strength.targets, stop_when_wrong=early)
         if loss == "ce" and not early:
@@ -146,7 +151,7 @@ def adaptive_attack(
 ) -> Search:
     """The worst case over all examples that are there already, and APGD along every path of the defence.
 
-    APGD-CE on every path, APGD-T on the first, and MORA on fusions of logits; what the authors' attack found along the
+    APGD-CE on every path, momentum PGD and APGD-T on the first, and MORA on fusions of logits; what the authors' attack found along the
     first path is not repeated. The worst example of each image is chosen by some answers of a random defence and scored
     by new ones, so that the choice does not count as an attack.
     """
@@ -157,6 +162,9 @@ def adaptive_attack(
         first = number == 0
         if not (first and "authors" in made and defence.attack == "apgd_defence"):
             search.apgd("ce", path, epsilon)
+        if first and search.exact(path):  # through a gate, only a long run on the margin comes near the end
+            long = MomentumPGD(epsilon=epsilon, steps=strength.margin_steps, loss="margin")
+            search.attack(f"{path.name}, momentum", long, path)
         if first:
             search.apgd("targeted", path, epsilon)
     for further in defence.further_attacks(epsilon, strength.mora_steps):

@@ -24,7 +24,7 @@ from zepad_mm import __version__
 from zepad_mm.attacks import Perturbation
 from zepad_mm.cli import COMMANDS, budget, main
 from zepad_mm.models.zepad import DetectorConfig, ZePAD
-from zepad_mm.utils.stopping import WEAK
+from zepad_mm.utils.stopping import NO_EFFECT
 
 
 @pytest.fixture(scope="module")
@@ -361,7 +361,7 @@ def test_example_of_the_help_runs(
         words[words.index("open_clip:embedded")] = clip_source
     try:
         # two steps of tuning do not beat the public weights
-        expected = {"doctor": (0, 1), "defend": (WEAK,)}.get(name, (0,))
+        expected = {"doctor": (0, 1), "defend": (NO_EFFECT,)}.get(name, (0,))
         assert main([*words, "--json"] if COMMANDS[name].json else words) in expected
         said, errors = capsys.readouterr()
         assert name != "defend" or "NOTHING WAS TUNED" in errors.splitlines()[-1]

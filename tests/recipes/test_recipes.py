@@ -16,7 +16,7 @@ import pytest
 
 from zepad_mm.defences import make_defence
 from zepad_mm.utils.config import Config
-from zepad_mm.utils.stopping import WEAK
+from zepad_mm.utils.stopping import NO_EFFECT
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "recipes" / "configs" / "smoke"
@@ -96,9 +96,9 @@ def test_recipe_runs_its_smoke_config(
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(f"recipes/{recipe}.py", run_name="__main__")
     printed, errors = capsys.readouterr()
-    assert ended.value.code in (0, WEAK), errors
+    assert ended.value.code in (0, NO_EFFECT), errors
     weak = any(text in printed for text in ("than the public ones", "has no effect"))  # a few steps improve little
-    assert (ended.value.code == WEAK) == weak
+    assert (ended.value.code == NO_EFFECT) == weak
     assert any(out.rglob("*.json")) or any(out.rglob("*.safetensors"))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from zepad_mm.cli.common import IMAGES, SOURCE, Command, print_result
 from zepad_mm.cli.settings_options import SettingsOptions, settings_fields
-from zepad_mm.utils.stopping import WEAK
+from zepad_mm.utils.stopping import NO_EFFECT
 
 DEFEND_SETTINGS = "defend.py:DefendSettings"
 DEFEND_OPTIONS = SettingsOptions(
@@ -52,7 +52,7 @@ def _run(options: Any) -> int:
     print_result(options, {"out": options.out, **model.config.to_dict()}, "\n".join(_closing_words(options.out, model)))
     if weakness := weakness_warning(model.config):
         print(f"zepad: {weakness}", file=sys.stderr, flush=True)
-    return WEAK if weakness else 0
+    return NO_EFFECT if weakness else 0
 
 
 def _closing_words(out: str, model: Any) -> list[str]:

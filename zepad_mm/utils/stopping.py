@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 USER_ERRORS = (ValueError, OSError)  # printed as one line; everything else is a fault of the program
 STOPPED = 130  # exit code after SIGINT or SIGTERM
-WEAK = 3  # exit code of a tuning that kept public weights, or of a defence without any measured effect
+NO_EFFECT = 3  # exit code of a tuning that kept public weights, or of a defence without any measured effect
 
 
 class Stopped(KeyboardInterrupt):
