@@ -151,9 +151,9 @@ def adaptive_attack(
 ) -> Search:
     """The worst case over all examples that are there already, and APGD along every path of the defence.
 
-    APGD-CE on every path, momentum PGD and APGD-T on the first, and MORA on fusions of logits; what the authors' attack found along the
-    first path is not repeated. The worst example of each image is chosen by some answers of a random defence and scored
-    by new ones, so that the choice does not count as an attack.
+    APGD-CE on every path, momentum PGD and APGD-T on the first, and MORA on fusions of logits; what the authors' attack
+    found along the first path is not repeated. The worst example of each image is chosen by some answers of a random
+    defence and scored by new ones, so that the choice does not count as an attack.
     """
     search = Search(defence, images, labels, strength)
     for name, examples in made.items():

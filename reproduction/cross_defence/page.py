@@ -252,8 +252,8 @@ def _protocol(config: dict[str, Any]) -> list[str]:
         "log-probability of both encoders, the universal perturbations at this budget); then over APGD-CE "
         f"({strength['steps']} steps) along every gradient path of the defence; momentum PGD on the margin "
         f"({strength['margin_steps']} steps, where nothing is random) and APGD-T (DLR, {strength['targets']} targets, "
-        f"{strength['target_steps']} steps each) along the first; and MORA (five runs of {strength['mora_steps']} steps) "
-        "on fusions that need the logits alone.",
+        f"{strength['target_steps']} steps each) along the first; and MORA (five runs of {strength['mora_steps']} "
+        "steps) on fusions that need the logits alone.",
         "Gradient paths: through the defence, with steps without a gradient held constant (BPDA), with new randomness "
         "at each step (EOT), and at its parts together. Each attack takes the images that are still answered right; "
         "where a path cannot tell that an image is finished, an APGD-CE of "
