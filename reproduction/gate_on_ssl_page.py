@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from statistics import mean
+from textwrap import fill
 from typing import Any
 
 from zepad_mm.utils.text import interval_text, markdown_table, percent
@@ -38,7 +39,7 @@ def page(record: dict[str, Any]) -> str:
     evaluation = config["evaluation"]
     held_out = config["gate"]["held_out"]
     kinds = {name: kind_of(name, config) for name in evaluation["universal"]}
-    return PAGE.format(
+    text = PAGE.format(
         victims=" and ".join(_victim(name, one) for name, one in victims.items()),
         tuning=", ".join(_tuning(name, one["tuning"]) for name, one in victims.items()),
         n_tune=config["n_tune"],
@@ -55,6 +56,7 @@ def page(record: dict[str, Any]) -> str:
         table=_table(victims, config),
         findings=_findings(victims, config),
     )
+    return "\n\n".join(one if one[0] in "|-#" else fill(one, 120) for one in text.rstrip().split("\n\n")) + "\n"
 
 
 def kind_of(attack: str, config: dict[str, Any]) -> str:
@@ -101,7 +103,7 @@ def _probes(victims: dict[str, Any]) -> str:
             f"The linear probe of {name} on CIFAR-10 is {told}{percent(after['linear_accuracy'])} % after the "
             f"continuation ({one['pretraining']['n_held_out']} images that it was not trained on)."
         )
-    return "\n".join(lines)
+    return " ".join(lines)
 
 
 def _table(victims: dict[str, Any], config: dict[str, Any]) -> str:
