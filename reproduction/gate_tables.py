@@ -86,7 +86,7 @@ def render(record: dict[str, Any], further: dict[str, Any] | None = None) -> str
         detection=_detection(sets, gate, seen),
         severity=SEVERITY,
         corruptions=_corruptions(sets, gate),
-        transfer="\n\n".join(_transfer(one["sets"], gate, one["caps"].index(one["cap"])) for one in records),
+        transfer=_transfer([each for one in records for each in one["sets"].items()], gate, cap),
         white_box=_white_box(sets),
     )
 
@@ -156,9 +156,9 @@ def _seeds(sets: dict[str, Any], gates: dict[str, Any], cap: int) -> str:
     return markdown_table(header, lines)
 
 
-def _transfer(sets: dict[str, Any], gate: str, cap: int) -> str:
+def _transfer(sets: Iterable[tuple[str, Any]], gate: str, cap: int) -> str:
     lines = []
-    for name, one in sets.items():
+    for name, one in sets:
         for row in one["rows"]:
             if row["threat"] == "T1i":
                 found = row["gates"][gate]

@@ -83,4 +83,11 @@ def test_the_command_measures_resumes_and_its_page_shows_the_record(
 
     page = gate_tables.render(first)
     assert "| clothing | 10" in page
-    assert "pgd_stopped 4/255" in page
+    assert page.count("pgd_stopped 4/255") == 1
+
+    further = command / "further.json"
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--universal", "--white-box-sets", "--out", str(further)])
+    gate_study.main()
+    rows = read_json(further)["sets"]["clothing"]["rows"]
+    assert {row["threat"] for row in rows} == {"clean", "T1i", "corruption"}
+    assert gate_tables.render(first, read_json(further)).count("pgd_stopped 4/255") == 2
