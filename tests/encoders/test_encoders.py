@@ -294,6 +294,8 @@ def test_optimize_for_inference_keeps_outputs(name: str) -> None:
     assert all(torch.equal(tensor, before[key]) for key, tensor in encoder.state_dict().items())
     assert not any(isinstance(module, nn.BatchNorm2d) for module in lighter.modules())
     assert (lighter is encoder) == (name == "convnext_atto")  # nothing to fold: not copied either
+    filters = [module.weight for module in lighter.modules() if isinstance(module, nn.Conv2d)]
+    assert lighter is encoder or all(one.is_contiguous(memory_format=torch.channels_last) for one in filters)
 
 
 def test_optimize_for_inference_folds_adapters(clip_source: str, images: torch.Tensor) -> None:
