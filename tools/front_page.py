@@ -1,4 +1,4 @@
-"""The measured parts of README.md, generated from results/gate.json and results/readme_picture.json.
+"""The measured parts of README.md, generated from results/gate*.json and results/readme_picture.json.
 
 One accuracy is a mean over the data sets of the gate study; the page that :mod:`reproduction.gate_tables` writes has
 each of them.
@@ -20,9 +20,14 @@ from zepad_mm.utils.text import markdown_table, percent
 
 ROOT = Path(__file__).parents[1]
 GATE = ROOT / "results" / "gate.json"
+TRANSFER = ROOT / "results" / "gate_transfer.json"  # attacks on each image of the other sets
 COST = ROOT / "results" / "gate_cost.json"
 PICTURE_MARKS = ("<!-- picture: written by tools/render_docs.py -->", "<!-- /picture -->")
 TABLE_MARKS = ("<!-- results: written by tools/render_docs.py from results/gate.json -->", "<!-- /results -->")
+TRANSFER_ATTACKS = {
+    "pgd_stopped": "an attack on the public encoder that stops at its first mistake",
+    "mi": "momentum PGD on the public encoder",
+}
 TITLES = {
     "zero_sacrifice": "defended, `zero_sacrifice`",
     "white_box": "defended, `white_box`",
@@ -47,12 +52,29 @@ def front_page(old: str) -> str:
         f"![Photos before and after an attack, with the answers](docs/images/readme.png)\n\n{picture}",
     )
     cost = read_json(COST)["ratios"]["defended / undefended"] if COST.is_file() else None
-    study = GateRecord(read_json(GATE), read_json(EMBEDDED_MODEL / CONFIG), cost)
+    record = with_transfer(read_json(GATE), read_json(TRANSFER))
+    study = GateRecord(record, read_json(EMBEDDED_MODEL / CONFIG), cost)
     return between(
         new,
         TABLE_MARKS,
         "\n\n".join([study.columns(), study.table(), study.white_box(), study.price(), study.source()]),
     )
+
+
+def with_transfer(record: Mapping[str, Any], further: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of the gate study with the per-image attacks of a second one of the same gate.
+
+    Raises:
+        ValueError: another gate.
+    """
+    configs = [next(iter(one["meta"]["config"]["gates"].values())) for one in (record, further)]
+    if configs[0] != configs[1]:
+        raise ValueError("expected two records of one gate, got different configurations")
+    sets = {}
+    for name, one in record["sets"].items():
+        more = further["sets"].get(name, {"rows": []})["rows"]
+        sets[name] = {**one, "rows": one["rows"] + [row for row in more if row["threat"] == "T1i"]}
+    return {**record, "sets": sets}
 
 
 @dataclass(frozen=True)
@@ -154,7 +176,21 @@ class GateRecord:
         )
         return (
             f"Beside the robust copy alone, `zero_sacrifice` moves the accuracy by {moved} (points), runs "
-            f"{len(self.model['branches'])} encoders in place of one, and says of each image whether it looks attacked."
+            f"{len(self.model['branches'])} encoders in place of one, and says of each image whether it looks "
+            f"attacked. {self.weakest_transfer()}"
+        )
+
+    def weakest_transfer(self) -> str:
+        """The attack of T1i under which the gate loses most against the robust encoder, in the mean over the sets."""
+        groups: dict[tuple[str, int], list[tuple[float, float]]] = {}
+        for row in (row for rows in self.rows("T1i") for row in rows):
+            shares = self.share(row, "zero_sacrifice"), self.share(row, "robust")
+            groups.setdefault((row["attack"], row["epsilon"]), []).append(shares)
+        means = {key: [mean(column) for column in zip(*shares, strict=True)] for key, shares in groups.items()}
+        (attack, epsilon), (gated, robust) = min(means.items(), key=lambda item: item[1][0] - item[1][1])
+        return (
+            f"It loses most to {TRANSFER_ATTACKS.get(attack, attack)} (T1i, {epsilon}/255), since the gate misses many "
+            f"of its small changes: {percent(gated)} %, and {percent(robust)} % of the robust copy alone."
         )
 
     def columns(self) -> str:
@@ -175,9 +211,11 @@ class GateRecord:
         }
         sizes = ", ".join(sorted({str(row["n"]) for rows in self.rows("T2") for row in rows})) or "no"
         same = self.record["meta"]["config"]["gates"][self.gate]["threshold"] == self.model["gate"]["threshold"]
+        everywhere = names["T1i"].count(",") + 1 == len(sets)
+        transfer = "" if everywhere else f"T1i on {names['T1i'] or 'no set'}; "
         return (
-            f"Means over {len(sets)} data sets with {counts} test images each, small embedded CLIP, one seed; T1i on "
-            f"{names['T1i'] or 'no set'}; T2 on {sizes} images of {names['T2'] or 'no set'}. Each set and attack: "
+            f"Means over {len(sets)} data sets with {counts} test images each, small embedded CLIP, one seed; "
+            f"{transfer}T2 on {sizes} images of {names['T2'] or 'no set'}. Each set and attack: "
             "[results/gate.md](results/gate.md)."
             + ("" if same else " The record was measured with an earlier gate than the one that ships.")
         )

@@ -16,7 +16,7 @@ import pytest
 from tests.helpers.browser import SIZES
 from tests.helpers.documents import DOCUMENTS, ROOT, blocks, commands, name_of
 from tools import screenshots, threat_figures, tutorials
-from tools.front_page import GATE, GateRecord
+from tools.front_page import GATE, TRANSFER, GateRecord, with_transfer
 from tools.readme_picture import RECORD, caption, fingerprint
 from tools.threat_figures import caption as caption_of
 from zepad_mm.attacks import ATTACKS
@@ -156,8 +156,11 @@ def test_screenshots_are_of_the_shipped_model() -> None:
 def test_front_page_words_follow_the_record() -> None:
     """The sentences hold for the committed record, and for one in which the defence withstands some attacks."""
     config = read_json(ROOT / "zepad_mm" / "assets" / "zepad" / "config.json")
-    record = read_json(GATE)
+    record = with_transfer(read_json(GATE), read_json(TRANSFER))
     study = GateRecord(record, config)
+    assert len(study.rows("T1i")) == len(record["sets"])
+    assert "T1i on" not in study.source()
+    assert "T1i on clothing" in GateRecord(read_json(GATE), config).source()
     assert f"{percent(study.accuracy('zero_sacrifice', 'T1'))} " in study.table()
     assert " 2.1x |" in GateRecord(record, config, 2.1).table()
     changed = json.loads(json.dumps(deepcopy(record)))
@@ -173,3 +176,6 @@ def test_front_page_words_follow_the_record() -> None:
     assert "not measured" in GateRecord(changed, config).white_box()
     with pytest.raises(ValueError, match=r"results/gate.json has no cap 0.123"):
         GateRecord(record, {**config, "policy_caps": {"zero_sacrifice": 0.123, "white_box": 0.0}}).table()
+    changed["meta"]["config"]["gates"]["shipped"]["threshold"] = 0.123
+    with pytest.raises(ValueError, match="one gate"):
+        with_transfer(changed, read_json(TRANSFER))
