@@ -88,9 +88,7 @@ def write_page(record: dict[str, Any], options: argparse.Namespace) -> None:
 
 def smoke(settings: Settings) -> Settings:
     """The same with the fewest steps and images."""
-    weak = replace(
-        settings.strength, steps=1, opening_steps=1, margin_steps=1, target_steps=1, targets=1, pgd_steps=1, draws=2
-    )
+    weak = Strength(**dict.fromkeys(Strength().to_dict(), 1) | {"capacity": settings.strength.capacity, "draws": 2})
     return replace(
         settings,
         strength=weak,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reproduction.cross_defence.base import Defence, Parts, Path, mean_answer
-from zepad_mm.attacks import APGD, PGD, Attack, MomentumPGD
+from zepad_mm.attacks import APGD, PGD, Attack, MomentumIterative, MomentumPGD
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.seeding import derived_generator
 
@@ -17,7 +17,7 @@ from zepad_mm.utils.seeding import derived_generator
 AUTHORS = {
     "pgd_undefended": "PGD on the undefended CLIP",
     "apgd_undefended": "APGD on the undefended CLIP",
-    "apgd_defence": "APGD-CE through the defence",
+    "apgd_defence": "the cross-entropy through the defence",
     "universal": "universal perturbations, as T1",
 }
 
@@ -29,6 +29,7 @@ class Strength(Config):
     steps: int = 25  # of APGD on the cross-entropy
     opening_steps: int = 6  # of a first, short APGD where the full one cannot end early
     margin_steps: int = 100  # of momentum PGD on the margin, on defences without randomness
+    random_steps: int = 30  # of the momentum iterative method, through randomness
     target_steps: int = 15  # of APGD-T, for each target
     targets: int = 2  # wrong classes of APGD-T
     mora_steps: int = 8  # of each of the five runs of MORA, on fusions
@@ -117,18 +118,18 @@ class Search:
         """Whether an image that is wrong along the path is wrong for the defence."""
         return path.exact and not self.defence.random
 
-    def apgd(self, loss: str, path: Path, epsilon: float) -> None:
-        """APGD-CE or APGD-T along a path.
+    def ascend(self, path: Path, epsilon: float) -> None:
+        """Raise the cross-entropy along a path: by APGD, or, since noise halts it, by summed gradients on random defences.
 
-        It ends an image early only where the path answers as the defence does; elsewhere a short APGD-CE comes first,
-        which leaves the full one fewer images.
+        It ends an image early only where the path answers as the defence does; elsewhere a short APGD comes first,
+        which leaves the full attack fewer images.
         """
-        early, strength, name = self.exact(path), self.strength, f"{path.name}, {loss}"
-        steps = strength.steps if loss == "ce" else strength.target_steps
-        full = APGD(epsilon=epsilon, steps=steps, loss=loss, targets=strength.targets, stop_when_wrong=early)
-        if loss == "ce" and not early:
-            self.attack(f"{name}, short", replace(full, steps=strength.opening_steps), path)
-        self.attack(name, full, path)
+        early, strength = self.exact(path), self.strength
+        apgd = APGD(epsilon=epsilon, steps=strength.steps, loss="ce", stop_when_wrong=early)
+        summed = MomentumIterative(epsilon=epsilon, steps=strength.random_steps, loss="ce", stop_when_wrong=False)
+        if not early:
+            self.attack(f"{path.name}, ce, short", replace(apgd, steps=strength.opening_steps), path)
+        self.attack(f"{path.name}, ce", summed if self.defence.random else apgd, path)
 
 
 def authors_attack(
@@ -142,31 +143,39 @@ def authors_attack(
     if defence.attack in made:
         return made[defence.attack]
     search = Search(defence, images, labels, strength)
-    search.apgd("ce", defence.paths()[0], epsilon)
+    search.ascend(defence.paths()[0], epsilon)
     return search.worst
 
 
 def adaptive_attack(
     defence: Defence, images: Tensor, labels: Tensor, epsilon: float, strength: Strength, made: Mapping[str, Tensor]
 ) -> Search:
-    """The worst case over all examples that are there already, and APGD along every path of the defence.
+    """The worst case over all examples that are there already, and attacks along every path of the defence.
 
-    APGD-CE on every path, momentum PGD and APGD-T on the first, and MORA on fusions of logits; what the authors' attack
-    found along the first path is not repeated. The worst example of each image is chosen by some answers of a random
-    defence and scored by new ones, so that the choice does not count as an attack.
+    The cross-entropy rises on every path; momentum PGD on the margin and APGD-T follow on the first where nothing is
+    random, and MORA on fusions of logits. What the authors' attack found along the first path is not repeated. The
+    worst example of each image is chosen by some answers of a random defence and scored by new ones, so that the choice
+    does not count as an attack.
     """
     search = Search(defence, images, labels, strength)
     for name, examples in made.items():
         search.look(name, examples.__getitem__)
-    for number, path in enumerate(defence.paths()):
-        first = number == 0
-        if not (first and "authors" in made and defence.attack == "apgd_defence"):
-            search.apgd("ce", path, epsilon)
-        if first and search.exact(path):  # through a gate, only a long run on the margin comes near the end
-            long = MomentumPGD(epsilon=epsilon, steps=strength.margin_steps, loss="margin")
-            search.attack(f"{path.name}, momentum", long, path)
-        if first:
-            search.apgd("targeted", path, epsilon)
+    first, *others = defence.paths()
+    if not ("authors" in made and defence.attack == "apgd_defence"):
+        search.ascend(first, epsilon)
+    if search.exact(first):  # through a gate, only a long run on the margin comes near the end
+        search.attack(f"{first.name}, momentum", MomentumPGD(epsilon=epsilon, steps=strength.margin_steps), first)
+    if not defence.random:
+        targeted = APGD(
+            epsilon=epsilon,
+            steps=strength.target_steps,
+            loss="targeted",
+            targets=strength.targets,
+            stop_when_wrong=search.exact(first),
+        )
+        search.attack(f"{first.name}, targeted", targeted, first)
+    for path in others:
+        search.ascend(path, epsilon)
     for further in defence.further_attacks(epsilon, strength.mora_steps):
         search.attack(further.name, further.attack, Path(further.name, further.model, views=further.views))
     if defence.random:

@@ -41,10 +41,10 @@ def _draw_columns(axes: Axes, table: Table) -> None:
         "T1": lambda key: table.share(key, "T1"),
         f"authors' attack, {strong}": lambda key: table.share(key, "authors", table.strong),
         f"adaptive, {weak}": lambda key: table.share(key, "adaptive", table.weak),
-        f"adaptive, {strong}": table.adaptive,
+        f"adaptive, {strong}": table.adaptive,  # the same line where there is one budget
     }
     rows = range(len(table.defences))
-    for (name, share), (marker, colour) in zip(columns.items(), MARKS, strict=True):
+    for (name, share), (marker, colour) in zip(columns.items(), MARKS, strict=False):
         found = [(row, share(key)) for row, key in zip(rows, table.defences, strict=True)]
         points = [(100 * one.value, row) for row, one in found if one is not None]
         if points:

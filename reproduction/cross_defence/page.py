@@ -40,7 +40,8 @@ class Table:
         self.cells = record["cells"]
         self.config = record["meta"]["config"]
         self.tasks = list(self.config["tasks"])
-        self.strong, self.weak = max(self.config["epsilons"]), min(self.config["epsilons"])
+        attacked = {cell["epsilon"] for cell in self.cells if cell["column"] == "adaptive"} or self.config["epsilons"]
+        self.strong, self.weak = max(attacked), min(attacked)  # one where a run was cut off after the first
         every = [about["key"] for about in record["defences"]]
         self.defences = sorted((key for key in every if self._complete(key)), key=_place)
         self.missing = [key for key in every if key not in self.defences]  # of a run that was cut off
@@ -146,13 +147,14 @@ def _table(table: Table, task: str | None) -> str:
     config = table.config
     strong, weak = (budget_text(epsilon, "linf") for epsilon in (table.strong, table.weak))
     head = ["defence", "clean", f"T1, {budget_text(config['epsilon_universal'], 'linf')}", f"authors' attack, {strong}"]
-    head += [f"adaptive, {strong}", f"adaptive, {weak}", "passes", "time"]
+    further = [weak] if table.weak < table.strong else []
+    head += [f"adaptive, {budget}" for budget in (strong, *further)] + ["passes", "time"]
     base = table.cost("undefended" if "undefended" in table.defences else table.defences[0])[2]
     lines = []
     for defence in table.defences:
         shown = [table.share(defence, "clean", None, task), table.share(defence, "T1", None, task)]
         shown += [table.share(defence, "authors", table.strong, task), table.adaptive(defence, task)]
-        shown += [table.share(defence, "adaptive", table.weak, task)]
+        shown += [table.share(defence, "adaptive", table.weak, task) for _ in further]
         forward, backward, time = table.cost(defence)
         cells = [_text(share) for share in shown]
         if not cells[2] and table.of_authors(defence, task):
@@ -230,8 +232,7 @@ def _certificates(table: Table) -> list[str]:
         f"Share of {table.config['certify_images']} images of each task that randomised smoothing answers right with a "
         "certified L2 radius of at least so much, in pixels of [0, 1], from "
         f"{table.config['certify_n']} noisy copies (99.9 % confidence per image). An L-inf "
-        f"budget of {budget_text(table.weak, 'linf')} at {side} pixels is an L2 length of up to "
-        f"{table.weak * (3 * side * side) ** 0.5:.2f}, of {budget_text(table.strong, 'linf')} "
+        f"budget of {budget_text(table.strong, 'linf')} at {side} pixels is an L2 length of up to "
         f"{table.strong * (3 * side * side) ** 0.5:.2f}.",
         markdown_table(["defence", *(column.replace("certified ", "") for column in columns)], lines),
     ]
@@ -246,18 +247,19 @@ def _protocol(config: dict[str, Any]) -> list[str]:
         f"({', '.join(config['universal'])}) made on the public CLIP; the defence is not attacked.",
         "Authors' attack: the kind of attack in the defence's paper or code, at the budget of the column, see the list "
         f"below: PGD ({strength['pgd_steps']} steps, cross-entropy) or APGD ({strength['steps']} steps, DLR) on the "
-        f"undefended CLIP, or APGD-CE ({strength['steps']} steps) through the defence.",
+        f"undefended CLIP, or the cross-entropy through the defence (APGD, {strength['steps']} steps, or as below).",
         "Adaptive attack: the worst case per image over examples that are made once and tried on every defence (both "
         f"attacks on the undefended CLIP, APGD-CE of {strength['steps']} steps on the robust encoder and on the mean "
         "log-probability of both encoders, the universal perturbations at this budget); then over APGD-CE "
         f"({strength['steps']} steps) along every gradient path of the defence; momentum PGD on the margin "
-        f"({strength['margin_steps']} steps, where nothing is random) and APGD-T (DLR, {strength['targets']} targets, "
+        f"({strength['margin_steps']} steps) and APGD-T (DLR, {strength['targets']} targets, "
         f"{strength['target_steps']} steps each) along the first; and MORA (five runs of {strength['mora_steps']} "
-        "steps) on fusions that need the logits alone.",
+        "steps) on fusions that need the logits alone. Through randomness, whose noise halts APGD, the momentum "
+        f"iterative method ({strength['random_steps']} steps) takes the place of these.",
         "Gradient paths: through the defence, with steps without a gradient held constant (BPDA), with new randomness "
         "at each step (EOT), and at its parts together. Each attack takes the images that are still answered right; "
-        "where a path cannot tell that an image is finished, an APGD-CE of "
-        f"{strength['opening_steps']} steps comes first.",
+        f"where a path cannot tell that an image is finished, an APGD-CE of {strength['opening_steps']} steps comes "
+        "first.",
         f"Random defences: the accuracy is the mean over {strength['draws']} answers, or of one where the defence "
         "averages over its randomness itself. The example that counts is chosen by other answers than those that score "
         "it.",

@@ -25,7 +25,9 @@ from zepad_mm.utils.io import ASSETS
 
 ROOT = Path(__file__).parents[2]
 EPSILON = 4 / 255
-WEAK = Strength(steps=2, opening_steps=1, margin_steps=2, target_steps=1, targets=1, pgd_steps=2, draws=2)
+WEAK = Strength(
+    steps=2, opening_steps=1, margin_steps=2, random_steps=2, target_steps=1, targets=1, pgd_steps=2, draws=2
+)
 
 
 @pytest.fixture(scope="module")
