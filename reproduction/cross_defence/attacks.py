@@ -119,7 +119,7 @@ class Search:
         return path.exact and not self.defence.random
 
     def ascend(self, path: Path, epsilon: float) -> None:
-        """Raise the cross-entropy along a path: by APGD, or by summed gradients on random defences, whose noise halts it.
+        """Raise the cross-entropy along a path: by APGD, or by summed gradients where noise would halt its steps.
 
         It ends an image early only where the path answers as the defence does; elsewhere a short APGD comes first,
         which leaves the full attack fewer images.
