@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from reproduction.cross_defence.images import write_pack
 from reproduction.cross_defence.page import FIGURE, PAGE, Table, page
 from reproduction.cross_defence.table import TASKS, Settings, measure
 from zepad_mm.utils.io import read_json, write_json, write_text
+from zepad_mm.utils.stopping import run_program
 
 
 def parser() -> argparse.ArgumentParser:
@@ -102,4 +104,4 @@ def smoke(settings: Settings) -> Settings:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -10,13 +11,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from reproduction.cross_defence.page import Table, is_cap, title
+from zepad_mm.evaluation.metrics import Share
 from zepad_mm.utils.atomic import replacing
 from zepad_mm.utils.text import budget_text
 
-ENDS = ("undefended", "robust")  # the encoders between which a fusion chooses
 FUSIONS = ("interpolation", "zepad_rule", "mixed_nuts", "adaptive_smoothing")
-# column -> marker and colour; clean images first, the strongest attack last
-MARKS = (("o", "#4c72b0"), ("s", "#8c8c8c"), ("^", "#dd8452"), ("D", "#c44e52"), ("X", "#7a1f1f"))
 
 
 def write_figure(table: Table, path: Path) -> None:
@@ -36,15 +35,16 @@ def write_figure(table: Table, path: Path) -> None:
 def _draw_columns(axes: Axes, table: Table) -> None:
     """A line for each defence, a mark for its accuracy under each attack."""
     strong, weak = (budget_text(epsilon, "linf") for epsilon in (table.strong, table.weak))
-    columns = {
-        "clean": lambda key: table.share(key, "clean"),
-        "T1": lambda key: table.share(key, "T1"),
-        f"authors' attack, {strong}": lambda key: table.share(key, "authors", table.strong),
-        f"adaptive, {weak}": lambda key: table.share(key, "adaptive", table.weak),
-        f"adaptive, {strong}": table.adaptive,  # the same line where there is one budget
-    }
     rows = range(len(table.defences))
-    for (name, share), (marker, colour) in zip(columns.items(), MARKS, strict=False):
+    columns: list[tuple[str, Callable[[str], Share | None], str, str]] = [
+        ("clean", lambda key: table.share(key, "clean"), "o", "#4c72b0"),
+        ("T1", lambda key: table.share(key, "T1"), "s", "#8c8c8c"),
+        (f"authors' attack, {strong}", lambda key: table.share(key, "authors", table.strong), "^", "#dd8452"),
+        (f"adaptive, {strong}", table.adaptive, "X", "#7a1f1f"),
+    ]
+    if table.weak < table.strong:
+        columns.append((f"adaptive, {weak}", lambda key: table.share(key, "adaptive", table.weak), "D", "#c44e52"))
+    for name, share, marker, colour in columns:
         found = [(row, share(key)) for row, key in zip(rows, table.defences, strict=True)]
         points = [(100 * one.value, row) for row, one in found if one is not None]
         if points:
@@ -55,24 +55,26 @@ def _draw_columns(axes: Axes, table: Table) -> None:
     axes.set_xlim(-2, 100)
     axes.set_xlabel("accuracy in %, all tasks together")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=3, fontsize=8, frameon=False)
 
 
 def _draw_frontier(axes: Axes, table: Table) -> None:
-    """Clean accuracy against that under the adaptive attack at the smaller budget; the gate's dial as a line."""
-    column = ("adaptive", table.weak)
-    measured = [key for key in table.defences if table.share(key, *column)]
-    dial = [key for key in ("robust", *filter(is_cap, measured), "ours") if key in measured]
-    points = {}
-    for key in (*ENDS, *FUSIONS, *dial):
-        clean, attacked = table.share(key, "clean"), table.share(key, *column)
+    """Clean accuracy against that under the adaptive attack at the smaller budget; the dial of the gate as a line."""
+    names = [key for key in table.defences if key in ("undefended", *FUSIONS)]
+    dial = [key for key in ("robust", *filter(is_cap, table.defences), "ours") if key in table.defences]
+    points: dict[str, tuple[float, float]] = {}
+    for key in (*names, *dial):
+        clean, attacked = table.share(key, "clean"), table.share(key, "adaptive", table.weak)
         if clean and attacked:
             points[key] = (100 * clean.value, 100 * attacked.value)
-            low, high = (100 * bound for bound in attacked.interval)
-            bars = [[points[key][1] - low], [high - points[key][1]]]
-            axes.errorbar(*points[key], yerr=bars, fmt="o", capsize=2, color="#c44e52" if key in dial else "#4c72b0")
-            axes.annotate(title(key), points[key], xytext=(5, 4), textcoords="offset points", fontsize=7)
-    axes.plot(*zip(*(points[key] for key in dial if key in points), strict=True), color="#c44e52", alpha=0.6)
+            axes.scatter(*points[key], color="#c44e52" if key in dial else "#4c72b0", zorder=3)
+    for place, (key, point) in enumerate(sorted(points.items(), key=lambda item: item[1])):
+        offset = (0, 8 if place % 2 else -14)  # neighbours above and below, or their names overlap
+        axes.annotate(title(key), point, xytext=offset, textcoords="offset points", fontsize=7, ha="center")
+    line = [points[key] for key in dial if key in points]
+    if line:
+        axes.plot(*zip(*line, strict=True), color="#c44e52", alpha=0.6)
+    axes.margins(0.25, 0.15)
     axes.set_xlabel("clean accuracy in %")
     axes.set_ylabel(f"adaptive attack, {budget_text(table.weak, 'linf')}, in %")
     axes.grid(alpha=0.3)

@@ -27,8 +27,8 @@ ADAPTIVE_SMOOTHING_WEIGHT = 0.25  # of the public encoder
 class Fused(Defence):
     """The branches of a defended model under a fusion rule.
 
-    The attackers go through the rule, and weigh the branches by their influence (MORA) where the rule needs their
-    logits alone. Examples made on the robust encoder, and on both encoders at once, are tried on every defence.
+    The attackers go through the rule, and weigh the branches by their influence (MORA). Examples made on the robust
+    encoder, and on both encoders at once, are tried on every defence.
 
     Args:
         model: the defended model.
@@ -41,24 +41,24 @@ class Fused(Defence):
         self.model, self.fusion = model, fusion
         self.attack = attack
 
+    @property
+    def rule(self) -> Fusion:
+        """The rule that answers."""
+        return self.fusion or self.model.fusion
+
     def forward(self, images: Tensor) -> Tensor:
-        if self.fusion is None:
-            return self.model(images)
-        logits = self.model.branch_logits(images) if self.fusion.gated else self.branch_logits(images)
-        return self.fusion(logits).logits
+        return self.rule(self.branch_logits(images)).logits
 
     def branch_logits(self, images: Tensor) -> Tensor:
-        """(N, B, C), without what a gate adds."""
-        return self.model.branch_logits(images)[: len(self.model.benign)]
+        """(N, B, C), and the row of the gate where the rule reads it."""
+        logits = self.model.branch_logits(images)
+        return logits if self.rule.gated else logits[: len(self.model.benign)]
 
     def paths(self) -> list[Path]:
         return [Path("through", self, views=len(self.model.benign))]
 
     def further_attacks(self, epsilon: float, steps: int) -> list[FurtherAttack]:
-        fusion = self.fusion or self.model.fusion
-        if fusion.gated:  # its decision needs the features, which the attack does not see
-            return []
-        attack = FusedAttack(fuse=fusion, loss="mora", epsilon=epsilon, steps=steps)
+        attack = FusedAttack(fuse=self.rule, loss="mora", epsilon=epsilon, steps=steps)
         return [FurtherAttack("mora", attack, self.branch_logits, len(self.model.benign))]
 
 
@@ -84,11 +84,11 @@ def build_adaptive_smoothing(parts: Parts) -> Defence:
 @DEFENCES.register("ours")
 def build_ours(parts: Parts) -> Defence:
     """The defended model as it ships."""
-    return Fused(parts.defended, None, "universal")
+    return Fused(parts.defended)
 
 
 def with_cap(model: ZePAD, cap: float) -> Defence:
     """A gated model whose benign weight is at most ``cap``."""
     own = model.fusion.rule
     rule = type(own).from_dict({**own.to_dict(), "cap": cap})
-    return Fused(model, replace(model.fusion, rule=rule), "universal")
+    return Fused(model, replace(model.fusion, rule=rule))

@@ -27,18 +27,23 @@ METADATA = b"class_names"
 
 @dataclass(frozen=True)
 class Rows:
-    """Encoded images of one source: files as bytes, their labels, the class names and the source."""
+    """Encoded images of one source: files as bytes, their labels, the class names and the source.
+
+    ``drawn`` tells that the rows are in the order of their draw already, as in a pack.
+    """
 
     files: list[bytes]
     labels: list[int]
     class_names: tuple[str, ...]
     source: str
+    drawn: bool = False
 
     def sample(self, n: int, seed: int) -> Rows:
-        """The first ``n`` rows of one fixed order; all as they are, as in a pack, where there are no more."""
+        """The first ``n`` rows of one fixed order; all as they are where there are no more."""
         if len(self.files) <= n:
             return self
-        order = torch.randperm(len(self.files), generator=seeded_generator(seed))[:n].tolist()
+        drawn = torch.randperm(len(self.files), generator=seeded_generator(seed)).tolist()
+        order = list(range(n)) if self.drawn else drawn[:n]
         return Rows([self.files[i] for i in order], [self.labels[i] for i in order], self.class_names, self.source)
 
     def decode(self, resize: Resize) -> LabelledImages:
@@ -76,7 +81,8 @@ def read_rows(place: Path, source: str, part: str) -> Rows:
         images = table["image"].to_pylist()
         if not images:
             raise FileNotFoundError(f"{place}: expected rows with source {source!r} and part {part!r}, got none")
-    return Rows(images, table["label"].to_pylist(), tuple(clean_name(name) for name in names), source)
+    names = tuple(clean_name(name) for name in names)
+    return Rows(images, table["label"].to_pylist(), names, source, drawn=not place.is_dir())
 
 
 def write_pack(root: Path, sources: list[str], path: Path, counts: dict[str, tuple[int, int]], seed: int) -> int:

@@ -44,6 +44,7 @@ from zepad_mm.evaluation.subjects import EncoderWithHead
 from zepad_mm.models.heads import zero_shot_head
 from zepad_mm.models.zepad import ZePAD
 from zepad_mm.training.artifacts import TUNED_RECORD, load_tuned
+from zepad_mm.training.checkpoint import crc_of
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.io import read_json, read_tensors, write_json, write_tensors
 from zepad_mm.utils.provenance import check_identity, provenance
@@ -53,7 +54,7 @@ log = logging.getLogger(__name__)
 
 TASKS = ("clothing144", "imagenet20", "caltech69", "tinyimagenet80")
 CERTIFIED_RADII = (0.05, 0.1, 0.15)  # L2, in pixels of [0, 1]
-CHOICES = ("defences", "caps", "tasks")  # of rows and tables, may differ as well
+CHOICES = ("defences", "caps")  # of rows, may differ as well
 PLACES = ("images", "work", "device", "workers", "limit", "model", "clip", "branches")  # may differ in a resumed run
 
 
@@ -84,8 +85,21 @@ class Settings(Config):
     workers: int = 0  # processes; 0: this one
     limit: float | None = None  # seconds after which no further cell is begun; the record then lacks the rest
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.tasks:
+            raise ValueError("tasks: expected at least one")
+        for key in ("n", "n_calibration", "n_surrogate"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}: expected at least 1, got {getattr(self, key)}")
+        for cap in self.caps:
+            if not 0 <= cap <= 1:
+                raise ValueError(f"caps: expected shares in [0, 1], got {cap}")
+        if not Path(self.images).exists():
+            raise FileNotFoundError(f"{self.images}: expected a folder of parquet folders or a packed file")
+
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must have in common."""
+        """What a resumed run must have in common, beside the weights of the encoders."""
         found = {key: value for key, value in self.to_dict().items() if key not in (*PLACES, *CHOICES)}
         found["strength"].pop("capacity")  # after an error for lack of memory it may be smaller
         return found
@@ -129,6 +143,9 @@ class Bench:
         self.objectives = {name: f"Robust encoder alone: {text}." for name, (_, text) in others.items()}
         self.objectives |= {name: f"{name}: the largest benign weight." for name in self.caps}
         self.text.to(self.device)
+        for name in self.names:
+            if name not in (*self.caps, *self.others):
+                DEFENCES.get(name)  # an unknown one ends the run before it begins
         self.data = lru_cache(maxsize=None)(self._data)
         self.parts = lru_cache(maxsize=1)(self._parts)
         self.defence = lru_cache(maxsize=32)(self._defence)
@@ -310,11 +327,13 @@ def _measure(job: Job) -> list[dict[str, Any]]:
 def measure(settings: Settings) -> dict[str, Any]:
     """Measure every cell that is missing; returns the record of all that are there."""
     work, began = Path(settings.work), time.perf_counter()
-    identity = work / "settings.json"
+    bench, identity = Bench(settings), work / "settings.json"
+    expected = settings.identity() | {"encoders": [crc_of(encoder) for encoder in bench.weights]}
     if identity.is_file():
-        check_identity(read_json(identity), settings.identity(), identity)
-    write_json(identity, settings.identity())
-    bench = Bench(settings)
+        check_identity(read_json(identity), expected, identity)
+    write_json(identity, expected)
+    for task in settings.tasks:
+        bench.rows(task, "test", 1)  # a missing one ends the run before it begins
     bench.perturbations()
     first, *later = settings.epsilons  # a cut-off run has whole columns; thresholds are set once for both of the first
     columns = [(None, first), *([epsilon] for epsilon in later)]
