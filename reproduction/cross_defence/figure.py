@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -39,8 +40,8 @@ def _draw_columns(axes: Axes, table: Table) -> None:
     columns: list[tuple[str, Callable[[str], Share | None], str, str]] = [
         ("clean", lambda key: table.share(key, "clean"), "o", "#4c72b0"),
         ("T1", lambda key: table.share(key, "T1"), "s", "#8c8c8c"),
-        (f"authors' attack, {strong}", lambda key: table.share(key, "authors", table.strong), "^", "#dd8452"),
-        (f"adaptive, {strong}", table.adaptive, "X", "#7a1f1f"),
+        (f"authors' attack, {strong}", partial(_attacked, table, "authors"), "^", "#dd8452"),
+        (f"adaptive, {strong}", partial(_attacked, table, "adaptive"), "X", "#7a1f1f"),
     ]
     if table.weak < table.strong:
         columns.append((f"adaptive, {weak}", lambda key: table.share(key, "adaptive", table.weak), "D", "#c44e52"))
@@ -58,17 +59,23 @@ def _draw_columns(axes: Axes, table: Table) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=3, fontsize=8, frameon=False)
 
 
+def _attacked(table: Table, column: str, key: str) -> Share | None:
+    """Under an attack at the larger budget, where that was measured on every task."""
+    return table.share(key, column, table.strong) if key in table.attacked else None
+
+
 def _draw_frontier(axes: Axes, table: Table) -> None:
     """Clean accuracy against that under the adaptive attack at the smaller budget; the dial of the gate as a line."""
-    names = [key for key in table.defences if key in ("undefended", *FUSIONS)]
-    dial = [key for key in ("robust", *filter(is_cap, table.defences), "ours") if key in table.defences]
+    names = [key for key in table.attacked if key in ("undefended", *FUSIONS)]
+    dial = [key for key in ("robust", *filter(is_cap, table.attacked), "ours") if key in table.attacked]
     points: dict[str, tuple[float, float]] = {}
     for key in (*names, *dial):
         clean, attacked = table.share(key, "clean"), table.share(key, "adaptive", table.weak)
         if clean and attacked:
             points[key] = (100 * clean.value, 100 * attacked.value)
             axes.scatter(*points[key], color="#c44e52" if key in dial else "#4c72b0", zorder=3)
-    for place, (key, point) in enumerate(sorted(points.items(), key=lambda item: item[1])):
+    rows_first = sorted(points.items(), key=lambda item: (round(item[1][1] / 3), item[1][0]))
+    for place, (key, point) in enumerate(rows_first):
         offset = (0, 8 if place % 2 else -14)  # neighbours above and below, or their names overlap
         axes.annotate(title(key), point, xytext=offset, textcoords="offset points", fontsize=7, ha="center")
     line = [points[key] for key in dial if key in points]

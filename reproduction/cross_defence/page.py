@@ -19,8 +19,8 @@ TITLES = {
     "ttc": "TTC",
     "csr": "CSR",
     "agc": "AGC",
-    "r_adapt": "R-Adapt, training-free",
-    "r_adapt_guided": "R-Adapt, model-guided",
+    "r_adapt": "R-Adapt (training-free)",
+    "r_adapt_guided": "R-Adapt (model-guided)",
     "interpolation": "weight interpolation",
     "smoothing": "randomised smoothing",
     "smoothing_robust": "smoothing of the robust encoder",
@@ -42,15 +42,15 @@ class Table:
         self.tasks = list(self.config["tasks"])
         attacked = {cell["epsilon"] for cell in self.cells if cell["column"] == "adaptive"} or self.config["epsilons"]
         self.strong, self.weak = max(attacked), min(attacked)  # one where a run was cut off after the first
-        every = [about["key"] for about in record["defences"]]
-        self.defences = sorted((key for key in every if self._complete(key)), key=_place)
-        self.missing = [key for key in every if key not in self.defences]  # of a run that was cut off
-        if not self.defences:
-            raise ValueError("no defence was measured on every task; start the run again to measure what is missing")
+        every = sorted((about["key"] for about in record["defences"]), key=_place)
+        self.defences = [key for key in every if self._complete(key, "clean", None)]
+        self.attacked = [key for key in self.defences if self._complete(key, "adaptive", self.strong)]
+        self.missing = [key for key in every if key not in self.attacked]  # of a run that was cut off
+        if not self.attacked:
+            raise ValueError("no defence was attacked on every task; start the run again to measure what is missing")
 
-    def _complete(self, key: str) -> bool:
-        columns = [("clean", None), ("adaptive", self.strong)]
-        return all(self.share(key, column, epsilon, task) for task in self.tasks for column, epsilon in columns)
+    def _complete(self, key: str, column: str, epsilon: float | None) -> bool:
+        return all(self.share(key, column, epsilon, task) for task in self.tasks)
 
     def share(self, defence: str, column: str, epsilon: float | None = None, task: str | None = None) -> Share | None:
         """A cell, or all tasks together; None where it was not measured."""
@@ -96,7 +96,7 @@ def _text(share: Share | None) -> str:
 def title(key: str) -> str:
     """A defence as tables name it; rows of further robust encoders are named by model and branch."""
     if is_cap(key):
-        return key.replace("ours", TITLES["ours"])
+        return f"{TITLES['ours']} ({key.removeprefix('ours, ')})"
     return TITLES.get(key, f"robust encoder {key}")
 
 
@@ -127,7 +127,7 @@ def page(record: dict[str, Any]) -> str:
         "could not be read, is guessed in part. A result here does not contradict a published number that was measured "
         "on another encoder or under another threat model.",
         *_certificates(table),
-        *([f"Not measured on every task: {', '.join(map(title, table.missing))}."] if table.missing else ()),
+        *([f"Not attacked on every task: {', '.join(map(title, table.missing))}."] if table.missing else ()),
         "## Protocol",
         bullets(_protocol(config)),
         "## The defences",
@@ -149,20 +149,21 @@ def _table(table: Table, task: str | None) -> str:
     head += [f"adaptive, {budget}" for budget in (strong, *further)] + ["passes"]
     lines = []
     for defence in table.defences:
-        shown = [table.share(defence, "clean", None, task), table.share(defence, "T1", None, task)]
-        shown += [table.share(defence, "authors", table.strong, task), table.adaptive(defence, task)]
-        shown += [table.share(defence, "adaptive", table.weak, task) for _ in further]
-        cells = [_text(share) for share in shown]
-        lines.append([title(defence), *(cell or "as T1" for cell in cells), table.passes(defence)])
+        measured = defence in table.attacked  # else some tasks are missing, and a sum over the others misleads
+        strong_cells = [table.share(defence, column, table.strong, task) for column in ("authors", "adaptive")]
+        authors, adaptive = (_text(share) if measured else "not measured" for share in strong_cells)
+        weak_cells = [_text(table.share(defence, "adaptive", table.weak, task)) for _ in further]
+        public = [_text(table.share(defence, column, None, task)) for column in ("clean", "T1")]
+        lines.append([title(defence), *public, authors or "as T1", adaptive, *weak_cells, table.passes(defence)])
     return markdown_table(head, lines)
 
 
 def _findings(table: Table) -> list[str]:
     """Sentences that follow from the intervals, all tasks together."""
-    if not {"undefended", "robust"} <= set(table.defences):
+    if not {"undefended", "robust"} <= set(table.attacked):
         return []
     robust, budget = table.adaptive("robust"), budget_text(table.strong, "linf")
-    others = [key for key in table.defences if key not in ("undefended", "robust")]
+    others = [key for key in table.attacked if key not in ("undefended", "robust")]
     gone = [key for key in others if table.adaptive(key).interval[1] < GONE]
     above = [key for key in others if table.adaptive(key).interval[0] > robust.interval[1]]
     level = [key for key in others if key not in above and table.adaptive(key).interval[1] >= robust.interval[0]]
