@@ -143,5 +143,5 @@ class AGC(Defence):
 
 @DEFENCES.register("agc")
 def build(parts: Parts) -> Defence:
-    """AGC around the public CLIP."""
+    """Adaptive geodesic correction around the public CLIP."""
     return AGC(parts.undefended).calibrate(parts.calibration[::4])  # it sees many views of each

@@ -116,7 +116,7 @@ class Plain(Defence):
 
 @DEFENCES.register("undefended")
 def build_undefended(parts: Parts) -> Defence:
-    """The public CLIP."""
+    """The public CLIP as it is."""
     return Plain(parts.undefended)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,18 +11,17 @@ import torch
 from torch import Tensor
 
 from reproduction.cross_defence.attacks import Strength
-from reproduction.cross_defence.base import DEFENCES, Defence
+from reproduction.cross_defence.base import Defence
 from zepad_mm.encoders import Encoder
 
-ABOUT = ("about", "attack", "random", "constants")  # what the cell of clean images says of a defence
+ABOUT = ("attack", "random", "constants")  # what the cell of clean images says of a defence
 
 
-def about(name: str, defence: Defence, others: Mapping[str, str]) -> dict[str, Any]:
-    """What it is, what its authors attacked it with, and its constants; ``others`` says what further rows are."""
-    text = others.get(name) or DEFENCES.get(name).__doc__
+def about(defence: Defence) -> dict[str, Any]:
+    """What its authors attacked it with, whether it is random, and its constants."""
     constants = {key: value for key, value in vars(defence).items() if isinstance(value, float | int) and key[0] != "_"}
     constants.pop("training", None)
-    return {"about": text, "attack": defence.attack, "random": defence.random, "constants": constants}
+    return {"attack": defence.attack, "random": defence.random, "constants": constants}
 
 
 @contextmanager

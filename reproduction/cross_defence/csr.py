@@ -115,5 +115,5 @@ class CSR(Defence):
 
 @DEFENCES.register("csr")
 def build(parts: Parts) -> Defence:
-    """CSR around the public CLIP."""
+    """Contrastive spectral rectification around the public CLIP."""
     return CSR(parts.undefended).calibrate(parts.calibration)

@@ -64,26 +64,26 @@ class Fused(Defence):
 
 @DEFENCES.register("zepad_rule")
 def build_rfdm(parts: Parts) -> Defence:
-    """ZePAD's confidence weights, k = 3."""
+    """ZePAD's rule: logits of both encoders weighted by their confidence, k = 3."""
     return Fused(parts.defended, build_fusion("rfdm", parts.defended.benign), "universal")
 
 
 @DEFENCES.register("mixed_nuts")
 def build_mixed_nuts(parts: Parts) -> Defence:
-    """MixedNUTS."""
+    """MixedNUTS: sharpened robust probabilities mixed with those of the public CLIP."""
     return Fused(parts.defended, build_fusion("mixed_nuts", parts.defended.benign))
 
 
 @DEFENCES.register("adaptive_smoothing")
 def build_adaptive_smoothing(parts: Parts) -> Defence:
-    """Adaptive smoothing with a constant weight."""
+    """Adaptive smoothing with a constant weight: probabilities mixed, a quarter from the public CLIP."""
     constants = {"benign_weight": ADAPTIVE_SMOOTHING_WEIGHT, "sharpness": 1.0}
     return Fused(parts.defended, build_fusion("bounded_benign", parts.defended.benign, params=constants))
 
 
 @DEFENCES.register("ours")
 def build_ours(parts: Parts) -> Defence:
-    """The defended model as it ships."""
+    """The defended model as it ships: the gate weighs the probabilities of both encoders."""
     return Fused(parts.defended)
 
 

@@ -45,7 +45,7 @@ class Interpolation(Plain):
 
 @DEFENCES.register("interpolation")
 def build(parts: Parts) -> Defence:
-    """Half of each."""
+    """One encoder, halfway between the public and the robust weights."""
     merged = interpolated(*parts.weights, share=0.5)
     folded = optimize_for_inference(merged, merged.preprocess.image_size)
     return Interpolation(EncoderWithHead(folded, parts.undefended.head))

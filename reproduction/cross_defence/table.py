@@ -158,6 +158,10 @@ class Bench:
         """Keys of all defences."""
         return self.settings.defences or [*DEFENCES.names(), *self.caps, *self.others]  # type: ignore[return-value]
 
+    def text_of(self, name: str) -> str:
+        """What a defence is, in a sentence."""
+        return self.objectives.get(name) or DEFENCES.get(name).__doc__ or ""
+
     def rows(self, task: str, part: str, n: int) -> Rows:
         return read_rows(Path(self.settings.images), task, part).sample(n, self.settings.seed)
 
@@ -243,7 +247,7 @@ class Bench:
     def _base_cells(self, job: Job, defence: Defence) -> Iterator[dict[str, Any]]:
         data, strength, since = self.data(job.task), self.settings.strength, time.perf_counter()
         right = share_right(defence, data.images, data.labels, strength)
-        described = cost(defence, data.images, strength) | about(job.defence, defence, self.objectives)
+        described = cost(defence, data.images, strength) | about(defence)
         yield self._cell(job, "clean", right, since, **described)
         since, search = time.perf_counter(), Search(defence, data.images, data.labels, strength)
         for name, perturbation in self.perturbations().items():
@@ -350,7 +354,12 @@ def measure(settings: Settings) -> dict[str, Any]:
     files = [path for job in jobs if (path := work / "cells" / job.file).is_file()]
     cells = [cell for path in files for cell in read_json(path)]
     clean = {cell["defence"]: cell for cell in cells if cell["column"] == "clean"}
-    shown = [{"key": name} | {key: clean[name][key] for key in ABOUT} for name in bench.names if name in clean]
+    shown = [
+        {"key": name, "about": bench.text_of(name), **{key: clean[name][key] for key in ABOUT}}
+        for name in bench.names
+        if name in clean
+    ]
+    cells = [{key: value for key, value in cell.items() if key not in ABOUT} for cell in cells]
     config = {key: value for key, value in settings.to_dict().items() if key not in PLACES}
     config |= {"model": Path(settings.model).name, "clip": settings.clip, "image_size": bench.side}
     meta = provenance(seed=settings.seed, config=config) | {"cells_s": round(sum(cell["seconds"] for cell in cells))}

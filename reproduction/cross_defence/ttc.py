@@ -104,5 +104,5 @@ class TTC(Defence):
 
 @DEFENCES.register("ttc")
 def build(parts: Parts) -> Defence:
-    """TTC around the public CLIP."""
+    """Test-time counterattacks around the public CLIP."""
     return TTC(parts.undefended).calibrate(parts.calibration)
