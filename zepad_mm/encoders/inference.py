@@ -47,7 +47,7 @@ def optimize_for_inference(module: AnyModule, image_size: int = 64) -> AnyModule
         if not changed:
             return module
         if like.device.type == "cpu":
-            lighter = lighter.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  torch lacks this one
+            lighter = lighter.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch lacks it
         got = lighter(images)
     difference = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
     if not difference <= SAME:
