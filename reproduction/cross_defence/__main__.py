@@ -22,6 +22,7 @@ from reproduction.cross_defence.figure import write_figure
 from reproduction.cross_defence.images import write_pack
 from reproduction.cross_defence.page import FIGURE, PAGE, Table, page
 from reproduction.cross_defence.table import TASKS, Settings, measure
+from zepad_mm.cli.common import budget
 from zepad_mm.utils.io import read_json, write_json, write_text
 from zepad_mm.utils.stopping import run_program
 
@@ -44,6 +45,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--limit", type=float, help="seconds after which no further cell is begun")
     found.add_argument("--n", type=int, default=200, help="test images of each task")
     found.add_argument("--seed", type=int, default=0)
+    budgets = list(Settings.epsilons)
+    found.add_argument("--epsilons", nargs="+", type=budget, default=budgets, help="of the attacks, such as 4/255")
     found.add_argument("--tasks", nargs="*", default=list(TASKS))
     found.add_argument("--defences", nargs="*", default=[], help="keys of the defences; all if none is given")
     for name, value in Strength().to_dict().items():
@@ -74,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = {
         key: getattr(options, key) for key in ("model", "clip", "work", "device", "workers", "limit", "n", "seed")
     }
-    lists = {key: tuple(getattr(options, key)) for key in ("caps", "branches", "tasks", "defences")}
+    lists = {key: tuple(getattr(options, key)) for key in ("epsilons", "caps", "branches", "tasks", "defences")}
     settings = Settings.from_dict({**chosen, **lists, "images": str(place), "strength": strength})
     record = measure(smoke(settings) if options.smoke else settings)
     write_json(options.out, record)

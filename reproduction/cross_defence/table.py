@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 
 TASKS = ("clothing144", "imagenet20", "caltech69", "tinyimagenet80")
 CERTIFIED_RADII = (0.05, 0.1, 0.15)  # L2, in pixels of [0, 1]
-CHOICES = ("defences", "caps")  # of rows, may differ as well
+CHOICES = ("defences", "caps", "epsilons")  # of rows and columns, may differ as well
 PLACES = ("images", "work", "device", "workers", "limit", "model", "clip", "branches")  # may differ in a resumed run
 
 

@@ -160,6 +160,10 @@ def test_table_is_measured_packed_resumed_and_written(tmp_path: Path, parts: Par
     assert all(cell["n"] == 4 and cell["ci_low"] <= cell["accuracy"] <= cell["ci_high"] for cell in record["cells"])
     assert "| this project's model" in (tmp_path / "r.md").read_text()
     assert (tmp_path / "r.png").stat().st_size > 10_000
+    cells = record["cells"]
+    main([*words, "--epsilons", "4/255", "--out", str(tmp_path / "strong.json")])
+    strong = json.loads((tmp_path / "strong.json").read_text())["cells"]
+    assert [cell for cell in cells if cell["epsilon"] != 1 / 255] == strong  # what is there is not measured again
     left = next((tmp_path / "work" / "cells").glob("*ours*base*"))
     left.unlink()
     main(words)
