@@ -75,13 +75,13 @@ def _draw_frontier(axes: Axes, table: Table) -> None:
             points[key] = (100 * clean.value, 100 * attacked.value)
             axes.scatter(*points[key], color="#c44e52" if key in dial else "#4c72b0", zorder=3)
     rows_first = sorted(points.items(), key=lambda item: (round(item[1][1] / 3), item[1][0]))
-    for place, (key, point) in enumerate(rows_first):
-        offset = (0, 8 if place % 2 else -14)  # neighbours above and below, or their names overlap
-        axes.annotate(title(key), point, xytext=offset, textcoords="offset points", fontsize=7, ha="center")
+    for place, (key, point) in enumerate(rows_first):  # names on different sides of neighbours, or they overlap
+        offset, side = ((6, 5), "left") if key in dial else ((-6, 6 if place % 2 else -12), "right")
+        axes.annotate(title(key), point, xytext=offset, textcoords="offset points", fontsize=7, ha=side)
     line = [points[key] for key in dial if key in points]
     if line:
         axes.plot(*zip(*line, strict=True), color="#c44e52", alpha=0.6)
-    axes.margins(0.25, 0.15)
+    axes.margins(0.4, 0.15)
     axes.set_xlabel("clean accuracy in %")
     axes.set_ylabel(f"adaptive attack, {budget_text(table.weak, 'linf')}, in %")
     axes.grid(alpha=0.3)
