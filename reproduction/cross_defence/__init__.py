@@ -11,6 +11,7 @@ Where to find what::
     attacks.py       what the authors attacked with, the adaptive attack, scoring
     table.py         all cells of the table, in several processes, resumable
     page.py          docs/CROSS_DEFENCE.md from the record
+    figure.py        the figure of the page
 """
 
 from reproduction.cross_defence import agc, csr, fusions, interpolation, r_adapt, smoothing, ttc

@@ -103,7 +103,8 @@ class Search:
         found = share_right(self.defence, made, labels, self.strength)
         gone = (found == 0).nonzero()[:, 0]
         if self.defence.random and len(gone):  # one unlucky answer does not end the search
-            found[gone] = share_right(self.defence, made[gone], labels[gone], self.strength) / 2
+            again = share_right(self.defence, made[gone], labels[gone], self.strength)
+            found[gone] = again / 2  # the mean with the answers that were all wrong
         better = found < self.right[rows]
         self.worst[rows[better]], self.right[rows[better]] = made[better], found[better]
         self.after[name] = float(self.right.mean())

@@ -141,7 +141,9 @@ class Bench:
         self.others = {name: self._ready(one) for name, (one, _) in others.items()}
         self.caps = {f"ours, cap {cap:g}": cap for cap in settings.caps if model.gate is not None}
         self.objectives = {name: f"Robust encoder alone: {text}." for name, (_, text) in others.items()}
-        self.objectives |= {name: f"{name}: the largest benign weight." for name in self.caps}
+        self.objectives |= {
+            name: f"The defended model with a benign weight of at most {cap:g}." for name, cap in self.caps.items()
+        }
         self.text.to(self.device)
         for name in self.names:
             if name not in (*self.caps, *self.others):
