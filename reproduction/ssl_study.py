@@ -33,6 +33,9 @@ from zepad_mm.data import LabelledImages, load_data
 from zepad_mm.encoders import Encoder, load_encoder
 from zepad_mm.evaluation import EvalData, EvalSettings, Report, Subject, evaluate, subject_of
 from zepad_mm.models.branch import Branch, BranchConfig, Role
+from zepad_mm.models.config import GATED_RULE, DetectorConfig
+from zepad_mm.models.detection import GATE_SCORE
+from zepad_mm.models.gate import FeatureGate
 from zepad_mm.models.zepad import ZePAD, ZePADConfig
 from zepad_mm.training import (
     HeadSettings,
@@ -62,6 +65,7 @@ class Protocol(Config):
     bmp: str = "recipes/configs/ssl_resnet/pretrain_benign.yaml"  # encoder source, or a configuration that makes it
     pretrain_args: list[str] = field(default_factory=list)  # further arguments for those configurations
     image_size: int = 32  # side that all images are resized to, and attacked at
+    one_split: dict[str, str] = field(default_factory=dict)  # task -> its only split; a quarter of it is the test set
     n_tune: int | None = None  # tuning images, of the public half less its last tenth, which is validation
     n_validation: int = 1000  # at most
     n_head: int | None = None  # images that heads are trained on
@@ -98,7 +102,7 @@ def public_rows(config: Protocol) -> tuple[Tensor, Tensor]:
 
 def task_data(config: Protocol, source: str) -> tuple[LabelledImages, LabelledImages, LabelledImages]:
     """(train, validation, test) of a task; its validation images trained neither head nor encoder."""
-    pool = whole(source, "train", config.image_size)
+    pool, test = _pool_and_test(config, source)
     if source == config.data:
         held_out = public_rows(config)[1]
     else:
@@ -106,9 +110,19 @@ def task_data(config: Protocol, source: str) -> tuple[LabelledImages, LabelledIm
         held_out = order[: max(1, len(pool) // 10)]
     rest = torch.ones(len(pool), dtype=torch.bool)
     rest[held_out] = False
-    test = whole(source, "test", config.image_size).sample(config.evaluation.n, config.seed)
+    test = test.sample(config.evaluation.n, config.seed)
     validation = pool.subset(held_out).sample(config.n_validation, config.seed)
     return pool.subset(rest.nonzero()[:, 0]).sample(config.n_head, config.seed), validation, test
+
+
+def _pool_and_test(config: Protocol, source: str) -> tuple[LabelledImages, LabelledImages]:
+    """The training and the test split of a task, or three quarters and a quarter of its only one."""
+    split = config.one_split.get(Path(source).name)
+    if split is None:
+        return whole(source, "train", config.image_size), whole(source, "test", config.image_size)
+    images = whole(source, split, config.image_size)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed))
+    return images.subset(order[len(images) // 4 :]), images.subset(order[: len(images) // 4])
 
 
 def surrogate_images(config: Protocol) -> LabelledImages:
@@ -150,16 +164,28 @@ def fit_branch(
     return Branch(about, encoder, head).to(accelerator.device).eval().requires_grad_(False)
 
 
-def assemble(config: Protocol, branches: list[Branch], undefended: Branch, class_names: tuple[str, ...]) -> ZePAD:
-    """The defence of one task, next to the undefended victim."""
+def assemble(
+    config: Protocol,
+    branches: list[Branch],
+    undefended: Branch,
+    class_names: tuple[str, ...],
+    gate: FeatureGate | None = None,
+    policy_caps: dict[str, float] | None = None,
+) -> ZePAD:
+    """The defence of one task, next to the undefended victim; with a gate its rule is "gated", with these caps."""
+    gated = gate is not None
     about = ZePADConfig(
         public_source=undefended.config.source,
         branches=tuple(branch.config for branch in branches),
         class_names=class_names,
-        fusion=config.rule,
-        fusion_params=config.rule_options,
+        fusion=GATED_RULE if gated else config.rule,
+        fusion_params={} if gated else config.rule_options,
+        detector=DetectorConfig(score=GATE_SCORE) if gated else DetectorConfig(),
+        gate=gate.config if gate is not None else None,
+        policy_caps=policy_caps or {},
     )
-    return ZePAD(about, branches).set_undefended(undefended)
+    model = ZePAD(about, branches, gate).set_undefended(undefended)
+    return model.set_policy("zero_sacrifice") if policy_caps else model
 
 
 class Study:

@@ -19,19 +19,33 @@ import torch
 
 from reproduction import ssl_study
 from zepad_mm.attacks import PGD, Perturbation
-from zepad_mm.data import LabelledImages
+from zepad_mm.data import LabelledImages, joined
 from zepad_mm.defences import Student, robustness_contributions, unfreeze_redundant
 from zepad_mm.encoders import Encoder, load_encoder, optimize_for_inference
 from zepad_mm.evaluation import EvalData, EvalSettings, Report, Row, RowKind, Subject, evaluate
 from zepad_mm.evaluation.subjects import UNDEFENDED, FusedAnswer, first_logits
 from zepad_mm.models import fusion
 from zepad_mm.models.branch import Branch, BranchConfig
-from zepad_mm.models.config import DetectorConfig
+from zepad_mm.models.config import GATED_RULE, DetectorConfig
+from zepad_mm.models.detection import GATE_SCORE
+from zepad_mm.models.gate import FeatureGate
 from zepad_mm.models.zepad import ZePAD
-from zepad_mm.training import TuneSettings, encode_images, load_head, make_accelerator, tune, write_head
+from zepad_mm.selection import accuracy_lost, harmless_cap
+from zepad_mm.training import (
+    GateSettings,
+    TuneSettings,
+    encode_images,
+    load_gate,
+    load_head,
+    make_accelerator,
+    train_gate,
+    tune,
+    write_gate,
+    write_head,
+)
 from zepad_mm.training.artifacts import TUNED_RECORD
 from zepad_mm.training.heads import fresh_head, train_head_on_features
-from zepad_mm.utils.io import read_json
+from zepad_mm.utils.io import read_json, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +57,19 @@ class Settings(ssl_study.Protocol):
     adv_au: str = "byol"  # the auxiliary encoder, a name in the zoo
     adv_au_for_itself: str = "nnclr"  # where the victim is the auxiliary encoder
     more_adv_au: list[str] = field(default_factory=list)  # further ones, for the table of their number
-    # name -> defence, options, head, train, half (public or own), after (a tuning: this is Gen-AF's second stage of it)
+    # name -> defence, options, head, train, half (public or own), more (whether more_data is tuned on too), after (a
+    # tuning: this is Gen-AF's second stage of it)
     tunings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    more_data: list[str] = field(default_factory=list)  # further images without labels, for tunings with "more"
+    n_more: int | None = None  # at most as many of each
+    gate: GateSettings | None = None  # of ours, between the tuned victim and the victim; None: ours fuses three by rule
     n_critical: int = 1000  # tuning images on which the second stage ranks layers
     tuning: str = "gen_af"  # the paper's
     our_tuning: str = "fare"  # ours
     other_tuning: str = "half_clean"  # of the auxiliary encoder where the two differ
     labelled_tuning: str = "fare_labels"  # a candidate for ours
     our_bmp: str = "bmp+clean_own"  # the benign encoder of ours
+    threats: list[str] = field(default_factory=lambda: ["T1", "T1b"])  # of the main table
     studied: list[str] = field(default_factory=lambda: ["simclr"])  # victims of every table but the main one
     n_selection: int = 200  # validation images for the selection of the fusion rule
     white_box: EvalSettings = field(default_factory=EvalSettings)  # of the white-box tables
@@ -65,9 +84,15 @@ class Line:
     params: tuple[tuple[str, float], ...] = ()
 
     @property
-    def fusion(self) -> fusion.Fusion:
+    def gated(self) -> bool:
+        """Whether a gate weighs its benign encoder."""
+        return self.rule == GATED_RULE
+
+    def fusion(self, gate: FeatureGate | None = None) -> fusion.Fusion:
         """The fusion rule; encoders that no attack tuned are the benign ones."""
-        return fusion.build(self.rule, [not adversarial(name) for name in self.members], params=dict(self.params))
+        benign, found = [not adversarial(name) for name in self.members], gate.config if gate and self.gated else None
+        score = GATE_SCORE if found else DetectorConfig().score
+        return fusion.build(self.rule, benign, score, dict(self.params), found)
 
 
 def single(name: str) -> Line:
@@ -109,6 +134,17 @@ class Study:
         """The three encoders of ours: another tuning, and a benign encoder tuned with labels."""
         return self._pair(victim, self.config.our_tuning, self.config.our_bmp)
 
+    def our_line(self, victim: str) -> Line:
+        """Ours: the tuned victim and the victim under a gate, or three encoders under the rule."""
+        config = self.config
+        if config.gate is None:
+            return fused(config.rule, self.ours(victim), **config.rule_options)
+        return fused(GATED_RULE, self.gated_members(victim), cap=self.cap(victim))
+
+    def gated_members(self, victim: str) -> tuple[str, str]:
+        """The two encoders of ours under a gate."""
+        return f"{victim}+{self.config.our_tuning}", victim
+
     def labelled(self, victim: str) -> tuple[str, str, str]:
         """Ours, tuned by FARE with labels in addition to the distance."""
         return self._pair(victim, self.config.labelled_tuning, self.config.our_bmp)
@@ -145,6 +181,8 @@ class Study:
         public, validation_rows = ssl_study.public_rows(config)
         own = torch.arange(len(images) // 2, len(images))
         train = images.subset(own if options.get("half") == "own" else public).sample(config.n_tune, config.seed)
+        if options.get("more"):
+            train = joined([train, *self.more_images()])
         validation = images.subset(validation_rows).sample(config.n_validation, config.seed)
         settings = TuneSettings(
             source=self.source(base),
@@ -179,6 +217,58 @@ class Study:
         record = read_json(self.out / "tuned" / name / TUNED_RECORD)
         return {**record, **{key: record["identity"][key] for key in ("defence", "data")}}
 
+    # ---- the gate of ours -----------------------------------------------------------------------------------------
+
+    def more_images(self) -> list[LabelledImages]:
+        """The images of ``more_data``."""
+        config = self.config
+        return [
+            ssl_study.whole(source, "train", config.image_size).sample(config.n_more, config.seed)
+            for source in config.more_data
+        ]
+
+    @functools.cache  # noqa: B019
+    def gate(self, victim: str) -> FeatureGate:
+        """The gate of ours: trained on unlabelled tuning images, its thresholds from validation images of all tasks."""
+        config, folder = self.config, self.out / "gates" / victim
+        assert config.gate is not None
+        file, record = folder / "gate.safetensors", folder / "gate.json"
+        if not record.is_file():
+            images = ssl_study.whole(config.data, "train", config.image_size)
+            public = images.subset(ssl_study.public_rows(config)[0]).sample(config.n_tune, config.seed)
+            robust, benign = (self.encoder(name) for name in self.gated_members(victim))
+            gate, found = train_gate(
+                benign,
+                [robust],
+                joined([public, *self.more_images()]),
+                config.gate,
+                calibration={task: self.data(task)[1] for task in self.tasks},
+                out=folder / "cache",
+            )
+            write_gate(file, gate)
+            write_json(record, found)
+        return load_gate(file).to(self.device)
+
+    @functools.cache  # noqa: B019
+    def cap(self, victim: str) -> float:
+        """The lowest cap of the benign weight that costs no clean accuracy on the validation images of all tasks."""
+        models = {task: self._gated(victim, task, 1.0) for task in self.tasks}
+        return harmless_cap([accuracy_lost(model, self.data(task)[1]) for task, model in models.items()])
+
+    def gate_record(self, victim: str) -> dict[str, Any]:
+        """How the gate of ours was made, and the cap of the benign weight."""
+        self.gate(victim)
+        record = read_json(self.out / "gates" / victim / "gate.json")
+        kept = ("rows", "seen_attacks", "mean_auroc", "thresholds", "false_alarms", "seconds")
+        return {"cap": self.cap(victim), **{key: record[key] for key in kept if key in record}}
+
+    def _gated(self, victim: str, task: str, cap: float) -> ZePAD:
+        """Ours for a task, under a gate with a cap of the benign weight."""
+        branches = [self.branch(task, name) for name in self.gated_members(victim)]
+        gate, names = self.gate(victim), self.data(task)[2].class_names
+        caps = {"zero_sacrifice": cap, "white_box": 0.0}
+        return ssl_study.assemble(self.config, branches, self.branch(task, victim), names, gate, caps)
+
     # ---- data and heads ------------------------------------------------------------------------------------------
 
     @functools.cache  # noqa: B019
@@ -211,6 +301,8 @@ class Study:
 
     def assembled(self, victim: str, members: tuple[str, ...], task: str) -> ZePAD:
         """The defence of a victim for a task as a model, next to the undefended victim."""
+        if self.config.gate is not None and members == self.gated_members(victim):
+            return self._gated(victim, task, self.cap(victim))
         branches = [self.branch(task, name) for name in members]
         names = self.data(task)[2].class_names
         return ssl_study.assemble(self.config, branches, self.branch(task, victim), names)
@@ -230,10 +322,10 @@ class Study:
         members = {UNDEFENDED: self.branch(task, victim), **{name: self.branch(task, name) for name in names}}
         place = {victim: 0, **{name: index for index, name in enumerate(members)}}
         title, default = list(lines.items())[-1]
-        rows = [_row(title, default, place, RowKind.DEFAULT)]
-        rows += [
-            _row(name, line, place, RowKind.BASELINE) for name, line in lines.items() if name not in (title, UNDEFENDED)
-        ]
+        gate = self.gate(victim) if default.gated else None
+        others = [(name, line) for name, line in lines.items() if name not in (title, UNDEFENDED)]
+        rows = [_row(title, default, place, RowKind.DEFAULT, gate)]
+        rows += [_row(name, line, place, RowKind.BASELINE, gate) for name, line in others]
         rows.append(Row(UNDEFENDED, (0,), first_logits, RowKind.UNDEFENDED))
         if default.rule:
             rows += [Row(name, (place[name],), first_logits, RowKind.BRANCH) for name in default.members]
@@ -241,9 +333,10 @@ class Study:
             members=members,
             rows=tuple(rows),
             class_names=data.test.class_names,
-            fusion=default.fusion if default.rule else None,
-            detector=DetectorConfig() if default.rule else None,
+            fusion=default.fusion(gate) if default.rule else None,
+            detector=DetectorConfig(score=GATE_SCORE if gate else DetectorConfig().score) if default.rule else None,
             public_encoder=self.encoder(victim),
+            gate=gate,
         )
 
     def evaluate(
@@ -268,6 +361,6 @@ class Study:
         )
 
 
-def _row(name: str, line: Line, place: dict[str, int], kind: RowKind) -> Row:
-    answer = FusedAnswer(line.fusion) if line.rule else first_logits
-    return Row(name, tuple(place[member] for member in line.members), answer, kind)
+def _row(name: str, line: Line, place: dict[str, int], kind: RowKind, gate: FeatureGate | None) -> Row:
+    answer = FusedAnswer(line.fusion(gate)) if line.rule else first_logits
+    return Row(name, tuple(place[member] for member in line.members), answer, kind, line.gated)

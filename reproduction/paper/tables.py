@@ -11,6 +11,7 @@ import torch
 from reproduction.paper.study import Line, Study, fused, single
 from zepad_mm.encoders import optimize_for_inference
 from zepad_mm.evaluation import EvalData, Report, evaluate
+from zepad_mm.evaluation.subjects import BranchView, FusedAnswer, first_logits
 from zepad_mm.models.zepad import ZePAD
 from zepad_mm.selection import select_fusion
 from zepad_mm.utils.registry import Registry
@@ -19,7 +20,7 @@ from zepad_mm.utils.registry import Registry
 TABLES: Registry[Any] = Registry("table")
 BASELINES = {"pgd_at": "PGD-AT", "trades": "TRADES", "mart": "MART", "gen_af": "Gen-AF, stage 1"}
 BASELINES |= {"gen_af_stage_2": "Gen-AF, both stages"}
-SCORES = ("confidence_gap", "jensen_shannon")
+SCORES = ("confidence_gap", "jensen_shannon", "feature_gate")
 
 
 def main_lines(study: Study, victim: str) -> dict[str, Line]:
@@ -29,7 +30,8 @@ def main_lines(study: Study, victim: str) -> dict[str, Line]:
         "undefended": single(victim),
         "paper's": fused("rfdm", members),
         "paper's tuning, our rule": fused(config.rule, members, **config.rule_options),
-        "ours": fused(config.rule, study.ours(victim), **config.rule_options),
+        **({} if config.gate is None else {"ours: tuned victim alone": single(study.ours(victim)[0])}),
+        "ours": study.our_line(victim),
     }
 
 
@@ -71,7 +73,7 @@ def white_box_rows(study: Study, title: str, victim: str, lines: dict[str, Line]
 
 def detection_rows(report: Report, victim: str, title: str, model: str) -> list[dict[str, Any]]:
     """How well the suspicion scores of a default line separate clean from attacked images."""
-    keys = ("score", "threat", "auroc", "tpr_at_fpr1", "tpr_at_fpr5", "accuracy_paper_rule", "n")
+    keys = ("score", "threat", "auroc", "tpr_at_fpr1", "tpr_at_fpr5", "fpr_at_fpr5", "accuracy_paper_rule", "n")
     return [
         {"victim": victim, "task": row["dataset"], "model": model, "condition": row["attack"]}
         | {key: row[key] for key in keys}
@@ -105,13 +107,15 @@ def main(study: Study) -> dict[str, Any]:
     for victim in study.config.victims:
         lines = main_lines(study, victim)
         papers = {name: lines[name] for name in ("paper's tuning, our rule", "paper's")}
-        first, report = rows_of(study, "paper", victim, papers, threats=("T1", "T1b"))
+        threats = tuple(study.config.threats)
+        first, report = rows_of(study, "paper", victim, papers, threats=threats)
         detection += detection_rows(report, victim, "paper", "paper's")
-        second, report = rows_of(study, "main", victim, lines, threats=("T1", "T1b"))
+        second, report = rows_of(study, "main", victim, lines, threats=threats)
         detection += detection_rows(report, victim, "main", "ours")
         rows += [row for row in second if row["threat"] != "T1b" or row["model"] not in papers]
         rows += [row for row in first if row["threat"] == "T1b"]
-    return {"rows": rows, "detection": detection, "tuning": _tunings(study, rows)}
+    gates = {} if study.config.gate is None else {victim: study.gate_record(victim) for victim in study.config.victims}
+    return {"rows": rows, "detection": detection, "tuning": _tunings(study, rows), "gates": gates}
 
 
 @TABLES.register("ablation")
@@ -201,7 +205,7 @@ def white_box(study: Study) -> dict[str, Any]:
     config, home = study.config, next(iter(study.tasks))
     first, selections, reports = config.studied[0], {}, {}
     settings = replace(config.white_box, image_size=config.image_size, seed=config.seed)
-    chosen = {
+    chosen = _gated_models(study) or {
         f"{first}, ours": study.ours(first),
         f"{first}, the paper's tuning": study.defended(first),
         f"{first}, the paper's tuning, rule selected": study.defended(first),
@@ -221,10 +225,22 @@ def white_box(study: Study) -> dict[str, Any]:
 
     for title, members in chosen.items():
         out = study.out / "white_box" / title.replace(", ", "-").replace(" ", "-").replace("'", "")
-        data = study.eval_data(home)
-        report = evaluate(build(title, members, home, data), data=data, settings=settings, out=out, resume=True)
+        data, policy = study.eval_data(home), "white_box" if title.endswith("white_box") else None
+        model = build(title, members, home, data)
+        report = evaluate(model, data=data, settings=replace(settings, policy=policy), out=out, resume=True)
         reports[title] = report.to_dict()
     return {"reports": reports, "selections": selections}
+
+
+def _gated_models(study: Study) -> dict[str, tuple[str, ...]]:
+    """The models of the white-box table for ours under a gate; none without one."""
+    if study.config.gate is None:
+        return {}
+    found: dict[str, tuple[str, ...]] = {}
+    for victim in study.config.studied:
+        found[f"{victim}, ours, white_box"] = found[f"{victim}, ours"] = study.gated_members(victim)
+        found[f"{victim}, the paper's"] = study.defended(victim)
+    return found
 
 
 @TABLES.register("cost")
@@ -235,13 +251,15 @@ def cost(study: Study) -> dict[str, Any]:
     lines = {**main_lines(study, victim), "tuned victim alone": single(f"{victim}+{study.config.tuning}")}
     for model, line in lines.items():
         branches = [study.branch(home, name) for name in line.members]
+        gate = study.gate(victim) if line.gated else None
+        answer = FusedAnswer(line.fusion(gate)) if line.rule else first_logits
         fast = [optimize_for_inference(branch, study.config.image_size) for branch in branches]
+        model_of_line = BranchView(fast, answer, gate)
         taken = []
         for _ in range(5):
             began = time.perf_counter()
             with torch.no_grad():
-                logits = torch.stack([branch(images.to(study.device)) for branch in fast])
-                line.fusion(logits) if line.rule else logits[0]
+                model_of_line(images.to(study.device))
             taken.append(time.perf_counter() - began)
         count = sum(parameter.numel() for branch in branches for parameter in branch.parameters())
         tuned = [study.tuning_record(name)["seconds"] for name in line.members if "+" in name]

@@ -70,6 +70,7 @@ class Learner(nn.Module):
         self.sizes = (settings.hidden_dim, settings.projection_dim)
         self.width: int = encoder.num_features  # type: ignore[assignment]
         self.target: nn.Sequential | None = None
+        self._mixed = False  # whether the step runs in mixed precision
         self.build()
 
     def build(self) -> None:
@@ -95,7 +96,9 @@ class Learner(nn.Module):
         """The loss of two views (B, 3, S, S) in [0, 1] of the same images with ``labels`` (B,)."""
         views = self.normalised(torch.cat([view_a, view_b]))
         a, b = self.projector(self.encoder(views)).float().chunk(2)
-        return self.loss(a, b, views, labels)
+        self._mixed = torch.is_autocast_enabled(views.device.type)
+        with torch.autocast(views.device.type, enabled=False):  # whitening fails on products in bf16
+            return self.loss(a, b, views, labels)
 
     def keep_statistics(self) -> None:
         """Let the encoder, and that of the target network, normalise by the running statistics that they have."""
@@ -113,7 +116,8 @@ class Learner(nn.Module):
         """The target network's embeddings (B, P) of the first and of the second views."""
         if self.target is None:
             raise RuntimeError("no target network; call add_target in build")
-        a, b = self.target(views).float().chunk(2)
+        with torch.autocast(views.device.type, enabled=self._mixed):  # a network as large as the encoder
+            a, b = self.target(views).float().chunk(2)
         return a, b
 
     @torch.no_grad()

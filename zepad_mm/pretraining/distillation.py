@@ -67,7 +67,8 @@ class ReSSL(Learner):
         with torch.no_grad():
             key = F.normalize(self.target(self.normalised(view_b)).float(), dim=1)
             _, others = self.queue(key, update=True)
-        return relational_loss(query, key, others, self.student_temperature, self.teacher_temperature)
+        with torch.autocast(query.device.type, enabled=False):  # as in Learner.forward
+            return relational_loss(query, key, others, self.student_temperature, self.teacher_temperature)
 
 
 def relational_loss(query: Tensor, key: Tensor, others: Tensor, student: float, teacher: float) -> Tensor:
