@@ -12,6 +12,7 @@ from reproduction.paper.study import Line, Study, fused, single
 from zepad_mm.encoders import optimize_for_inference
 from zepad_mm.evaluation import EvalData, Report, evaluate
 from zepad_mm.evaluation.subjects import BranchView, FusedAnswer, first_logits
+from zepad_mm.models.config import Policy
 from zepad_mm.models.zepad import ZePAD
 from zepad_mm.selection import select_fusion
 from zepad_mm.utils.registry import Registry
@@ -225,7 +226,8 @@ def white_box(study: Study) -> dict[str, Any]:
 
     for title, members in chosen.items():
         out = study.out / "white_box" / title.replace(", ", "-").replace(" ", "-").replace("'", "")
-        data, policy = study.eval_data(home), "white_box" if title.endswith("white_box") else None
+        data = study.eval_data(home)
+        policy: Policy | None = "white_box" if title.endswith("white_box") else None
         model = build(title, members, home, data)
         report = evaluate(model, data=data, settings=replace(settings, policy=policy), out=out, resume=True)
         reports[title] = report.to_dict()
