@@ -222,6 +222,7 @@ def _effort(report: Report) -> Iterator[str]:
             yield f"{threat}: {attacks}."
         elif threat == T2.key:
             restarts = f"{settings['restarts']} restart{'s' if settings['restarts'] > 1 else ''}"
+            restarts += f" ({max(settings['restarts'], settings['fused_restarts'])} of the losses on the fusion)"
             kinds, targets = (dict.fromkeys(name.partition("@")[end] for name in names) for end in (0, 2))
             what, where = (", ".join(f"`{name}`" for name in found if name) for found in (kinds, targets))
             yield (

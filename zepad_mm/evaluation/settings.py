@@ -67,6 +67,7 @@ class EvalSettings(Config):
     rules: tuple[str, ...] = ()  # fusion rules that get a row and an attack of their own; empty: all
     steps: int = 20  # gradient steps of T2 attacks, of branches and fused models alike; "fused_margin" takes 5 times
     restarts: int = 1  # of each model's own attack, on the images that survived the shared pool
+    fused_restarts: int = 5  # of the losses on the fusion, on the few images that everything else left right
     own_attacks: tuple[str, ...] = STRONG  # each model's own, of OWN_ATTACKS
     adaptive: tuple[str, ...] = ("fused_margin", "mora", "average_logit", "weight_hijack")  # losses on the fusion
     prompt_sets: tuple[str, ...] = ("single", "photo", "style")  # that "prompts" attacks at once
@@ -105,6 +106,7 @@ class EvalSettings(Config):
             "transfer_steps": 1,
             "steps": 1,
             "restarts": 1,
+            "fused_restarts": 1,
             "detector_steps": 1,
             "diagnostics_factor": 1,
         }
@@ -169,6 +171,7 @@ PRESETS.register("smoke")(
         own_attacks=("pgd",),  # not at full strength, and the report says so
         steps=2,
         restarts=1,
+        fused_restarts=1,
         transfer=("mi",),
         transfer_steps=2,
         epsilons_transfer=(4 / 255,),

@@ -262,7 +262,12 @@ def _attack_fusion(session: Session, loss: str) -> None:
     """An attack that knows the parts of the model as it ships, on the images that it still gets right."""
     settings, row = session.settings, session.default
     attack = fused_attack(
-        loss, session.fusion, settings.steps, epsilon=settings.epsilon, norm=settings.norm, restarts=settings.restarts
+        loss,
+        session.fusion,
+        settings.steps,
+        epsilon=settings.epsilon,
+        norm=settings.norm,
+        restarts=max(settings.restarts, settings.fused_restarts),
     )
     name = (attack_name(loss, row.name), loss, row.name)
     attack_and_add(session, T2, name, attack, session.fusion_inputs(), session.still_right(row))
