@@ -26,14 +26,14 @@ SCORES = ("confidence_gap", "jensen_shannon", "feature_gate")
 
 def main_lines(study: Study, victim: str) -> dict[str, Line]:
     """The rows of the main table; the last is ours."""
-    config, members = study.config, study.defended(victim)
-    return {
-        "undefended": single(victim),
-        "paper's": fused("rfdm", members),
-        "paper's tuning, our rule": fused(config.rule, members, **config.rule_options),
-        **({} if config.gate is None else {"ours: tuned victim alone": single(study.ours(victim)[0])}),
-        "ours": study.our_line(victim),
-    }
+    config, lines = study.config, {"undefended": single(victim)}
+    if study.has_papers(victim):
+        members = study.defended(victim)
+        lines["paper's"] = fused("rfdm", members)
+        lines["paper's tuning, our rule"] = fused(config.rule, members, **config.rule_options)
+    if config.gate is not None:
+        lines["ours: tuned victim alone"] = single(study.ours(victim)[0])
+    return lines | {"ours": study.our_line(victim)}
 
 
 def rows_of(
@@ -105,12 +105,16 @@ def main(study: Study) -> dict[str, Any]:
     """BA and RA of every victim on every task under T1 and T1b, and how well the attacks are detected."""
     rows: list[dict[str, Any]] = []
     detection: list[dict[str, Any]] = []
+    threats = tuple(study.config.threats)
     for victim in study.config.victims:
         lines = main_lines(study, victim)
-        papers = {name: lines[name] for name in ("paper's tuning, our rule", "paper's")}
-        threats = tuple(study.config.threats)
-        first, report = rows_of(study, "paper", victim, papers, threats=threats)
-        detection += detection_rows(report, victim, "paper", "paper's")
+        first: list[dict[str, Any]] = []
+        papers: dict[str, Line] = {
+            name: lines[name] for name in ("paper's tuning, our rule", "paper's") if name in lines
+        }
+        if papers:  # of its own: as the default line, its detector and its encoders are what attacks aim at
+            first, report = rows_of(study, "paper", victim, papers, threats=threats)
+            detection += detection_rows(report, victim, "paper", "paper's")
         second, report = rows_of(study, "main", victim, lines, threats=threats)
         detection += detection_rows(report, victim, "main", "ours")
         rows += [row for row in second if row["threat"] != "T1b" or row["model"] not in papers]
