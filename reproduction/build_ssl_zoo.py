@@ -85,12 +85,15 @@ def markdown(rows: dict[str, Any]) -> str:
     """One line for each method."""
     one = next(iter(rows.values()))
     config = one["config"]
+    start = f"from {config['initial']}, " if config.get("initial") else ""
+    images = " and ".join([config["data"], *config.get("more_data", [])])
     lines = [
         "# The zoo of SSL encoders\n",
-        f"{one['parameters'] / 1e6:.2f} M parameters, {config['image_size']} px, {config['epochs']} epochs of "
-        f"{one['n_train']} images of {config['data']} ({config['part']}), {one['hardware']}; accuracy in % on "
-        f"{one['n_held_out']} held-out images of the same half. Written by `reproduction/build_ssl_zoo.py`. The last "
-        "column is solo-learn's ResNet-18 after 1000 epochs of all 50,000, on the test images.\n",
+        f"{one['parameters'] / 1e6:.2f} M parameters, {start}{config['image_size']} px, {config['epochs']} epochs of "
+        f"{one['n_train']} images of {images} ({config['part']}), {one['hardware']}; accuracy in % on "
+        f"{one['n_held_out']} held-out images of the same half of {config['data']}. Written by "
+        "`reproduction/build_ssl_zoo.py`. The last column is solo-learn's ResNet-18 after 1000 epochs of all 50,000, "
+        "on the test images.\n",
         "| method | kNN | linear probe | seconds of the last start, on shared cores | published linear |",
         "|---|---|---|---|---|",
     ]

@@ -33,7 +33,12 @@ def write_compact(path: str | Path, record: dict[str, Any]) -> None:
             members.setdefault(row["victim"], {})[row["model"]] = list(row["members"])
         compact["members"] = members
         compact["rows"] = [{key: value for key, value in row.items() if key != "members"} for row in rows]
-    write_json(path, _to_columns(compact))
+    write_columns(path, compact)
+
+
+def write_columns(path: str | Path, record: dict[str, Any]) -> None:
+    """Write a record as it is, its tables as columns."""
+    write_json(path, _to_columns(record))
 
 
 def read_compact(path: str | Path) -> dict[str, Any]:
@@ -49,7 +54,7 @@ def _compact_report(report: dict[str, Any]) -> dict[str, Any]:
         for row in report["rows"]
         if row["attack"] == ("none" if row["threat"] == "clean" else "worst")
     ]
-    model = {key: report["meta"]["config"]["model"][key] for key in ("fusion", "fusion_params")}
+    model = {key: report["meta"]["config"]["model"].get(key) for key in ("fusion", "fusion_params", "policy")}
     return {"meta": {"config": {"model": model}, "warnings": report["meta"]["warnings"]}, "rows": rows}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from reproduction.paper import published
 from reproduction.paper.cells import Rows, distinct, grid, one, origin, percent, pick, worst
 from reproduction.paper.sections_clip import clip, clip_transfer
+from reproduction.paper.sections_strong import strong_detection, strong_main, strong_white_box, strong_zoo
 
 TARGET_GAIN, TARGET_RULE, TARGET_AUROC = 50.0, 82.52, 0.95  # the plan of this project
 
@@ -327,7 +328,14 @@ def zoo(record: dict[str, Any]) -> str:
 
 
 # title, file below results, function that writes the section
-SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
+Sections = tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...]
+STRONG_SECTIONS: Sections = (
+    ("The victims", "strong_zoo.json", strong_zoo),
+    ("1 S. Victims, tasks and attacks (T1)", "paper_strong/main.json", strong_main),
+    ("6 S. White-box attacks", "paper_strong/white_box.json", strong_white_box),
+    ("7 S. Detection", "paper_strong/main.json", strong_detection),
+)
+SECTIONS: Sections = (
     ("The zoo", "ssl_zoo.json", zoo),
     ("Selection of our tuning and rule", "paper/choice.json", choice),
     ("1. Victims, tasks and attacks (T1)", "paper/main.json", main),

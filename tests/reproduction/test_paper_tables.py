@@ -10,13 +10,9 @@ import pytest
 import timm
 import torch
 
-from reproduction.paper import (
-    document,
-    run,
-    study,
-)
+from reproduction.paper import document, join, run, sections_strong, study
 from reproduction.paper.records import read_compact
-from reproduction.paper.sections import SECTIONS, verdict
+from reproduction.paper.sections import SECTIONS, STRONG_SECTIONS, verdict
 from reproduction.paper.tables import TABLES
 from zepad_mm.pretraining import save_encoder
 from zepad_mm.utils.io import write_json
@@ -99,9 +95,57 @@ def test_run_makes_every_table_once(folder: Path) -> None:
     assert kept == {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*.safetensors")}
 
 
+@pytest.mark.slow
+def test_gated_runs_on_single_victims_are_joined(folder: Path) -> None:
+    gate = """
+more_data: [embedded]
+n_more: 16
+papers: [first]
+threats: [T1]
+gate:
+  {n: 40, corrupted_views: 1, universal: [feature_uap], held_out: l4a_base, universal_steps: 1, per_image_n: 4,
+   stopped_n: 2, per_image_steps: 1, rounds: 1, round_n: 4, round_steps: 1, steps: 2}
+"""
+    (folder / "gated.yaml").write_text(
+        SMALL.replace("fare: {defence: fare,", "fare: {defence: fare, more: true,") + gate
+    )
+    where = ["--config", str(folder / "gated.yaml"), "--zoo", str(folder / "zoo"), "--out", str(folder / "gated")]
+    where += ["--bmp", f"timm:local-dir:{folder / 'out' / 'bmp' / 'encoder'}"]
+    for victim, tables in (("first", "[main, white_box]"), ("second", "[main]")):
+        words = ["--victims", f"[{victim}]", "--studied", f"[{victim}]", "--tables", tables]
+        run.main(run.PaperSettings.from_cli([*where, *words, "--result", str(folder / f"of_{victim}")]))
+    join.main([str(folder / "of_first"), str(folder / "of_second"), "--out", str(folder / "joined")])
+    main = read_compact(folder / "joined" / "main.json")
+    assert {(row["victim"], row["model"]) for row in main["rows"]} == {
+        ("first", "undefended"), ("first", "paper's"), ("first", "paper's tuning, our rule"),
+        ("first", "ours: tuned victim alone"), ("first", "ours"),
+        ("second", "undefended"), ("second", "ours: tuned victim alone"), ("second", "ours"),
+    }  # fmt: skip
+    assert main["meta"]["config"]["victims"] == ["first", "second"] == list(main["gates"])
+    assert main["members"]["second"]["ours"] == ["second+fare", "second"]
+    assert {row["model"] for row in main["detection"] if row["score"] == "feature_gate"} == {"ours"}
+    reports = read_compact(folder / "joined" / "white_box.json")["reports"]
+    assert list(reports) == ["first, ours, white_box", "first, ours", "first, the paper's"]
+    # under the policy white_box no weight is left for the victim itself
+    held = {row["model"]: row["accuracy"] for row in reports["first, ours, white_box"]["rows"] if row["threat"] == "T2"}
+    assert held["zepad"] == held["branch:first_fare"]
+    for section in (sections_strong.strong_main, sections_strong.strong_detection):
+        assert "eached: " in section(main)
+    assert "best branch" in sections_strong.strong_white_box(read_compact(folder / "joined" / "white_box.json"))
+
+
+def test_records_of_different_settings_are_not_joined(folder: Path) -> None:
+    one, other = (read_compact(folder / "results" / "paper" / "main.json") for _ in range(2))
+    other["meta"]["config"]["seed"] = 1
+    with pytest.raises(ValueError, match="but seed differ"):
+        join.joined([one, other])
+
+
 def test_document_contains_every_table(folder: Path) -> None:
     text = document.document(folder / "results")
-    assert text.count("Not measured yet") == sum(not path.startswith("paper/") for _, path, _ in SECTIONS)
+    assert text.count("Not measured yet") == sum(
+        not path.startswith("paper/") for _, path, _ in (*STRONG_SECTIONS, *SECTIONS)
+    )
     assert "| without BMP | 84.5 / 72.5 |" in text
     assert "reached" in text
 
@@ -122,7 +166,7 @@ def test_committed_document_matches_the_results() -> None:
     assert document.DOCUMENT.read_text(encoding="utf-8") == document.document(document.RESULTS)
 
 
-@pytest.mark.parametrize("name", ["small", "full"])
+@pytest.mark.parametrize("name", ["small", "strong", "full"])
 def test_paper_config_parses(name: str) -> None:
     config = run.PaperSettings.from_cli(["--config", str(ROOT / "reproduction" / "paper" / f"{name}.yaml")])
     assert config.tuning in config.tunings
