@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -134,11 +135,19 @@ def page(record: dict[str, Any]) -> str:
         _legend(record),
         "## Each task",
         *(f"### {task}\n\n{_table(table, task)}" for task in table.tasks),
-        "Written by `python -m reproduction.cross_defence`, from `results/cross_defence.json`: commit "
-        f"{meta['commit']}, {meta['hardware']}, torch {meta['versions']['torch']}, seed {meta['seed']}, "
+        f"Written by `{command(config)}`, from `results/cross_defence.json`: commit {meta['commit']}, "
+        f"{meta['hardware']}, torch {meta['versions']['torch']}, seed {meta['seed']}, "
         f"the cells took {meta['cells_s'] / 3600:.1f} hours in all.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def command(config: dict[str, Any]) -> str:
+    """The command that makes a record with these settings."""
+    words = ["python", "-m", "reproduction.cross_defence", "--data-root", "DIR", "--n", str(config["n"])]
+    words += ["--capacity", str(config["strength"]["capacity"])]
+    words += ["--epsilons", *(f"{round(255 * epsilon)}/255" for epsilon in config["epsilons"])]
+    return shlex.join([*words, "--tasks", *config["tasks"], "--defences", *config["defences"]])
 
 
 def _table(table: Table, task: str | None) -> str:

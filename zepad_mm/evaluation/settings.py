@@ -65,9 +65,9 @@ class EvalSettings(Config):
     norm: Literal["linf", "l2"] = "linf"  # of T2 and T3; the budget of "l2" is a length such as 0.5
     policy: Policy | None = None  # of models with a gate; None: their own
     rules: tuple[str, ...] = ()  # fusion rules that get a row and an attack of their own; empty: all
-    steps: int = 20  # gradient steps of T2 attacks, of branches and fused models alike; "fused_margin" takes 5 times
+    steps: int = 20  # gradient steps of T2 attacks, of branches and fused models alike; "fused_margin" takes 12 times
     restarts: int = 1  # of each model's own attack, on the images that survived the shared pool
-    fused_restarts: int = 5  # of the losses on the fusion, on the few images that everything else left right
+    fused_restarts: int = 2  # of the losses on the fusion, on the few images that everything else left right
     own_attacks: tuple[str, ...] = STRONG  # each model's own, of OWN_ATTACKS
     adaptive: tuple[str, ...] = ("fused_margin", "mora", "average_logit", "weight_hijack")  # losses on the fusion
     prompt_sets: tuple[str, ...] = ("single", "photo", "style")  # that "prompts" attacks at once

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 QUICK_STEPS = 10  # of "pgd_quick", which removes the images that any attack breaks
 # loss on the fusion -> the optimiser that suits it, and how many times the steps: through a gate, only a long run of
 # momentum PGD on the margin comes near the end
-DRIVEN = {"fused_margin": ("momentum", 5), "mora": ("momentum", 1)}
+DRIVEN = {"fused_margin": ("momentum", 12), "mora": ("momentum", 1)}
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ class ServeSettings(Config):
     max_pixels: int = 25_000_000  # width times height of an image
     max_labels: int = 50  # candidate labels
     max_label_length: int = 100  # characters of a label, and of a template
-    attack_steps: int = 20  # gradient steps of an attack on an image; a white box takes up to five times as many
+    attack_steps: int = 20  # gradient steps of an attack on an image; a white box takes up to twelve times as many
     sessions: int = 128  # visitors of the page whose results are kept; the oldest are forgotten
     idle_s: int = 20  # seconds in which a request must arrive, and a client must read
     grace_s: int = 5  # seconds that open requests have when the server stops
