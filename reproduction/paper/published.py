@@ -44,7 +44,12 @@ STATE = (
     ("BMP-Branch", "benign encoder on local data", "works", "table 1; ours has one tuned with labels"),
     ("RFDM", "confidence-weighted logits", "works; not robust to a white-box attack", "tables 5, 6 and 6 S"),
     ("Sensitivity to data characteristics", "more confident where trained", "measured", "figure 2"),
-    ("DAE detection from confidence", "gap > 0.1", "works as published; not as well; the gate does", "tables 7 and 7 S"),
+    (
+        "DAE detection from confidence",
+        "gap > 0.1",
+        "works as published; not as well; the gate does",
+        "tables 7 and 7 S",
+    ),
     ("Persistent robustness", "tuning set is not the task", "measured", "tables 1 and 1 S"),
     ("11 SSL methods", "pre-trained encoders", "works", "both zoos; table 1 S has all eleven"),
     (
