@@ -69,7 +69,7 @@ class Settings(ssl_study.Protocol):
     other_tuning: str = "half_clean"  # of the auxiliary encoder where the two differ
     labelled_tuning: str = "fare_labels"  # a candidate for ours
     our_bmp: str = "bmp+clean_own"  # the benign encoder of ours
-    papers: list[str] | None = None  # victims that the main table shows the paper's defence of; None: all
+    paper_victims: list[str] | None = None  # victims that the main table shows the paper's defence of; None: all
     threats: list[str] = field(default_factory=lambda: ["T1", "T1b"])  # of the main table
     studied: list[str] = field(default_factory=lambda: ["simclr"])  # victims of every table but the main one
     n_selection: int = 200  # validation images for the selection of the fusion rule
@@ -133,7 +133,7 @@ class Study:
 
     def has_papers(self, victim: str) -> bool:
         """Whether the main table shows the paper's defence of a victim."""
-        return self.config.papers is None or victim in self.config.papers
+        return self.config.paper_victims is None or victim in self.config.paper_victims
 
     def ours(self, victim: str) -> tuple[str, str, str]:
         """The three encoders of ours: another tuning, and a benign encoder tuned with labels."""

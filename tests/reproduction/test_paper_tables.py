@@ -100,7 +100,7 @@ def test_gated_runs_on_single_victims_are_joined(folder: Path) -> None:
     gate = """
 more_data: [embedded]
 n_more: 16
-papers: [first]
+paper_victims: [first]
 threats: [T1]
 gate:
   {n: 40, corrupted_views: 1, universal: [feature_uap], held_out: l4a_base, universal_steps: 1, per_image_n: 4,
