@@ -157,7 +157,7 @@ def strong_white_box(record: dict[str, Any]) -> str:
     lines, within = [], 0
     for title, report in record["reports"].items():
         rows = report["rows"]
-        row = {threat: one(rows, model="zepad", threat=threat) for threat in ("clean", "T1", "T2", "T3")}
+        row = {threat: one(rows, model="zepad", threat=threat) for threat in ("clean", "T2", "T3")}
         branches = [r for r in pick(rows, threat="T2") if r["model"].startswith("branch:")]
         best = max(branches, key=lambda r: r["accuracy"])
         lost = 100 * (best["accuracy"] - row["T2"]["accuracy"])
@@ -168,11 +168,11 @@ def strong_white_box(record: dict[str, Any]) -> str:
     settings = record["meta"]["config"]["white_box"]
     count = sum(title.endswith("white_box") for title in record["reports"])
     text = (
-        f"On CIFAR-10, n = {n}; T1 at 10/255; T2 and T3 at 8/255 by {', '.join(settings['own_attacks'])} with "
+        f"On CIFAR-10, n = {n}; T2 and T3 at 8/255 by {', '.join(settings['own_attacks'])} with "
         f"{settings['steps']} steps and, on fused models, {', '.join(settings['adaptive'])}. The policy `white_box` is "
         f"within one point of the best branch for {within} of {count} victims.\n"
     )
-    head = ["victim and model", "clean", "T1", "T2", "T3", "best branch under T2", "T2 against it"]
+    head = ["victim and model", "clean", "T2", "T3", "best branch under T2", "T2 against it"]
     return "\n".join([text, grid(head, lines), origin(record)])
 
 

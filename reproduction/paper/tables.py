@@ -245,7 +245,8 @@ def _gated_models(study: Study) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for victim in study.config.studied:
         found[f"{victim}, ours, white_box"] = found[f"{victim}, ours"] = study.gated_members(victim)
-        found[f"{victim}, the paper's"] = study.defended(victim)
+        if study.has_papers(victim):
+            found[f"{victim}, the paper's"] = study.defended(victim)
     return found
 
 
