@@ -59,7 +59,7 @@ def _compact_report(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _to_columns(value: Any) -> Any:
-    """Every list of flat dicts as ``{"columns": names, "values": lists}``; numbers to six digits."""
+    """Every list of flat dicts as ``{"columns": names, "values": lists}``; numbers to four digits."""
     if isinstance(value, dict):
         return {key: _to_columns(item) for key, item in value.items()}
     if not isinstance(value, list | tuple):
@@ -72,7 +72,7 @@ def _to_columns(value: Any) -> Any:
 
 
 def _rounded(value: Any) -> Any:
-    return round(value, 6) if isinstance(value, float) else value
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def _nested(row: dict[str, Any]) -> bool:
