@@ -35,7 +35,8 @@ STRONG = """# The strong zoo
 To reproduce: `python -m tools.image_tower --out outputs/strong_zoo/imagenet`, then `python -m
 reproduction.build_ssl_zoo --config recipes/configs/strong_zoo/pretrain.yaml --out outputs/strong_zoo`, then `python -m
 reproduction.paper.run --config reproduction/paper/strong.yaml`. Pre-training and tuning of the record ran on a GPU, and
-their weights were kept in half precision; gates, heads and attacks ran on a CPU.
+their weights were kept in half precision; gates, heads and attacks ran on a CPU, and so did the benign encoder of the
+paper's design, for one epoch (`results/paper_strong/benign.json`).
 """
 SMALL = """# The small zoo
 
