@@ -17,9 +17,9 @@ PROBES = ("linear_accuracy", "knn_accuracy")
 
 def strong_zoo(record: dict[str, Any]) -> str:
     """The probe of each victim before and after its own objective."""
-    rows, published = record["rows"], record["published"]
+    rows, theirs = record["rows"], record["published"]
     lines = [
-        [name, *(f"{100 * row['before'][key]:.1f} to {100 * row[key]:.1f}" for key in PROBES), str(published[name])]
+        [name, *(f"{100 * row['before'][key]:.1f} to {100 * row[key]:.1f}" for key in PROBES), str(theirs[name])]
         for name, row in rows.items()
     ]  # fmt: skip
     first = next(iter(rows.values()))
