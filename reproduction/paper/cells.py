@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from statistics import mean
 from typing import Any
 
 Rows = list[dict[str, Any]]
@@ -42,3 +43,16 @@ def worst(rows: Rows, **wanted: Any) -> dict[str, Any]:
 
 def distinct(rows: Rows, key: str) -> list[Any]:
     return list(dict.fromkeys(row[key] for row in rows))
+
+
+def by_attack(rows: Rows, models: list[str]) -> str:
+    """Accuracy and attack success rate of each model under each T1 attack, mean over victims and tasks."""
+    attacked = [{**row, "attack": row["condition"].partition("@")[0]} for row in rows if row["threat"] == "T1"]
+    lines = []
+    for attack in distinct(attacked, "attack"):
+        found = [pick(attacked, attack=attack, model=model) for model in models]
+        shown = [
+            f"{100 * mean(r['accuracy'] for r in f):.1f}, ASR {100 * mean(r['asr'] for r in f):.1f}" for f in found
+        ]
+        lines.append([attack, *shown])
+    return grid(["attack", *models], lines)

@@ -7,7 +7,7 @@ from statistics import mean
 from typing import Any
 
 from reproduction.paper import published
-from reproduction.paper.cells import Rows, distinct, grid, one, origin, percent, pick, worst
+from reproduction.paper.cells import Rows, by_attack, distinct, grid, one, origin, percent, pick, worst
 from reproduction.paper.sections_clip import clip, clip_transfer
 from reproduction.paper.sections_strong import strong_detection, strong_main, strong_white_box, strong_zoo
 
@@ -80,18 +80,6 @@ def _attack_cost(rows: Rows, model: str) -> list[float]:
         - worst(rows, task=t, victim=v, model=model, threat="T1")["accuracy"]
         for t, v in sorted(cells)
     ]
-
-
-def by_attack(rows: Rows, models: list[str]) -> str:
-    attacked = [{**row, "attack": row["condition"].partition("@")[0]} for row in rows if row["threat"] == "T1"]
-    lines = []
-    for attack in distinct(attacked, "attack"):
-        found = [pick(attacked, attack=attack, model=model) for model in models]
-        shown = [
-            f"{100 * mean(r['accuracy'] for r in f):.1f}, ASR {100 * mean(r['asr'] for r in f):.1f}" for f in found
-        ]
-        lines.append([attack, *shown])
-    return grid(["attack", *models], lines)
 
 
 def next_to_paper(rows: Rows, base: str, paper: str, ours: str) -> str:

@@ -7,7 +7,7 @@ from statistics import mean
 from typing import Any
 
 from reproduction.paper import published
-from reproduction.paper.cells import Rows, distinct, grid, one, origin, percent, pick, worst
+from reproduction.paper.cells import Rows, by_attack, distinct, grid, one, origin, percent, pick, worst
 
 UNDEFENDED, PAPERS, ROBUST, OURS = "undefended", "paper's", "ours: tuned victim alone", "ours"
 MEAN_GAIN, LARGEST_GAIN, MOST_LOST, AUROC = 40.0, 60.0, 0.5, 0.95  # the goals of this project
@@ -73,7 +73,7 @@ def strong_main(record: dict[str, Any]) -> str:
             goals,
             grid(head, lines),
             "### By attack, mean over victims and tasks\n",
-            _by_attack(rows, models),
+            by_attack(rows, models),
             origin(record),
         ]
     )
@@ -262,18 +262,6 @@ def _attack(row: dict[str, Any]) -> str:
 
 def _names(sources: list[str]) -> list[str]:
     return [source.rsplit("/", 1)[-1] for source in sources]
-
-
-def _by_attack(rows: Rows, models: list[str]) -> str:
-    attacked = [{**row, "attack": _attack(row)} for row in pick(rows, threat="T1")]
-    lines = []
-    for attack in distinct(attacked, "attack"):
-        found = [pick(attacked, attack=attack, model=model) for model in models]
-        shown = [
-            f"{100 * mean(r['accuracy'] for r in f):.1f}, ASR {100 * mean(r['asr'] for r in f):.1f}" for f in found
-        ]
-        lines.append([attack, *shown])
-    return grid(["attack", *(f"{model} (RA)" for model in models)], lines)
 
 
 def _mark(reached: bool) -> str:
