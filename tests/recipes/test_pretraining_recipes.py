@@ -226,6 +226,19 @@ def test_every_method_reduces_its_loss(method: str):
 
 
 @pytest.mark.parametrize("method", pretraining.METHODS)
+def test_losses_are_in_float32_under_mixed_precision(method: str):
+    learner = _tiny(method)
+    images = torch.rand(32, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = learner(images, images.flip(-1), torch.arange(32) % 4)
+    loss.backward()  # the whitening of W-MSE failed here on products in bf16
+    assert loss.dtype is torch.float32
+    assert loss.isfinite()
+    for name, parameter in learner.named_parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("method", pretraining.METHODS)
 def test_state_dict_is_complete(method: str):
     """Queues, prototypes, centres and target networks are in the state dict, or a resumed run would differ."""
     learner, views = _tiny(method), torch.rand(2, 16, 3, 32, 32)

@@ -222,7 +222,7 @@ def _effort(report: Report) -> Iterator[str]:
             yield f"{threat}: {attacks}."
         elif threat == T2.key:
             restarts = f"{settings['restarts']} restart{'s' if settings['restarts'] > 1 else ''}"
-            fused = max(settings["restarts"], settings.get("fused_restarts", 1))  # of later reports
+            fused = max(settings["restarts"], settings.get("fused_restarts", 1))  # absent from older reports
             restarts += f" ({fused} of the losses on the fusion)"
             kinds, targets = (dict.fromkeys(name.partition("@")[end] for name in names) for end in (0, 2))
             what, where = (", ".join(f"`{name}`" for name in found if name) for found in (kinds, targets))
