@@ -62,6 +62,7 @@ class Settings(ssl_study.Protocol):
     tunings: dict[str, dict[str, Any]] = field(default_factory=dict)
     more_data: list[str] = field(default_factory=list)  # further images without labels, for tunings with "more"
     n_more: int | None = None  # at most as many of each
+    surrogate_data: str | None = None  # the attacker's images for all tasks but ``data``; None: the public half of data
     gate: GateSettings | None = None  # of ours, between the tuned victim and the victim; None: ours fuses three by rule
     n_critical: int = 1000  # tuning images on which the second stage ranks layers
     tuning: str = "gen_af"  # the paper's
@@ -317,9 +318,15 @@ class Study:
     def eval_data(self, task: str, split: str = "test") -> EvalData:
         """The images of a task; with ``split`` "validation" those are reported on."""
         _, validation, test = self.data(task)
-        return EvalData(
-            validation if split == "validation" else test, validation, ssl_study.surrogate_images(self.config)
-        )
+        return EvalData(validation if split == "validation" else test, validation, self._surrogate_images(task))
+
+    def _surrogate_images(self, task: str) -> LabelledImages:
+        """The attacker's images; for tasks other than ``data`` they may be those of another set."""
+        config = self.config
+        if config.surrogate_data is None or self.tasks[task] == config.data:
+            return ssl_study.surrogate_images(config)
+        images = ssl_study.whole(config.surrogate_data, "train", config.image_size)
+        return images.sample(config.evaluation.n_surrogate, config.seed + 1)
 
     def subject(self, victim: str, lines: dict[str, Line], task: str, data: EvalData) -> Subject:
         """The lines of a table over shared encoders; the last one is the default, whose members are its branches."""

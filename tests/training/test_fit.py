@@ -34,6 +34,7 @@ from zepad_mm.training import (
     load_tuned,
     make_accelerator,
     train_head,
+    train_head_on_features,
     validate,
     write_head,
     write_tuned,
@@ -477,6 +478,24 @@ def test_head_on_cached_features(tmp_path: Path) -> None:
         train_head(encoder, ZeroShotHead(32, 3), data)
     with pytest.raises(ValueError, match="labels from 0 to 2 for a head of 2"):
         train_head(encoder, fresh_head("linear", 32, 2), data)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize(("mean", "spread"), [(0.0, 1.0), (5.0, 0.01), (300.0, 40.0)])
+def test_head_training_takes_features_of_any_mean_and_scale(kind: str, mean: float, spread: float) -> None:
+    data = colours(96)
+    plain = encode_images(tiny_encoder(), data.images, 32)
+    features, head = mean + spread * plain, fresh_head(kind, 32, 3, seed=1)
+    assert train_head_on_features(head, features, data.labels, HeadSettings(batch_size=32)).train_accuracy > 0.9
+    usual = fresh_head(kind, 32, 3, seed=1)
+    train_head_on_features(usual, plain, data.labels, HeadSettings(batch_size=32))
+    assert torch.allclose(head(features).softmax(-1), usual(plain).softmax(-1), atol=0.02)
+
+
+def test_head_training_takes_features_that_do_not_differ() -> None:
+    head, labels = fresh_head("linear", 32, 3), torch.arange(6) % 3
+    train_head_on_features(head, torch.full((6, 32), 7.3), labels, HeadSettings(epochs=2))
+    assert head(torch.full((6, 32), 7.3)).isfinite().all()
 
 
 @pytest.mark.parametrize("adaptation", ["full", "lora"])

@@ -23,6 +23,11 @@ class LinearHead(nn.Module):
         super().__init__()
         self.layer = nn.Linear(feature_dim, num_classes)
 
+    @property
+    def input_layer(self) -> nn.Linear:
+        """The layer that takes the features."""
+        return self.layer
+
     def forward(self, features: Tensor) -> Tensor:
         return self.layer(features)
 
@@ -41,6 +46,13 @@ class MLPHead(nn.Module):
             nn.ReLU(),
             nn.Linear(feature_dim, num_classes),
         )
+
+    @property
+    def input_layer(self) -> nn.Linear:
+        """The layer that takes the features."""
+        layer = self.layers[0]
+        assert isinstance(layer, nn.Linear)
+        return layer
 
     def forward(self, features: Tensor) -> Tensor:
         return self.layers(features)

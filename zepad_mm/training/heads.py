@@ -70,6 +70,11 @@ def train_head_on_features(
 ) -> HeadResult:
     """Train ``head`` in place on features (N, D) and labels (N,).
 
+    A head with an ``input_layer`` (linear, mlp) trains on features minus their mean, divided by one number, and takes
+    features as they are afterwards. Encoders differ by orders of magnitude in both: where the mean is large against
+    the spread, the recipe's rate leaves a head at chance. Each channel keeps its share of the spread, since a channel
+    that is almost constant on clean images, once amplified, is what an attack moves.
+
     Raises:
         ValueError: a head without parameters, or labels beyond its classes. FloatingPointError: a non-finite loss.
     """
@@ -85,6 +90,10 @@ def train_head_on_features(
     if int(labels.min()) < 0 or int(labels.max()) >= classes:
         raise ValueError(f"labels from {int(labels.min())} to {int(labels.max())} for a head of {classes} classes")
     head.train()
+    input_layer, inputs = getattr(head, "input_layer", None), features
+    if input_layer is not None:
+        mean, scale = _centre_and_scale(features)
+        inputs = (features - mean) / scale
     optimizer = torch.optim.Adam(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
     losses = []
     with seeded(device, derived_seed(settings.seed, "head dropout")):
@@ -94,7 +103,7 @@ def train_head_on_features(
             order = torch.randperm(len(labels), generator=derived_generator(settings.seed, "head order", epoch))
             total = torch.zeros((), device=device)
             for index in order.to(device).split(settings.batch_size):
-                loss = F.cross_entropy(head(features[index]), labels[index])
+                loss = F.cross_entropy(head(inputs[index]), labels[index])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -103,5 +112,16 @@ def train_head_on_features(
             if losses[-1] != losses[-1] or losses[-1] == float("inf"):
                 raise FloatingPointError(f"the head's loss is {losses[-1]} in epoch {epoch + 1}; lower lr")
     with torch.no_grad():
+        if input_layer is not None:  # W (x - mean) / scale + b, written as a layer of x
+            input_layer.weight /= scale
+            input_layer.bias -= input_layer.weight @ mean
         accuracy = float((head.eval()(features).argmax(-1) == labels).float().mean())
     return HeadResult(tuple(losses), accuracy)
+
+
+def _centre_and_scale(features: Tensor) -> tuple[Tensor, float]:
+    """The mean (D,) of features (N, D), and the root mean square of their spread; 1 where they do not differ."""
+    mean = features.mean(0)
+    scale = float((features - mean).square().mean().sqrt())
+    rounding = torch.finfo(features.dtype).eps * float(mean.abs().max())
+    return mean, scale if scale > 10 * rounding else 1.0
