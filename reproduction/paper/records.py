@@ -9,7 +9,13 @@ from zepad_mm.utils.io import read_json, write_json
 
 Rows = list[dict[str, Any]]
 REPORT_COLUMNS = ("model", "attack", "threat", "epsilon", "n", "accuracy", "ci_low", "ci_high", "upper_bound")
+LONG = 200  # rows of a table from which repeated words are written once
 TUNING_KEYS = ("defence", "data", "steps", "best_step", "validation", "seconds", "thawed")
+
+
+def at_budget(title: str, epsilon: float) -> str:
+    """The title of a white-box report at a further budget."""
+    return f"{title} at {round(255 * epsilon, 2):g}/255"
 
 
 def write_compact(path: str | Path, record: dict[str, Any]) -> None:
@@ -59,7 +65,11 @@ def _compact_report(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _to_columns(value: Any) -> Any:
-    """Every list of flat dicts as ``{"columns": names, "values": lists}``; numbers to four digits."""
+    """Every list of flat dicts as ``{"columns": names, "values": lists}``; numbers to four digits.
+
+    In a long list each word that comes again and again is written once: under "words", by column, and its place there
+    among the values.
+    """
     if isinstance(value, dict):
         return {key: _to_columns(item) for key, item in value.items()}
     if not isinstance(value, list | tuple):
@@ -68,7 +78,15 @@ def _to_columns(value: Any) -> Any:
     if not flat:
         return [_to_columns(item) for item in value]
     columns = list(dict.fromkeys(key for row in value for key in row))
-    return {"columns": columns, "values": [[_rounded(row.get(key)) for key in columns] for row in value]}
+    words = {key: dict.fromkeys(row.get(key) for row in value) for key in columns} if len(value) >= LONG else {}
+    places = {
+        key: {word: place for place, word in enumerate(found)}
+        for key, found in words.items()
+        if len(found) <= len(value) // 10 and all(isinstance(word, str) for word in found)
+    }
+    rows = [[places[key][row[key]] if key in places else _rounded(row.get(key)) for key in columns] for row in value]
+    interned = {"words": {key: list(found) for key, found in places.items()}} if places else {}
+    return {"columns": columns, **interned, "values": rows}
 
 
 def _rounded(value: Any) -> Any:
@@ -85,6 +103,8 @@ def _to_rows(value: Any) -> Any:
         return [_to_rows(item) for item in value]
     if not isinstance(value, dict):
         return value
-    if set(value) == {"columns", "values"}:
-        return [dict(zip(value["columns"], row, strict=True)) for row in value["values"]]
+    if {"columns", "values"} <= set(value) <= {"columns", "words", "values"}:
+        rows = [dict(zip(value["columns"], row, strict=True)) for row in value["values"]]
+        words = value.get("words", {})
+        return [{key: words[key][item] if key in words else item for key, item in row.items()} for row in rows]
     return {key: _to_rows(item) for key, item in value.items()}

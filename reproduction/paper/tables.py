@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from reproduction.paper.records import at_budget
 from reproduction.paper.study import Line, Study, fused, single
 from zepad_mm.encoders import optimize_for_inference
 from zepad_mm.evaluation import EvalData, Report, evaluate
@@ -229,12 +231,14 @@ def white_box(study: Study) -> dict[str, Any]:
         return model
 
     for title, members in chosen.items():
-        out = study.out / "white_box" / title.replace(", ", "-").replace(" ", "-").replace("'", "")
         data = study.eval_data(home)
         policy: Policy | None = "white_box" if title.endswith("white_box") else None
         model = build(title, members, home, data)
-        report = evaluate(model, data=data, settings=replace(settings, policy=policy), out=out, resume=True)
-        reports[title] = report.to_dict()
+        for epsilon in (settings.epsilon, *config.white_box_epsilons):
+            name = title if epsilon == settings.epsilon else at_budget(title, epsilon)
+            out = study.out / "white_box" / re.sub("[ ,/]+", "-", name).replace("'", "")
+            options = replace(settings, policy=policy, epsilon=epsilon)
+            reports[name] = evaluate(model, data=data, settings=options, out=out, resume=True).to_dict()
     return {"reports": reports, "selections": selections}
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from PIL import Image
 
-from reproduction.paper import document, join, run, sections_strong, study
+from reproduction.paper import document, join, records, run, sections_strong, study
 from reproduction.paper.records import read_compact
 from reproduction.paper.sections import SECTIONS, STRONG_SECTIONS, verdict
 from reproduction.paper.tables import TABLES
@@ -100,6 +102,7 @@ def test_gated_runs_on_single_victims_are_joined(folder: Path) -> None:
     gate = """
 more_data: [embedded]
 n_more: 16
+surrogate_data: embedded
 paper_victims: [first]
 threats: [T1]
 gate:
@@ -132,6 +135,15 @@ gate:
     for section in (sections_strong.strong_main, sections_strong.strong_detection):
         assert "eached: " in section(main)
     assert "best branch" in sections_strong.strong_white_box(read_compact(folder / "joined" / "white_box.json"))
+
+
+@pytest.mark.parametrize("rows", [1, records.LONG])
+def test_records_are_read_as_they_were_written(tmp_path: Path, rows: int) -> None:
+    table = [{"victim": "ab"[i % 2], "model": f"m{i}", "n": i, "asr": i / 8} for i in range(rows)]
+    records.write_columns(tmp_path / "table.json", {"rows": table, "note": {"words": "kept"}})
+    assert read_compact(tmp_path / "table.json") == {"rows": table, "note": {"words": "kept"}}
+    written = (tmp_path / "table.json").read_text()
+    assert written.count('"a"') == (1 if rows >= records.LONG else rows)
 
 
 def test_records_of_different_settings_are_not_joined(folder: Path) -> None:
@@ -173,6 +185,20 @@ def test_paper_config_parses(name: str) -> None:
     assert {config.adv_au, config.adv_au_for_itself, *config.more_adv_au, *config.studied} <= {
         *config.victims, config.adv_au_for_itself
     }  # fmt: skip
+
+
+def test_attacker_of_other_tasks_may_have_images_of_another_set(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "train" / "only").mkdir(parents=True)
+    for shade in range(20):
+        Image.new("RGB", (32, 32), (shade, 0, 0)).save(tmp_path / "train" / "only" / f"{shade}.png")
+    config = run.PaperSettings.from_cli([*arguments(folder), "--data", str(tmp_path)])
+    plain = study.Study(config).eval_data("embedded")
+    other = study.Study(replace(config, surrogate_data="embedded")).eval_data("embedded")
+    assert plain.surrogate.class_names == ("only",)
+    assert other.surrogate.class_names == other.test.class_names
+    assert len(other.surrogate) == 16
+    at_home = study.Study(replace(config, data="embedded", surrogate_data=str(tmp_path))).eval_data("embedded")
+    assert at_home.surrogate.class_names == at_home.test.class_names
 
 
 def test_encoder_missing_from_the_zoo_is_named(folder: Path) -> None:
