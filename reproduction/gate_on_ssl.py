@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from reproduction.gate_on_ssl_page import page
-from reproduction.ssl_study import without_folders
+from reproduction.ssl_study import kept_gate, without_folders
 from zepad_mm.data import LabelledImages, joined, load_data
 from zepad_mm.encoders import Encoder, load_encoder
 from zepad_mm.evaluation import EvalData, EvalSettings, Report, evaluate
@@ -42,11 +42,9 @@ from zepad_mm.training import (
     TuneSettings,
     encode_images,
     fresh_head,
-    load_gate,
     train_gate,
     train_head_on_features,
     tune,
-    write_gate,
 )
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.io import read_json, write_json, write_text
@@ -157,19 +155,17 @@ class Victim:
         return tuned.encoder.eval().requires_grad_(False), tuned.record
 
     def _gate(self) -> tuple[FeatureGate, dict[str, Any]]:
-        file, record = self.out / "gate" / "gate.safetensors", self.out / "gate" / "gate.json"
-        if not record.is_file():
-            gate, found = train_gate(
+        def train(cache: Path) -> tuple[FeatureGate, dict[str, Any]]:
+            return train_gate(
                 self.public,
                 [self.robust],
                 joined(list(self.images.tuning.values())),  # as one: two sets say little of one left out
                 self.settings.gate,
                 calibration={task: self.images.tasks[task].validation for task in self.settings.tasks},
-                out=self.out / "gate" / "cache",
+                out=cache,
             )
-            write_gate(file, gate)
-            write_json(record, found)
-        return load_gate(file), read_json(record)
+
+        return kept_gate(self.out / "gate", train)
 
     def select_cap(self) -> None:
         """Set the cap of all models: the lowest one that costs nothing on the validation images of all tasks."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,14 @@ from zepad_mm.training import (
     TuneSettings,
     encode_images,
     fresh_head,
+    load_gate,
     make_accelerator,
     train_head_on_features,
     tune,
+    write_gate,
 )
 from zepad_mm.utils.config import Config
-from zepad_mm.utils.io import write_json, write_text
+from zepad_mm.utils.io import read_json, write_json, write_text
 
 ROOT = Path(__file__).parents[1]
 TUNINGS = {"victim_tuned": "victim", "adv_au_tuned": "adv_au", "victim_clean": "victim"}  # tuned encoder -> its base
@@ -162,6 +165,18 @@ def fit_branch(
     head = fresh_head("mlp", encoder.feature_dim, len(train.class_names), config.head.seed)
     train_head_on_features(head, features, train.labels, config.head)
     return Branch(about, encoder, head).to(accelerator.device).eval().requires_grad_(False)
+
+
+def kept_gate(
+    folder: Path, train: Callable[[Path], tuple[FeatureGate, dict[str, Any]]]
+) -> tuple[FeatureGate, dict[str, Any]]:
+    """A gate and its record, kept in ``folder``; where missing, ``train`` makes them, given a folder for its cache."""
+    file, record = folder / "gate.safetensors", folder / "gate.json"
+    if not record.is_file():
+        gate, found = train(folder / "cache")
+        write_gate(file, gate)
+        write_json(record, found)
+    return load_gate(file), read_json(record)
 
 
 def assemble(

@@ -35,17 +35,15 @@ from zepad_mm.training import (
     GateSettings,
     TuneSettings,
     encode_images,
-    load_gate,
     load_head,
     make_accelerator,
     train_gate,
     tune,
-    write_gate,
     write_head,
 )
 from zepad_mm.training.artifacts import TUNED_RECORD
 from zepad_mm.training.heads import fresh_head, train_head_on_features
-from zepad_mm.utils.io import read_json, write_json
+from zepad_mm.utils.io import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,27 +232,30 @@ class Study:
             for source in config.more_data
         ]
 
-    @functools.cache  # noqa: B019
     def gate(self, victim: str) -> FeatureGate:
         """The gate of ours: trained on unlabelled tuning images, its thresholds from validation images of all tasks."""
-        config, folder = self.config, self.out / "gates" / victim
-        assert config.gate is not None
-        file, record = folder / "gate.safetensors", folder / "gate.json"
-        if not record.is_file():
+        return self._gate(victim)[0]
+
+    @functools.cache  # noqa: B019
+    def _gate(self, victim: str) -> tuple[FeatureGate, dict[str, Any]]:
+        config = self.config
+
+        def train(cache: Path) -> tuple[FeatureGate, dict[str, Any]]:
+            assert config.gate is not None
             images = ssl_study.whole(config.data, "train", config.image_size)
             public = images.subset(ssl_study.public_rows(config)[0]).sample(config.n_tune, config.seed)
             robust, benign = (self.encoder(name) for name in self.gated_members(victim))
-            gate, found = train_gate(
+            return train_gate(
                 benign,
                 [robust],
                 joined([public, *self.more_images()]),
                 config.gate,
                 calibration={task: self.data(task)[1] for task in self.tasks},
-                out=folder / "cache",
+                out=cache,
             )
-            write_gate(file, gate)
-            write_json(record, found)
-        return load_gate(file).to(self.device)
+
+        gate, record = ssl_study.kept_gate(self.out / "gates" / victim, train)
+        return gate.to(self.device), record
 
     @functools.cache  # noqa: B019
     def cap(self, victim: str) -> float:
@@ -264,8 +265,7 @@ class Study:
 
     def gate_record(self, victim: str) -> dict[str, Any]:
         """How the gate of ours was made, and the cap of the benign weight."""
-        self.gate(victim)
-        record = read_json(self.out / "gates" / victim / "gate.json")
+        record = self._gate(victim)[1]
         kept = ("rows", "seen_attacks", "mean_auroc", "thresholds", "false_alarms", "seconds")
         return {"cap": self.cap(victim), **{key: record[key] for key in kept if key in record}}
 

@@ -152,7 +152,8 @@ def test_model_route_describes_the_model(client: TestClient, service: Service) -
         (None, {"attack": "apgd"}, 422, "'universal', 'public' or 'white_box'"),
         (None, {"epsilon": "17"}, 422, "less than or equal to 16"),
         (None, {"epsilon": "4/255"}, 422, "valid integer"),
-        (None, {"label": "bird"}, 400, "label: expected one of the labels, got 'bird'"),
+        (None, {"label": "bird"}, 400, "label: expected one of ['cat', 'dog', 'a red car'], got 'bird'"),
+        (None, {"topk": "1"}, 400, "'topk' is not a field of this request; expected image, labels, template, top_k"),
         (image_file() + b"\x00" * 2**20, {}, 413, "larger than 1 MB"),
     ],
 )
@@ -169,7 +170,9 @@ def test_attack_needs_two_labels_and_a_form(client: TestClient) -> None:
     assert client.post("/v1/classify", json={"labels": LABELS}).status_code == 422
     assert client.post("/v1/classify", data={"labels": LABELS, "image": "text"}).status_code == 400
     assert client.post("/v1/nothing").status_code == 404
-    assert client.get("/v1/classify").status_code == 405
+    for method in ("GET", "PUT", "DELETE", "OPTIONS"):
+        answer = client.request(method, "/v1/classify")
+        assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
 
 
 def test_chunked_body_over_the_limit_is_refused(client: TestClient) -> None:

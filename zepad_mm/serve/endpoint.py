@@ -6,20 +6,23 @@ Without ``from __future__ import annotations``, because FastAPI cannot resolve a
 import base64
 from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, File, Form, Request
+from fastapi import Depends, FastAPI, File, Form, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, Field, StringConstraints
 
 from zepad_mm import __version__
 from zepad_mm.models.config import Policy
-from zepad_mm.serve.gateway import DOCS, OPENAPI, Gateway, PageGuard
+from zepad_mm.serve.gateway import DOCS, ENDPOINT, OPENAPI, Gateway, PageGuard
 from zepad_mm.serve.limits import BusyError
 from zepad_mm.serve.service import ATTACKS, Service, error_text, png
 from zepad_mm.serve.settings import MAX_LEVELS, ServeSettings
+from zepad_mm.utils.text import quoted
 
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 MOST_ERRORS = 5  # fields that one answer explains
 EXAMPLE = """
 Zero-shot classification that is robust to downstream-agnostic adversarial examples. For example, with the address that
@@ -213,7 +216,11 @@ def _add_routes(app: FastAPI, service: Service, settings: ServeSettings) -> None
             limits=settings.limits(),
         )
 
-    @app.post("/v1/classify", responses=REFUSALS, openapi_extra=BODY)
+    checked: dict[str, Any] = {
+        "responses": REFUSALS, "openapi_extra": BODY, "dependencies": [Depends(refuse_unknown_fields)]
+    }  # fmt: skip
+
+    @app.post("/v1/classify", **checked)
     def classify(
         image: image,  # type: ignore[valid-type]
         labels: labels,  # type: ignore[valid-type]
@@ -229,7 +236,7 @@ def _add_routes(app: FastAPI, service: Service, settings: ServeSettings) -> None
         )
         return Answer.model_validate(found if evidence else {"labels": found})
 
-    @app.post("/v1/attack", responses=REFUSALS, openapi_extra=BODY)
+    @app.post("/v1/attack", **checked)
     def attack(
         image: image,  # type: ignore[valid-type]
         labels: labels,  # type: ignore[valid-type]
@@ -249,3 +256,19 @@ def _add_routes(app: FastAPI, service: Service, settings: ServeSettings) -> None
             attacked=Answer.model_validate(found.after),
             image=base64.b64encode(png(found.attacked)).decode(),
         )
+
+    methods = {route.path: route.methods or () for route in app.routes if isinstance(route, APIRoute)}
+
+    @app.api_route(f"{ENDPOINT}{{rest:path}}", methods=list(METHODS), include_in_schema=False)
+    def other(request: Request) -> None:
+        """Whatever no route above answers, which the page would otherwise take for its own."""
+        allowed = sorted(methods.get(request.url.path, ()))
+        raise HTTPException(405 if allowed else 404, headers={"Allow": ", ".join(allowed)} if allowed else None)
+
+
+async def refuse_unknown_fields(request: Request) -> None:
+    """Raise ValueError for form fields that the route does not have: a mistyped name would silently do nothing."""
+    known = [field.alias for field in request.scope["route"].dependant.body_params]
+    unknown = [name for name in await request.form() if name not in known]
+    if unknown:
+        raise ValueError(f"{quoted(unknown[0])} is not a field of this request; expected {', '.join(known)}")

@@ -138,7 +138,7 @@ class Service:
         if len(names) < 2:
             raise ValueError("labels: an attack needs at least two labels")
         if label is not None and label not in names:
-            raise ValueError(f"label: expected one of the labels, got {quoted(label)}")
+            raise ValueError(f"label: expected one of {quoted(list(names))}, got {quoted(label)}")
         with self.limiter.slot():
             task, messages = self._task(names, template, policy)
             pixels = pixels_of(image, self.settings.max_pixels)
