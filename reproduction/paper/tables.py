@@ -26,16 +26,29 @@ BASELINES |= {"gen_af_stage_2": "Gen-AF, both stages"}
 SCORES = ("confidence_gap", "jensen_shannon", "feature_gate")
 
 
+def paper_lines(study: Study, victim: str) -> dict[str, Line]:
+    """The rows of the main table that show the paper's defence, if it is shown for this victim."""
+    if not study.has_papers(victim):
+        return {}
+    members, config = study.defended(victim), study.config
+    return {
+        "paper's tuning, our rule": fused(config.rule, members, **config.rule_options),
+        "paper's": fused("rfdm", members),
+    }
+
+
 def main_lines(study: Study, victim: str) -> dict[str, Line]:
-    """The rows of the main table; the last is ours."""
-    config, lines = study.config, {"undefended": single(victim)}
-    if study.has_papers(victim):
-        members = study.defended(victim)
-        lines["paper's"] = fused("rfdm", members)
-        lines["paper's tuning, our rule"] = fused(config.rule, members, **config.rule_options)
-    if config.gate is not None:
+    """The other rows of the main table; the last is ours."""
+    lines = {"undefended": single(victim)}
+    if study.config.gate is not None:
         lines["ours: tuned victim alone"] = single(study.ours(victim)[0])
     return lines | {"ours": study.our_line(victim)}
+
+
+def every_line(study: Study, victim: str) -> dict[str, Line]:
+    """All rows of the main table; the last is ours."""
+    ours = main_lines(study, victim)
+    return {"undefended": ours.pop("undefended"), **dict(reversed(paper_lines(study, victim).items())), **ours}
 
 
 def rows_of(
@@ -109,18 +122,17 @@ def main(study: Study) -> dict[str, Any]:
     detection: list[dict[str, Any]] = []
     threats = tuple(study.config.threats)
     for victim in study.config.victims:
-        lines = main_lines(study, victim)
-        first: list[dict[str, Any]] = []
-        papers: dict[str, Line] = {
-            name: lines[name] for name in ("paper's tuning, our rule", "paper's") if name in lines
-        }
-        if papers:  # of its own: as the default line, its detector and its encoders are what attacks aim at
-            first, report = rows_of(study, "paper", victim, papers, threats=threats)
-            detection += detection_rows(report, victim, "paper", "paper's")
-        second, report = rows_of(study, "main", victim, lines, threats=threats)
-        detection += detection_rows(report, victim, "main", "ours")
-        rows += [row for row in second if row["threat"] != "T1b" or row["model"] not in papers]
-        rows += [row for row in first if row["threat"] == "T1b"]
+        # the paper's apart: as the default line, its detector and its encoders are what attacks aim at
+        for title, name, lines in (
+            ("paper", "paper's", paper_lines(study, victim)),
+            ("main", "ours", main_lines(study, victim)),
+        ):
+            if lines:
+                found, report = rows_of(study, title, victim, lines, threats=threats)
+                detection += detection_rows(report, victim, title, name)
+                rows += found
+    order = [(victim, model) for victim in study.config.victims for model in every_line(study, victim)]
+    rows.sort(key=lambda row: order.index((row["victim"], row["model"])))
     gates = {} if study.config.gate is None else {victim: study.gate_record(victim) for victim in study.config.victims}
     return {"rows": rows, "detection": detection, "tuning": _tunings(study, rows), "gates": gates}
 
@@ -164,7 +176,7 @@ def baselines(study: Study) -> dict[str, Any]:
     known = {name: title for name, title in BASELINES.items() if name in study.config.tunings}
     lines = {title: single(f"{victim}+{name}") for name, title in known.items()}
     own = {f"{title}, its own head": single(f"{victim}+{name}=") for name, title in known.items()}
-    references = main_lines(study, victim)
+    references = every_line(study, victim)
     others = [task for task in study.tasks if task != home]
     rows, _ = rows_of(study, "baselines", victim, {**lines, **own, **references}, [home])
     if others:
@@ -259,7 +271,7 @@ def cost(study: Study) -> dict[str, Any]:
     """Parameters, size of the weights, seconds of tuning and inference time of each row."""
     victim, home = study.config.studied[0], next(iter(study.tasks))
     images, rows = study.data(home)[2].images[:250], []
-    lines = {**main_lines(study, victim), "tuned victim alone": single(f"{victim}+{study.config.tuning}")}
+    lines = {**every_line(study, victim), "tuned victim alone": single(f"{victim}+{study.config.tuning}")}
     for model, line in lines.items():
         branches = [study.branch(home, name) for name in line.members]
         gate = study.gate(victim) if line.gated else None
