@@ -172,7 +172,7 @@ def kept_gate(
 ) -> tuple[FeatureGate, dict[str, Any]]:
     """A gate and its record, kept in ``folder``; where missing, ``train`` makes them, given a folder for its cache."""
     file, record = folder / "gate.safetensors", folder / "gate.json"
-    if not record.is_file():
+    if not (file.is_file() and record.is_file()):
         gate, found = train(folder / "cache")
         write_gate(file, gate)
         write_json(record, found)

@@ -73,7 +73,7 @@ class Settings(ssl_study.Protocol):
     studied: list[str] = field(default_factory=lambda: ["simclr"])  # victims of every table but the main one
     n_selection: int = 200  # validation images for the selection of the fusion rule
     white_box: EvalSettings = field(default_factory=EvalSettings)  # of the white-box tables
-    white_box_epsilons: list[float] = field(default_factory=list)  # further budgets of gated models
+    white_box_epsilons: list[float] = field(default_factory=list)  # further budgets of the white-box table
 
 
 @dataclass(frozen=True)

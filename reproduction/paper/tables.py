@@ -27,7 +27,10 @@ SCORES = ("confidence_gap", "jensen_shannon", "feature_gate")
 
 
 def paper_lines(study: Study, victim: str) -> dict[str, Line]:
-    """The rows of the main table that show the paper's defence, if it is shown for this victim."""
+    """The rows of the main table that show the paper's defence, if it is shown for this victim.
+
+    Attacks aim at the encoders and the detector of the last one.
+    """
     if not study.has_papers(victim):
         return {}
     members, config = study.defended(victim), study.config
@@ -46,9 +49,10 @@ def main_lines(study: Study, victim: str) -> dict[str, Line]:
 
 
 def every_line(study: Study, victim: str) -> dict[str, Line]:
-    """All rows of the main table; the last is ours."""
-    ours = main_lines(study, victim)
-    return {"undefended": ours.pop("undefended"), **dict(reversed(paper_lines(study, victim).items())), **ours}
+    """All rows of the main table, in the order of its columns; the last is ours."""
+    found = {**main_lines(study, victim), **paper_lines(study, victim)}
+    order = ("undefended", "paper's", "paper's tuning, our rule", "ours: tuned victim alone", "ours")
+    return {name: found[name] for name in order if name in found}
 
 
 def rows_of(
@@ -246,7 +250,7 @@ def white_box(study: Study) -> dict[str, Any]:
         data = study.eval_data(home)
         policy: Policy | None = "white_box" if title.endswith("white_box") else None
         model = build(title, members, home, data)
-        for epsilon in (settings.epsilon, *config.white_box_epsilons):
+        for epsilon in dict.fromkeys((settings.epsilon, *config.white_box_epsilons)):
             name = title if epsilon == settings.epsilon else at_budget(title, epsilon)
             out = study.out / "white_box" / re.sub("[ ,/]+", "-", name).replace("'", "")
             options = replace(settings, policy=policy, epsilon=epsilon)

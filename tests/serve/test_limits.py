@@ -162,9 +162,10 @@ def test_page_routes_are_an_allow_list(client: httpx.Client, classifier: RobustZ
     for path in tried:
         for method in ("GET", "POST"):
             assert client.request(method, path).status_code == 404, (method, path)
-    answer = client.put("/v1/classify")  # the page, which is at /, does not answer for the endpoint
-    assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
-    assert client.get("/v1/nothing").json() == {"detail": "Not Found"}
+    for method in ("GET", "PUT", "OPTIONS", "PROPFIND"):  # the page, which is at /, does not answer for the endpoint
+        answer = client.request(method, "/v1/classify")
+        assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+        assert client.request(method, "/v1/nothing").json() == {"detail": "Not Found"}
     wanted = {"/gradio_api/heartbeat/x", "/config", "/gradio_api/call/x", "/gradio_api/cancel", "/monitoring"}
     assert wanted <= tried
 

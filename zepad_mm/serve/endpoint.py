@@ -6,7 +6,7 @@ Without ``from __future__ import annotations``, because FastAPI cannot resolve a
 import base64
 from typing import Annotated, Any, Literal
 
-from fastapi import Depends, FastAPI, File, Form, HTTPException, Request
+from fastapi import Depends, FastAPI, File, Form, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse
@@ -22,7 +22,6 @@ from zepad_mm.serve.service import ATTACKS, Service, error_text, png
 from zepad_mm.serve.settings import MAX_LEVELS, ServeSettings
 from zepad_mm.utils.text import quoted
 
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 MOST_ERRORS = 5  # fields that one answer explains
 EXAMPLE = """
 Zero-shot classification that is robust to downstream-agnostic adversarial examples. For example, with the address that
@@ -104,7 +103,7 @@ class ModelAnswer(BaseModel):
 REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {
         "model": Problem,
-        "description": "not an image, not a form, or labels that do not fit: given twice, or an unknown template",
+        "description": "not an image, not a form, an unknown field, an unknown template, or labels given twice",
     },
     413: {"model": Problem, "description": "the request is too large"},
     422: {"model": Problem, "description": "a field is missing or out of range"},
@@ -165,8 +164,21 @@ def create_app(service: Service, host: str = "127.0.0.1") -> App:
     if service.settings.page:
         from zepad_mm.serve.page import mount
 
+        _keep_from_page(app)
         app.page_guard = mount(app, service)
     return app
+
+
+def _keep_from_page(app: FastAPI) -> None:
+    """Answer all other requests below the endpoint, which the page, at ``/``, would answer as its own."""
+    methods = {route.path: route.methods or () for route in app.routes if isinstance(route, APIRoute)}
+
+    async def refuse(scope: Any, receive: Any, send: Any) -> None:
+        allowed = ", ".join(sorted(methods.get(scope["path"], ())))
+        status, detail = (405, "Method Not Allowed") if allowed else (404, "Not Found")
+        await JSONResponse({"detail": detail}, status, {"Allow": allowed} if allowed else None)(scope, receive, send)
+
+    app.mount(ENDPOINT.rstrip("/"), refuse)
 
 
 def _add_docs(app: FastAPI) -> None:
@@ -257,18 +269,12 @@ def _add_routes(app: FastAPI, service: Service, settings: ServeSettings) -> None
             image=base64.b64encode(png(found.attacked)).decode(),
         )
 
-    methods = {route.path: route.methods or () for route in app.routes if isinstance(route, APIRoute)}
-
-    @app.api_route(f"{ENDPOINT}{{rest:path}}", methods=list(METHODS), include_in_schema=False)
-    def other(request: Request) -> None:
-        """Whatever no route above answers, which the page would otherwise take for its own."""
-        allowed = sorted(methods.get(request.url.path, ()))
-        raise HTTPException(405 if allowed else 404, headers={"Allow": ", ".join(allowed)} if allowed else None)
-
 
 async def refuse_unknown_fields(request: Request) -> None:
-    """Raise ValueError for form fields that the route does not have: a mistyped name would silently do nothing."""
+    """Raise ValueError for fields that the route does not have: a mistyped name would silently do nothing."""
     known = [field.alias for field in request.scope["route"].dependant.body_params]
-    unknown = [name for name in await request.form() if name not in known]
+    unknown = [name for name in (*request.query_params, *await request.form()) if name not in known]
     if unknown:
         raise ValueError(f"{quoted(unknown[0])} is not a field of this request; expected {', '.join(known)}")
+    if request.query_params:
+        raise ValueError(f"{quoted(next(iter(request.query_params)))}: expected in the form, got it in the address")

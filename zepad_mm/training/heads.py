@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from zepad_mm.data import LabelledImages
 from zepad_mm.encoders import Encoder
-from zepad_mm.models.heads import HEADS
+from zepad_mm.models.heads import HEADS, LinearHead, MLPHead
 from zepad_mm.training.feature_cache import encode_images
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.seeding import derived_generator, derived_seed, seeded
@@ -70,10 +70,10 @@ def train_head_on_features(
 ) -> HeadResult:
     """Train ``head`` in place on features (N, D) and labels (N,).
 
-    A head with an ``input_layer`` (linear, mlp) trains on features minus their mean, divided by one number, and takes
-    features as they are afterwards. Encoders differ by orders of magnitude in both: where the mean is large against
-    the spread, the recipe's rate leaves a head at chance. Each channel keeps its share of the spread, since a channel
-    that is almost constant on clean images, once amplified, is what an attack moves.
+    A linear or MLP head trains on features minus their mean, divided by one number, and takes features as they are
+    afterwards: its first layer takes up both. Encoders differ by orders of magnitude in mean and spread; where the mean
+    is large against the spread, the recipe's rate leaves a head at chance. All channels are divided by the same number,
+    since a channel that is almost constant on clean images, once amplified, is what an attack moves.
 
     Raises:
         ValueError: a head without parameters, or labels beyond its classes. FloatingPointError: a non-finite loss.
@@ -90,10 +90,8 @@ def train_head_on_features(
     if int(labels.min()) < 0 or int(labels.max()) >= classes:
         raise ValueError(f"labels from {int(labels.min())} to {int(labels.max())} for a head of {classes} classes")
     head.train()
-    input_layer, inputs = getattr(head, "input_layer", None), features
-    if input_layer is not None:
-        mean, scale = _centre_and_scale(features)
-        inputs = (features - mean) / scale
+    input_layer = _input_layer(head)
+    mean, scale = (torch.zeros_like(features[0]), 1.0) if input_layer is None else _centre_and_scale(features)
     optimizer = torch.optim.Adam(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
     losses = []
     with seeded(device, derived_seed(settings.seed, "head dropout")):
@@ -103,7 +101,7 @@ def train_head_on_features(
             order = torch.randperm(len(labels), generator=derived_generator(settings.seed, "head order", epoch))
             total = torch.zeros((), device=device)
             for index in order.to(device).split(settings.batch_size):
-                loss = F.cross_entropy(head(inputs[index]), labels[index])
+                loss = F.cross_entropy(head((features[index] - mean) / scale), labels[index])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -113,15 +111,20 @@ def train_head_on_features(
                 raise FloatingPointError(f"the head's loss is {losses[-1]} in epoch {epoch + 1}; lower lr")
     with torch.no_grad():
         if input_layer is not None:  # W (x - mean) / scale + b, written as a layer of x
-            input_layer.weight /= scale
-            input_layer.bias -= input_layer.weight @ mean
+            input_layer.weight.div_(scale)
+            input_layer.bias.sub_(input_layer.weight @ mean)
         accuracy = float((head.eval()(features).argmax(-1) == labels).float().mean())
     return HeadResult(tuple(losses), accuracy)
 
 
+def _input_layer(head: nn.Module) -> nn.Linear | None:
+    """The layer of a linear or MLP head that takes the features; None for others, which may change features first."""
+    return head.input_layer if type(head) is LinearHead or type(head) is MLPHead else None
+
+
 def _centre_and_scale(features: Tensor) -> tuple[Tensor, float]:
     """The mean (D,) of features (N, D), and the root mean square of their spread; 1 where they do not differ."""
-    mean = features.mean(0)
-    scale = float((features - mean).square().mean().sqrt())
+    mean = features.float().mean(0)
+    scale = float(features.float().var(0, unbiased=False).mean().sqrt())
     rounding = torch.finfo(features.dtype).eps * float(mean.abs().max())
-    return mean, scale if scale > 10 * rounding else 1.0
+    return mean.to(features), scale if scale > 10 * rounding else 1.0
