@@ -48,6 +48,7 @@ def joined(records: list[dict[str, Any]]) -> dict[str, Any]:
     config = dict(first["meta"]["config"])
     for key in ("victims", "studied"):
         config[key] = list(dict.fromkeys(name for record in records for name in record["meta"]["config"][key]))
+    config["paper_victims"] = [name for record in records for name in _papers(record["meta"]["config"])]
     found: dict[str, Any] = {"meta": {**first["meta"], "config": config}}
     for record in records:
         for key, value in record.items():
@@ -61,8 +62,14 @@ def joined(records: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _papers(config: dict[str, Any]) -> list[str]:
+    """The victims that a run shows the paper's defence of."""
+    shown = config["paper_victims"]
+    return [name for name in config["victims"] if shown is None or name in shown]
+
+
 def _settings(record: dict[str, Any]) -> dict[str, Any]:
-    apart = ("victims", "studied", "out", "result", "tables")
+    apart = ("victims", "studied", "paper_victims", "out", "result", "tables")
     return {key: value for key, value in record["meta"]["config"].items() if key not in apart}
 
 

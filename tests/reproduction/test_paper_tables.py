@@ -104,7 +104,6 @@ more_data: [embedded]
 n_more: 16
 surrogate_data: embedded
 white_box_epsilons: [0.01568627450980392, 0.00784313725490196]
-paper_victims: [first]
 threats: [T1]
 gate:
   {n: 40, corrupted_views: 1, universal: [feature_uap], held_out: l4a_base, universal_steps: 1, per_image_n: 4,
@@ -115,8 +114,8 @@ gate:
     )
     where = ["--config", str(folder / "gated.yaml"), "--zoo", str(folder / "zoo"), "--out", str(folder / "gated")]
     where += ["--bmp", f"timm:local-dir:{folder / 'out' / 'bmp' / 'encoder'}"]
-    for victim, tables in (("first", "[main, white_box]"), ("second", "[main]")):
-        words = ["--victims", f"[{victim}]", "--studied", f"[{victim}]", "--tables", tables]
+    for victim, tables, papers in (("first", "[main, white_box]", "null"), ("second", "[main]", "[]")):
+        words = ["--victims", f"[{victim}]", "--studied", f"[{victim}]", "--tables", tables, "--paper_victims", papers]
         run.main(run.PaperSettings.from_cli([*where, *words, "--result", str(folder / f"of_{victim}")]))
     join.main([str(folder / "of_first"), str(folder / "of_second"), "--out", str(folder / "joined")])
     main = read_compact(folder / "joined" / "main.json")
@@ -126,6 +125,7 @@ gate:
         ("second", "undefended"), ("second", "ours: tuned victim alone"), ("second", "ours"),
     }  # fmt: skip
     assert main["meta"]["config"]["victims"] == ["first", "second"] == list(main["gates"])
+    assert main["meta"]["config"]["paper_victims"] == ["first"]
     assert main["members"]["second"]["ours"] == ["second+fare", "second"]
     assert {row["model"] for row in main["detection"] if row["score"] == "feature_gate"} == {"ours"}
     reports = read_compact(folder / "joined" / "white_box.json")["reports"]
