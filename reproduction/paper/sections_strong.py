@@ -107,7 +107,10 @@ def _by_task(rows: Rows, models: list[str]) -> str:
 
 def _measured(victims: list[str], shown: list[str]) -> str:
     """The victims that the paper's design is measured for, in words."""
-    return f"all {len(victims)} victims" if set(victims) == set(shown) else ", ".join(sorted(shown))
+    missing = [name for name in victims if name not in shown]
+    if len(missing) >= len(shown):
+        return ", ".join(shown)
+    return f"all {len(victims)} victims" + (f" but {' and '.join(missing)}" if missing else "")
 
 
 def cells(rows: Rows) -> list[tuple[str, str]]:
