@@ -64,6 +64,7 @@ def strong_main(record: dict[str, Any]) -> str:
     crafted, surrogate = _names([config["data"]])[0], _names([config.get("surrogate_data") or ""])[0]
     if surrogate:
         crafted += f" for the task {crafted}, of {surrogate} for the others"
+        crafted += ", on some of which ours was tuned" if surrogate in _names(config["more_data"]) else ""
     compared = _shared(rows, models)
     text = (
         f"Tuned once on CIFAR-10; ours without labels, and on {' and '.join(_names(config['more_data']))} too. T1 at "
