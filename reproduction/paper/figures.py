@@ -77,9 +77,8 @@ def features(study: Study) -> dict[str, Any]:
 def _clean_and_attacked(study: Study, victim: str, task: str, images: Tensor | None = None) -> dict[str, Tensor]:
     """Test images of a task, as they are and under the first T1 perturbation of the main table."""
     images = study.data(task)[2].images if images is None else images
-    rows_of(
-        study, "main", victim, main_lines(study, victim), threats=tuple(study.config.threats)
-    )  # read where it exists
+    threats = tuple(study.config.threats)
+    rows_of(study, "main", victim, main_lines(study, victim), threats=threats)  # read where it exists
     return {"clean": images, "attacked": study.perturbation("main", victim, task)(images)}
 
 
