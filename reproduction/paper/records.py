@@ -9,13 +9,18 @@ from zepad_mm.utils.io import read_json, write_json
 
 Rows = list[dict[str, Any]]
 REPORT_COLUMNS = ("model", "attack", "threat", "epsilon", "n", "accuracy", "ci_low", "ci_high", "upper_bound")
-LONG = 200  # rows of a table from which repeated words are written once
+LONG = 200  # rows of a table from which repeated strings are stored once
 TUNING_KEYS = ("defence", "data", "steps", "best_step", "validation", "seconds", "thawed")
+
+
+def levels(epsilon: float) -> str:
+    """A budget in levels of 255: "8/255"."""
+    return f"{round(255 * epsilon, 2):g}/255"
 
 
 def at_budget(title: str, epsilon: float) -> str:
     """The title of a white-box report at a further budget."""
-    return f"{title} at {round(255 * epsilon, 2):g}/255"
+    return f"{title} at {levels(epsilon)}"
 
 
 def write_compact(path: str | Path, record: dict[str, Any]) -> None:
@@ -67,8 +72,7 @@ def _compact_report(report: dict[str, Any]) -> dict[str, Any]:
 def _to_columns(value: Any) -> Any:
     """Every list of flat dicts as ``{"columns": names, "values": lists}``; numbers to four digits.
 
-    In a long list each word that comes again and again is written once: under "words", by column, and its place there
-    among the values.
+    A list of ``LONG`` rows or more stores each repeated string of a column once, under "words"; "values" has its index.
     """
     if isinstance(value, dict):
         return {key: _to_columns(item) for key, item in value.items()}

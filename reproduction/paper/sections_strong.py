@@ -8,7 +8,7 @@ from typing import Any
 
 from reproduction.paper import published
 from reproduction.paper.cells import Rows, by_attack, distinct, grid, one, origin, percent, pick, worst
-from reproduction.paper.records import at_budget
+from reproduction.paper.records import at_budget, levels
 
 UNDEFENDED, PAPERS, ROBUST, OURS = "undefended", "paper's", "ours: tuned victim alone", "ours"
 MEAN_GAIN, LARGEST_GAIN, MOST_LOST, AUROC = 40.0, 60.0, 0.5, 0.95  # the goals of this project
@@ -213,17 +213,15 @@ def strong_white_box(record: dict[str, Any]) -> str:
     policies = [title for title in titles if title.endswith("white_box")]
     n = reports[titles[0]]["rows"][0]["n"]
     text = (
-        f"On CIFAR-10, n = {n}; T2 and T3 at 8/255 by {', '.join(settings['own_attacks'])} with "
-        f"{settings['steps']} steps and, on fused models, {', '.join(settings['adaptive'])}.\n"
+        f"On CIFAR-10, n = {n}; T2 and T3 at {levels(settings['epsilon'])} by {', '.join(settings['own_attacks'])} "
+        f"with {settings['steps']} steps and, on fused models, {', '.join(settings['adaptive'])}.\n"
     )
-    goals = f"- {_within(reports, policies, '8/255')}\n"
+    goals = f"- {_within(reports, policies, levels(settings['epsilon']))}\n"
     for epsilon in further:
-        name = at_budget("", epsilon)
-        goals += f"- {_within(reports, [title + name for title in policies], name.removeprefix(' at '))}\n"
+        goals += f"- {_within(reports, [at_budget(title, epsilon) for title in policies], levels(epsilon))}\n"
     head = ["victim and model", "clean", "T2", "T3", "best branch under T2", "T2 against it"]
     for epsilon in further:
-        name = at_budget("", epsilon)
-        head += [f"T2{name}", f"best branch{name}", "T2 against it"]
+        head += [at_budget("T2", epsilon), at_budget("best branch", epsilon), "T2 against it"]
     return "\n".join([text, goals, grid(head, lines), origin(record)])
 
 

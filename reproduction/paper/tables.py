@@ -126,7 +126,7 @@ def main(study: Study) -> dict[str, Any]:
     detection: list[dict[str, Any]] = []
     threats = tuple(study.config.threats)
     for victim in study.config.victims:
-        # the paper's apart: as the default line, its detector and its encoders are what attacks aim at
+        # two evaluations: attacks aim at the encoders and the detector of the default line, which is the last one
         for title, name, lines in (
             ("paper", "paper's", paper_lines(study, victim)),
             ("main", "ours", main_lines(study, victim)),

@@ -137,7 +137,14 @@ gate:
     assert held["zepad"] == held["branch:first_fare"]
     for section in (sections_strong.strong_main, sections_strong.strong_detection):
         assert "eached: " in section(main)
-    assert "best branch" in sections_strong.strong_white_box(read_compact(folder / "joined" / "white_box.json"))
+    white_box = sections_strong.strong_white_box(read_compact(folder / "joined" / "white_box.json"))
+    for words in (
+        "T3 at 4/255 by",
+        "best branch under T2",
+        "T2 at 2/255 | best branch at 2/255",
+        ": at 2/255 the policy",
+    ):
+        assert words in white_box
 
 
 @pytest.mark.parametrize("rows", [1, records.LONG - 1, records.LONG])
