@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from statistics import mean
 from typing import Any
 
 from reproduction.paper import published
 from reproduction.paper.cells import Rows, by_attack, distinct, grid, one, origin, percent, pick, worst
 from reproduction.paper.sections_clip import clip, clip_transfer
-from reproduction.paper.sections_strong import strong_detection, strong_main, strong_white_box, strong_zoo
+from reproduction.paper.sections_strong import (
+    strong_detection,
+    strong_main,
+    strong_seeds,
+    strong_white_box,
+    strong_zoo,
+)
 
 TARGET_GAIN, TARGET_RULE, TARGET_AUROC = 50.0, 82.52, 0.95  # the plan of this project
 
@@ -265,7 +272,8 @@ def detection(record: dict[str, Any]) -> str:
     return "\n".join([text, grid(head, lines), origin(record)])
 
 
-def confidence(record: dict[str, Any]) -> str:
+def confidence(record: dict[str, Any], folder: str = "paper") -> str:
+    """Figure 2; its picture lies in a folder of ``results``."""
     lines = [
         [
             row["case"],
@@ -275,13 +283,14 @@ def confidence(record: dict[str, Any]) -> str:
         ]
         for row in record["rows"]
     ]
-    image = "![confidence of each branch](../results/paper/confidence.png)\n"
+    image = f"![confidence of each branch](../results/{folder}/confidence.png)\n"
     return "\n".join([image, grid(["case", "task", "condition", "mean largest softmax"], lines), origin(record)])
 
 
-def features(record: dict[str, Any]) -> str:
+def features(record: dict[str, Any], folder: str = "paper") -> str:
+    """Figure 3; its picture lies in a folder of ``results``."""
     lines = [[row["space"], f"{100 * row['same_class_among_10']:.1f}", str(row["n"])] for row in record["rows"]]
-    image = "![t-SNE of the features](../results/paper/features.png)\n"
+    image = f"![t-SNE of the features](../results/{folder}/features.png)\n"
     return "\n".join(
         [image, grid(["features", "neighbours of an attacked image in its class, %", "n"], lines), origin(record)]
     )
@@ -320,8 +329,16 @@ Sections = tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...]
 STRONG_SECTIONS: Sections = (
     ("The victims", "strong_zoo.json", strong_zoo),
     ("1 S. Victims, tasks and attacks (T1)", "paper_strong/main.json", strong_main),
+    ("1 S, repeated with other seeds", "paper_strong/seeds.json", strong_seeds),
+    ("2 S. Other defences", "paper_strong/baselines.json", baselines),
+    ("3 S. Ablation and controls", "paper_strong/ablation.json", ablation),
+    ("4 S. Training as released, and corrected", "paper_strong/released.json", released),
+    ("5 S. Fusion and the number of auxiliary encoders", "paper_strong/fusion.json", fusion),
     ("6 S. White-box attacks", "paper_strong/white_box.json", strong_white_box),
     ("7 S. Detection", "paper_strong/main.json", strong_detection),
+    ("Figure 2 S", "paper_strong/confidence.json", partial(confidence, folder="paper_strong")),
+    ("Figure 3 S", "paper_strong/features.json", partial(features, folder="paper_strong")),
+    ("10 S. Cost", "paper_strong/cost.json", cost),
 )
 SECTIONS: Sections = (
     ("The zoo", "ssl_zoo.json", zoo),

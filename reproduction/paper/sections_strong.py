@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 from reproduction.paper import published
@@ -153,6 +153,48 @@ def main_verdicts(rows: Rows) -> Iterator[str]:
                 f"{name}, {len(gain)} cells: RA {mean(gain):+.1f} in the mean, {max(gain):+.1f} at most; BA "
                 f"{mean(kept):+.1f} in the mean, {min(kept):+.1f} at worst."
             )
+
+
+def strong_seeds(record: dict[str, Any]) -> str:
+    """Table 1 of some victims with several seeds: mean and standard deviation over seeds."""
+    rows, detection = record["rows"], record["detection"]
+    seeds, lines, means = distinct(rows, "seed"), [], []
+    for victim in distinct(rows, "victim"):
+        by_task = []
+        for task in distinct(rows, "task"):
+            by_task.append([_of_seed(rows, detection, victim=victim, task=task, seed=seed) for seed in seeds])
+            lines.append([victim, task, *_spread(by_task[-1])])
+        means.append(
+            [[mean(column) for column in zip(*of_seed, strict=True)] for of_seed in zip(*by_task, strict=True)]
+        )
+        lines.append([f"**{victim}**", "**mean**", *_spread(means[-1])])
+    gain = [mean(of_victim[place][4] for of_victim in means) for place in range(len(seeds))]
+    text = (
+        f"Tuning, gate and heads with the seeds {', '.join(map(str, seeds))}; pre-training, test images and "
+        f"perturbations are the same. Mean and standard deviation over seeds. n = {_range(distinct(rows, 'n'))}. The "
+        f"mean RA gain over these victims and all tasks is {', '.join(f'{one:+.1f}' for one in gain)} points.\n"
+    )
+    head = ["victim", "task", "BA undefended", "BA ours", "RA undefended", "RA ours", "RA gain", "gate: AUROC"]
+    return "\n".join([text, grid(head, lines), origin(record)])
+
+
+def _of_seed(rows: Rows, detection: Rows, **cell: Any) -> list[float]:
+    """What :func:`strong_seeds` shows of one seed in a cell, in %."""
+    found = [
+        100 * worst(rows, **cell, model=model, threat=threat)["accuracy"]
+        for threat in ("clean", "T1")
+        for model in (UNDEFENDED, OURS)
+    ]
+    return [*found, found[3] - found[2], 100 * mean(row["auroc"] for row in pick(detection, **cell))]
+
+
+def _spread(of_seeds: list[list[float]]) -> list[str]:
+    """Mean and standard deviation of each column over seeds; the last one is an AUROC, of 1."""
+    *points, auroc = [(mean(column), stdev(column)) for column in zip(*of_seeds, strict=True)]
+    return [
+        *(f"{middle:.1f} ± {spread:.1f}" for middle, spread in points),
+        "{:.3f} ± {:.3f}".format(*(x / 100 for x in auroc)),
+    ]
 
 
 def strong_detection(record: dict[str, Any]) -> str:

@@ -2,8 +2,9 @@
 
 An encoder has a name: that of the zoo (``simclr``), ``bmp`` for the benign one, and ``ENCODER+TUNING`` for the result
 of a tuning of :attr:`Settings.tunings` (``simclr+gen_af``); with ``=`` appended, its head is the one that was tuned
-with it, not a clean one trained for the task. A table is a set of lines, each an encoder or a fusion of encoders,
-evaluated for every victim on every task.
+with it, not a clean one trained for the task. ``@SEED`` at the end of any name is another seed of the tuning, the gate
+and the heads (``simclr+fare@1``); pre-training, test images and perturbations stay. A table is a set of lines, each an
+encoder or a fusion of encoders, evaluated for every victim on every task.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ class Settings(ssl_study.Protocol):
     our_bmp: str = "bmp+clean_own"  # the benign encoder of ours
     paper_victims: list[str] | None = None  # victims that the main table shows the paper's defence of; None: all
     threats: list[str] = field(default_factory=lambda: ["T1", "T1b"])  # of the main table
-    studied: list[str] = field(default_factory=lambda: ["simclr"])  # victims of every table but the main one
+    studied: list[str] = field(default_factory=lambda: ["simclr"])  # victims of every table but main and seeds
+    repeated: list[str] = field(default_factory=list)  # victims of the table of seeds
+    seeds: list[int] = field(default_factory=list)  # its seeds besides ``seed``
     n_selection: int = 200  # validation images for the selection of the fusion rule
     white_box: EvalSettings = field(default_factory=EvalSettings)  # of the white-box tables
     white_box_epsilons: list[float] = field(default_factory=list)  # further budgets of the white-box table
@@ -106,6 +109,11 @@ def fused(rule: str, members: tuple[str, ...], **params: float) -> Line:
     return Line(members, rule, tuple(params.items()))
 
 
+def with_seed(name: str, seed: str) -> str:
+    """A name at another seed; "" is the seed of the study."""
+    return f"{name}@{seed}" if seed else name
+
+
 def adversarial(name: str) -> bool:
     """Whether an encoder was tuned on adversarial images."""
     tuning = name.partition("+")[2]
@@ -129,7 +137,7 @@ class Study:
 
     def defended(self, victim: str) -> tuple[str, str, str]:
         """The three encoders of the paper's defence of a victim."""
-        return self._pair(victim, self.config.tuning, "bmp")
+        return self._members(victim, self.config.tuning, "bmp")
 
     def has_papers(self, victim: str) -> bool:
         """Whether the main table shows the paper's defence of a victim."""
@@ -137,7 +145,7 @@ class Study:
 
     def ours(self, victim: str) -> tuple[str, str, str]:
         """The three encoders of ours: another tuning, and a benign encoder tuned with labels."""
-        return self._pair(victim, self.config.our_tuning, self.config.our_bmp)
+        return self._members(victim, self.config.our_tuning, self.config.our_bmp)
 
     def our_line(self, victim: str) -> Line:
         """Ours: the tuned victim and the victim under a gate, or three encoders under the rule."""
@@ -148,18 +156,28 @@ class Study:
 
     def gated_members(self, victim: str) -> tuple[str, str]:
         """The two encoders of ours under a gate."""
-        return f"{victim}+{self.config.our_tuning}", victim
+        base, _, seed = victim.partition("@")
+        return with_seed(f"{base}+{self.config.our_tuning}", seed), victim
 
     def labelled(self, victim: str) -> tuple[str, str, str]:
         """Ours, tuned by FARE with labels in addition to the distance."""
-        return self._pair(victim, self.config.labelled_tuning, self.config.our_bmp)
+        return self._members(victim, self.config.labelled_tuning, self.config.our_bmp)
 
     def mixed(self, victim: str) -> tuple[str, str, str]:
         """Ours, with the auxiliary encoder tuned by another objective."""
         return (self.ours(victim)[0], f"{self.partner(victim)}+{self.config.other_tuning}", self.config.our_bmp)
 
-    def _pair(self, victim: str, tuning: str, benign: str) -> tuple[str, str, str]:
-        return f"{victim}+{tuning}", f"{self.partner(victim)}+{tuning}", benign
+    def _members(self, victim: str, tuning: str, benign: str) -> tuple[str, str, str]:
+        base, _, seed = victim.partition("@")
+        return (
+            with_seed(f"{base}+{tuning}", seed),
+            with_seed(f"{self.partner(base)}+{tuning}", seed),
+            with_seed(benign, seed),
+        )
+
+    def seed(self, name: str) -> int:
+        """The seed of the tuning, the gate and the heads of a name."""
+        return int(name.partition("@")[2] or self.config.seed)
 
     def source(self, base: str) -> str:
         """The source string of an untuned encoder."""
@@ -175,30 +193,31 @@ class Study:
     @functools.cache  # noqa: B019 - one study lives as long as its process
     def encoder(self, name: str) -> Encoder:
         """A frozen encoder by name, tuned first where needed."""
-        base, _, tuning = name.partition("+")
+        base, _, tuning = name.partition("@")[0].partition("+")
         encoder = self._tune(name, base, tuning) if tuning else load_encoder(self.source(base))
         return encoder.to(self.device).eval().requires_grad_(False)
 
     def _tune(self, name: str, base: str, tuning: str) -> Encoder:
         """One tuning of one encoder on ``data`` under a fresh head, which is stored with it."""
-        config, options = self.config, self.config.tunings[tuning]
+        config, options, seed = self.config, self.config.tunings[tuning], self.seed(name)
         images = ssl_study.whole(config.data, "train", config.image_size)
         public, validation_rows = ssl_study.public_rows(config)
         own = torch.arange(len(images) // 2, len(images))
-        train = images.subset(own if options.get("half") == "own" else public).sample(config.n_tune, config.seed)
+        train = images.subset(own if options.get("half") == "own" else public).sample(config.n_tune, seed)
         if options.get("more"):
-            train = joined([train, *self.more_images()])
-        validation = images.subset(validation_rows).sample(config.n_validation, config.seed)
+            train = joined([train, *self.more_images(seed)])
+        validation = images.subset(validation_rows).sample(config.n_validation, seed)
         settings = TuneSettings(
             source=self.source(base),
             head=options.get("head", "mlp"),
             defence=options["defence"],
             defence_options=options.get("options", {}),
-            settings=replace(config.train, seed=config.seed, **options.get("train", {})),
+            settings=replace(config.train, seed=seed, **options.get("train", {})),
         )
         student, extra, folder = None, None, self.out / "tuned" / name
         if "after" in options and not (folder / TUNED_RECORD).is_file():
-            student, thawed = self._second_stage(f"{base}+{options['after']}", train, settings.settings.batch_size)
+            stage_one = with_seed(f"{base}+{options['after']}", name.partition("@")[2])
+            student, thawed = self._second_stage(stage_one, train, settings.settings.batch_size)
             extra = {"thawed": thawed}
         return tune(
             settings, train, validation, out=folder, accelerator=self.accelerator, student=student, extra=extra
@@ -224,11 +243,11 @@ class Study:
 
     # ---- the gate of ours -----------------------------------------------------------------------------------------
 
-    def more_images(self) -> list[LabelledImages]:
-        """The images of ``more_data``."""
+    def more_images(self, seed: int) -> list[LabelledImages]:
+        """The images of ``more_data`` that a seed draws."""
         config = self.config
         return [
-            ssl_study.whole(source, "train", config.image_size).sample(config.n_more, config.seed)
+            ssl_study.whole(source, "train", config.image_size).sample(config.n_more, seed)
             for source in config.more_data
         ]
 
@@ -238,18 +257,18 @@ class Study:
 
     @functools.cache  # noqa: B019
     def _gate(self, victim: str) -> tuple[FeatureGate, dict[str, Any]]:
-        config = self.config
+        config, seed = self.config, self.seed(victim)
 
         def train(cache: Path) -> tuple[FeatureGate, dict[str, Any]]:
             assert config.gate is not None
             images = ssl_study.whole(config.data, "train", config.image_size)
-            public = images.subset(ssl_study.public_rows(config)[0]).sample(config.n_tune, config.seed)
+            public = images.subset(ssl_study.public_rows(config)[0]).sample(config.n_tune, seed)
             robust, benign = (self.encoder(name) for name in self.gated_members(victim))
             return train_gate(
                 benign,
                 [robust],
-                joined([public, *self.more_images()]),
-                config.gate,
+                joined([public, *self.more_images(seed)]),
+                replace(config.gate, seed=seed) if "@" in victim else config.gate,
                 calibration={task: self.data(task)[1] for task in self.tasks},
                 out=cache,
             )
@@ -292,12 +311,13 @@ class Study:
             path = self.out / "tuned" / name.removesuffix("=") / "head.safetensors"
         elif not path.is_file():
             features = encode_images(optimize_for_inference(encoder, config.image_size), train.images, 500)
-            head = fresh_head("mlp", encoder.feature_dim, len(train.class_names), config.head.seed)
-            train_head_on_features(head, features, train.labels, config.head)
+            settings = replace(config.head, seed=self.seed(name)) if "@" in name else config.head
+            head = fresh_head("mlp", encoder.feature_dim, len(train.class_names), settings.seed)
+            train_head_on_features(head, features, train.labels, settings)
             write_head(path, head, train.class_names)
-        base, _, tuning = name.removesuffix("=").partition("+")
+        base, _, tuning = name.removesuffix("=").partition("@")[0].partition("+")
         about = BranchConfig(
-            name=name.replace("+", "_").replace("=", "_own_head"),
+            name=name.replace("+", "_").replace("=", "_own_head").replace("@", "_seed_"),
             role="robust" if adversarial(name.removesuffix("=")) else "benign",
             source=self.source(base),
             adaptation="full" if tuning else "none",

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
+from reproduction.paper.cells import pick
 from reproduction.paper.records import at_budget
-from reproduction.paper.study import Line, Study, fused, single
+from reproduction.paper.study import Line, Study, fused, single, with_seed
 from zepad_mm.encoders import optimize_for_inference
 from zepad_mm.evaluation import EvalData, Report, evaluate
 from zepad_mm.evaluation.subjects import BranchView, FusedAnswer, first_logits
-from zepad_mm.models.config import Policy
+from zepad_mm.models.config import GATED_RULE, Policy
+from zepad_mm.models.detection import GATE_SCORE
 from zepad_mm.models.zepad import ZePAD
 from zepad_mm.selection import select_fusion
 from zepad_mm.utils.registry import Registry
@@ -23,7 +25,7 @@ from zepad_mm.utils.registry import Registry
 TABLES: Registry[Any] = Registry("table")
 BASELINES = {"pgd_at": "PGD-AT", "trades": "TRADES", "mart": "MART", "gen_af": "Gen-AF, stage 1"}
 BASELINES |= {"gen_af_stage_2": "Gen-AF, both stages"}
-SCORES = ("confidence_gap", "jensen_shannon", "feature_gate")
+SCORES = ("confidence_gap", "jensen_shannon", GATE_SCORE)
 
 
 def paper_lines(study: Study, victim: str) -> dict[str, Line]:
@@ -44,7 +46,7 @@ def main_lines(study: Study, victim: str) -> dict[str, Line]:
     """The other rows of the main table; the last is ours."""
     lines = {"undefended": single(victim)}
     if study.config.gate is not None:
-        lines["ours: tuned victim alone"] = single(study.ours(victim)[0])
+        lines["ours: tuned victim alone"] = single(study.gated_members(victim)[0])
     return lines | {"ours": study.our_line(victim)}
 
 
@@ -141,12 +143,31 @@ def main(study: Study) -> dict[str, Any]:
     return {"rows": rows, "detection": detection, "tuning": _tunings(study, rows), "gates": gates}
 
 
+@TABLES.register("seeds")
+def seeds(study: Study) -> dict[str, Any]:
+    """Ours again with other seeds of tuning, gate and heads, on the same test images and perturbations."""
+    config = study.config
+    rows: list[dict[str, Any]] = []
+    detection: list[dict[str, Any]] = []
+    for victim in config.repeated:
+        for seed in (config.seed, *config.seeds):
+            name = victim if seed == config.seed else with_seed(victim, str(seed))
+            found, report = rows_of(study, "main", name, main_lines(study, name), threats=tuple(config.threats))
+            rows += [{**row, "victim": victim, "seed": seed} for row in found]
+            scores = pick(detection_rows(report, name, "main", "ours"), score=GATE_SCORE)
+            detection += [{**row, "victim": victim, "seed": seed} for row in scores]
+    tuning = _tunings(study, rows)
+    rows = [{key: value for key, value in row.items() if key != "members"} for row in rows]  # they differ by seed
+    return {"rows": rows, "detection": detection, "tuning": tuning}
+
+
 @TABLES.register("ablation")
 def ablation(study: Study) -> dict[str, Any]:
     """The contribution of each part, and controls that the paper does not report."""
     rows: list[dict[str, Any]] = []
     for victim in study.config.studied:
         partner, members = study.partner(victim), study.defended(victim)
+        ours = _parts_of_ours(study, victim)
         lines = {
             "undefended": single(victim),
             "without tuning": fused("rfdm", (victim, partner, "bmp")),
@@ -154,12 +175,7 @@ def ablation(study: Study) -> dict[str, Any]:
             "without BMP": fused("rfdm", members[:2]),
             "full, as the paper": fused("rfdm", members),
             "full, our rule": fused(study.config.rule, members, **study.config.rule_options),
-            "ours": fused(study.config.rule, study.ours(victim), **study.config.rule_options),
-            "ours, two objectives": fused(study.config.rule, study.mixed(victim), **study.config.rule_options),
-            "ours, FARE with labels": fused(study.config.rule, study.labelled(victim), **study.config.rule_options),
-            "ours: tuned victim alone": single(study.ours(victim)[0]),
-            "ours: tuned auxiliary encoder alone": single(study.ours(victim)[1]),
-            "ours: BMP alone": single(study.config.our_bmp),
+            **ours,
             "control: tuned victim alone": single(members[0]),
             "control: tuned auxiliary encoder alone": single(members[1]),
             "control: BMP alone": single("bmp"),
@@ -169,8 +185,32 @@ def ablation(study: Study) -> dict[str, Any]:
         }
         if "gen_af_longer" in study.config.tunings and victim == study.config.studied[0]:
             lines["control: one robust encoder, tuned as long as both"] = single(f"{victim}+gen_af_longer")
+        if study.config.gate is not None:
+            lines["ours"] = lines.pop("ours")  # the last line's gate is that of all
         rows += rows_of(study, "ablation", victim, lines)[0]
     return {"rows": rows, "tuning": _tunings(study, rows)}
+
+
+def _parts_of_ours(study: Study, victim: str) -> dict[str, Line]:
+    """Ours, other ways to fuse its encoders, and each of them alone."""
+    config = study.config
+    if config.gate is None:
+        return {
+            "ours": fused(config.rule, study.ours(victim), **config.rule_options),
+            "ours, two objectives": fused(config.rule, study.mixed(victim), **config.rule_options),
+            "ours, FARE with labels": fused(config.rule, study.labelled(victim), **config.rule_options),
+            "ours: tuned victim alone": single(study.ours(victim)[0]),
+            "ours: tuned auxiliary encoder alone": single(study.ours(victim)[1]),
+            "ours: BMP alone": single(config.our_bmp),
+        }
+    members = study.gated_members(victim)
+    return {
+        "ours": study.our_line(victim),
+        "ours, cap 1": fused(GATED_RULE, members, cap=1.0),
+        "ours, RFDM instead of the gate": fused("rfdm", members),
+        "ours, equal weights instead of the gate": fused("equal", members),
+        "ours: tuned victim alone": single(members[0]),
+    }
 
 
 @TABLES.register("baselines")
@@ -217,7 +257,8 @@ def fusion(study: Study) -> dict[str, Any]:
         if victim == config.studied[0]:
             for name in [name for name in config.tunings if name.startswith("lambda")]:
                 lines[name] = single(f"{victim}+{name}")
-            lines["lambda as shipped"] = single(members[0])
+            if any(name.startswith("lambda") for name in config.tunings):
+                lines["lambda as shipped"] = single(members[0])
         rows += rows_of(study, "fusion", victim, lines)[0]
     return {"rows": rows, "tuning": _tunings(study, rows)}
 

@@ -28,6 +28,8 @@ downstream: [embedded]
 pretrain_args: []
 victims: [first, second]
 studied: [first]
+repeated: [first]
+seeds: [1]
 adv_au: second
 adv_au_for_itself: first
 more_adv_au: [first]
@@ -114,7 +116,7 @@ gate:
     )
     where = ["--config", str(folder / "gated.yaml"), "--zoo", str(folder / "zoo"), "--out", str(folder / "gated")]
     where += ["--bmp", f"timm:local-dir:{folder / 'out' / 'bmp' / 'encoder'}"]
-    for victim, tables, papers in (("first", "[main, white_box]", "null"), ("second", "[main]", "[]")):
+    for victim, tables, papers in (("first", "[main, white_box, seeds, ablation]", "null"), ("second", "[main]", "[]")):
         words = ["--victims", f"[{victim}]", "--studied", f"[{victim}]", "--tables", tables, "--paper_victims", papers]
         run.main(run.PaperSettings.from_cli([*where, *words, "--result", str(folder / f"of_{victim}")]))
     join.main([str(folder / "of_first"), str(folder / "of_second"), "--out", str(folder / "joined")])
@@ -145,6 +147,23 @@ gate:
         ": at 2/255 the policy",
     ):
         assert words in white_box
+
+    seeds = read_compact(folder / "joined" / "seeds.json")
+    shown = sections_strong.strong_seeds(seeds)
+    assert "seeds 0, 1;" in shown
+    assert shown.count(" ± ") == 2 * 6
+    assert {row["seed"] for row in seeds["detection"]} == {0, 1}
+    assert set(seeds["tuning"]) == {"first+fare", "first+fare@1"}
+    first, again = ([row for row in seeds["rows"] if row["seed"] == seed] for seed in (0, 1))
+    assert first == [
+        {**row, "seed": 0} for row in main["rows"] if row["victim"] == "first" and "paper" not in row["model"]
+    ]
+    # one set of perturbations, made on the untuned victim, attacks both
+    assert [row["condition"] for row in first] == [row["condition"] for row in again]
+    weights = [folder / "gated" / "tuned" / name / "encoder.safetensors" for name in seeds["tuning"]]
+    assert weights[0].read_bytes() != weights[1].read_bytes()
+    ablation = {row["model"] for row in read_compact(folder / "joined" / "ablation.json")["rows"]}
+    assert {"ours, cap 1", "ours, RFDM instead of the gate", "control: victim tuned on clean images"} <= ablation
 
 
 @pytest.mark.parametrize("rows", [1, records.LONG - 1, records.LONG])
