@@ -262,7 +262,9 @@ class Study:
         def train(cache: Path) -> tuple[FeatureGate, dict[str, Any]]:
             assert config.gate is not None
             images = ssl_study.whole(config.data, "train", config.image_size)
-            public = images.subset(ssl_study.public_rows(config)[0]).sample(config.n_tune, seed)
+            # as many as of each further set: what no branch was trained for is the harder half
+            n = config.n_more if config.more_data else config.n_tune
+            public = images.subset(ssl_study.public_rows(config)[0]).sample(n, seed)
             robust, benign = (self.encoder(name) for name in self.gated_members(victim))
             return train_gate(
                 benign,
