@@ -46,7 +46,7 @@ def joined(records: list[dict[str, Any]]) -> dict[str, Any]:
                 f"records: expected runs that differ in their victims alone, but {', '.join(changed)} differ"
             )
     config = dict(first["meta"]["config"])
-    for key in ("victims", "studied"):
+    for key in ("victims", "studied", "repeated"):
         config[key] = list(dict.fromkeys(name for record in records for name in record["meta"]["config"][key]))
     config["paper_victims"] = [name for record in records for name in _papers(record["meta"]["config"])]
     found: dict[str, Any] = {"meta": {**first["meta"], "config": config}}
@@ -69,7 +69,7 @@ def _papers(config: dict[str, Any]) -> list[str]:
 
 
 def _settings(record: dict[str, Any]) -> dict[str, Any]:
-    apart = ("victims", "studied", "paper_victims", "out", "result", "tables")
+    apart = ("victims", "studied", "repeated", "paper_victims", "out", "result", "tables")
     return {key: value for key, value in record["meta"]["config"].items() if key not in apart}
 
 

@@ -117,7 +117,8 @@ gate:
     where = ["--config", str(folder / "gated.yaml"), "--zoo", str(folder / "zoo"), "--out", str(folder / "gated")]
     where += ["--bmp", f"timm:local-dir:{folder / 'out' / 'bmp' / 'encoder'}"]
     for victim, tables, papers in (("first", "[main, white_box, seeds, ablation]", "null"), ("second", "[main]", "[]")):
-        words = ["--victims", f"[{victim}]", "--studied", f"[{victim}]", "--tables", tables, "--paper_victims", papers]
+        words = [word for key in ("victims", "studied", "repeated") for word in (f"--{key}", f"[{victim}]")]
+        words += ["--tables", tables, "--paper_victims", papers]
         run.main(run.PaperSettings.from_cli([*where, *words, "--result", str(folder / f"of_{victim}")]))
     join.main([str(folder / "of_first"), str(folder / "of_second"), "--out", str(folder / "joined")])
     main = read_compact(folder / "joined" / "main.json")
@@ -126,7 +127,8 @@ gate:
         ("first", "ours: tuned victim alone"), ("first", "ours"),
         ("second", "undefended"), ("second", "ours: tuned victim alone"), ("second", "ours"),
     }  # fmt: skip
-    assert main["meta"]["config"]["victims"] == ["first", "second"] == list(main["gates"])
+    config = main["meta"]["config"]
+    assert config["victims"] == config["repeated"] == ["first", "second"] == list(main["gates"])
     assert main["meta"]["config"]["paper_victims"] == ["first"]
     assert main["members"]["second"]["ours"] == ["second+fare", "second"]
     assert {row["model"] for row in main["detection"] if row["score"] == "feature_gate"} == {"ours"}
