@@ -24,7 +24,7 @@ ZePAD (Lei, Yang, Zhang; ICLR 2026) next to measurements with this library. The 
 1000 epochs at 64 px; its results are partly at second hand. Ours are of two kinds: the **strong zoo**, which begins
 from ImageNet weights, so that there is something to lose and to defend, and the **small zoo** from random weights, on
 CPUs, for the tables that need many tunings. Compare rows within a table; absolute levels are not comparable with the
-paper's. Accuracies in %, 95 % Wilson intervals in brackets, one seed.
+paper's. Accuracies in %, 95 % Wilson intervals in brackets; one seed, but three in a table of the strong zoo.
 
 Written by `reproduction/paper/document.py` from `results/`; each JSON names commit, configuration, seed, n, hardware
 and library versions. BA: clean accuracy; RA: accuracy under attack; T1: made on the undefended victim; T2: through the
@@ -36,7 +36,7 @@ To reproduce: `python -m tools.image_tower --out outputs/strong_zoo/imagenet`, t
 reproduction.build_ssl_zoo --config recipes/configs/strong_zoo/pretrain.yaml --out outputs/strong_zoo`, then `python -m
 reproduction.paper.run --config reproduction/paper/strong.yaml`. In the record, pre-training, FARE, and Gen-AF of
 moco_v2_plus, vibcreg and w_mse ran on a GPU, and these weights were kept in half precision. All else ran on a CPU:
-Gen-AF of the other victims, gates, heads, attacks, and the benign encoder of the paper's design, for one epoch
+Gen-AF of the other victims, every other tuning, further seeds, gates, heads, attacks, and the benign encoder of the paper's design, for one epoch
 (`results/paper_strong/benign.json`).
 """
 SMALL = """# The small zoo
