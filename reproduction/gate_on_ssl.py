@@ -165,7 +165,7 @@ class Victim:
                 out=cache,
             )
 
-        return kept_gate(self.out / "gate", train)
+        return kept_gate(self.out / "gate", self.settings.gate, train)
 
     def select_cap(self) -> None:
         """Set the cap of all models: the lowest one that costs nothing on the validation images of all tasks."""

@@ -39,6 +39,7 @@ from zepad_mm.models.detection import GATE_SCORE
 from zepad_mm.models.gate import FeatureGate
 from zepad_mm.models.zepad import ZePAD, ZePADConfig
 from zepad_mm.training import (
+    GateSettings,
     HeadSettings,
     TrainSettings,
     TuneSettings,
@@ -50,8 +51,10 @@ from zepad_mm.training import (
     tune,
     write_gate,
 )
+from zepad_mm.training.gate_settings import UNIDENTIFYING
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.io import read_json, write_json, write_text
+from zepad_mm.utils.provenance import check_identity
 
 ROOT = Path(__file__).parents[1]
 TUNINGS = {"victim_tuned": "victim", "adv_au_tuned": "adv_au", "victim_clean": "victim"}  # tuned encoder -> its base
@@ -168,15 +171,21 @@ def fit_branch(
 
 
 def kept_gate(
-    folder: Path, train: Callable[[Path], tuple[FeatureGate, dict[str, Any]]]
+    folder: Path, settings: GateSettings, train: Callable[[Path], tuple[FeatureGate, dict[str, Any]]]
 ) -> tuple[FeatureGate, dict[str, Any]]:
-    """A gate and its record, kept in ``folder``; where missing, ``train`` makes them, given a folder for its cache."""
+    """A gate and its record, kept in ``folder``; where missing, ``train`` makes them, given a folder for its cache.
+
+    Raises ValueError where the kept one has other settings.
+    """
     file, record = folder / "gate.safetensors", folder / "gate.json"
     if not (file.is_file() and record.is_file()):
         gate, found = train(folder / "cache")
         write_gate(file, gate)
         write_json(record, found)
-    return load_gate(file), read_json(record)
+    found = read_json(record)
+    remedy = "its gate was trained with other settings; give another output folder, or delete it"
+    check_identity(found["settings"], settings.to_dict(), folder, ignore=UNIDENTIFYING, remedy=remedy)
+    return load_gate(file), found
 
 
 def assemble(

@@ -23,8 +23,8 @@ INTRODUCTION = """# The paper's results, and ours
 ZePAD (Lei, Yang, Zhang; ICLR 2026) next to measurements with this library. The paper's encoders are ResNet-18s of
 1000 epochs at 64 px; its results are partly at second hand. Ours are of two kinds: the **strong zoo**, which begins
 from ImageNet weights, so that there is something to lose and to defend, and the **small zoo** from random weights, on
-CPUs, for the tables that need many tunings. Compare rows within a table; absolute levels are not comparable with the
-paper's. Accuracies in %, 95 % Wilson intervals in brackets; one seed, but three in a table of the strong zoo.
+CPUs, with the widest choice of tunings. Compare rows within a table; absolute levels are not comparable with the
+paper's. Accuracies in %, 95 % Wilson intervals in brackets; one seed, unless a table names several.
 
 Written by `reproduction/paper/document.py` from `results/`; each JSON names commit, configuration, seed, n, hardware
 and library versions. BA: clean accuracy; RA: accuracy under attack; T1: made on the undefended victim; T2: through the

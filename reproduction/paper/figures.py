@@ -12,7 +12,8 @@ from sklearn.manifold import TSNE
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from reproduction.paper.study import Study, adversarial
+from reproduction.paper.lines import adversarial
+from reproduction.paper.study import Study
 from reproduction.paper.tables import TABLES, main_lines, rows_of
 from zepad_mm.encoders import optimize_for_inference
 from zepad_mm.evaluation.plots import confidence_figure, save

@@ -3,12 +3,14 @@
 
 python -m reproduction.paper.join RESULT RESULT ... --out results/paper_strong
 
-Each RESULT is a folder that a run wrote. Tables of the same name become one, whose victims are those of all.
+Each RESULT is a folder that a run wrote. Tables of the same name become one, whose victims are those of all; tables and
+figures of the first studied victim alone must be there once.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +32,17 @@ def main(arguments: list[str] | None = None) -> None:
         )
     for name, records in tables.items():
         write_columns(args.out / name, joined(records))
+    for folder in args.results:
+        for picture in sorted(folder.glob("*.png")):
+            shutil.copy2(picture, args.out / picture.name)
 
 
 def joined(records: list[dict[str, Any]]) -> dict[str, Any]:
     """One record of several: lists one after the other, dictionaries by key. The first one's ``meta`` stays, with the
     victims of all.
 
-    Raises ValueError for records of runs whose settings differ in more than their victims.
+    Raises ValueError for records of runs whose settings differ in more than their victims, and for two of a table that
+    shows one victim alone.
     """
     first, settings = records[0], [_settings(record) for record in records]
     for other in settings[1:]:
@@ -45,6 +51,9 @@ def joined(records: list[dict[str, Any]]) -> dict[str, Any]:
             raise ValueError(
                 f"records: expected runs that differ in their victims alone, but {', '.join(changed)} differ"
             )
+    shown = [record["victim"] for record in records if "victim" in record]
+    if len(shown) > 1:
+        raise ValueError(f"records: expected a table of one victim once, got those of {', '.join(shown)}")
     config = dict(first["meta"]["config"])
     for key in ("victims", "studied", "repeated"):
         config[key] = list(dict.fromkeys(name for record in records for name in record["meta"]["config"][key]))

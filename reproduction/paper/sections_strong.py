@@ -155,46 +155,50 @@ def main_verdicts(rows: Rows) -> Iterator[str]:
             )
 
 
+SEEDS_HEAD = ("BA undefended", "BA ours", "RA undefended", "RA ours", "RA gain", "gate: AUROC")
+
+
 def strong_seeds(record: dict[str, Any]) -> str:
     """Table 1 of some victims with several seeds: mean and standard deviation over seeds."""
     rows, detection = record["rows"], record["detection"]
-    seeds, lines, means = distinct(rows, "seed"), [], []
+    seeds, tasks, lines, gain = distinct(rows, "seed"), distinct(rows, "task"), [], []
     for victim in distinct(rows, "victim"):
-        by_task = []
-        for task in distinct(rows, "task"):
-            by_task.append([_of_seed(rows, detection, victim=victim, task=task, seed=seed) for seed in seeds])
-            lines.append([victim, task, *_spread(by_task[-1])])
-        means.append(
-            [[mean(column) for column in zip(*of_seed, strict=True)] for of_seed in zip(*by_task, strict=True)]
-        )
-        lines.append([f"**{victim}**", "**mean**", *_spread(means[-1])])
-    gain = [mean(of_victim[place][4] for of_victim in means) for place in range(len(seeds))]
+        found = {
+            task: [_of_seed(rows, detection, victim=victim, task=task, seed=seed) for seed in seeds] for task in tasks
+        }
+        lines += [[victim, task, *_mean_and_deviation(of_seeds)] for task, of_seeds in found.items()]
+        means = [
+            {title: mean(found[task][place][title] for task in tasks) for title in SEEDS_HEAD}
+            for place in range(len(seeds))
+        ]
+        lines.append([f"**{victim}**", "**mean**", *_mean_and_deviation(means)])
+        gain.append([row["RA gain"] for row in means])
+    by_seed = ", ".join(f"{mean(column):+.1f}" for column in zip(*gain, strict=True))
     text = (
         f"Tuning, gate and heads with the seeds {', '.join(map(str, seeds))}; pre-training, test images and "
-        f"perturbations are the same. Mean and standard deviation over seeds. n = {_range(distinct(rows, 'n'))}. The "
-        f"mean RA gain over these victims and all tasks is {', '.join(f'{one:+.1f}' for one in gain)} points.\n"
+        f"perturbations are the same. Mean and standard deviation over seeds; n = {_range(distinct(rows, 'n'))}. The "
+        f"encoder of seed {seeds[0]} is that of table 1 S. RA gain by seed, mean over these victims and all tasks: "
+        f"{by_seed}.\n"
     )
-    head = ["victim", "task", "BA undefended", "BA ours", "RA undefended", "RA ours", "RA gain", "gate: AUROC"]
-    return "\n".join([text, grid(head, lines), origin(record)])
+    return "\n".join([text, grid(["victim", "task", *SEEDS_HEAD], lines), origin(record)])
 
 
-def _of_seed(rows: Rows, detection: Rows, **cell: Any) -> list[float]:
-    """What :func:`strong_seeds` shows of one seed in a cell, in %."""
-    found = [
+def _of_seed(rows: Rows, detection: Rows, **cell: Any) -> dict[str, float]:
+    """The columns of :func:`strong_seeds` for one seed: accuracies in %, the AUROC from 0 to 1."""
+    values = [
         100 * worst(rows, **cell, model=model, threat=threat)["accuracy"]
         for threat in ("clean", "T1")
         for model in (UNDEFENDED, OURS)
     ]
-    return [*found, found[3] - found[2], 100 * mean(row["auroc"] for row in pick(detection, **cell))]
+    auroc = mean(row["auroc"] for row in pick(detection, **cell, threat="T1"))
+    return dict(zip(SEEDS_HEAD, (*values, values[3] - values[2], auroc), strict=True))
 
 
-def _spread(of_seeds: list[list[float]]) -> list[str]:
-    """Mean and standard deviation of each column over seeds; the last one is an AUROC, of 1."""
-    *points, auroc = [(mean(column), stdev(column)) for column in zip(*of_seeds, strict=True)]
-    return [
-        *(f"{middle:.1f} ± {spread:.1f}" for middle, spread in points),
-        "{:.3f} ± {:.3f}".format(*(x / 100 for x in auroc)),
-    ]
+def _mean_and_deviation(of_seeds: list[dict[str, float]]) -> list[str]:
+    """Each column's mean and standard deviation over seeds."""
+    columns = {title: [row[title] for row in of_seeds] for title in SEEDS_HEAD}
+    digits = {title: 3 if "AUROC" in title else 1 for title in SEEDS_HEAD}
+    return [f"{mean(c):.{digits[title]}f} ± {stdev(c):.{digits[title]}f}" for title, c in columns.items()]
 
 
 def strong_detection(record: dict[str, Any]) -> str:
@@ -215,22 +219,28 @@ def strong_detection(record: dict[str, Any]) -> str:
         "paper's gap: AUROC",
         "its rule: accuracy, %",
     ]
-    config = record["meta"]["config"]["gate"]
-    aware = config["rounds"] and config["round_n"]
+    aware = any("gate_aware" in gate["seen_attacks"] for gate in record["gates"].values())
     text = (
-        "Clean against attacked test images, means over victims and attacks. The gate's threshold is that of 5 % of "
-        "clean validation images; accuracy is the mean of the shares of attacked images found and of clean ones let "
-        "through. The gate was trained on adv_encoder and selected on ssp; l4a_ugs is a variant of a kind it knows, "
-        "uap and uapgd are unknown to it."
-        + ("\n" if aware else " It met no attacker that knows it, unlike the gate that is shipped (docs/gate.md).\n")
+        "Clean against attacked test images. The gate's threshold is that of 5 % of clean validation images; accuracy "
+        "is the mean of the shares of attacked images found and of clean ones let through. The gate was trained on "
+        "adv_encoder and selected on ssp; l4a_ugs is a variant of a kind it knows, uap and uapgd are unknown to it."
     )
+    if not aware:
+        text += (
+            " It has met no attack that knows the gate. The number and kinds of its examples were chosen on validation "
+            "images of supcon under these attacks."
+        )
     kinds = []
     for attack in dict.fromkeys(map(_attack, rows)):
         aurocs = [row["auroc"] for row in pick(rows, score=GATE, model=OURS) if _attack(row) == attack]
         kinds.append([attack, f"{mean(aurocs):.3f}", f"{min(aurocs):.3f}"])
     goals = "".join(f"- {line}\n" for line in detection_verdicts(rows))
     by_kind = grid(["attack", "gate: AUROC", "worst"], kinds)
-    return "\n".join([text, goals, grid(head, lines), by_kind, origin(record)])
+    headings = (
+        "### By task, mean over victims and attacks; worst: the lowest AUROC of a cell\n",
+        "### By attack, mean over victims and tasks\n",
+    )
+    return "\n".join([f"{text}\n", goals, headings[0], grid(head, lines), headings[1], by_kind, origin(record)])
 
 
 def detection_verdicts(rows: Rows) -> Iterator[str]:

@@ -1,10 +1,7 @@
 """A zoo of encoders under the paper's protocol: tunings, heads, models for ``evaluate``; each made once, kept on disk.
 
-An encoder has a name: that of the zoo (``simclr``), ``bmp`` for the benign one, and ``ENCODER+TUNING`` for the result
-of a tuning of :attr:`Settings.tunings` (``simclr+gen_af``); with ``=`` appended, its head is the one that was tuned
-with it, not a clean one trained for the task. ``@SEED`` at the end of any name is another seed of the tuning, the gate
-and the heads (``simclr+fare@1``); pre-training, test images and perturbations stay. A table is a set of lines, each an
-encoder or a fusion of encoders, evaluated for every victim on every task.
+Encoders have names, and a table is a set of lines, each an encoder or a fusion of encoders
+(``reproduction/paper/lines.py``), evaluated for every victim on every task.
 """
 
 from __future__ import annotations
@@ -19,13 +16,13 @@ from typing import Any
 import torch
 
 from reproduction import ssl_study
+from reproduction.paper.lines import Line, adversarial, fused, parts, with_seed
 from zepad_mm.attacks import PGD, Perturbation
 from zepad_mm.data import LabelledImages, joined
 from zepad_mm.defences import Student, robustness_contributions, unfreeze_redundant
 from zepad_mm.encoders import Encoder, load_encoder, optimize_for_inference
 from zepad_mm.evaluation import EvalData, EvalSettings, Report, Row, RowKind, Subject, evaluate
 from zepad_mm.evaluation.subjects import UNDEFENDED, FusedAnswer, first_logits
-from zepad_mm.models import fusion
 from zepad_mm.models.branch import Branch, BranchConfig
 from zepad_mm.models.config import GATED_RULE, DetectorConfig
 from zepad_mm.models.detection import GATE_SCORE
@@ -59,16 +56,16 @@ class Settings(ssl_study.Protocol):
     # name -> defence, options, head, train, half (public or own), more (whether more_data is tuned on too), after (a
     # tuning: this is Gen-AF's second stage of it)
     tunings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    more_data: list[str] = field(default_factory=list)  # further images without labels, for tunings with "more"
+    more_data: list[str] = field(default_factory=list)  # further images without labels, for the gate and for "more"
     n_more: int | None = None  # at most as many of each
     surrogate_data: str | None = None  # the attacker's images for all tasks but ``data``; None: the public half of data
     gate: GateSettings | None = None  # of ours, between the tuned victim and the victim; None: ours fuses three by rule
     n_critical: int = 1000  # tuning images on which the second stage ranks layers
     tuning: str = "gen_af"  # the paper's
     our_tuning: str = "fare"  # ours
-    other_tuning: str = "half_clean"  # of the auxiliary encoder where the two differ
-    labelled_tuning: str = "fare_labels"  # a candidate for ours
-    our_bmp: str = "bmp+clean_own"  # the benign encoder of ours
+    other_tuning: str = "half_clean"  # without a gate: of the auxiliary encoder where the two differ
+    labelled_tuning: str = "fare_labels"  # without a gate: a candidate for ours
+    our_bmp: str = "bmp+clean_own"  # without a gate: the benign encoder of ours
     paper_victims: list[str] | None = None  # victims that the main table shows the paper's defence of; None: all
     threats: list[str] = field(default_factory=lambda: ["T1", "T1b"])  # of the main table
     studied: list[str] = field(default_factory=lambda: ["simclr"])  # victims of every table but main and seeds
@@ -78,46 +75,13 @@ class Settings(ssl_study.Protocol):
     white_box: EvalSettings = field(default_factory=EvalSettings)  # of the white-box tables
     white_box_epsilons: list[float] = field(default_factory=list)  # further budgets of the white-box table
 
-
-@dataclass(frozen=True)
-class Line:
-    """A row of a table: encoders by name, and the rule that fuses them; one encoder alone has none."""
-
-    members: tuple[str, ...]
-    rule: str = ""
-    params: tuple[tuple[str, float], ...] = ()
-
-    @property
-    def gated(self) -> bool:
-        """Whether a gate weighs its benign encoder."""
-        return self.rule == GATED_RULE
-
-    def fusion(self, gate: FeatureGate | None = None) -> fusion.Fusion:
-        """The fusion rule; encoders that no attack tuned are the benign ones."""
-        benign, found = [not adversarial(name) for name in self.members], gate.config if gate and self.gated else None
-        score = GATE_SCORE if found else DetectorConfig().score
-        return fusion.build(self.rule, benign, score, dict(self.params), found)
-
-
-def single(name: str) -> Line:
-    """One encoder alone."""
-    return Line((name,))
-
-
-def fused(rule: str, members: tuple[str, ...], **params: float) -> Line:
-    """A fusion of encoders."""
-    return Line(members, rule, tuple(params.items()))
-
-
-def with_seed(name: str, seed: str) -> str:
-    """A name at another seed; "" is the seed of the study."""
-    return f"{name}@{seed}" if seed else name
-
-
-def adversarial(name: str) -> bool:
-    """Whether an encoder was tuned on adversarial images."""
-    tuning = name.partition("+")[2]
-    return bool(tuning) and not tuning.startswith("clean")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.repeated and (not self.seeds or len({self.seed, *self.seeds}) <= len(self.seeds)):
+            raise ValueError(
+                f"seeds: expected at least one for {', '.join(self.repeated)}, all different and none the seed of the "
+                f"study ({self.seed}), got {self.seeds}"
+            )
 
 
 class Study:
@@ -133,7 +97,8 @@ class Study:
 
     def partner(self, victim: str) -> str:
         """The auxiliary encoder next to a victim."""
-        return self.config.adv_au_for_itself if victim == self.config.adv_au else self.config.adv_au
+        itself = parts(victim).base == self.config.adv_au
+        return self.config.adv_au_for_itself if itself else self.config.adv_au
 
     def defended(self, victim: str) -> tuple[str, str, str]:
         """The three encoders of the paper's defence of a victim."""
@@ -156,7 +121,7 @@ class Study:
 
     def gated_members(self, victim: str) -> tuple[str, str]:
         """The two encoders of ours under a gate."""
-        base, _, seed = victim.partition("@")
+        base, _, seed, _ = parts(victim)
         return with_seed(f"{base}+{self.config.our_tuning}", seed), victim
 
     def labelled(self, victim: str) -> tuple[str, str, str]:
@@ -168,16 +133,14 @@ class Study:
         return (self.ours(victim)[0], f"{self.partner(victim)}+{self.config.other_tuning}", self.config.our_bmp)
 
     def _members(self, victim: str, tuning: str, benign: str) -> tuple[str, str, str]:
-        base, _, seed = victim.partition("@")
-        return (
-            with_seed(f"{base}+{tuning}", seed),
-            with_seed(f"{self.partner(base)}+{tuning}", seed),
-            with_seed(benign, seed),
-        )
+        base, _, seed, _ = parts(victim)
+        robust = (f"{base}+{tuning}", f"{self.partner(base)}+{tuning}")
+        return with_seed(robust[0], seed), with_seed(robust[1], seed), with_seed(benign, seed)
 
     def seed(self, name: str) -> int:
-        """The seed of the tuning, the gate and the heads of a name."""
-        return int(name.partition("@")[2] or self.config.seed)
+        """The seed that draws the images of a tuning or a gate."""
+        seed = parts(name).seed
+        return self.config.seed if seed is None else seed
 
     def source(self, base: str) -> str:
         """The source string of an untuned encoder."""
@@ -193,7 +156,7 @@ class Study:
     @functools.cache  # noqa: B019 - one study lives as long as its process
     def encoder(self, name: str) -> Encoder:
         """A frozen encoder by name, tuned first where needed."""
-        base, _, tuning = name.partition("@")[0].partition("+")
+        base, tuning, *_ = parts(name)
         encoder = self._tune(name, base, tuning) if tuning else load_encoder(self.source(base))
         return encoder.to(self.device).eval().requires_grad_(False)
 
@@ -216,7 +179,7 @@ class Study:
         )
         student, extra, folder = None, None, self.out / "tuned" / name
         if "after" in options and not (folder / TUNED_RECORD).is_file():
-            stage_one = with_seed(f"{base}+{options['after']}", name.partition("@")[2])
+            stage_one = with_seed(f"{base}+{options['after']}", parts(name).seed)
             student, thawed = self._second_stage(stage_one, train, settings.settings.batch_size)
             extra = {"thawed": thawed}
         return tune(
@@ -228,7 +191,7 @@ class Study:
         encoder = self.encoder(stage_one)
         head = load_head(self.out / "tuned" / stage_one / "head.safetensors")[0]
         student = Student(copy.deepcopy(encoder), head).to(self.device)
-        critical = train.sample(self.config.n_critical, self.config.seed)
+        critical = train.sample(self.config.n_critical, self.seed(stage_one))
         pgd = PGD(epsilon=8 / 255, steps=10, step_size=2 / 255)
         batches = critical.batches(batch_size)
         attacked = torch.cat([pgd(student.logits, images.to(self.device), labels) for images, labels in batches])
@@ -258,24 +221,25 @@ class Study:
     @functools.cache  # noqa: B019
     def _gate(self, victim: str) -> tuple[FeatureGate, dict[str, Any]]:
         config, seed = self.config, self.seed(victim)
+        assert config.gate is not None
+        settings = config.gate if parts(victim).seed is None else replace(config.gate, seed=seed)
 
         def train(cache: Path) -> tuple[FeatureGate, dict[str, Any]]:
-            assert config.gate is not None
             images = ssl_study.whole(config.data, "train", config.image_size)
-            # as many as of each further set: what no branch was trained for is the harder half
-            n = config.n_more if config.more_data else config.n_tune
+            more = self.more_images(seed)  # as many images of ``data`` as of a further set
+            n = max(map(len, more)) if more else config.n_tune
             public = images.subset(ssl_study.public_rows(config)[0]).sample(n, seed)
             robust, benign = (self.encoder(name) for name in self.gated_members(victim))
             return train_gate(
                 benign,
                 [robust],
-                joined([public, *self.more_images(seed)]),
-                replace(config.gate, seed=seed) if "@" in victim else config.gate,
+                joined([public, *more]),
+                settings,
                 calibration={task: self.data(task)[1] for task in self.tasks},
                 out=cache,
             )
 
-        gate, record = ssl_study.kept_gate(self.out / "gates" / victim, train)
+        gate, record = ssl_study.kept_gate(self.out / "gates" / victim, settings, train)
         return gate.to(self.device), record
 
     @functools.cache  # noqa: B019
@@ -313,11 +277,12 @@ class Study:
             path = self.out / "tuned" / name.removesuffix("=") / "head.safetensors"
         elif not path.is_file():
             features = encode_images(optimize_for_inference(encoder, config.image_size), train.images, 500)
-            settings = replace(config.head, seed=self.seed(name)) if "@" in name else config.head
+            seed = parts(name).seed
+            settings = config.head if seed is None else replace(config.head, seed=seed)
             head = fresh_head("mlp", encoder.feature_dim, len(train.class_names), settings.seed)
             train_head_on_features(head, features, train.labels, settings)
             write_head(path, head, train.class_names)
-        base, _, tuning = name.removesuffix("=").partition("@")[0].partition("+")
+        base, tuning, *_ = parts(name)
         about = BranchConfig(
             name=name.replace("+", "_").replace("=", "_own_head").replace("@", "_seed_"),
             role="robust" if adversarial(name.removesuffix("=")) else "benign",

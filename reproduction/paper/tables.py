@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from reproduction.paper.cells import pick
+from reproduction.paper.lines import Line, fused, single, with_seed
 from reproduction.paper.records import at_budget
-from reproduction.paper.study import Line, Study, fused, single, with_seed
+from reproduction.paper.study import Study
 from zepad_mm.encoders import optimize_for_inference
 from zepad_mm.evaluation import EvalData, Report, evaluate
 from zepad_mm.evaluation.subjects import BranchView, FusedAnswer, first_logits
@@ -106,7 +107,12 @@ def detection_rows(report: Report, victim: str, title: str, model: str) -> list[
 
 @TABLES.register("choice")
 def choice(study: Study) -> dict[str, Any]:
-    """Our tuning and rule, selected on validation images of the first studied victim."""
+    """Our tuning and rule, selected on validation images of the first studied victim.
+
+    Raises ValueError where ours has a gate: its settings are not selected by a table.
+    """
+    if study.config.gate is not None:
+        raise ValueError(f"tables: choice is for a study without a gate; expected some of {', '.join(TABLES)}")
     config, victim = study.config, study.config.studied[0]
     tunings = [name for name in config.tunings if not name.startswith(("clean", "released", "lambda", "gen_af_"))]
     lines = {"undefended": single(victim)}
@@ -151,7 +157,7 @@ def seeds(study: Study) -> dict[str, Any]:
     detection: list[dict[str, Any]] = []
     for victim in config.repeated:
         for seed in (config.seed, *config.seeds):
-            name = victim if seed == config.seed else with_seed(victim, str(seed))
+            name = with_seed(victim, None if seed == config.seed else seed)
             found, report = rows_of(study, "main", name, main_lines(study, name), threats=tuple(config.threats))
             rows += [{**row, "victim": victim, "seed": seed} for row in found]
             scores = pick(detection_rows(report, name, "main", "ours"), score=GATE_SCORE)
@@ -167,7 +173,6 @@ def ablation(study: Study) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for victim in study.config.studied:
         partner, members = study.partner(victim), study.defended(victim)
-        ours = _parts_of_ours(study, victim)
         lines = {
             "undefended": single(victim),
             "without tuning": fused("rfdm", (victim, partner, "bmp")),
@@ -175,7 +180,7 @@ def ablation(study: Study) -> dict[str, Any]:
             "without BMP": fused("rfdm", members[:2]),
             "full, as the paper": fused("rfdm", members),
             "full, our rule": fused(study.config.rule, members, **study.config.rule_options),
-            **ours,
+            **_parts_of_ours(study, victim),
             "control: tuned victim alone": single(members[0]),
             "control: tuned auxiliary encoder alone": single(members[1]),
             "control: BMP alone": single("bmp"),
@@ -185,8 +190,7 @@ def ablation(study: Study) -> dict[str, Any]:
         }
         if "gen_af_longer" in study.config.tunings and victim == study.config.studied[0]:
             lines["control: one robust encoder, tuned as long as both"] = single(f"{victim}+gen_af_longer")
-        if study.config.gate is not None:
-            lines["ours"] = lines.pop("ours")  # the last line's gate is that of all
+        lines["ours"] = lines.pop("ours")  # an evaluation takes the gate of its last line
         rows += rows_of(study, "ablation", victim, lines)[0]
     return {"rows": rows, "tuning": _tunings(study, rows)}
 
@@ -331,6 +335,9 @@ def cost(study: Study) -> dict[str, Any]:
             taken.append(time.perf_counter() - began)
         count = sum(parameter.numel() for branch in branches for parameter in branch.parameters())
         tuned = [study.tuning_record(name)["seconds"] for name in line.members if "+" in name]
+        if gate is not None:
+            count += sum(parameter.numel() for parameter in gate.parameters())
+            tuned.append(study.gate_record(victim)["seconds"])
         rows.append(
             {
                 "model": model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import timm
 import torch
 from PIL import Image
 
-from reproduction.paper import document, join, records, run, sections_strong, study
+from reproduction.paper import document, join, lines, records, run, sections_strong, study
 from reproduction.paper.records import read_compact
 from reproduction.paper.sections import SECTIONS, STRONG_SECTIONS, verdict
 from reproduction.paper.tables import TABLES
@@ -120,7 +121,9 @@ gate:
         words = [word for key in ("victims", "studied", "repeated") for word in (f"--{key}", f"[{victim}]")]
         words += ["--tables", tables, "--paper_victims", papers]
         run.main(run.PaperSettings.from_cli([*where, *words, "--result", str(folder / f"of_{victim}")]))
+    (folder / "of_first" / "figure.png").write_bytes(b"picture")
     join.main([str(folder / "of_first"), str(folder / "of_second"), "--out", str(folder / "joined")])
+    assert (folder / "joined" / "figure.png").read_bytes() == b"picture"
     main = read_compact(folder / "joined" / "main.json")
     assert {(row["victim"], row["model"]) for row in main["rows"]} == {
         ("first", "undefended"), ("first", "paper's"), ("first", "paper's tuning, our rule"),
@@ -156,16 +159,46 @@ gate:
     assert shown.count(" ± ") == 2 * 6
     assert {row["seed"] for row in seeds["detection"]} == {0, 1}
     assert set(seeds["tuning"]) == {"first+fare", "first+fare@1"}
-    first, again = ([row for row in seeds["rows"] if row["seed"] == seed] for seed in (0, 1))
+    first = [row for row in seeds["rows"] if row["seed"] == 0]
     assert first == [
         {**row, "seed": 0} for row in main["rows"] if row["victim"] == "first" and "paper" not in row["model"]
     ]
-    # one set of perturbations, made on the untuned victim, attacks both
-    assert [row["condition"] for row in first] == [row["condition"] for row in again]
-    weights = [folder / "gated" / "tuned" / name / "encoder.safetensors" for name in seeds["tuning"]]
-    assert weights[0].read_bytes() != weights[1].read_bytes()
-    ablation = {row["model"] for row in read_compact(folder / "joined" / "ablation.json")["rows"]}
-    assert {"ours, cap 1", "ours, RFDM instead of the gate", "control: victim tuned on clean images"} <= ablation
+    gated, perturbations = (
+        folder / "gated",
+        "evaluations/test/{}/embedded/perturbations/feature_uap@undefended.safetensors",
+    )
+    contents = [[(gated / path.format(*names)).read_bytes() for path in (
+        perturbations.format("{0}"), "tuned/{1}/encoder.safetensors", "gates/{2}/gate.safetensors",
+        "heads/embedded/{1}.safetensors", "heads/embedded/{2}.safetensors")]
+        for names in (("main-first", "first+fare", "first"), ("main-first-1", "first+fare@1", "first@1"))]  # fmt: skip
+    assert [one == other for one, other in zip(*contents, strict=True)] == [True, False, False, False, False]
+    ablation = read_compact(folder / "joined" / "ablation.json")
+    assert list(ablation["members"]["first"])[-1] == "ours"
+    assert {"ours, cap 1", "ours, RFDM instead of the gate"} <= {row["model"] for row in ablation["rows"]}
+    config = run.PaperSettings.from_cli([*where, "--result", str(folder / "x"), "--gate.n", "41"])
+    with pytest.raises(ValueError, match="gate was trained with other settings"):
+        study.Study(config).gate("first")
+    with pytest.raises(ValueError, match="choice is for a study without a gate"):
+        TABLES.get("choice")(study.Study(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a", ("a", "", None, False)),
+        ("a@0", ("a", "", 0, False)),
+        ("a+fare", ("a", "fare", None, False)),
+        ("a+fare@12=", ("a", "fare", 12, True)),
+    ],
+)
+def test_names_of_encoders_are_read(name: str, expected: tuple[str, str, int | None, bool]) -> None:
+    assert lines.parts(name) == expected
+
+
+@pytest.mark.parametrize("seeds", ["[]", "[0]", "[1, 1]"])
+def test_seeds_differ_from_each_other_and_from_that_of_the_study(folder: Path, seeds: str) -> None:
+    with pytest.raises(ValueError, match=r"none the seed of the study \(0\)"):
+        run.PaperSettings.from_cli([*arguments(folder), "--seeds", seeds])
 
 
 @pytest.mark.parametrize("rows", [1, records.LONG - 1, records.LONG])
@@ -187,11 +220,27 @@ def test_records_of_different_settings_are_not_joined(folder: Path) -> None:
         join.joined([one, other])
 
 
-def test_document_contains_every_table(folder: Path) -> None:
-    text = document.document(folder / "results")
+def test_one_victim_of_a_table_is_not_joined_with_another(folder: Path) -> None:
+    record = read_compact(folder / "results" / "paper" / "cost.json")
+    with pytest.raises(ValueError, match="got those of first, first"):
+        join.joined([record, record])
+
+
+def test_document_contains_every_table(folder: Path, tmp_path: Path) -> None:
+    shared = [
+        Path(path).name for _, path, _ in STRONG_SECTIONS if (folder / "results" / "paper" / Path(path).name).exists()
+    ]
+    of_strong = ("main.json", "white_box.json", "seeds.json")  # with a gate only
+    for name in set(shared) - set(of_strong):
+        (tmp_path / "paper_strong").mkdir(exist_ok=True)
+        shutil.copy(folder / "results" / "paper" / name, tmp_path / "paper_strong")
+    assert len(list((tmp_path / "paper_strong").iterdir())) == 7
+    shutil.copytree(folder / "results" / "paper", tmp_path / "paper")
+    text = document.document(tmp_path)
     assert text.count("Not measured yet") == sum(
-        not path.startswith("paper/") for _, path, _ in (*STRONG_SECTIONS, *SECTIONS)
+        not (tmp_path / path).is_file() for _, path, _ in (*STRONG_SECTIONS, *SECTIONS)
     )
+    assert "(../results/paper_strong/confidence.png)" in text
     assert "| without BMP | 84.5 / 72.5 |" in text
     assert "reached" in text
 
@@ -216,7 +265,7 @@ def test_committed_document_matches_the_results() -> None:
 def test_paper_config_parses(name: str) -> None:
     config = run.PaperSettings.from_cli(["--config", str(ROOT / "reproduction" / "paper" / f"{name}.yaml")])
     assert config.tuning in config.tunings
-    assert {config.adv_au, config.adv_au_for_itself, *config.more_adv_au, *config.studied} <= {
+    assert {config.adv_au, config.adv_au_for_itself, *config.more_adv_au, *config.studied, *config.repeated} <= {
         *config.victims, config.adv_au_for_itself
     }  # fmt: skip
 
