@@ -68,10 +68,12 @@ def document(results: Path) -> str:
         parts.append("## Summary\n\n" + summary(read_compact(table), read_compact(report)))
     for introduction, sections in ((STRONG, STRONG_SECTIONS), (SMALL, SECTIONS)):
         parts.append(introduction)
+        missing = [title for title, path, _ in sections if not (results / path).is_file()]
+        if missing:
+            parts.append(f"Not measured on these encoders: {'; '.join(missing)}.\n")
         for title, path, write in sections:
-            parts.append(f"## {title}\n")
-            found = results / path
-            parts.append(write(read_compact(found)) if found.is_file() else "Not measured yet.\n")
+            if title not in missing:
+                parts.append(f"## {title}\n\n{write(read_compact(results / path))}")
     parts.append(state())
     return "\n".join(parts).rstrip() + "\n"
 
