@@ -112,7 +112,8 @@ def choice(study: Study) -> dict[str, Any]:
     Raises ValueError where ours has a gate: its settings are not selected by a table.
     """
     if study.config.gate is not None:
-        raise ValueError(f"tables: choice is for a study without a gate; expected some of {', '.join(TABLES)}")
+        others = ", ".join(name for name in TABLES if name != "choice")
+        raise ValueError(f"tables: choice is for a study without a gate; with one, expected some of {others}")
     config, victim = study.config, study.config.studied[0]
     tunings = [name for name in config.tunings if not name.startswith(("clean", "released", "lambda", "gen_af_"))]
     lines = {"undefended": single(victim)}
