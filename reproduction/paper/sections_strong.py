@@ -139,7 +139,11 @@ def main_verdicts(rows: Rows) -> Iterator[str]:
     clean, attacked = (mean(_accuracies(rows, UNDEFENDED, threat)) for threat in ("clean", "T1"))
     yield f"{_mark(attacked <= clean / 2)}: undefended RA {attacked:.1f} at most half of BA {clean:.1f} in the mean."
     gain, kept = gains(rows, OURS, "T1"), gains(rows, OURS, "clean")
-    yield f"{_mark(mean(gain) >= MEAN_GAIN)}: RA gain of ours {mean(gain):+.1f} in the mean (goal {MEAN_GAIN:+.0f})."
+    yield (
+        f"{_mark(mean(gain) >= MEAN_GAIN)}: RA gain of ours {mean(gain):+.1f} in the mean (goal {MEAN_GAIN:+.0f}). The "
+        f"attacks take {clean - attacked:.1f} points from the undefended victims in the mean; ours returns "
+        f"{100 * mean(gain) / (clean - attacked):.0f} % of them."
+    )
     yield f"{_mark(max(gain) >= LARGEST_GAIN)}: largest RA gain {max(gain):+.1f} (goal {LARGEST_GAIN:+.0f})."
     low = sum(one < -MOST_LOST for one in kept)
     yield (
@@ -336,6 +340,8 @@ def summary(record: dict[str, Any], report: dict[str, Any]) -> str:
         f"{_measured(distinct(rows, 'victim'), list(shown))}. White-box attacks: table 6 S.\n"
     )
     head = ["claim of the paper", "its own design, measured here", "ours, the same victims", "ours, all victims"]
+    if len(shown) == victims:  # both columns of ours are one
+        head, lines = [*head[:2], "ours"], [[*line[:2], line[3]] for line in lines]
     return "\n".join([text, grid(head, lines)])
 
 
