@@ -139,10 +139,11 @@ def main_verdicts(rows: Rows) -> Iterator[str]:
     clean, attacked = (mean(_accuracies(rows, UNDEFENDED, threat)) for threat in ("clean", "T1"))
     yield f"{_mark(attacked <= clean / 2)}: undefended RA {attacked:.1f} at most half of BA {clean:.1f} in the mean."
     gain, kept = gains(rows, OURS, "T1"), gains(rows, OURS, "clean")
+    taken = clean - attacked
+    returned = f"; ours returns {100 * mean(gain) / taken:.0f} % of them" if taken > 0 else ""
     yield (
         f"{_mark(mean(gain) >= MEAN_GAIN)}: RA gain of ours {mean(gain):+.1f} in the mean (goal {MEAN_GAIN:+.0f}). The "
-        f"attacks take {clean - attacked:.1f} points from the undefended victims in the mean; ours returns "
-        f"{100 * mean(gain) / (clean - attacked):.0f} % of them."
+        f"attacks take {taken:.1f} points from the undefended victims in the mean{returned}."
     )
     yield f"{_mark(max(gain) >= LARGEST_GAIN)}: largest RA gain {max(gain):+.1f} (goal {LARGEST_GAIN:+.0f})."
     low = sum(one < -MOST_LOST for one in kept)

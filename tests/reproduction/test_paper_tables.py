@@ -30,8 +30,6 @@ downstream: [embedded]
 pretrain_args: []
 victims: [first, second]
 studied: [first]
-repeated: [first]
-seeds: [1]
 adv_au: second
 adv_au_for_itself: first
 more_adv_au: [first]
@@ -107,6 +105,7 @@ def test_gated_runs_on_single_victims_are_joined(folder: Path) -> None:
 more_data: [embedded]
 n_more: 16
 surrogate_data: embedded
+seeds: [1]
 white_box_epsilons: [0.01568627450980392, 0.00784313725490196]
 threats: [T1]
 gate:
@@ -200,7 +199,7 @@ def test_names_of_encoders_are_read(name: str, expected: tuple[str, str, int | N
 @pytest.mark.parametrize("seeds", ["[]", "[0]", "[1, 1]"])
 def test_seeds_differ_from_each_other_and_from_that_of_the_study(folder: Path, seeds: str) -> None:
     with pytest.raises(ValueError, match=r"none the seed of the study \(0\)"):
-        run.PaperSettings.from_cli([*arguments(folder), "--seeds", seeds])
+        run.PaperSettings.from_cli([*arguments(folder), "--repeated", "[first]", "--seeds", seeds])
 
 
 @pytest.mark.parametrize("rows", [1, records.LONG - 1, records.LONG])
