@@ -147,8 +147,9 @@ def lines_table(record: dict[str, Any], paper: Mapping[str, tuple[float, ...]], 
         lines.append([title, " / ".join(f"{value:.1f}" for value in known[:2]) if known else "-", *cells])
     for model in (name for name in paper if name not in models):  # in the paper, not measured here
         lines.append([model, " / ".join(f"{value:.1f}" for value in paper[model][:2]), *("-" for _ in tasks)])
-    names = ", ".join(distinct(rows, "victim"))
-    text = f"BA / RA (worst attack of T1), mean over the victims {names}; intervals are in the JSON. {note}\n"
+    names = distinct(rows, "victim")
+    shown = f"victim {names[0]}" if len(names) == 1 else f"mean over the victims {', '.join(names)}"
+    text = f"BA / RA (worst attack of T1), {shown}; intervals are in the JSON. {note}\n"
     return "\n".join([text, grid(["model", "paper BA / RA", *(f"ours: {task}" for task in tasks)], lines)])
 
 
