@@ -51,7 +51,6 @@ from zepad_mm.training import (
     tune,
     write_gate,
 )
-from zepad_mm.training.gate_settings import UNIDENTIFYING
 from zepad_mm.utils.config import Config
 from zepad_mm.utils.io import read_json, write_json, write_text
 from zepad_mm.utils.provenance import check_identity
@@ -184,7 +183,7 @@ def kept_gate(
         write_json(record, found)
     found = read_json(record)
     remedy = "its gate was trained with other settings; give another output folder, or delete it"
-    check_identity(found["settings"], settings.to_dict(), folder, ignore=UNIDENTIFYING, remedy=remedy)
+    check_identity(found["settings"], settings.to_dict(), folder, ignore=("encode_batch_size",), remedy=remedy)
     return load_gate(file), found
 
 

@@ -143,7 +143,7 @@ def lines_table(record: dict[str, Any], paper: Mapping[str, tuple[float, ...]], 
             cells.append(f"{100 * clean:.1f} / {100 * least:.1f}")
         known = paper.get(model)
         own = distinct(pick(rows, model=model), "victim")
-        title = model if len(own) == len(distinct(rows, "victim")) else f"{model} ({', '.join(own)} alone)"
+        title = model if len(own) == len(distinct(rows, "victim")) else f"{model} ({', '.join(own)} only)"
         lines.append([title, " / ".join(f"{value:.1f}" for value in known[:2]) if known else "-", *cells])
     for model in (name for name in paper if name not in models):  # in the paper, not measured here
         lines.append([model, " / ".join(f"{value:.1f}" for value in paper[model][:2]), *("-" for _ in tasks)])

@@ -15,6 +15,7 @@ MEAN_GAIN, LARGEST_GAIN, MOST_LOST, AUROC = 40.0, 60.0, 0.5, 0.95  # the goals o
 WITHIN = 4  # victims whose policy "white_box" keeps what the best branch keeps under T2
 GATE, GAP = "feature_gate", "confidence_gap"
 PROBES = ("linear_accuracy", "knn_accuracy")
+SEEDS_HEAD = ("BA undefended", "BA ours", "RA undefended", "RA ours", "RA gain", "gate: AUROC")
 
 
 def strong_zoo(record: dict[str, Any]) -> str:
@@ -158,9 +159,6 @@ def main_verdicts(rows: Rows) -> Iterator[str]:
                 f"{name}, {len(gain)} cells: RA {mean(gain):+.1f} in the mean, {max(gain):+.1f} at most; BA "
                 f"{mean(kept):+.1f} in the mean, {min(kept):+.1f} at worst."
             )
-
-
-SEEDS_HEAD = ("BA undefended", "BA ours", "RA undefended", "RA ours", "RA gain", "gate: AUROC")
 
 
 def strong_seeds(record: dict[str, Any]) -> str:

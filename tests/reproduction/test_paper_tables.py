@@ -176,9 +176,11 @@ gate:
     ablation = read_compact(folder / "joined" / "ablation.json")
     assert list(ablation["members"]["first"])[-1] == "ours"
     assert {"ours, cap 1", "ours, RFDM instead of the gate"} <= {row["model"] for row in ablation["rows"]}
-    config = run.PaperSettings.from_cli([*where, "--result", str(folder / "x"), "--gate.n", "41"])
-    with pytest.raises(ValueError, match="gate was trained with other settings"):
-        study.Study(config).gate("first")
+    for option, value in (("n", "41"), ("robust_scale", "0.6")):
+        words = [*where, "--result", str(folder / "x"), f"--gate.{option}", value]
+        config = run.PaperSettings.from_cli(words)
+        with pytest.raises(ValueError, match=f"gates/first belongs to a run with {option} = .*other settings"):
+            study.Study(config).gate("first")
     with pytest.raises(ValueError, match="choice is for a study without a gate"):
         TABLES.get("choice")(study.Study(config))
 
