@@ -9,6 +9,7 @@ from typing import Any
 
 from reproduction.paper import published
 from reproduction.paper.cells import Rows, by_attack, distinct, grid, one, origin, percent, pick, worst
+from reproduction.paper.sections_clean import strong_clean
 from reproduction.paper.sections_clip import clip, clip_transfer
 from reproduction.paper.sections_strong import (
     strong_detection,
@@ -327,6 +328,7 @@ Sections = tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...]
 STRONG_SECTIONS: Sections = (
     ("The victims", "strong_zoo.json", strong_zoo),
     ("1 S. Victims, tasks and attacks (T1)", "paper_strong/main.json", strong_main),
+    ("1 S, clean accuracy on more test images", "paper_strong/clean.json", strong_clean),
     ("1 S, repeated with other seeds", "paper_strong/seeds.json", strong_seeds),
     ("2 S. Other defences", "paper_strong/baselines.json", baselines),
     ("3 S. Ablation and controls", "paper_strong/ablation.json", ablation),

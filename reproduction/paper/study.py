@@ -71,6 +71,7 @@ class Settings(ssl_study.Protocol):
     studied: list[str] = field(default_factory=lambda: ["simclr"])  # victims of every table but main and seeds
     repeated: list[str] = field(default_factory=list)  # victims of the table of seeds
     seeds: list[int] = field(default_factory=list)  # its seeds besides ``seed``
+    n_clean: int | None = None  # test images a task of the table "clean"; None: all
     n_selection: int = 200  # validation images for the selection of the fusion rule
     white_box: EvalSettings = field(default_factory=EvalSettings)  # of the white-box tables
     white_box_epsilons: list[float] = field(default_factory=list)  # further budgets of the white-box table
@@ -348,17 +349,22 @@ class Study:
             models={f"{title}-{victim}": partial(self.subject, victim, lines)},
             tasks={task: self.eval_data(task, split) for task in tasks},
             settings=settings,
-            out=self.out / "evaluations" / split,
+            out=self._evaluations(split),
             resume=True,
         )
+
+    def _evaluations(self, split: str = "test") -> Path:
+        return self.out / "evaluations" / split
+
+    def evaluation_folder(self, title: str, victim: str, task: str) -> Path:
+        """Where an evaluation on test images keeps the answers and perturbations of a task."""
+        return self._evaluations() / f"{title}-{victim}" / task
 
     def perturbation(self, title: str, victim: str, task: str) -> Perturbation:
         """The first T1 perturbation of an evaluation."""
         attack = self.config.evaluation.universal[0]
-        folder = self.out / "evaluations" / "test" / f"{title}-{victim}" / task / "perturbations"
-        return Perturbation.load(
-            folder / f"{attack}@{UNDEFENDED}.safetensors", self.config.evaluation.epsilon_universal
-        )
+        path = self.evaluation_folder(title, victim, task) / "perturbations" / f"{attack}@{UNDEFENDED}.safetensors"
+        return Perturbation.load(path, self.config.evaluation.epsilon_universal)
 
 
 def _row(name: str, line: Line, place: dict[str, int], kind: RowKind, gate: FeatureGate | None) -> Row:

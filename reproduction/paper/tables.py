@@ -14,7 +14,7 @@ from reproduction.paper.lines import Line, fused, single, with_seed
 from reproduction.paper.records import at_budget
 from reproduction.paper.study import Study
 from zepad_mm.encoders import optimize_for_inference
-from zepad_mm.evaluation import EvalData, Report, evaluate
+from zepad_mm.evaluation import EvalData, Records, Report, evaluate
 from zepad_mm.evaluation.subjects import BranchView, FusedAnswer, first_logits
 from zepad_mm.models.config import GATED_RULE, Policy
 from zepad_mm.models.detection import GATE_SCORE
@@ -168,6 +168,23 @@ def seeds(study: Study) -> dict[str, Any]:
     return {"rows": rows, "detection": detection, "tuning": tuning}
 
 
+@TABLES.register("clean")
+def clean(study: Study) -> dict[str, Any]:
+    """BA on more test images than the attacks get, and how many answers each row has right that the victim alone has
+    wrong, and the other way round.
+    """
+    config, rows = study.config, []
+    larger = Study(replace(config, evaluation=replace(config.evaluation, n=config.n_clean)))
+    for victim in config.victims:
+        lines = every_line(larger, victim)
+        for row in rows_of(larger, "clean", victim, lines, threats=())[0]:
+            records = Records.load(larger.evaluation_folder("clean", victim, row["task"]))
+            right = {name: records.predictions[name, "clean/none"] == records.labels for name in lines}
+            before, after = right["undefended"], right[row["model"]]
+            rows.append({**row, "gained": int((after & ~before).sum()), "lost": int((before & ~after).sum())})
+    return {"rows": rows, "tuning": _tunings(study, rows)}
+
+
 @TABLES.register("ablation")
 def ablation(study: Study) -> dict[str, Any]:
     """The contribution of each part, and controls that the paper does not report."""
@@ -191,6 +208,9 @@ def ablation(study: Study) -> dict[str, Any]:
         }
         if "gen_af_longer" in study.config.tunings and victim == study.config.studied[0]:
             lines["control: one robust encoder, tuned as long as both"] = single(f"{victim}+gen_af_longer")
+        longer = f"{study.config.our_tuning}_longer"
+        if longer in study.config.tunings and victim == study.config.studied[0]:
+            lines["ours: tuned victim alone, four times as many steps"] = single(f"{victim}+{longer}")
         lines["ours"] = lines.pop("ours")  # an evaluation takes the gate of its last line
         rows += rows_of(study, "ablation", victim, lines)[0]
     return {"rows": rows, "tuning": _tunings(study, rows)}

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from reproduction.paper import document, join, lines, records, run, sections_strong, study
+from reproduction.paper import document, join, lines, records, run, sections_clean, sections_strong, study
 from reproduction.paper.records import read_compact
 from reproduction.paper.sections import SECTIONS, STRONG_SECTIONS, verdict
 from reproduction.paper.tables import TABLES
@@ -104,6 +104,7 @@ def test_gated_runs_on_single_victims_are_joined(folder: Path) -> None:
     gate = """
 more_data: [embedded]
 n_more: 16
+n_clean: 20
 surrogate_data: embedded
 seeds: [1]
 white_box_epsilons: [0.01568627450980392, 0.00784313725490196]
@@ -117,7 +118,10 @@ gate:
     )
     where = ["--config", str(folder / "gated.yaml"), "--zoo", str(folder / "zoo"), "--out", str(folder / "gated")]
     where += ["--bmp", f"timm:local-dir:{folder / 'out' / 'bmp' / 'encoder'}"]
-    for victim, tables, papers in (("first", "[main, white_box, seeds, ablation]", "null"), ("second", "[main]", "[]")):
+    for victim, tables, papers in (
+        ("first", "[main, clean, white_box, seeds, ablation]", "null"),
+        ("second", "[main]", "[]"),
+    ):
         words = [word for key in ("victims", "studied", "repeated") for word in (f"--{key}", f"[{victim}]")]
         words += ["--tables", tables, "--paper_victims", papers]
         run.main(run.PaperSettings.from_cli([*where, *words, "--result", str(folder / f"of_{victim}")]))
@@ -163,6 +167,13 @@ gate:
     assert first == [
         {**row, "seed": 0} for row in main["rows"] if row["victim"] == "first" and "paper" not in row["model"]
     ]
+    clean = read_compact(folder / "joined" / "clean.json")
+    assert {row["n"] for row in clean["rows"]} == {20}
+    assert {row["threat"] for row in clean["rows"]} == {"clean"}
+    base = next(row["accuracy"] for row in clean["rows"] if row["model"] == "undefended")
+    for row in clean["rows"]:
+        assert (row["gained"] - row["lost"]) / 20 == pytest.approx(row["accuracy"] - base, abs=1e-4)
+    assert "ours: at least the undefended BA less 0.5 points in" in sections_clean.strong_clean(clean)
     gated, attack = folder / "gated", "embedded/perturbations/feature_uap@undefended"
     for one, other, same in (
         (f"evaluations/test/main-first/{attack}", f"evaluations/test/main-first-1/{attack}", True),
@@ -196,6 +207,13 @@ gate:
 )
 def test_names_of_encoders_are_read(name: str, expected: tuple[str, str, int | None, bool]) -> None:
     assert lines.parts(name) == expected
+
+
+def test_difference_of_clean_accuracy_has_a_paired_interval() -> None:
+    gain, margin = sections_clean.difference({"n": 1000, "gained": 30, "lost": 10})
+    assert gain == pytest.approx(2.0)
+    assert margin == pytest.approx(100 * 1.96 * (0.04 - 0.02**2) ** 0.5 / 1000**0.5)
+    assert sections_clean.difference({"n": 10, "gained": 0, "lost": 0}) == (0, 0)
 
 
 @pytest.mark.parametrize("seeds", ["[]", "[0]", "[1, 1]"])
