@@ -181,6 +181,14 @@ def test_fields_in_the_address_are_refused(client: TestClient, name: str, reason
     assert (answer.status_code, reason in answer.json()["detail"]) == (400, True), answer.text
 
 
+def test_fields_given_twice_are_refused(client: TestClient) -> None:
+    answer = post(client, "/v1/classify", top_k=["1", "2"])
+    assert (answer.status_code, answer.json()["detail"]) == (400, "top_k: expected once, got it 2 times")
+    files = [("image", ("a.png", image_file(), "image/png"))] * 2
+    answer = client.post("/v1/classify", files=files, data={"labels": LABELS})
+    assert (answer.status_code, answer.json()["detail"]) == (400, "image: expected once, got it 2 times")
+
+
 def test_chunked_body_over_the_limit_is_refused(client: TestClient) -> None:
     def endless() -> Iterator[bytes]:
         yield b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'

@@ -17,6 +17,7 @@ import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from zepad_mm.utils.image_files import SUFFIXES, entries
@@ -205,7 +206,7 @@ def _held_out(folder: Path, direct: list[str], inside: dict[str, list[str]], spl
         )
     made = {name: held_out_splits(folder, paths) for name, paths in (inside or {"": direct}).items()}
     counts = ", ".join(f"{sum(len(one[name]) for one in made.values())} {name}" for name in ("train", *SHARES))
-    log.info("%s has no splits, so they are made by the SHA-256 of the paths: %s", folder, counts)
+    _tell_once(folder, counts)
     chosen = {name: splits[split] for name, splits in made.items()}
     if not any(chosen.values()):
         raise SplitNotFoundError(
@@ -213,6 +214,11 @@ def _held_out(folder: Path, direct: list[str], inside: dict[str, list[str]], spl
             f"least 3; {LAYOUT}"
         )
     return _labelled(chosen, sorted(inside)) if inside else ImageFiles(tuple(chosen[""]), None, ())
+
+
+@lru_cache  # every split of a folder makes all of them
+def _tell_once(folder: Path, counts: str) -> None:
+    log.info("%s has no splits, so they are made by the SHA-256 of the paths: %s", folder, counts)
 
 
 def held_out_splits(folder: Path, paths: Iterable[str]) -> dict[str, list[str]]:

@@ -4,7 +4,8 @@ Without ``from __future__ import annotations``, because FastAPI cannot resolve a
 """
 
 import base64
-from typing import Annotated, Any, Literal
+from collections import Counter
+from typing import Annotated, Any, Literal, get_origin
 
 from fastapi import Depends, FastAPI, File, Form, Request
 from fastapi.exceptions import RequestValidationError
@@ -103,7 +104,7 @@ class ModelAnswer(BaseModel):
 REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {
         "model": Problem,
-        "description": "not an image, not a form, an unknown field, an unknown template, or labels given twice",
+        "description": "not an image, not a form, an unknown or repeated field, an unknown template, or equal labels",
     },
     413: {"model": Problem, "description": "the request is too large"},
     422: {"model": Problem, "description": "a field is missing or out of range"},
@@ -229,7 +230,7 @@ def _add_routes(app: FastAPI, service: Service, settings: ServeSettings) -> None
         )
 
     checked: dict[str, Any] = {
-        "responses": REFUSALS, "openapi_extra": BODY, "dependencies": [Depends(refuse_unknown_fields)]
+        "responses": REFUSALS, "openapi_extra": BODY, "dependencies": [Depends(refuse_fields_without_effect)]
     }  # fmt: skip
 
     @app.post("/v1/classify", **checked)
@@ -270,11 +271,15 @@ def _add_routes(app: FastAPI, service: Service, settings: ServeSettings) -> None
         )
 
 
-async def refuse_unknown_fields(request: Request) -> None:
-    """Raise ValueError for fields that the route does not have: a mistyped name would silently do nothing."""
-    known = [field.alias for field in request.scope["route"].dependant.body_params]
-    unknown = [name for name in (*request.query_params, *await request.form()) if name not in known]
+async def refuse_fields_without_effect(request: Request) -> None:
+    """Raise ValueError for fields that would silently do nothing: mistyped ones, and repeated ones but for lists."""
+    known = {field.alias: field.field_info.annotation for field in request.scope["route"].dependant.body_params}
+    given = Counter(name for name, _ in (await request.form()).multi_items())
+    unknown = [name for name in (*request.query_params, *given) if name not in known]
     if unknown:
         raise ValueError(f"{quoted(unknown[0])} is not a field of this request; expected {', '.join(known)}")
     if request.query_params:
         raise ValueError(f"{quoted(next(iter(request.query_params)))}: expected in the form, got it in the address")
+    for name, count in given.items():
+        if count > 1 and get_origin(known[name]) is not list:
+            raise ValueError(f"{name}: expected once, got it {count} times")
