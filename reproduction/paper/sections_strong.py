@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from statistics import mean, stdev
 from typing import Any
 
@@ -260,32 +260,30 @@ def detection_verdicts(rows: Rows) -> Iterator[str]:
 
 
 def strong_white_box(record: dict[str, Any]) -> str:
-    """Table 6: T2 at 8/255 of ours by both policies, and of the paper's design, beside its best branch."""
+    """Table 6: T2 of ours by both policies, and of the paper's design, beside its best branch."""
     reports, config = record["reports"], record["meta"]["config"]
     settings = config["white_box"]
-    further = [epsilon for epsilon in config.get("white_box_epsilons", []) if epsilon != settings["epsilon"]]
-    titles = [title for title in reports if not any(title.endswith(at_budget("", epsilon)) for epsilon in further)]
-    lines = []
-    for title in titles:
-        rows = reports[title]["rows"]
-        shown = [percent(one(rows, model="zepad", threat=threat)) for threat in ("clean", "T2", "T3")]
-        lines.append([title, *shown, *_beside_best_branch(rows)])
-        for epsilon in further:
-            rows = reports[at_budget(title, epsilon)]["rows"]
-            lines[-1] += [percent(one(rows, model="zepad", threat="T2")), *_beside_best_branch(rows)]
-    policies = [title for title in titles if title.endswith("white_box")]
-    n = reports[titles[0]]["rows"][0]["n"]
+    budgets = dict.fromkeys([settings["epsilon"], *config.get("white_box_epsilons", [])])
+    suffix = {epsilon: "" if epsilon == settings["epsilon"] else at_budget("", epsilon) for epsilon in budgets}
+    parts = []
+    for epsilon, end in suffix.items():
+        others = [other for other in suffix.values() if other and other != end]
+        titles = [title for title in reports if title.endswith(end) and not title.endswith(tuple(others))]
+        rows = {title.removesuffix(end): reports[title]["rows"] for title in titles}
+        lines = [
+            [title, *(percent(one(found, model="zepad", threat=threat)) for threat in ("clean", "T2", "T3")),
+             *_beside_best_branch(found)]
+            for title, found in rows.items()
+        ]  # fmt: skip
+        policies = [found for title, found in rows.items() if title.endswith("white_box")]
+        head = ["victim and model", "clean", "T2", "T3", "best branch under T2", "T2 against it"]
+        parts += [f"### At {levels(epsilon)}\n", f"- {_within(policies)}\n", grid(head, lines)]
+    n = next(iter(reports.values()))["rows"][0]["n"]
     text = (
-        f"On CIFAR-10, n = {n}; T2 and T3 at {levels(settings['epsilon'])} by {', '.join(settings['own_attacks'])} "
-        f"with {settings['steps']} steps and, on fused models, {', '.join(settings['adaptive'])}.\n"
+        f"On CIFAR-10, n = {n}; T2 and T3 by {', '.join(settings['own_attacks'])} with {settings['steps']} steps and, "
+        f"on fused models, {', '.join(settings['adaptive'])}.\n"
     )
-    goals = f"- {_within(reports, policies, levels(settings['epsilon']))}\n"
-    for epsilon in further:
-        goals += f"- {_within(reports, [at_budget(title, epsilon) for title in policies], levels(epsilon))}\n"
-    head = ["victim and model", "clean", "T2", "T3", "best branch under T2", "T2 against it"]
-    for epsilon in further:
-        head += [at_budget("T2", epsilon), at_budget("best branch", epsilon), "T2 against it"]
-    return "\n".join([text, goals, grid(head, lines), origin(record)])
+    return "\n".join([text, *parts, origin(record)])
 
 
 def _best_branch(rows: Rows) -> tuple[dict[str, Any], float]:
@@ -300,16 +298,16 @@ def _beside_best_branch(rows: Rows) -> list[str]:
     return [f"{best['model'].removeprefix('branch:')} {percent(best)}", f"{0 - lost:+.1f}"]
 
 
-def _within(reports: dict[str, Any], titles: list[str], budget: str) -> str:
-    """The goal of the policy "white_box" at a budget, with its verdict."""
-    found = [_best_branch(reports[title]["rows"]) for title in titles]
+def _within(reports: list[Rows]) -> str:
+    """The goal of the policy "white_box" at a budget, with its verdict, from the rows of its models."""
+    found = [_best_branch(rows) for rows in reports]
     within, best = sum(lost <= 1 for _, lost in found), [100 * branch["accuracy"] for branch, _ in found]
     goal = min(WITHIN, len(found))
-    text = f"{_mark(within >= goal)}: at {budget} the policy `white_box` is within one point of the best branch for"
-    text += f" {within} of {len(found)} victims (goal {goal})"
+    text = f"{_mark(within >= goal)}: the policy `white_box` is within one point of the best branch for {within} of"
+    text += f" {len(found)} victim{'' if len(found) == 1 else 's'} (goal {goal})"
     if not max(best):
         return f"{text}. That says little: no branch keeps anything at this budget."
-    return f"{text}; these branches keep {min(best):.1f} to {max(best):.1f} %."
+    return f"{text}; the best branches keep {_range([round(value, 1) for value in best])} %."
 
 
 def summary(record: dict[str, Any], report: dict[str, Any]) -> str:
@@ -368,7 +366,7 @@ def _papers_detection(gap: Rows) -> list[str]:
     return [f"{mean(row['auroc'] for row in gap):.3f}", f"{100 * rule:.1f}"]
 
 
-def _range(values: list[int]) -> str:
+def _range(values: Sequence[float]) -> str:
     return f"{min(values)}" if min(values) == max(values) else f"{min(values)} to {max(values)}"
 
 

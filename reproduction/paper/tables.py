@@ -312,11 +312,12 @@ def white_box(study: Study) -> dict[str, Any]:
             selections[title] = found.to_dict()
         return model
 
+    data = study.eval_data(home)
     for title, members in chosen.items():
-        data = study.eval_data(home)
         policy: Policy | None = "white_box" if title.endswith("white_box") else None
         model = build(title, members, home, data)
-        for epsilon in dict.fromkeys((settings.epsilon, *config.white_box_epsilons)):
+        further = config.white_box_epsilons if members[0].partition("+")[0] == first else ()
+        for epsilon in dict.fromkeys((settings.epsilon, *further)):
             name = title if epsilon == settings.epsilon else at_budget(title, epsilon)
             out = study.out / "white_box" / re.sub("[ ,/]+", "-", name).replace("'", "")
             options = replace(settings, policy=policy, epsilon=epsilon)
