@@ -107,7 +107,7 @@ def public_rows(config: Protocol) -> tuple[Tensor, Tensor]:
 
 def task_data(config: Protocol, source: str) -> tuple[LabelledImages, LabelledImages, LabelledImages]:
     """(train, validation, test) of a task; its validation images trained neither head nor encoder."""
-    pool, test = _pool_and_test(config, source)
+    pool = _pool_and_test(config, source)[0]
     if source == config.data:
         held_out = public_rows(config)[1]
     else:
@@ -115,9 +115,14 @@ def task_data(config: Protocol, source: str) -> tuple[LabelledImages, LabelledIm
         held_out = order[: max(1, len(pool) // 10)]
     rest = torch.ones(len(pool), dtype=torch.bool)
     rest[held_out] = False
-    test = test.sample(config.evaluation.n, config.seed)
+    test = test_images(config, source, config.evaluation.n)
     validation = pool.subset(held_out).sample(config.n_validation, config.seed)
     return pool.subset(rest.nonzero()[:, 0]).sample(config.n_head, config.seed), validation, test
+
+
+def test_images(config: Protocol, source: str, n: int | None) -> LabelledImages:
+    """At most ``n`` test images of a task, drawn by the seed; None: all."""
+    return _pool_and_test(config, source)[1].sample(n, config.seed)
 
 
 def _pool_and_test(config: Protocol, source: str) -> tuple[LabelledImages, LabelledImages]:

@@ -13,6 +13,11 @@ def percent(row: dict[str, Any]) -> str:
     return f"{100 * row['accuracy']:.1f} ({100 * row['ci_low']:.0f}-{100 * row['ci_high']:.0f})"
 
 
+def mark(reached: bool) -> str:
+    """How the verdict on a goal begins."""
+    return "Reached" if reached else "NOT reached"
+
+
 def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     return (

@@ -34,9 +34,9 @@ STRONG = """# The strong zoo
 
 To reproduce: `python -m tools.image_tower --out outputs/strong_zoo/imagenet`, then `python -m
 reproduction.build_ssl_zoo --config recipes/configs/strong_zoo/pretrain.yaml --out outputs/strong_zoo`, then `python -m
-reproduction.paper.run --config reproduction/paper/strong.yaml`. In the record, pre-training, FARE, and Gen-AF of
-moco_v2_plus, vibcreg and w_mse ran on a GPU, and these weights were kept in half precision. All else ran on a CPU:
-Gen-AF of the other victims, every other tuning, further seeds, gates, heads, attacks, and the benign encoder of the
+reproduction.paper.run --config reproduction/paper/strong.yaml`. In the record, pre-training, FARE of seed 0 and 260
+steps, and Gen-AF of moco_v2_plus, vibcreg and w_mse ran on a GPU, and these weights were kept in half precision. All
+else ran on a CPU: Gen-AF of the other victims, every other tuning, gates, heads, attacks, and the benign encoder of the
 paper's design, for one epoch (`results/paper_strong/benign.json`).
 """
 SMALL = """# The small zoo
@@ -63,9 +63,9 @@ def main() -> None:
 def document(results: Path) -> str:
     """The whole document, from a folder of results."""
     parts = [INTRODUCTION]
-    table, report = results / "paper_strong" / "main.json", results / "demo" / "report.json"
-    if table.is_file() and report.is_file():
-        parts.append("## Summary\n\n" + summary(read_compact(table), read_compact(report)))
+    summarised = [results / name for name in ("paper_strong/main.json", "paper_strong/clean.json", "demo/report.json")]
+    if all(path.is_file() for path in summarised):
+        parts.append("## Summary\n\n" + summary(*map(read_compact, summarised)))
     for introduction, sections in ((STRONG, STRONG_SECTIONS), (SMALL, SECTIONS)):
         parts.append(introduction)
         missing = [title for title, path, _ in sections if not (results / path).is_file()]

@@ -16,6 +16,8 @@ from typing import Any
 
 from reproduction.paper.records import read_compact, write_columns
 
+UNITED = ("victims", "studied", "repeated", "white_box_epsilons")  # settings of which the joined record has all values
+
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -41,8 +43,8 @@ def joined(records: list[dict[str, Any]]) -> dict[str, Any]:
     """One record of several: lists one after the other, dictionaries by key. The first one's ``meta`` stays, with the
     victims of all.
 
-    Raises ValueError for records of runs whose settings differ in more than their victims, and for two of a table that
-    shows one victim alone.
+    Raises ValueError for records of runs whose settings differ in more than their victims, for two of a table that
+    shows one victim alone, and for two with the same victim.
     """
     first, settings = records[0], [_settings(record) for record in records]
     for other in settings[1:]:
@@ -54,9 +56,10 @@ def joined(records: list[dict[str, Any]]) -> dict[str, Any]:
     shown = [record["victim"] for record in records if "victim" in record]
     if len(shown) > 1:
         raise ValueError(f"records: expected a table of one victim once, got those of {', '.join(shown)}")
+    _check_apart(records)
     config = dict(first["meta"]["config"])
-    for key in ("victims", "studied", "repeated"):
-        config[key] = list(dict.fromkeys(name for record in records for name in record["meta"]["config"][key]))
+    for key in UNITED:
+        config[key] = list(dict.fromkeys(name for record in records for name in record["meta"]["config"].get(key, [])))
     config["paper_victims"] = [name for record in records for name in _papers(record["meta"]["config"])]
     found: dict[str, Any] = {"meta": {**first["meta"], "config": config}}
     for record in records:
@@ -71,6 +74,16 @@ def joined(records: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _check_apart(records: list[dict[str, Any]]) -> None:
+    """Raise ValueError where two records have rows of one victim, or reports of one title."""
+    seen = set[str]()
+    for record in records:
+        names = {row["victim"] for row in record.get("rows", [])} | set(record.get("reports", {}))
+        if twice := sorted(seen & names):
+            raise ValueError(f"records: expected each victim in one of them, got {', '.join(twice)} in two")
+        seen |= names
+
+
 def _papers(config: dict[str, Any]) -> list[str]:
     """The victims that a run shows the paper's defence of."""
     shown = config["paper_victims"]
@@ -78,7 +91,7 @@ def _papers(config: dict[str, Any]) -> list[str]:
 
 
 def _settings(record: dict[str, Any]) -> dict[str, Any]:
-    apart = ("victims", "studied", "repeated", "paper_victims", "out", "result", "tables")
+    apart = (*UNITED, "paper_victims", "out", "result", "tables")
     return {key: value for key, value in record["meta"]["config"].items() if key not in apart}
 
 

@@ -15,9 +15,9 @@ from reproduction.paper.sections_strong import (
     strong_detection,
     strong_main,
     strong_seeds,
-    strong_white_box,
     strong_zoo,
 )
+from reproduction.paper.sections_white_box import strong_white_box
 
 TARGET_GAIN, TARGET_RULE, TARGET_AUROC = 50.0, 82.52, 0.95  # the plan of this project
 
@@ -328,7 +328,7 @@ Sections = tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...]
 STRONG_SECTIONS: Sections = (
     ("The victims", "strong_zoo.json", strong_zoo),
     ("1 S. Victims, tasks and attacks (T1)", "paper_strong/main.json", strong_main),
-    ("1 S, clean accuracy on more test images", "paper_strong/clean.json", strong_clean),
+    ("1 S, clean accuracy on up to 2500 test images", "paper_strong/clean.json", strong_clean),
     ("1 S, repeated with other seeds", "paper_strong/seeds.json", strong_seeds),
     ("2 S. Other defences", "paper_strong/baselines.json", baselines),
     ("3 S. Ablation and controls", "paper_strong/ablation.json", ablation),

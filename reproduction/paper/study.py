@@ -68,13 +68,13 @@ class Settings(ssl_study.Protocol):
     our_bmp: str = "bmp+clean_own"  # without a gate: the benign encoder of ours
     paper_victims: list[str] | None = None  # victims that the main table shows the paper's defence of; None: all
     threats: list[str] = field(default_factory=lambda: ["T1", "T1b"])  # of the main table
-    studied: list[str] = field(default_factory=lambda: ["simclr"])  # victims of every table but main and seeds
+    studied: list[str] = field(default_factory=lambda: ["simclr"])  # victims of every table but main, clean and seeds
     repeated: list[str] = field(default_factory=list)  # victims of the table of seeds
     seeds: list[int] = field(default_factory=list)  # its seeds besides ``seed``
-    n_clean: int | None = None  # test images a task of the table "clean"; None: all
+    n_clean: int = 2500  # test images per task in the table "clean", if there are as many
     n_selection: int = 200  # validation images for the selection of the fusion rule
     white_box: EvalSettings = field(default_factory=EvalSettings)  # of the white-box tables
-    white_box_epsilons: list[float] = field(default_factory=list)  # its further budgets, for the first studied victim
+    white_box_epsilons: list[float] = field(default_factory=list)  # further budgets of T2, for the first studied victim
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -304,9 +304,13 @@ class Study:
 
     # ---- evaluations ---------------------------------------------------------------------------------------------
 
-    def eval_data(self, task: str, split: str = "test") -> EvalData:
-        """The images of a task; with ``split`` "validation" those are reported on."""
+    def eval_data(self, task: str, split: str = "test", n: int | None = None) -> EvalData:
+        """The images of a task: at least ``n`` test images, if there are as many; with ``split`` "validation" the
+        validation images in their place.
+        """
         _, validation, test = self.data(task)
+        if n is not None and n > len(test):
+            test = ssl_study.test_images(self.config, self.tasks[task], n)
         return EvalData(validation if split == "validation" else test, validation, self._surrogate_images(task))
 
     def _surrogate_images(self, task: str) -> LabelledImages:
@@ -347,7 +351,7 @@ class Study:
         settings = replace(self.config.evaluation, **changes)
         return evaluate(
             models={f"{title}-{victim}": partial(self.subject, victim, lines)},
-            tasks={task: self.eval_data(task, split) for task in tasks},
+            tasks={task: self.eval_data(task, split, settings.n) for task in tasks},
             settings=settings,
             out=self._evaluations(split),
             resume=True,
@@ -357,7 +361,7 @@ class Study:
         return self.out / "evaluations" / split
 
     def evaluation_folder(self, title: str, victim: str, task: str) -> Path:
-        """Where an evaluation on test images keeps the answers and perturbations of a task."""
+        """Where an evaluation of a victim without a seed keeps the answers and perturbations of a task."""
         return self._evaluations() / f"{title}-{victim}" / task
 
     def perturbation(self, title: str, victim: str, task: str) -> Perturbation:

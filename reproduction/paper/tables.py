@@ -115,7 +115,11 @@ def choice(study: Study) -> dict[str, Any]:
         others = ", ".join(name for name in TABLES if name != "choice")
         raise ValueError(f"tables: choice is for a study without a gate; with one, expected some of {others}")
     config, victim = study.config, study.config.studied[0]
-    tunings = [name for name in config.tunings if not name.startswith(("clean", "released", "lambda", "gen_af_"))]
+    tunings = [
+        name
+        for name in config.tunings
+        if not name.startswith(("clean", "released", "lambda", "gen_af_")) and not name.endswith("_longer")
+    ]
     lines = {"undefended": single(victim)}
     for name in tunings:
         lines[f"{name} alone"] = single(f"{victim}+{name}")
@@ -170,18 +174,25 @@ def seeds(study: Study) -> dict[str, Any]:
 
 @TABLES.register("clean")
 def clean(study: Study) -> dict[str, Any]:
-    """BA on more test images than the attacks get, and how many answers each row has right that the victim alone has
-    wrong, and the other way round.
+    """BA on more test images. For each row: the number of images that it has right and the undefended victim wrong
+    ("gained"), and the reverse ("lost").
     """
-    config, rows = study.config, []
-    larger = Study(replace(config, evaluation=replace(config.evaluation, n=config.n_clean)))
-    for victim in config.victims:
-        lines = every_line(larger, victim)
-        for row in rows_of(larger, "clean", victim, lines, threats=())[0]:
-            records = Records.load(larger.evaluation_folder("clean", victim, row["task"]))
+    rows: list[dict[str, Any]] = []
+    for victim in study.config.victims:
+        lines = every_line(study, victim)
+        found, _ = rows_of(study, "clean", victim, lines, threats=(), n=study.config.n_clean)
+        for task in study.tasks:
+            records = Records.load(study.evaluation_folder("clean", victim, task))
             right = {name: records.predictions[name, "clean/none"] == records.labels for name in lines}
-            before, after = right["undefended"], right[row["model"]]
-            rows.append({**row, "gained": int((after & ~before).sum()), "lost": int((before & ~after).sum())})
+            base = right["undefended"]
+            rows += [
+                {
+                    **row,
+                    "gained": int((right[row["model"]] & ~base).sum()),
+                    "lost": int((base & ~right[row["model"]]).sum()),
+                }
+                for row in pick(found, task=task)
+            ]
     return {"rows": rows, "tuning": _tunings(study, rows)}
 
 
@@ -210,7 +221,8 @@ def ablation(study: Study) -> dict[str, Any]:
             lines["control: one robust encoder, tuned as long as both"] = single(f"{victim}+gen_af_longer")
         longer = f"{study.config.our_tuning}_longer"
         if longer in study.config.tunings and victim == study.config.studied[0]:
-            lines["ours: tuned victim alone, four times as many steps"] = single(f"{victim}+{longer}")
+            steps = study.config.tunings[longer]["train"]["steps"]
+            lines[f"ours: tuned victim alone, {steps} steps"] = single(f"{victim}+{longer}")
         lines["ours"] = lines.pop("ours")  # an evaluation takes the gate of its last line
         rows += rows_of(study, "ablation", victim, lines)[0]
     return {"rows": rows, "tuning": _tunings(study, rows)}

@@ -206,7 +206,7 @@ def _held_out(folder: Path, direct: list[str], inside: dict[str, list[str]], spl
         )
     made = {name: held_out_splits(folder, paths) for name, paths in (inside or {"": direct}).items()}
     counts = ", ".join(f"{sum(len(one[name]) for one in made.values())} {name}" for name in ("train", *SHARES))
-    _tell_once(folder, counts)
+    _log_once(folder, counts)
     chosen = {name: splits[split] for name, splits in made.items()}
     if not any(chosen.values()):
         raise SplitNotFoundError(
@@ -216,8 +216,8 @@ def _held_out(folder: Path, direct: list[str], inside: dict[str, list[str]], spl
     return _labelled(chosen, sorted(inside)) if inside else ImageFiles(tuple(chosen[""]), None, ())
 
 
-@lru_cache  # every split of a folder makes all of them
-def _tell_once(folder: Path, counts: str) -> None:
+@lru_cache  # each split that is read would log it
+def _log_once(folder: Path, counts: str) -> None:
     log.info("%s has no splits, so they are made by the SHA-256 of the paths: %s", folder, counts)
 
 

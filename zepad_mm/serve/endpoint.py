@@ -104,7 +104,7 @@ class ModelAnswer(BaseModel):
 REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {
         "model": Problem,
-        "description": "not an image, not a form, an unknown or repeated field, an unknown template, or equal labels",
+        "description": "not an image, not a form, an unknown field or template, or a field or label given twice",
     },
     413: {"model": Problem, "description": "the request is too large"},
     422: {"model": Problem, "description": "a field is missing or out of range"},
@@ -272,7 +272,7 @@ def _add_routes(app: FastAPI, service: Service, settings: ServeSettings) -> None
 
 
 async def refuse_fields_without_effect(request: Request) -> None:
-    """Raise ValueError for fields that would silently do nothing: mistyped ones, and repeated ones but for lists."""
+    """Raise ValueError for unknown fields and for fields given more than once, except lists."""
     known = {field.alias: field.field_info.annotation for field in request.scope["route"].dependant.body_params}
     given = Counter(name for name, _ in (await request.form()).multi_items())
     unknown = [name for name in (*request.query_params, *given) if name not in known]
