@@ -34,10 +34,10 @@ STRONG = """# The strong zoo
 
 To reproduce: `python -m tools.image_tower --out outputs/strong_zoo/imagenet`, then `python -m
 reproduction.build_ssl_zoo --config recipes/configs/strong_zoo/pretrain.yaml --out outputs/strong_zoo`, then `python -m
-reproduction.paper.run --config reproduction/paper/strong.yaml`. In the record, pre-training, FARE of seed 0 and 260
-steps, and Gen-AF of moco_v2_plus, vibcreg and w_mse ran on a GPU, and these weights were kept in half precision. All
-else ran on a CPU: Gen-AF of the other victims, every other tuning, gates, heads, attacks, and the benign encoder of the
-paper's design, for one epoch (`results/paper_strong/benign.json`).
+reproduction.paper.run --config reproduction/paper/strong.yaml`. In the record, pre-training, FARE of seed 0, and Gen-AF
+of moco_v2_plus, vibcreg and w_mse ran on a GPU, and these weights were kept in half precision. All else ran on a CPU:
+Gen-AF of the other victims, every other tuning, gates, heads, attacks, and the benign encoder of the paper's design,
+for one epoch (`results/paper_strong/benign.json`).
 """
 SMALL = """# The small zoo
 

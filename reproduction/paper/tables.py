@@ -219,10 +219,6 @@ def ablation(study: Study) -> dict[str, Any]:
         }
         if "gen_af_longer" in study.config.tunings and victim == study.config.studied[0]:
             lines["control: one robust encoder, tuned as long as both"] = single(f"{victim}+gen_af_longer")
-        longer = f"{study.config.our_tuning}_longer"
-        if longer in study.config.tunings and victim == study.config.studied[0]:
-            steps = study.config.tunings[longer]["train"]["steps"]
-            lines[f"ours: tuned victim alone, {steps} steps"] = single(f"{victim}+{longer}")
         lines["ours"] = lines.pop("ours")  # an evaluation takes the gate of its last line
         rows += rows_of(study, "ablation", victim, lines)[0]
     return {"rows": rows, "tuning": _tunings(study, rows)}

@@ -58,7 +58,6 @@ tunings:
   clean_own: {defence: clean, half: own}
   pgd_at: {defence: tecoa, options: {attack_steps: 1}}
   fare: {defence: fare, options: {attack_steps: 1}, train: {selection: last}}
-  fare_longer: {defence: fare, options: {attack_steps: 1}, train: {selection: last, steps: 2}}
   fare_labels: {defence: fare, options: {attack_steps: 1, label_weight: 1}, head: probe, train: {selection: last}}
   half_clean: {defence: tecoa, options: {attack_steps: 1, clean_fraction: 0.5}}
   released: {defence: gen_af_released, options: {attack_steps: 1}}
@@ -200,7 +199,7 @@ gate:
         assert all(torch.equal(pair[0][key], pair[1][key]) for key in pair[0]) == same
     ablation = read_compact(folder / "joined" / "ablation.json")
     assert list(ablation["members"]["first"])[-1] == "ours"
-    assert {"ours, cap 1", "ours: tuned victim alone, 2 steps"} <= {row["model"] for row in ablation["rows"]}
+    assert {"ours, cap 1", "ours, RFDM instead of the gate"} <= {row["model"] for row in ablation["rows"]}
     for option, value in (("n", "41"), ("robust_scale", "0.6")):
         words = [*where, "--result", str(folder / "x"), f"--gate.{option}", value]
         config = run.PaperSettings.from_cli(words)

@@ -137,6 +137,26 @@ def test_several_sets_make_thresholds_stricter_for_sets_never_seen(photos: dict[
     assert gate.config.threshold == record["thresholds"]["gating"]
 
 
+def test_worst_gating_rate_bounds_the_false_alarms_of_every_set(photos: dict[str, LabelledImages]) -> None:
+    """Negatives of photos are a calibration set. Of both sets together 30 % may be taken for attacked."""
+    images, (benign, robust) = photos["train"].images, encoders()
+    shifted = 1 - photos["validation"].images
+    settings = replace(SETTINGS, rounds=0, per_image_n=0, stopped_n=0, gating_rate=0.3)
+    pool = ImagePool({"train": images, "shifted": shifted})
+    parts = split_pool(pool, ["train"], settings)
+    own = pool.fetch(parts.calibration[torch.isin(parts.calibration, pool.rows("shifted"))])
+    gates, alarms = [], []
+    for rate in (None, 0.05):
+        settings = replace(settings, worst_gating_rate=rate)
+        gate, record = train_gate(benign, [robust], {"train": images}, settings, calibration={"shifted": shifted})
+        scores = gate(benign(own), [robust(own)])
+        gates.append(gate)
+        alarms.append(float((scores > gate.config.threshold + 1e-4).float().mean()))
+        assert record["thresholds"]["gating"] == gate.config.threshold
+    assert torch.equal(gates[0](benign(own), [robust(own)]), gates[1](benign(own), [robust(own)]))
+    assert alarms[0] > 0.05 >= alarms[1]
+
+
 def test_same_seed_gives_the_same_gate_and_another_seed_another(
     whole: tuple[FeatureGate, dict[str, Any]], photos: dict[str, LabelledImages]
 ) -> None:
@@ -271,6 +291,7 @@ def test_changes_of_scale_stay_in_range_and_follow_the_generator(name: str, phot
         ({"per_image": ("pgd",)}, "per_image: expected ATTACK:LOSS with a loss of"),
         ({"round_budgets": (8.0, 12.0)}, "write 8/255, not 8"),
         ({"gating_rate": 0.0}, "gating_rate: expected a share above 0"),
+        ({"worst_gating_rate": 0.5}, "worst_gating_rate: expected a share above 0 and below 0.5"),
         ({"corruptions": ("jpg",)}, "unknown corruption 'jpg'"),
     ],
 )

@@ -15,7 +15,7 @@ CROP = "crop_flip"  # a random crop, flipped with probability 1/2
 DOWNSCALE = "downscale"  # to fewer pixels and back
 
 # settings that change no example, and may differ when a run is resumed
-UNIDENTIFYING = ("encode_batch_size", "robust_scale")
+UNIDENTIFYING = ("encode_batch_size", "robust_scale", "worst_gating_rate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,7 @@ class GateSettings(Config):
     patience: int = 10  # validations without a better one, 25 steps apart, after which the fit ends
     # thresholds
     gating_rate: float = 0.03  # share of clean images whose benign branch may lose more than half of its weight
+    worst_gating_rate: float | None = None  # at most this share in every single set; None: of all sets together alone
     detection_rate: float = 0.05  # share of clean images that may be flagged as adversarial
     robust_scale: float = 0.7  # factor on the robust logits in the fusion, so that they overrule where they are sure
     seed: int = 0
@@ -78,9 +79,10 @@ class GateSettings(Config):
         for name in ("corrupted_views", "universal_views", "per_image_n", "stopped_n", "rounds", "round_n"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
-        for name in ("validation_share", "calibration_share", "gating_rate", "detection_rate"):
-            if not 0 < getattr(self, name) < 0.5:
-                raise ValueError(f"{name}: expected a share above 0 and below 0.5, got {getattr(self, name)}")
+        for name in ("validation_share", "calibration_share", "gating_rate", "worst_gating_rate", "detection_rate"):
+            share = getattr(self, name)
+            if share is not None and not 0 < share < 0.5:
+                raise ValueError(f"{name}: expected a share above 0 and below 0.5, got {share}")
         if not self.robust_scale > 0:
             raise ValueError(f"robust_scale: expected a positive number, got {self.robust_scale}")
         self._check_names()
