@@ -74,7 +74,7 @@ class Settings(ssl_study.Protocol):
     n_clean: int = 2500  # test images per task in the table "clean", if there are as many
     n_selection: int = 200  # validation images for the selection of the fusion rule
     white_box: EvalSettings = field(default_factory=EvalSettings)  # of the white-box tables
-    white_box_epsilons: list[float] = field(default_factory=list)  # further budgets of T2, for the first studied victim
+    white_box_epsilons: list[float] = field(default_factory=list)  # its further budgets, for the first studied victim
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -115,11 +115,7 @@ def choice(study: Study) -> dict[str, Any]:
         others = ", ".join(name for name in TABLES if name != "choice")
         raise ValueError(f"tables: choice is for a study without a gate; with one, expected some of {others}")
     config, victim = study.config, study.config.studied[0]
-    tunings = [
-        name
-        for name in config.tunings
-        if not name.startswith(("clean", "released", "lambda", "gen_af_")) and not name.endswith("_longer")
-    ]
+    tunings = [name for name in config.tunings if not name.startswith(("clean", "released", "lambda", "gen_af_"))]
     lines = {"undefended": single(victim)}
     for name in tunings:
         lines[f"{name} alone"] = single(f"{victim}+{name}")
