@@ -78,7 +78,7 @@ def _check_apart(records: list[dict[str, Any]]) -> None:
     """Raise ValueError where two records have rows of one victim, or reports of one title."""
     seen = set[str]()
     for record in records:
-        names = {row["victim"] for row in record.get("rows", [])} | set(record.get("reports", {}))
+        names = {row["victim"] for row in record.get("rows", []) if "victim" in row} | set(record.get("reports", {}))
         if twice := sorted(seen & names):
             raise ValueError(f"records: expected each victim in one of them, got {', '.join(twice)} in two")
         seen |= names

@@ -264,6 +264,7 @@ def test_records_of_different_settings_are_not_joined(folder: Path) -> None:
 
 def test_one_victim_of_a_table_is_not_joined_with_another(folder: Path) -> None:
     record = read_compact(folder / "results" / "paper" / "cost.json")
+    assert join.joined([record])["rows"] == record["rows"]
     with pytest.raises(ValueError, match="got those of first, first"):
         join.joined([record, record])
 
