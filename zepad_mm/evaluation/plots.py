@@ -330,7 +330,7 @@ def _sheet(report: Report, records: Records, out: Path, data: EvalData, count: i
 def save(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG, atomically."""
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=140)
+        figure.savefig(temporary, format="png", dpi=140, bbox_inches="tight")  # legends may lie outside
 
 
 def _figure(width: float, height: float) -> Figure:
