@@ -11,6 +11,7 @@ from reproduction.paper.cells import Rows, distinct, grid, mark, one, origin, pi
 from reproduction.paper.sections_strong import MOST_LOST, OURS, PAPERS, ROBUST, UNDEFENDED
 
 Z = 1.96  # of a 95 % interval
+NAMES = {OURS: "ours", ROBUST: "the tuned victim alone", PAPERS: "the paper's design"}
 
 
 def strong_clean(record: dict[str, Any]) -> str:
@@ -36,14 +37,14 @@ def strong_clean(record: dict[str, Any]) -> str:
             [victim, *(_shown(one(rows, victim=victim, task=task, model=model)) for task in tasks)]
             for victim in distinct(pick(rows, model=model), "victim")
         ]
-        parts += [f"### BA of {model}, less BA of the undefended victim\n", grid(["victim", *tasks], lines)]
+        parts += [f"### BA of {NAMES[model]}, less BA of the undefended victim\n", grid(["victim", *tasks], lines)]
     return "\n".join([*parts, origin(record)])
 
 
 def verdicts(rows: Rows) -> Iterator[str]:
     """In how many cells each design keeps the clean accuracy of its victim, and by which it is sure."""
     base = 100 * mean(row["accuracy"] for row in pick(rows, model=UNDEFENDED))
-    for model in (OURS, ROBUST, PAPERS):
+    for model, name in NAMES.items():
         found = [difference(row) for row in pick(rows, model=model)]
         if not found:
             continue
@@ -52,7 +53,7 @@ def verdicts(rows: Rows) -> Iterator[str]:
         above, below = sum(low >= -MOST_LOST for _, low, _ in found), sum(high < -MOST_LOST for *_, high in found)
         goal = f"{mark(kept == len(found))}: " if model == OURS else ""
         yield (
-            f"{goal}BA of {model} is at least the undefended BA less {MOST_LOST} points in {kept} of {len(found)} "
+            f"{goal}BA of {name} is at least the undefended BA less {MOST_LOST} points in {kept} of {len(found)} "
             f"cells. The whole interval lies above this limit in {above} cells, and below it in {below}. The mean "
             f"difference is {mean(gains):+.1f}, the worst {min(gains):+.1f}; undefended BA is {base:.1f} in the mean."
         )
