@@ -28,7 +28,8 @@ def strong_clean(record: dict[str, Any]) -> str:
     if rate := (record["meta"]["config"]["gate"] or {}).get("worst_gating_rate"):
         text += (
             f" The gate may take at most {100 * rate:.0f} % of the clean calibration images of each task for attacked. "
-            f"This bound was added after byol had lost 1.8 points on the test images of gtsrb without it."
+            "This bound was added after byol had lost 1.8 points on the test images of gtsrb without it; 3, 8 and 10 % "
+            "were looked at on test images of five victims, too."
         )
     goals = "".join(f"- {line}\n" for line in verdicts(rows))
     parts = [f"{text}\n", goals]
