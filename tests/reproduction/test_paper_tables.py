@@ -185,6 +185,7 @@ gate:
     for row in clean["rows"]:
         assert (row["gained"] - row["lost"]) / 20 == pytest.approx(row["accuracy"] - base[row["victim"]], abs=1e-4)
     shown = sections_clean.strong_clean(clean)
+    assert "paper's" not in sections_clean.strong_clean(clean, ("ours",))
     assert "BA of ours is at least the undefended BA less 0.5 points in" in shown
     assert shown.count("\n| second | ") == 1  # the paper's design is not measured for it
     gated, attack = folder / "gated", "embedded/perturbations/feature_uap@undefended"

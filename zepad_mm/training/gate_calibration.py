@@ -66,14 +66,16 @@ def calibrate(run: GateRun, widths: Sequence[int], settings: GateSettings) -> tu
     ``settings.worst_gating_rate`` the threshold of the benign weight rises until no single set has more false alarms.
     """
     gate = run.fit.gate
-    scores = gate_scores(gate, run.clean.at(run.parts.calibration).features, widths)
+    calibration = run.clean.at(run.parts.calibration)
+    scores = gate_scores(gate, calibration.features, widths)
     targets = {"gating": settings.gating_rate, "detection": settings.detection_rate}
     left_out = _left_out_scores(run, widths, settings)
     factors = {name: _factor(left_out, rate) for name, rate in targets.items()}
     thresholds = {name: threshold_at(scores, rate * factors[name]) for name, rate in targets.items()}
     if settings.worst_gating_rate is not None:
-        of_sets = _set_thresholds(run, widths, settings.worst_gating_rate)
-        thresholds["gating"] = max(thresholds["gating"], *of_sets.values())
+        of_sets = (scores[torch.isin(calibration.rows, rows)] for rows in run.rows.values())
+        bounds = [threshold_at(found, settings.worst_gating_rate) for found in of_sets if len(found)]
+        thresholds["gating"] = max(thresholds["gating"], *bounds)
     threshold = thresholds["gating"]
     sharpness = CLEAR / max(threshold - float(scores.median()), 1e-6)
     gate.config = replace(
@@ -91,16 +93,6 @@ def calibrate(run: GateRun, widths: Sequence[int], settings: GateSettings) -> tu
             name: round(sum(found) / len(found), 4) for name, found in alarms.items() if found
         },
     }
-
-
-def _set_thresholds(run: GateRun, widths: Sequence[int], rate: float) -> dict[str, float]:
-    """For each set, the score that at most this share of its calibration images exceeds."""
-    found = {}
-    for name, rows in run.rows.items():
-        own = run.parts.calibration[torch.isin(run.parts.calibration, rows)]
-        if len(own):
-            found[name] = threshold_at(gate_scores(run.fit.gate, run.clean.at(own).features, widths), rate)
-    return found
 
 
 def _left_out_scores(run: GateRun, widths: Sequence[int], settings: GateSettings) -> list[tuple[Tensor, Tensor]]:

@@ -63,7 +63,7 @@ class GateSettings(Config):
     patience: int = 10  # validations without a better one, 25 steps apart, after which the fit ends
     # thresholds
     gating_rate: float = 0.03  # share of clean images whose benign branch may lose more than half of its weight
-    worst_gating_rate: float | None = None  # at most this share in every single set; None: of all sets together alone
+    worst_gating_rate: float | None = None  # highest such share in any one set; None: only gating_rate, over all sets
     detection_rate: float = 0.05  # share of clean images that may be flagged as adversarial
     robust_scale: float = 0.7  # factor on the robust logits in the fusion, so that they overrule where they are sure
     seed: int = 0
